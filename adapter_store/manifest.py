@@ -1,0 +1,77 @@
+"""What an adapter version is: its identity, what it targets and what it takes, and its weights in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+NUMPY_DTYPES: Mapping[str, type[np.generic]] = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+"""How each dtype lies in a numpy array; numpy has no bfloat16, so its bits travel as uint16."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleShape:
+    """A base-model module that an adapter may target."""
+
+    kind: Literal["linear", "embedding"]
+    in_dim: int
+    """Input width; the vocabulary for an embedding."""
+    out_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class BaseGeometry:
+    """Every module of the base that an adapter may target, by its name in the model."""
+
+    modules: Mapping[str, ModuleShape]
+    """`model.layers.0.self_attn.q_proj` -> its shape."""
+    dtype: Dtype
+    """The dtype that adapters are served in, which is the model's."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleManifest:
+    """One targeted module of an adapter version."""
+
+    name: str
+    rank: int
+    scaling: float
+    """What B @ A is multiplied with: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterManifest:
+    """An adapter version. Two adapters with the same `version` are the same in every bit that is served."""
+
+    version: str
+    """Hex digest over the canonical config and the weights."""
+    rank: int
+    """The largest rank of any module."""
+    targets: tuple[str, ...]
+    """Last parts of the targeted modules' names, sorted: ("k_proj", "q_proj")."""
+    modules: tuple[ModuleManifest, ...]
+    num_bytes: int
+    """Bytes of the weights in the served dtype."""
+
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """The weights of one version in host memory: read-only arrays, wide side contiguous, in the served dtype.
+
+    This is where B is transposed against PEFT's files, once: for a linear module `a` is (rank, in_dim) and `b`
+    (rank, out_dim); for an embedding `a` is token-major, (num_embeddings, rank), and `b` (rank, embedding_dim).
+    """
+
+    manifest: AdapterManifest
+    dtype: Dtype
+    tensors: Mapping[str, tuple[Array, Array]]
+    """Module name -> (a, b); dtypes as in `NUMPY_DTYPES`."""

@@ -1,0 +1,1 @@
+"""Many workers as one service: configuration, ingress, routing, roll-outs, metrics."""

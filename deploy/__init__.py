@@ -1,0 +1,1 @@
+"""Configurations that start the service, and their validation."""

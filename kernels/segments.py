@@ -1,0 +1,129 @@
+"""Rows of one forward pass, grouped by adapter and cut into chunks.
+
+Owns the batch type that every csgmv kernel reads. Built once a step by `workers/batch.py`; logits of chosen rows use
+`select`, so there is one type and one code path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+BASE_SLOT = -1
+"""The slot of rows that use no adapter: rank 0, no pages, no cost."""
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Rows of one forward pass, grouped by adapter and cut into chunks.
+
+    Chunk `i` covers rows `permutation[chunk_indptr[i]:chunk_indptr[i + 1]]`, all of slot `chunk_slots[i]`. Base rows
+    (`BASE_SLOT`) come last and have chunks too, so that a kernel that writes every row can reach them. A chunk holds at
+    most `chunk_length` rows.
+    """
+
+    row_slots: Tensor
+    """(num_rows,) int32: slot of each row, in the rows' own order."""
+    permutation: Tensor
+    """(num_rows,) int32: the rows sorted by slot, stable, base rows last."""
+    chunk_indptr: Tensor
+    """(max_chunks + 1,) int32: offsets into `permutation`; the unused tail repeats the last value."""
+    chunk_slots: Tensor
+    """(max_chunks,) int32: slot of each chunk; `BASE_SLOT` in the unused tail."""
+    chunk_length: int
+    """Bound of the rows of one chunk: 16, 32, 64 or 128."""
+    num_chunks: int
+    """Chunks in use, base chunks included; a captured graph may replay with fewer than `max_chunks`."""
+    num_lora_chunks: int
+    """Chunks of adapters; they are the first. 0: the batch has no LoRA work."""
+    host_row_slots: IntArray
+    """(num_rows,) the host's copy of `row_slots`, so that deriving segments needs no synchronisation."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_slots.shape[0]
+
+    @property
+    def max_chunks(self) -> int:
+        return self.chunk_slots.shape[0]
+
+    @property
+    def has_lora(self) -> bool:
+        return self.num_lora_chunks > 0
+
+    def select(self, rows: IntArray) -> Segments:
+        """Segments of a forward pass over only `rows` (indices into this pass's rows, in the wanted order)."""
+        return build_segments(self.host_row_slots[rows], device=self.row_slots.device)
+
+
+def chunk_length_for(largest_segment: int, mean_segment: float) -> int:
+    """The chunk length: the power of two in [16, 128] nearest above what an adapter really has, not the batch's total."""
+    wanted = min(largest_segment, max(16.0, mean_segment))
+    for length in (16, 32, 64):
+        if wanted <= length:
+            return length
+    return 128
+
+
+def build_segments(
+    row_slots: IntArray, *, device: torch.device, chunk_length: int | None = None, max_chunks: int | None = None
+) -> Segments:
+    """Group rows by slot and cut each group into chunks, vectorised, with one copy to the device.
+
+    row_slots: (num_rows,) int32, `BASE_SLOT` for base rows. `max_chunks` pads the chunk arrays (CUDA graphs).
+    Raises ValueError when `max_chunks` is too small.
+    """
+    row_slots = np.ascontiguousarray(row_slots, dtype=np.int32)
+    num_rows = row_slots.shape[0]
+    # BASE_SLOT as unsigned is the largest key, so base rows sort last.
+    permutation = np.argsort(row_slots.view(np.uint32), kind="stable").astype(np.int32)
+    sorted_slots = row_slots[permutation]
+    starts = np.flatnonzero(np.r_[True, sorted_slots[1:] != sorted_slots[:-1]]) if num_rows else np.zeros(0, np.int64)
+    lengths = np.diff(np.r_[starts, num_rows])
+    slots = sorted_slots[starts]
+    if chunk_length is None:
+        lora_lengths = lengths[slots != BASE_SLOT]
+        if lora_lengths.size:
+            chunk_length = chunk_length_for(int(lora_lengths.max()), float(lora_lengths.mean()))
+        else:
+            chunk_length = 128
+    chunks_per_segment = -(-lengths // chunk_length)
+    num_chunks = int(chunks_per_segment.sum())
+    capacity = num_chunks if max_chunks is None else max_chunks
+    if num_chunks > capacity:
+        raise ValueError(f"{num_chunks} chunks do not fit max_chunks={capacity}")
+    chunk_slots = np.full(capacity, BASE_SLOT, dtype=np.int32)
+    chunk_slots[:num_chunks] = np.repeat(slots, chunks_per_segment)
+    within = np.arange(num_chunks) - np.repeat(np.cumsum(chunks_per_segment) - chunks_per_segment, chunks_per_segment)
+    chunk_indptr = np.full(capacity + 1, num_rows, dtype=np.int32)
+    chunk_indptr[:num_chunks] = np.repeat(starts, chunks_per_segment) + within * chunk_length
+    num_lora_chunks = int((chunk_slots[:num_chunks] != BASE_SLOT).sum())
+
+    packed = np.concatenate([row_slots, permutation, chunk_slots, chunk_indptr])
+    on_device = _to_device(packed, device)
+    row_slots_t, permutation_t, chunk_slots_t, chunk_indptr_t = on_device.split(
+        [num_rows, num_rows, capacity, capacity + 1]
+    )
+    return Segments(
+        row_slots=row_slots_t,
+        permutation=permutation_t,
+        chunk_indptr=chunk_indptr_t,
+        chunk_slots=chunk_slots_t,
+        chunk_length=chunk_length,
+        num_chunks=num_chunks,
+        num_lora_chunks=num_lora_chunks,
+        host_row_slots=row_slots,
+    )
+
+
+def _to_device(packed: IntArray, device: torch.device) -> Tensor:
+    host = torch.from_numpy(packed)
+    if device.type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,98 @@
+"""The paged adapter weights of one module, as the kernels see them.
+
+A pool is one flat tensor; a *row* is one LoRA rank of one module, contiguous along the wide side: an `A` row has `in_dim`
+elements, a `B` row `out_dim` (B is stored transposed against PEFT's files). Rows lie anywhere in the pool and are found
+through row tables, in units of `ROW_ALIGN` elements, so an adapter pays for the ranks and modules that it has.
+`workers/memory/adapter_pool.py` owns the pool and hands out these views; they stay valid for the life of the pool, and
+loading an adapter changes only their contents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+ROW_ALIGN = 16
+"""Every row starts at a multiple of this many elements, so 16-byte loads are aligned in any dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """Weights of a linear module, or of several that share their input (q/k/v, gate/up): `num_slices` of them.
+
+    Slice `i` has its own A and B. A *part* is a run of output columns that one B row covers; there is one part a slice,
+    but an output too wide for a page (lm_head) has several parts that share the slice's h.
+    """
+
+    pool: Tensor
+    """(pool_elements,) model dtype: the whole pool."""
+    ranks: Tensor
+    """(num_slots, num_slices) int32 view: 0 where the slot's adapter does not target the slice."""
+    scalings: Tensor
+    """(num_slots, num_slices) float32 view: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA."""
+    a_rows: Tensor
+    """(num_slots, num_slices, max_rank) int32 view: start of each A row, in ROW_ALIGN elements."""
+    b_rows: Tensor
+    """(num_slots, num_parts, max_rank) int32 view: start of each B row, in ROW_ALIGN elements."""
+    in_dim: int
+    part_slices: tuple[int, ...]
+    """Slice whose h each part takes."""
+    part_starts: tuple[int, ...]
+    """First output column of each part, over the slices' concatenated outputs."""
+    part_widths: tuple[int, ...]
+
+    @property
+    def num_slices(self) -> int:
+        return self.ranks.shape[1]
+
+    @property
+    def num_parts(self) -> int:
+        return len(self.part_widths)
+
+    @property
+    def max_rank(self) -> int:
+        return self.a_rows.shape[2]
+
+    @property
+    def out_dim(self) -> int:
+        """Width of the concatenated outputs."""
+        return self.part_starts[-1] + self.part_widths[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraEmbeddingWeights:
+    """Weights of an embedding: A is stored token-major, so the `rank` values of one token are contiguous.
+
+    The values of token `t` in slot `s`, of rank `r`, start at element
+    `a_pages[s, t // tokens] * ROW_ALIGN + (t % tokens) * r` of the pool, where `tokens = page_elements // r` tokens lie
+    in one page.
+    """
+
+    pool: Tensor
+    """(pool_elements,) model dtype: the whole pool."""
+    ranks: Tensor
+    """(num_slots, 1) int32 view."""
+    scalings: Tensor
+    """(num_slots, 1) float32 view."""
+    a_pages: Tensor
+    """(num_slots, max_a_pages) int32 view: start of each page of A, in ROW_ALIGN elements."""
+    b_rows: Tensor
+    """(num_slots, num_parts, max_rank) int32 view, as in `LoraWeights`."""
+    num_embeddings: int
+    page_elements: int
+    part_slices: tuple[int, ...]
+    part_starts: tuple[int, ...]
+    part_widths: tuple[int, ...]
+
+    @property
+    def max_rank(self) -> int:
+        return self.b_rows.shape[2]
+
+    @property
+    def num_parts(self) -> int:
+        return len(self.part_widths)
+
+    @property
+    def out_dim(self) -> int:
+        return self.part_starts[-1] + self.part_widths[-1]

@@ -1,0 +1,1 @@
+"""One device: a base model, its memory, its step loop."""

@@ -1,0 +1,92 @@
+"""Settings of one worker: the base model and the engine. Sizes are bytes, durations seconds."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+
+
+def parse_bytes(value: object) -> object:
+    """`1GiB`, `512 MB` or a plain number of bytes. Raises ValueError on anything else."""
+    if not isinstance(value, str) or value == "auto":
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{value!r} is no size: write a number of bytes or, say, 512MiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+BytesOrAuto = Annotated[
+    int | Literal["auto"], BeforeValidator(parse_bytes), Field(description="Bytes (`1GiB`, `512MB`) or `auto`.")
+]
+
+
+class Settings(BaseModel):
+    """Base of every settings model: immutable, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Settings):
+    """The base model."""
+
+    id: str = Field(min_length=1, description="Name of the base in requests and in GET /v1/models.")
+    source: str = Field(
+        min_length=1, description="Local folder or hub id of a decoder-only model that transformers loads."
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto", description="`auto` takes the checkpoint's dtype; float32 on a CPU."
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=1, description="Longest prompt plus answer, in tokens; default the model's own."
+    )
+    load: Literal["weights", "dummy"] = Field(
+        default="weights", description="`dummy` makes random weights, for benchmarks."
+    )
+
+
+class EngineConfig(Settings):
+    """One worker's engine."""
+
+    device: str = Field(
+        default="auto", description="`auto` takes a GPU if there is one; else `cpu`, `cuda` or `cuda:N`."
+    )
+    max_batch_tokens: int = Field(
+        default=2048, ge=1, description="Token budget of one step, prefill and decode together."
+    )
+    max_running: int = Field(default=64, ge=1, description="Most sequences in one step.")
+    kv_bytes: BytesOrAuto = Field(default="auto", description="Memory for KV pages.")
+    kv_page_tokens: int = Field(default=16, ge=1, description="Tokens in one KV page.")
+    prefix_cache: bool = Field(
+        default=True, description="Keep KV pages of finished requests for prompts that start alike."
+    )
+    max_logits_rows: int = Field(
+        default=256, ge=1, description="Most rows of logits in one step; bounds prompt logprobs."
+    )
+    stall_s: float = Field(
+        default=30.0, gt=0, description="check_health fails when the step loop has stood still this long."
+    )
+
+
+class PoolConfig(Settings):
+    """A worker's adapter pool."""
+
+    max_rank: int = Field(default=64, ge=1, le=512, description="Largest LoRA rank that is accepted.")
+    pool_bytes: BytesOrAuto = Field(default="auto", description="Device memory for adapter pages, per worker.")
+    max_slots: int = Field(default=1024, ge=1, le=65536, description="Most adapters resident at once, per worker.")

@@ -1,0 +1,1 @@
+"""The forward pass: loading a base model, substituting its layers, logits, sampling."""

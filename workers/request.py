@@ -1,0 +1,106 @@
+"""The typed request that HTTP, the Python handle and the engine share, and what streams back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class SamplingParams(BaseModel):
+    """How tokens are chosen and when to stop. Defaults are greedy-free OpenAI defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="Most tokens to make; None: as many as fit the model's length."
+    )
+    min_tokens: int = Field(
+        default=0, ge=0, description="Stop tokens and stop strings do not count before this many tokens."
+    )
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0, description="0 takes the likeliest token.")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=-1, description="0 or -1: all tokens.")
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), max_length=16, description="Strings that end the text; they are not part of it."
+    )
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="Alternatives to report beside each token; None: no logprobs."
+    )
+    prompt_logprobs: bool = Field(
+        default=False, description="Report logprobs of the prompt's tokens too (`echo` with `logprobs`)."
+    )
+
+    @model_validator(mode="after")
+    def _min_within_max(self) -> SamplingParams:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        return self
+
+
+class GenerateRequest(SamplingParams):
+    """What a caller asks of the service: `handle.generate.remote(GenerateRequest(model="shout", prompt="Hi"))`.
+
+    Exactly one of `prompt` (text or token ids) and `messages` (rendered by the chat template).
+    """
+
+    model: str = Field(min_length=1, description="A base id, an adapter name, or base:adapter.")
+    prompt: str | tuple[int, ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
+    n: int = Field(default=1, ge=1, le=16, description="Independent answers to make.")
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> GenerateRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("exactly one of prompt and messages must be given")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One sequence to generate, as a worker takes it: prompt tokenised, adapter name resolved to a version."""
+
+    request_id: str
+    version: str | None
+    """Content digest of the adapter; None: the base model."""
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Logprob of one token and of the likeliest alternatives at its place."""
+
+    token_id: int
+    logprob: float | None
+    """None for the first token of a prompt, which nothing predicts."""
+    top: tuple[tuple[int, float], ...]
+    """(token id, logprob) of the likeliest tokens, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateDelta:
+    """What one step added to one sequence. A stream has one for each step that made a token, the last with a finish reason."""
+
+    index: int
+    """Which of the request's `n` answers."""
+    token_ids: tuple[int, ...]
+    text: str
+    """Text that is settled: withheld while it may be the start of a stop string or an unfinished character."""
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish_reason: FinishReason | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens whose KV came from the prefix cache."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """With the first delta only, when asked for."""
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended it."""
+    worker_id: str = ""
+    version: str | None = None
