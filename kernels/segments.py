@@ -6,7 +6,7 @@ Owns the batch type that every csgmv kernel reads. Built once a step by `workers
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,9 @@ BASE_SLOT = -1
 IntArray = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Segments:
-    """Rows of one forward pass, grouped by adapter and cut into chunks.
+    """Rows of one forward pass, grouped by adapter and cut into chunks. Compared by identity.
 
     Chunk `i` covers rows `permutation[chunk_indptr[i]:chunk_indptr[i + 1]]`, all of slot `chunk_slots[i]`. Base rows
     (`BASE_SLOT`) come last and have chunks too, so that a kernel that writes every row can reach them. A chunk holds at
@@ -44,6 +44,12 @@ class Segments:
     """Chunks of adapters; they are the first. 0: the batch has no LoRA work."""
     host_row_slots: IntArray
     """(num_rows,) the host's copy of `row_slots`, so that deriving segments needs no synchronisation."""
+    max_slot: int = field(init=False)
+    """The largest slot of any row, `BASE_SLOT` without adapters: what launchers check against the row tables."""
+
+    def __post_init__(self) -> None:
+        max_slot = int(self.host_row_slots.max()) if self.host_row_slots.size else BASE_SLOT
+        object.__setattr__(self, "max_slot", max_slot)
 
     @property
     def num_rows(self) -> int:
@@ -63,7 +69,7 @@ class Segments:
 
 
 def chunk_length_for(largest_segment: int, mean_segment: float) -> int:
-    """The chunk length: the power of two in [16, 128] nearest above what an adapter really has, not the batch's total."""
+    """The power of two in [16, 128] nearest above what an adapter really has, not the batch's total."""
     wanted = min(largest_segment, max(16.0, mean_segment))
     for length in (16, 32, 64):
         if wanted <= length:
@@ -107,7 +113,7 @@ def build_segments(
 
     packed = np.concatenate([row_slots, permutation, chunk_slots, chunk_indptr])
     on_device = _to_device(packed, device)
-    row_slots_t, permutation_t, chunk_slots_t, chunk_indptr_t = on_device.split(
+    row_slots_t, permutation_t, chunk_slots_t, chunk_indptr_t = on_device.split_with_sizes(
         [num_rows, num_rows, capacity, capacity + 1]
     )
     return Segments(

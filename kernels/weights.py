@@ -1,8 +1,8 @@
 """The paged adapter weights of one module, as the kernels see them.
 
-A pool is one flat tensor; a *row* is one LoRA rank of one module, contiguous along the wide side: an `A` row has `in_dim`
-elements, a `B` row `out_dim` (B is stored transposed against PEFT's files). Rows lie anywhere in the pool and are found
-through row tables, in units of `ROW_ALIGN` elements, so an adapter pays for the ranks and modules that it has.
+A pool is one flat tensor; a *row* is one LoRA rank of one module, contiguous along the wide side: an `A` row has
+`in_dim` elements, a `B` row `out_dim` (B is stored transposed against PEFT's files). Rows lie anywhere in the pool and
+row tables say where, in units of `ROW_ALIGN` elements, so an adapter pays for the ranks and modules that it has.
 `workers/memory/adapter_pool.py` owns the pool and hands out these views; they stay valid for the life of the pool, and
 loading an adapter changes only their contents.
 """
