@@ -1,0 +1,1 @@
+"""What all floors' tests share: tiny bases, adapters made by PEFT, and PEFT itself as the oracle."""
