@@ -1,0 +1,44 @@
+"""What can go wrong in a worker, each with a stable `code`. The ingress alone turns codes into HTTP.
+
+WorkerError
+|-- WorkerConfigError   a setting that this worker cannot honour
+`-- NoRoomError         an adapter does not fit beside those that must stay
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class WorkerError(Exception):
+    """Base of this package's errors. Arguments are what pickling needs; the message comes from `__str__`."""
+
+    code: ClassVar[str] = "worker_error"
+
+
+class WorkerConfigError(WorkerError):
+    """A setting that this worker cannot honour; the message names the setting, the value and the bound."""
+
+    code: ClassVar[str] = "bad_config"
+
+
+class NoRoomError(WorkerError):
+    """An adapter does not fit: too many pages or slots belong to adapters that are leased, pinned, held or loading."""
+
+    code: ClassVar[str] = "no_room"
+
+    def __init__(self, version: str, needed: int, free: int, in_use: int, pinned: int, total: int) -> None:
+        """Pages: `needed` by the adapter; of `total`, `free` now, `in_use` (leased, held or loading), `pinned`."""
+        super().__init__(version, needed, free, in_use, pinned, total)
+        self.version = version
+        self.needed = needed
+        self.free = free
+        self.in_use = in_use
+        self.pinned = pinned
+        self.total = total
+
+    def __str__(self) -> str:
+        return (
+            f"adapter version {self.version[:12]} needs {self.needed} pages and a slot; of {self.total} pages "
+            f"{self.free} are free, {self.in_use} serve requests or loads and {self.pinned} are pinned"
+        )

@@ -1,0 +1,141 @@
+"""Keys and values of all sequences of one worker, in pages, and who holds each page.
+
+One engine thread calls it. A page is free, held by one or more live sequences, or idle: held by the prefix cache alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from lorafleet.workers.memory.pages import PageAllocator
+from lorafleet.workers.memory.prefix_cache import PrefixCache, Tokens
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """What one attention layer keeps of each token."""
+
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVPageCounts:
+    """Pages by holder: `used` by live sequences, `cached` what the prefix cache could give back; the rest is free."""
+
+    used: int
+    cached: int
+    total: int
+
+
+class KVCache:
+    """The paged K and V tensors of every layer; a page id means the same page in all of them.
+
+    `keys[layer]`, `values[layer]`: (num_pages, num_kv_heads, page_tokens, head_dim). Every page id that `allocate`,
+    `acquire_prefix` or `insert` returned is held until `free` is called with it.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerKV],
+        *,
+        num_pages: int,
+        page_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        prefix_cache: bool = True,
+    ) -> None:
+        self.page_tokens = page_tokens
+        # Zeros, since attention may multiply what lies beyond a sequence's end by a probability of zero.
+        self.keys: tuple[Tensor, ...] = tuple(self._zeros(layer, num_pages, dtype, device) for layer in layers)
+        self.values: tuple[Tensor, ...] = tuple(self._zeros(layer, num_pages, dtype, device) for layer in layers)
+        self._pages = PageAllocator(num_pages)
+        self._num_holders = [0] * num_pages
+        self._prefixes = PrefixCache(page_tokens) if prefix_cache else None
+
+    def _zeros(self, layer: LayerKV, num_pages: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        shape = (num_pages, layer.num_kv_heads, self.page_tokens, layer.head_dim)
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def page_bytes(layers: Sequence[LayerKV], page_tokens: int, dtype: torch.dtype) -> int:
+        """Bytes that one page takes over all layers, K and V."""
+        return 2 * page_tokens * dtype.itemsize * sum(layer.num_kv_heads * layer.head_dim for layer in layers)
+
+    @property
+    def counts(self) -> KVPageCounts:
+        cached = self._prefixes.num_idle if self._prefixes else 0
+        return KVPageCounts(used=self._pages.num_used - cached, cached=cached, total=self._pages.num_total)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `allocate` could give now: free ones and those that the prefix cache would give back."""
+        return self._pages.num_free + (self._prefixes.num_idle if self._prefixes else 0)
+
+    def can_allocate(self, num_pages: int) -> bool:
+        return num_pages <= self.num_available
+
+    def allocate(self, num_pages: int) -> list[int]:
+        """Hold `num_pages` pages of unknown content, taken from the prefix cache where none is free."""
+        assert self.can_allocate(num_pages), (num_pages, self.num_available)
+        missing = num_pages - self._pages.num_free
+        if missing > 0:
+            assert self._prefixes is not None
+            self._pages.free(self._prefixes.evict(missing))
+        pages = self._pages.allocate(num_pages)
+        for page in pages:
+            self._num_holders[page] = 1
+        return pages
+
+    def free(self, pages: Sequence[int]) -> None:
+        """End one hold on each of a sequence's pages, given in the sequence's order. Cached pages become idle."""
+        unused = []
+        for page in reversed(pages):
+            self._num_holders[page] -= 1
+            assert self._num_holders[page] >= 0, f"KV page {page} is freed twice"
+            if self._num_holders[page] == 0:
+                if self._prefixes is not None and page in self._prefixes:
+                    self._prefixes.release(page)
+                else:
+                    unused.append(page)
+        self._pages.free(unused)
+
+    def match(self, version: str | None, tokens: Tokens) -> list[int]:
+        """Pages that `acquire_prefix` would hold, without holding them."""
+        return self._prefixes.match(version, tokens) if self._prefixes else []
+
+    def acquire_prefix(self, version: str | None, tokens: Tokens) -> list[int]:
+        """Hold the pages of the longest cached prefix of a prompt; never all of it."""
+        pages = self.match(version, tokens)
+        for page in pages:
+            self._hold(page)
+        return pages
+
+    def insert(self, version: str | None, tokens: Tokens, pages: Sequence[int]) -> list[int]:
+        """Offer a sequence's full pages for sharing; `tokens` are those whose KV is computed, `pages` all its pages.
+
+        Returns the pages that the sequence holds from now on: where another sequence had cached the same prefix first,
+        its page replaces this one's, which is freed. Cheap to call again as the sequence grows.
+        """
+        if self._prefixes is None:
+            return list(pages)
+        kept = self._prefixes.insert(version, tokens, pages)
+        for mine, shared in zip(pages, kept, strict=True):
+            if mine != shared:
+                self._hold(shared)
+                self.free([mine])
+        return kept
+
+    def drop(self, version: str) -> None:
+        """Forget the cached pages of an adapter version that is gone for good; live sequences keep theirs."""
+        if self._prefixes is not None:
+            self._pages.free(self._prefixes.drop(version))
+
+    def _hold(self, page: int) -> None:
+        if self._num_holders[page] == 0:
+            assert self._prefixes is not None
+            self._prefixes.hold(page)
+        self._num_holders[page] += 1
