@@ -13,10 +13,13 @@ from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
 from torch import Tensor
 
+Hidden = reference.Hidden
+"""What `shrink` leaves for `expand`."""
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def shrink(x: Tensor, weights: LoraWeights, segments: Segments) -> Tensor:
+def shrink(x: Tensor, weights: LoraWeights, segments: Segments) -> Hidden:
     """Compute h = x @ A^T for every slice of `weights`, each row with its own adapter's A.
 
     x: (rows, in_dim) in the pool's dtype, unit stride along in_dim. Returns h for `expand`; its layout is the backend's
@@ -28,7 +31,7 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments) -> Tensor:
 
 
 def expand(
-    h: Tensor,
+    h: Hidden,
     weights: LoraWeights,
     segments: Segments,
     y: Tensor,
@@ -45,7 +48,7 @@ def expand(
     _check_matrix("y", y, segments.num_rows, weights.out_dim, weights.pool, (weights.pool.dtype, torch.float32))
     _check_bias(bias, accumulate, weights.out_dim, y)
     _check_slots(weights, segments)
-    reference.expand(h, weights, segments, y, accumulate=accumulate, bias=bias)
+    reference.expand(h, weights, y, accumulate=accumulate, bias=bias)
 
 
 def add_lora(x: Tensor, weights: LoraWeights, segments: Segments, y: Tensor) -> None:
@@ -71,7 +74,7 @@ def embed(token_ids: Tensor, weights: LoraEmbeddingWeights, segments: Segments, 
     low, high = (int(bound) for bound in token_ids.aminmax())
     if low < 0 or high >= weights.num_embeddings:
         raise ValueError(f"token ids must lie in [0, {weights.num_embeddings}), got {low} to {high}")
-    reference.expand(reference.shrink_embedding(token_ids, weights, segments), weights, segments, y)
+    reference.expand(reference.shrink_embedding(token_ids, weights, segments), weights, y)
 
 
 def _check_matrix(

@@ -1,187 +1,206 @@
 """csgmv in plain torch, over the same pages and the same segments as the Triton kernels: the CPU backend.
 
-Chunks are the batch dimension of `torch.bmm`: the A and B rows of a chunk are gathered through the row tables, its rows
-are padded to the longest chunk. Work follows the chunks and ranks in use; nothing loops over rows. fp32 accumulation
-(float64 for a float64 pool, which is how tests use it as an oracle).
+The adapters' rows are taken in *groups*: one adapter with many rows, or several with few each. A group's A rows are
+gathered into one matrix for all its adapters, so that h is one product, in which each row keeps only its own adapter's
+columns; B likewise. Nothing is padded, and the few operations a group take as long with one adapter as with eight. fp32
+accumulation (float64 for a float64 pool, which makes an oracle of it).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from lorafleet.kernels.segments import Segments
+from lorafleet.kernels.segments import BASE_SLOT, Segments
 from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights
 from torch import Tensor
 
+_GROUP_ADAPTERS = 8
+"""Adapters of one group: beyond it, products with other adapters' columns cost more than another few operations."""
+_GROUP_ROWS = 32
+"""An adapter with more rows has a group of its own: its products are exact."""
+
+IndexArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
 
 @dataclass(frozen=True, slots=True)
-class _ChunkLayout:
-    """The adapters' chunks of a `Segments`, padded to (chunks, length): built once, used by every module."""
-
-    slots: Tensor
-    """(chunks,) int32."""
+class _Group:
+    slots: IndexArray
+    """(adapters,)"""
     rows: Tensor
-    """(chunks * length,) int32: row at each place; padding repeats the chunk's first row."""
-    lora_rows: Tensor
-    """(lora_rows,) int64: every adapter row, ascending."""
-    places: Tensor
-    """(lora_rows,) int64: the place in the padded layout of each of `lora_rows`."""
-    num_chunks: int
-    length: int
-    every_row: bool
-    """No base rows: `lora_rows` is all rows in order, so outputs need no scatter."""
+    """(rows,) int64, ascending."""
+    owners: IndexArray
+    """(rows,): index into `slots` of each row's adapter."""
+    span: slice | None
+    """`rows` as a slice where they are neighbours (a prefill, or the whole batch): nothing to gather or scatter."""
 
 
-_layouts: WeakKeyDictionary[Segments, _ChunkLayout] = WeakKeyDictionary()
+@dataclass(frozen=True, slots=True)
+class _GroupHidden:
+    group: _Group
+    used: BoolArray
+    """(num_slices, adapters, ranks): which entries of the row tables are in use; h's columns, in this order."""
+    h: Tensor
+    """(rows, columns) scaled, zero in other adapters' columns."""
 
 
-def _layout(segments: Segments) -> _ChunkLayout:
-    layout = _layouts.get(segments)
-    if layout is None:
-        layout = _layouts[segments] = _build_layout(segments)
-    return layout
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """What shrink leaves for expand."""
+
+    groups: tuple[_GroupHidden, ...]
 
 
-def _build_layout(segments: Segments) -> _ChunkLayout:
-    num_chunks = segments.num_lora_chunks
-    indptr = segments.chunk_indptr[: num_chunks + 1].long()
-    starts, lengths = indptr[:-1], indptr.diff()
-    length = int(lengths.max())
-    offsets = torch.arange(length)
-    used = offsets < lengths[:, None]
-    places = used.flatten().nonzero().squeeze(1)
-    sorted_rows = torch.where(used, starts[:, None] + offsets, starts[:, None])
-    rows = segments.permutation.index_select(0, sorted_rows.flatten())
-    lora_rows, order = rows.index_select(0, places).long().sort()
-    return _ChunkLayout(
-        slots=segments.chunk_slots[:num_chunks],
-        rows=rows,
-        lora_rows=lora_rows,
-        places=places.index_select(0, order),
-        num_chunks=num_chunks,
-        length=length,
-        every_row=lora_rows.shape[0] == segments.num_rows,
-    )
+def shrink(x: Tensor, weights: LoraWeights, segments: Segments) -> Hidden:
+    """h[row] = x[row] @ A[slot]^T * scaling[slot], for every slice.
 
-
-def shrink(x: Tensor, weights: LoraWeights, segments: Segments) -> Tensor:
-    """h[c, l, s] = x[row(c, l)] @ A[slot(c), s]^T * scaling[slot(c), s], zero beyond the adapter's rank.
-
-    x: (rows, in_dim). Returns (chunks, length, num_slices, ranks in use), fp32: the layout that `expand` takes.
+    x: (rows, in_dim).
     """
-    if not segments.has_lora:
-        return x.new_empty((0, 0, weights.num_slices, 0), dtype=torch.float32)
-    layout = _layout(segments)
-    ranks = weights.ranks.index_select(0, layout.slots)
-    max_rank = int(ranks.max())
-    shape = (layout.num_chunks, layout.length, weights.num_slices, max_rank)
-    if max_rank == 0:
-        return x.new_empty(shape, dtype=torch.float32)
-    a = _gather_rows(weights.pool, weights.a_rows, ranks, layout.slots, weights.in_dim)
-    inputs = _accumulation(x.index_select(0, layout.rows)).view(layout.num_chunks, layout.length, -1)
-    h = torch.bmm(inputs, a.transpose(1, 2)).view(shape)
-    return h.mul_(_rank_scalings(weights.scalings, ranks, layout.slots, max_rank, h.dtype))
+    hidden = []
+    for group in _groups(segments):
+        used = _used(weights.ranks, group)
+        if not used.any():
+            continue
+        a = _gather_rows(weights.pool, weights.a_rows, group, used, weights.in_dim)
+        inputs = x.index_select(0, group.rows) if group.span is None else x[group.span]
+        h = torch.mm(_accumulation(inputs), a.t())
+        hidden.append(_GroupHidden(group, used, h.mul_(_column_scalings(weights.scalings, group, used, h.dtype))))
+    return Hidden(tuple(hidden))
+
+
+def shrink_embedding(token_ids: Tensor, weights: LoraEmbeddingWeights, segments: Segments) -> Hidden:
+    """h[row] = A[slot][:, token_ids[row]] * scaling[slot].
+
+    token_ids: (rows,) int64 or int32.
+    """
+    hidden = []
+    for group in _groups(segments):
+        used = _used(weights.ranks, group)
+        if not used.any():
+            continue
+        tokens = token_ids.index_select(0, group.rows).numpy()
+        ranks = weights.ranks.numpy()[group.slots, 0].astype(np.int64)
+        page_tokens = weights.page_elements // np.maximum(ranks, 1)
+        page, token = np.divmod(tokens, page_tokens[group.owners])
+        # A rank-0 adapter has no page: its rows keep no column below.
+        page = np.where(ranks[group.owners] > 0, page, 0)
+        first = weights.a_pages.numpy()[group.slots[group.owners], page].astype(np.int64) * ROW_ALIGN
+        first += token * ranks[group.owners]
+        _, column_owners, column_ranks = used.nonzero()
+        elements = first[:, None] + column_ranks
+        own = group.owners[:, None] == column_owners
+        values = weights.pool.take(torch.from_numpy(np.where(own, elements, 0)))
+        h = torch.where(torch.from_numpy(own), _accumulation(values), 0.0)
+        hidden.append(_GroupHidden(group, used, h.mul_(_column_scalings(weights.scalings, group, used, h.dtype))))
+    return Hidden(tuple(hidden))
 
 
 def expand(
-    h: Tensor,
+    hidden: Hidden,
     weights: LoraWeights | LoraEmbeddingWeights,
-    segments: Segments,
     y: Tensor,
     *,
     accumulate: bool = True,
     bias: Tensor | None = None,
 ) -> None:
-    """y[row(c, l), part] (+)= h[c, l, slice of part] @ B[slot(c), part], in place.
+    """y[row, part] (+)= h[row, slice of part] @ B[slot, part], in place.
 
-    h: what `shrink` returned. y: (rows, out_dim), rows may be strided. With `accumulate`, rows and slices without an
-    adapter keep their bits. Without it every element is written: the delta, zero where there is none, plus `bias`
-    (out_dim,) if given.
+    y: (rows, out_dim), rows may be strided. With `accumulate`, rows and slices without an adapter keep their bits.
+    Without it every element is written: the delta, zero where there is none, plus `bias` (out_dim,) if given.
     """
     if not accumulate:
         if bias is None:
             y.zero_()
         else:
             y.copy_(bias)
-    max_rank = h.shape[3]
-    if max_rank == 0:
-        return
-    layout = _layout(segments)
-    ranks = weights.ranks.index_select(0, layout.slots)
-    for part, slice_ in enumerate(weights.part_slices):
-        start, width = weights.part_starts[part], weights.part_widths[part]
-        slice_ranks = ranks[:, slice_ : slice_ + 1]
-        targeted = slice_ranks > 0
-        if not targeted.any():
-            continue
-        b = _gather_rows(weights.pool, weights.b_rows[:, part : part + 1, :max_rank], slice_ranks, layout.slots, width)
-        delta = torch.bmm(h[:, :, slice_, : b.shape[1]], b)
-        if not targeted.all():
-            # y + -0.0 is y to the bit, also where y is -0.0.
-            delta = torch.where(targeted[:, :, None], delta, -0.0)
-        delta = delta.flatten(0, 1).index_select(0, layout.places)
-        _add_rows(y[:, start : start + width], delta, layout)
+    for group_hidden in hidden.groups:
+        group, used = group_hidden.group, group_hidden.used
+        columns = np.cumsum(used.sum((1, 2))).tolist()
+        for part, slice_ in enumerate(weights.part_slices):
+            first = columns[slice_ - 1] if slice_ else 0
+            if first == columns[slice_]:
+                continue
+            start, width = weights.part_starts[part], weights.part_widths[part]
+            b = _gather_rows(weights.pool, weights.b_rows[:, part : part + 1], group, used[slice_ : slice_ + 1], width)
+            targeted = used[slice_, :, 0]
+            _add_product(
+                y[:, start : start + width],
+                group_hidden.h[:, first : columns[slice_]],
+                b,
+                group,
+                None if targeted.all() else torch.from_numpy(targeted[group.owners].nonzero()[0]),
+            )
 
 
-def shrink_embedding(token_ids: Tensor, weights: LoraEmbeddingWeights, segments: Segments) -> Tensor:
-    """h[c, l] = A[slot(c)][:, token_ids[row(c, l)]] * scaling[slot(c)]; the layout that `expand` takes.
+_groups_of: WeakKeyDictionary[Segments, tuple[_Group, ...]] = WeakKeyDictionary()
 
-    token_ids: (rows,) int64 or int32. Returns (chunks, length, 1, ranks in use), fp32.
-    """
-    if not segments.has_lora:
-        return torch.empty((0, 0, 1, 0))
-    layout = _layout(segments)
-    ranks = weights.ranks.index_select(0, layout.slots)
-    max_rank = int(ranks.max())
-    shape = (layout.num_chunks, layout.length, 1, max_rank)
-    if max_rank == 0:
-        return torch.empty(shape)
-    tokens = token_ids.index_select(0, layout.rows).long().view(layout.num_chunks, layout.length)
-    safe_ranks = ranks.long().clamp(min=1)
-    page = torch.div(tokens * safe_ranks, (weights.page_elements // safe_ranks) * safe_ranks, rounding_mode="floor")
-    pages = weights.a_pages.index_select(0, layout.slots).long()
-    first = pages.gather(1, page.clamp(max=pages.shape[1] - 1)) * ROW_ALIGN
-    first += (tokens - page * (weights.page_elements // safe_ranks)) * safe_ranks
-    columns = torch.arange(max_rank)
-    used = columns < ranks[:, :, None]
-    elements = torch.where(used, first[:, :, None] + columns, 0)
-    h = torch.where(used, _accumulation(weights.pool[elements]), 0.0).view(shape)
-    return h.mul_(_rank_scalings(weights.scalings, ranks, layout.slots, max_rank, h.dtype))
+
+def _groups(segments: Segments) -> tuple[_Group, ...]:
+    """The groups of a batch: made at the first module, used by all."""
+    groups = _groups_of.get(segments)
+    if groups is None:
+        groups = _groups_of[segments] = tuple(_make_groups(segments.host_row_slots))
+    return groups
+
+
+def _make_groups(row_slots: npt.NDArray[np.int32]) -> Iterator[_Group]:
+    slots, counts = np.unique(row_slots[row_slots != BASE_SLOT], return_counts=True)
+    few = slots[counts <= _GROUP_ROWS]
+    members = [few[i : i + _GROUP_ADAPTERS] for i in range(0, few.size, _GROUP_ADAPTERS)]
+    members += list(slots[counts > _GROUP_ROWS][:, None])
+    for group_slots in members:
+        rows = np.isin(row_slots, group_slots).nonzero()[0]
+        first, last = int(rows[0]), int(rows[-1])
+        yield _Group(
+            slots=group_slots.astype(np.int64),
+            rows=torch.from_numpy(rows),
+            owners=np.searchsorted(group_slots, row_slots[rows]),
+            span=slice(first, last + 1) if last - first < rows.size else None,
+        )
+
+
+def _used(ranks: Tensor, group: _Group) -> BoolArray:
+    group_ranks = ranks.numpy()[group.slots].T
+    used: BoolArray = np.arange(group_ranks.max()) < group_ranks[:, :, None]
+    return used
 
 
 def _accumulation(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _gather_rows(pool: Tensor, table: Tensor, ranks: Tensor, slots: Tensor, width: int) -> Tensor:
-    """The pool's rows of each chunk: (chunks, slices * largest rank, width).
-
-    Ranks that a chunk does not have repeat a row in use: finite weights, which h's zeros then cancel.
-    """
-    max_rank = int(ranks.max())
-    rows = table[:, :, :max_rank].index_select(0, slots)
-    used = torch.arange(max_rank) < ranks[:, :, None]
-    if not used.all():
-        rows = torch.where(used, rows, rows[used][0])
+def _gather_rows(pool: Tensor, table: Tensor, group: _Group, used: BoolArray, width: int) -> Tensor:
+    """The group's rows of the pool that are in use, (columns, width); `table` is (slots, slices, ranks)."""
+    rows = table.numpy()[group.slots].transpose(1, 0, 2)[:, :, : used.shape[2]][used]
     # Rows start at any multiple of ROW_ALIGN, so the pool is read as overlapping windows.
     windows = pool.as_strided(((pool.shape[0] - width) // ROW_ALIGN + 1, width), (ROW_ALIGN, 1))
-    gathered = _accumulation(windows.index_select(0, rows.flatten()))
-    return gathered.view(slots.shape[0], -1, width)
+    return _accumulation(windows.index_select(0, torch.from_numpy(rows)))
 
 
-def _rank_scalings(scalings: Tensor, ranks: Tensor, slots: Tensor, max_rank: int, dtype: torch.dtype) -> Tensor:
-    """(chunks, 1, slices, max_rank): the adapter's scaling, zero beyond its rank."""
-    used = torch.arange(max_rank) < ranks[:, :, None]
-    return (scalings.index_select(0, slots)[:, :, None] * used).to(dtype)[:, None]
+def _column_scalings(scalings: Tensor, group: _Group, used: BoolArray, dtype: torch.dtype) -> Tensor:
+    """What to multiply h with: the scaling in a row's own columns, zero elsewhere; (rows or 1, columns)."""
+    slices, column_owners, _ = used.nonzero()
+    factors = scalings.numpy()[group.slots[column_owners], slices]
+    if len(group.slots) > 1:
+        factors = factors * (group.owners[:, None] == column_owners)
+    return torch.from_numpy(factors).to(dtype)
 
 
-def _add_rows(y: Tensor, delta: Tensor, layout: _ChunkLayout) -> None:
-    """y[lora_rows] += delta, rounded once."""
-    if layout.every_row:
-        y.add_(delta)
-    elif y.dtype == delta.dtype:
-        y.index_add_(0, layout.lora_rows, delta)
+def _add_product(y: Tensor, h: Tensor, b: Tensor, group: _Group, targeted: Tensor | None) -> None:
+    """y[rows of the group] += h @ b, rounded once; `targeted` restricts the group's rows."""
+    if group.span is not None and targeted is None and y.dtype == h.dtype:
+        y[group.span].addmm_(h, b)
+        return
+    rows = group.rows
+    if targeted is not None:
+        h, rows = h.index_select(0, targeted), rows.index_select(0, targeted)
+    delta = torch.mm(h, b)
+    if y.dtype == delta.dtype:
+        y.index_add_(0, rows, delta)
     else:
-        y.index_copy_(0, layout.lora_rows, (y.index_select(0, layout.lora_rows) + delta).to(y.dtype))
+        y.index_copy_(0, rows, (y.index_select(0, rows) + delta).to(y.dtype))

@@ -41,7 +41,7 @@ def test_both_forms_match_float64(rows: int, popularity: str, dtype: torch.dtype
     strided.copy_(base)
     ops.add_lora(x, linear.weights, segments, strided)
     ops.add_lora(x, linear.weights, segments, y)
-    assert torch.equal(y, strided)
+    _assert_near(strided, base.double() + expected, dtype)
     assert wide[:, [*range(5), *range(94, 100)]].isnan().all()
     _assert_near(y, base.double() + expected, dtype)
     assert torch.equal(y[~touched], base[~touched])
