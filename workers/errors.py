@@ -1,8 +1,12 @@
 """What can go wrong in a worker, each with a stable `code`. The ingress alone turns codes into HTTP.
 
 WorkerError
-|-- WorkerConfigError   a setting that this worker cannot honour
-`-- NoRoomError         an adapter does not fit beside those that must stay
+|-- WorkerConfigError       a setting that this worker cannot honour
+|   `-- UnsupportedModel    the base cannot be served right
+|-- NoRoomError             an adapter does not fit beside those that must stay
+|-- AdapterUnavailable      an adapter's weights cannot be fetched now
+|-- PromptTooLong           a prompt that leaves no room for an answer
+`-- EngineFailed            the step loop ended or stands still
 """
 
 from __future__ import annotations
@@ -42,3 +46,27 @@ class NoRoomError(WorkerError):
             f"adapter version {self.version[:12]} needs {self.needed} pages and a slot; of {self.total} pages "
             f"{self.free} are free, {self.in_use} serve requests or loads and {self.pinned} are pinned"
         )
+
+
+class UnsupportedModel(WorkerConfigError):  # noqa: N818
+    """The base model cannot be served right, so it is not served; the message says what stands in the way."""
+
+    code: ClassVar[str] = "unsupported_model"
+
+
+class EngineFailed(WorkerError):  # noqa: N818
+    """The step loop ended with an error or stands still; the worker is to be replaced."""
+
+    code: ClassVar[str] = "engine_failed"
+
+
+class AdapterUnavailable(WorkerError):  # noqa: N818
+    """The weights of an adapter that is not resident cannot be fetched now; the same request may succeed later."""
+
+    code: ClassVar[str] = "adapter_unavailable"
+
+
+class PromptTooLong(WorkerError):  # noqa: N818
+    """A prompt that leaves no room for an answer."""
+
+    code: ClassVar[str] = "context_length_exceeded"

@@ -1,0 +1,101 @@
+"""Bases of several sizes, and random adapters for them, as numpy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from lorafleet.adapter_store.manifest import (
+    NUMPY_DTYPES,
+    AdapterManifest,
+    AdapterWeights,
+    Array,
+    BaseGeometry,
+    Dtype,
+    ModuleManifest,
+    ModuleShape,
+)
+
+QKV = ("q_proj", "k_proj", "v_proj")
+GATE_UP = ("gate_proj", "up_proj")
+ATTENTION = (*QKV, "o_proj")
+LAYER = (*ATTENTION, *GATE_UP, "down_proj")
+EVERYTHING = (*LAYER, "embed_tokens", "lm_head")
+
+
+def decoder(*, layers: int, hidden: int, inner: int, kv: int, vocab: int, dtype: Dtype = "bfloat16") -> BaseGeometry:
+    """A Llama-like decoder."""
+    modules = {"model.embed_tokens": ModuleShape("embedding", vocab, hidden)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        for name, in_dim, out_dim in [
+            ("self_attn.q_proj", hidden, hidden),
+            ("self_attn.k_proj", hidden, kv),
+            ("self_attn.v_proj", hidden, kv),
+            ("self_attn.o_proj", hidden, hidden),
+            ("mlp.gate_proj", hidden, inner),
+            ("mlp.up_proj", hidden, inner),
+            ("mlp.down_proj", inner, hidden),
+        ]:
+            modules[f"{prefix}.{name}"] = ModuleShape("linear", in_dim, out_dim)
+    modules["lm_head"] = ModuleShape("linear", hidden, vocab)
+    return BaseGeometry(modules, dtype)
+
+
+GEOMETRIES = {
+    "llama_8b": decoder(layers=32, hidden=4096, inner=14336, kv=1024, vocab=128256),
+    "llama_7b": decoder(layers=32, hidden=4096, inner=11008, kv=4096, vocab=32000),
+    "llama_1b": decoder(layers=16, hidden=2048, inner=8192, kv=512, vocab=128256),
+    "qwen_05b": decoder(layers=24, hidden=896, inner=4864, kv=128, vocab=151936),
+    "demo": decoder(layers=4, hidden=128, inner=512, kv=64, vocab=1024),
+    "demo_344": decoder(layers=4, hidden=128, inner=344, kv=128, vocab=1024),
+}
+
+TINY = decoder(layers=2, hidden=32, inner=48, kv=16, vocab=200, dtype="float32")
+"""Its vocabulary is wider than a page."""
+ODD = decoder(layers=2, hidden=36, inner=52, kv=12, vocab=203, dtype="float16")
+"""No width is a multiple of the alignment."""
+
+
+def groups_of(geometry: BaseGeometry) -> list[tuple[str, ...]]:
+    """q/k/v and gate/up of every layer."""
+    prefixes = sorted({name.rpartition(".self_attn")[0] for name in geometry.modules if ".self_attn" in name})
+    return [
+        tuple(f"{prefix}.{block}.{name}" for name in names)
+        for prefix in prefixes
+        for block, names in (("self_attn", QKV), ("mlp", GATE_UP))
+    ]
+
+
+def manifest_of(
+    geometry: BaseGeometry, version: str, rank: int, targets: Sequence[str], ranks: dict[str, int] | None = None
+) -> AdapterManifest:
+    """`ranks` replaces the rank of the modules it names."""
+    names = [name for name in geometry.modules if name.rpartition(".")[2] in targets]
+    modules = tuple(
+        ModuleManifest(name, (ranks or {}).get(name, rank), scaling=0.5 + index) for index, name in enumerate(names)
+    )
+    elements = sum(m.rank * (geometry.modules[m.name].in_dim + geometry.modules[m.name].out_dim) for m in modules)
+    itemsize = np.dtype(NUMPY_DTYPES[geometry.dtype]).itemsize
+    return AdapterManifest(version, max(m.rank for m in modules), tuple(sorted(targets)), modules, elements * itemsize)
+
+
+def weights_of(geometry: BaseGeometry, manifest: AdapterManifest, seed: int = 0) -> AdapterWeights:
+    """Random read-only arrays, each value a different one as far as the dtype allows."""
+    rng = np.random.default_rng(seed)
+
+    def array(rows: int, columns: int) -> Array:
+        # bfloat16 travels as bits: small normal numbers.
+        if geometry.dtype == "bfloat16":
+            made: Array = rng.integers(0x3000, 0x4000, (rows, columns), dtype=np.uint16)
+        else:
+            made = rng.standard_normal((rows, columns)).astype(NUMPY_DTYPES[geometry.dtype])
+        made.flags.writeable = False
+        return made
+
+    tensors = {}
+    for module in manifest.modules:
+        shape = geometry.modules[module.name]
+        a = array(shape.in_dim, module.rank) if shape.kind == "embedding" else array(module.rank, shape.in_dim)
+        tensors[module.name] = (a, array(module.rank, shape.out_dim))
+    return AdapterWeights(manifest, geometry.dtype, tensors)

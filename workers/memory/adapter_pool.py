@@ -1,0 +1,254 @@
+"""The device memory of adapters: rank-exact pages, and slot tables that say where each row of a resident adapter lies.
+
+Owns no policy: `Residency` says who comes and goes. One engine thread calls it; `stage` alone may run in another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Array
+from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights
+from lorafleet.workers.errors import WorkerConfigError
+from lorafleet.workers.memory.page_plan import count_adapter_pages, pack
+from lorafleet.workers.memory.pages import PageAllocator
+from lorafleet.workers.memory.pool_layout import PoolLayout, parts_of
+from torch import Tensor
+
+_MAX_REMEMBERED_COUNTS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Allocation:
+    """Pages and a slot that belong to one adapter version until `AdapterPool.free`."""
+
+    manifest: AdapterManifest
+    slot: int
+    page_ids: tuple[int, ...]
+    is_free_of_readers: torch.cuda.Event | None
+    """Recorded when the pages were given out: kernels of their former owner have then run. None on a CPU."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StagedAdapter:
+    """An adapter whose pages are written, or on their way, and whose slot is not live yet."""
+
+    allocation: Allocation
+    tables: Tensor
+    """(num_tables, max_rank) int32 on the device."""
+    ranks: Tensor
+    """(num_modules,) int32 on the device."""
+    scalings: Tensor
+    """(num_modules,) float32 on the device."""
+    is_copied: torch.cuda.Event | None
+    """After it the pages and the three tensors are complete. None on a CPU."""
+
+
+class AdapterPool:
+    """A flat tensor cut into equal pages. A page belongs to one adapter; a slot is the index of a resident adapter.
+
+    Every element of the pool is finite at all times, whoever owned it. Base rows need nothing here.
+    """
+
+    def __init__(self, layout: PoolLayout, *, pool_bytes: int, max_slots: int, device: torch.device) -> None:
+        """Raises WorkerConfigError when `pool_bytes` holds no page, or more than row tables can address."""
+        num_pages = pool_bytes // layout.page_bytes
+        if num_pages == 0:
+            raise WorkerConfigError(f"pool_bytes={pool_bytes} is less than one adapter page, {layout.page_bytes} bytes")
+        max_pages = (ROW_ALIGN << 31) // layout.page_elements
+        if num_pages > max_pages:
+            raise WorkerConfigError(f"pool_bytes={pool_bytes} is more than {max_pages * layout.page_bytes}")
+        self.layout = layout
+        self.device = device
+        # An adapter has a page at least, so more slots than pages would never be used.
+        self.num_slots = min(max_slots, num_pages)
+        dtype = cast(torch.dtype, getattr(torch, layout.dtype))
+        self._elements = torch.zeros(num_pages * layout.page_elements, dtype=dtype, device=device)
+        shape = (self.num_slots, layout.num_tables, layout.max_rank)
+        self._tables = torch.zeros(shape, dtype=torch.int32, device=device)
+        self._ranks = torch.zeros((self.num_slots, layout.num_modules), dtype=torch.int32, device=device)
+        self._scalings = torch.zeros((self.num_slots, layout.num_modules), dtype=torch.float32, device=device)
+        self._pages = PageAllocator(num_pages)
+        self._slots = PageAllocator(self.num_slots)
+        self._page_counts: dict[str, int] = {}
+        self._ideal_bytes = 0
+        # Some releases of torch leave the constructor untyped.
+        make_stream = cast(Callable[[torch.device], torch.cuda.Stream], torch.cuda.Stream)
+        self._stream = make_stream(device) if device.type == "cuda" else None
+
+    @property
+    def num_pages_total(self) -> int:
+        return self._pages.num_total
+
+    @property
+    def num_pages_used(self) -> int:
+        return self._pages.num_used
+
+    @property
+    def num_pages_free(self) -> int:
+        return self._pages.num_free
+
+    @property
+    def num_slots_free(self) -> int:
+        return self._slots.num_free
+
+    @property
+    def total_bytes(self) -> int:
+        return self._pages.num_total * self.layout.page_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the pages that adapters own."""
+        return self._pages.num_used * self.layout.page_bytes
+
+    @property
+    def ideal_bytes(self) -> int:
+        """Bytes of the weights of the adapters that own pages."""
+        return self._ideal_bytes
+
+    def num_pages(self, manifest: AdapterManifest) -> int:
+        """Pages that the adapter takes; remembered by version."""
+        count = self._page_counts.get(manifest.version)
+        if count is None:
+            if len(self._page_counts) >= _MAX_REMEMBERED_COUNTS:
+                self._page_counts.clear()
+            count = self._page_counts[manifest.version] = count_adapter_pages(manifest, self.layout)
+        return count
+
+    def can_allocate(self, manifest: AdapterManifest) -> bool:
+        return self._slots.can_allocate(1) and self._pages.can_allocate(self.num_pages(manifest))
+
+    def allocate(self, manifest: AdapterManifest) -> Allocation:
+        """Pages and a slot for the adapter; its rank stays 0 until `publish`. The caller has asked `can_allocate`."""
+        assert self.can_allocate(manifest), manifest.version
+        (slot,) = self._slots.allocate(1)
+        page_ids = tuple(self._pages.allocate(self.num_pages(manifest)))
+        self._ideal_bytes += manifest.num_bytes
+        event = torch.cuda.current_stream(self.device).record_event() if self._stream else None
+        return Allocation(manifest, slot, page_ids, event)
+
+    def stage(self, allocation: Allocation, weights: AdapterWeights) -> StagedAdapter:
+        """Lay the weights into the allocated pages and make the slot's table rows.
+
+        May run in another thread than the engine's: it touches only the allocation's own pages. On CUDA the copies go
+        from pinned memory over a side stream, and it returns before they are done.
+        """
+        assert weights.manifest.version == allocation.manifest.version, weights.manifest.version
+        assert weights.dtype == self.layout.dtype, (weights.dtype, self.layout.dtype)
+        layout = self.layout
+        plan = pack(weights.manifest, layout)
+        assert plan.num_pages == len(allocation.page_ids), "packing is not what it was when the pages were counted"
+        image = self._host((plan.num_pages, layout.page_elements), self._elements.dtype)
+        plan.write(weights, _as_numpy(image).reshape(-1))
+
+        page_ids = np.array(allocation.page_ids, dtype=np.int64)
+        pages, within = np.divmod(plan.offsets, layout.page_elements)
+        tables = self._host((layout.num_tables, layout.max_rank), torch.int32).zero_()
+        tables.numpy().reshape(-1)[plan.entries] = (page_ids[pages] * layout.page_elements + within) // ROW_ALIGN
+        modules = weights.manifest.modules
+        columns = [layout.places[module.name].index for module in modules]
+        ranks = self._host((layout.num_modules,), torch.int32).zero_()
+        ranks.numpy()[columns] = [module.rank for module in modules]
+        scalings = self._host((layout.num_modules,), torch.float32).zero_()
+        scalings.numpy()[columns] = [module.scaling for module in modules]
+
+        if self._stream is None:
+            self._copy_pages(image, page_ids)
+            return StagedAdapter(allocation, tables, ranks, scalings, None)
+        assert allocation.is_free_of_readers is not None
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(allocation.is_free_of_readers)
+            self._copy_pages(image, page_ids)
+            tables, ranks, scalings = (host.to(self.device, non_blocking=True) for host in (tables, ranks, scalings))
+            is_copied = self._stream.record_event()
+        return StagedAdapter(allocation, tables, ranks, scalings, is_copied)
+
+    def publish(self, staged: StagedAdapter) -> None:
+        """Make the slot live, between two steps: kernels that are launched from now on see the adapter.
+
+        On CUDA the current stream waits for the copies; the host does not.
+        """
+        slot = staged.allocation.slot
+        if staged.is_copied is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(staged.is_copied)
+            for tensor in (staged.tables, staged.ranks, staged.scalings):
+                tensor.record_stream(stream)
+        self._tables[slot].copy_(staged.tables)
+        self._scalings[slot].copy_(staged.scalings)
+        self._ranks[slot].copy_(staged.ranks)
+
+    def free(self, allocation: Allocation) -> None:
+        """Take back pages and slot, whether or not the adapter was published; no `stage` of it may be running."""
+        self._ranks[allocation.slot].zero_()
+        self._pages.free(allocation.page_ids)
+        self._slots.free([allocation.slot])
+        self._ideal_bytes -= allocation.manifest.num_bytes
+
+    def weights(self, group: tuple[str, ...]) -> LoraWeights:
+        """Views for linear modules: a group as the layout was given it, or one alone. Valid for the pool's life."""
+        places = [self.layout.places[name] for name in group]
+        assert all(place.shape.kind == "linear" for place in places), group
+        first, num_slices = places[0], len(places)
+        num_parts = sum(place.num_parts for place in places)
+        assert [place.index for place in places] == list(range(first.index, first.index + num_slices)), group
+        slices, starts, widths = [], [], []
+        base = 0
+        for index, place in enumerate(places):
+            for start, width in parts_of(place.shape.out_dim, self.layout.page_elements):
+                slices.append(index)
+                starts.append(base + start)
+                widths.append(width)
+            base += place.shape.out_dim
+        return LoraWeights(
+            pool=self._elements,
+            ranks=self._ranks[:, first.index : first.index + num_slices],
+            scalings=self._scalings[:, first.index : first.index + num_slices],
+            a_rows=self._tables[:, first.a_table : first.a_table + num_slices],
+            b_rows=self._tables[:, first.b_table : first.b_table + num_parts],
+            in_dim=first.shape.in_dim,
+            part_slices=tuple(slices),
+            part_starts=tuple(starts),
+            part_widths=tuple(widths),
+        )
+
+    def embedding_weights(self, name: str) -> LoraEmbeddingWeights:
+        """Views for an embedding. Valid for the pool's life."""
+        place = self.layout.places[name]
+        assert place.shape.kind == "embedding", name
+        parts = parts_of(place.shape.out_dim, self.layout.page_elements)
+        return LoraEmbeddingWeights(
+            pool=self._elements,
+            ranks=self._ranks[:, place.index : place.index + 1],
+            scalings=self._scalings[:, place.index : place.index + 1],
+            a_pages=self._tables[:, place.a_table : place.a_table + place.num_a_tables].view(self.num_slots, -1),
+            b_rows=self._tables[:, place.b_table : place.b_table + place.num_parts],
+            num_embeddings=place.shape.in_dim,
+            page_elements=self.layout.page_elements,
+            part_slices=(0,) * len(parts),
+            part_starts=tuple(start for start, _ in parts),
+            part_widths=tuple(width for _, width in parts),
+        )
+
+    def _host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
+
+    def _copy_pages(self, image: Tensor, page_ids: npt.NDArray[np.int64]) -> None:
+        """One copy for each run of neighbouring pages."""
+        pool = self._elements.view(-1, self.layout.page_elements)
+        breaks = (np.flatnonzero(np.diff(page_ids) != 1) + 1).tolist()
+        for first, last in zip([0, *breaks], [*breaks, len(page_ids)], strict=True):
+            start = int(page_ids[first])
+            pool[start : start + last - first].copy_(image[first:last], non_blocking=True)
+
+
+def _as_numpy(tensor: Tensor) -> Array:
+    """The tensor's memory as numpy has it: bfloat16 bits are uint16."""
+    if tensor.dtype == torch.bfloat16:
+        return cast(Array, tensor.view(torch.uint16).numpy())
+    return cast(Array, tensor.numpy())

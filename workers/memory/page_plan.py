@@ -1,0 +1,88 @@
+"""Where every row of one adapter lies in its pages: `pack` plans, `write` fills the image of the pages.
+
+The plan knows the adapter's pages as `0 .. num_pages - 1`; the pool maps them to the pages that it allocated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Array
+from lorafleet.workers.memory.packing import Ints, pack_rows
+from lorafleet.workers.memory.pool_layout import Piece, PoolLayout, aligned, count_piece_pages
+
+
+@dataclass(frozen=True, slots=True)
+class PagePlan:
+    """A packing of one adapter's rows."""
+
+    num_pages: int
+    page_elements: int
+    pieces: tuple[Piece, ...]
+    offsets: Ints
+    """(num_rows,) first element of each row in the image, the rows of the pieces in order."""
+    entries: Ints
+    """(num_rows,) entry of each row in the slot's row tables, flattened."""
+    page_ends: Ints
+    """(num_pages,) elements of each page in use; they are its first."""
+
+    def write(self, weights: AdapterWeights, image: Array) -> None:
+        """Copy the weights into `image`, (num_pages * page_elements,), and zero what no row covers.
+
+        Rows that are neighbours in both places are one copy.
+        """
+        pages = image.reshape(self.num_pages, self.page_elements)
+        for end in np.unique(self.page_ends[self.page_ends < self.page_elements]).tolist():
+            pages[self.page_ends == end, end:] = 0
+        row = 0
+        for piece in self.pieces:
+            source = _rows(piece, weights)
+            pitch = aligned(piece.width)
+            offsets = self.offsets[row : row + piece.count]
+            row += piece.count
+            breaks = np.flatnonzero(np.diff(offsets) != pitch) + 1
+            for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), piece.count], strict=True):
+                start = int(offsets[first])
+                target = image[start : start + (last - first) * pitch].reshape(last - first, pitch)
+                target[:, : piece.width] = source[first:last]
+                target[:, piece.width :] = 0
+
+
+def count_adapter_pages(manifest: AdapterManifest, layout: PoolLayout) -> int:
+    """`pack(manifest, layout).num_pages`, without the plan."""
+    return count_piece_pages(layout.pieces(manifest), layout.page_elements)
+
+
+def pack(manifest: AdapterManifest, layout: PoolLayout) -> PagePlan:
+    """Plan the pages of an adapter: the same for the same arguments, wherever and whenever it runs."""
+    pieces = layout.pieces(manifest)
+    widths = np.array([aligned(piece.width) for piece in pieces], dtype=np.int64)
+    counts = np.array([piece.count for piece in pieces], dtype=np.int64)
+    first_entries = np.array([_first_entry(piece, layout) for piece in pieces], dtype=np.int64)
+    packing = pack_rows(widths, counts, layout.page_elements)
+    within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    return PagePlan(
+        num_pages=packing.num_pages,
+        page_elements=layout.page_elements,
+        pieces=tuple(pieces),
+        offsets=packing.offsets,
+        entries=np.repeat(first_entries, counts) + within,
+        page_ends=packing.page_ends,
+    )
+
+
+def _first_entry(piece: Piece, layout: PoolLayout) -> int:
+    place = layout.places[piece.module]
+    table = place.b_table + piece.part if piece.half else place.a_table
+    return table * layout.max_rank + piece.entry
+
+
+def _rows(piece: Piece, weights: AdapterWeights) -> Array:
+    """(count, width) view of the piece's rows."""
+    flat = weights.tensors[piece.module][piece.half].reshape(-1)
+    rows = flat[piece.start :]
+    if piece.stride == piece.width:
+        return rows[: piece.count * piece.width].reshape(piece.count, piece.width)
+    strides = (piece.stride * rows.itemsize, rows.itemsize)
+    return np.lib.stride_tricks.as_strided(rows, (piece.count, piece.width), strides, writeable=False)

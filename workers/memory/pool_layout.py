@@ -1,0 +1,176 @@
+"""How adapters of one base lie in a pool: page size, rows of each module, and where a module is in the slot tables."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from lorafleet.adapter_store.manifest import AdapterManifest, BaseGeometry, Dtype, ModuleManifest, ModuleShape
+from lorafleet.kernels.weights import ROW_ALIGN
+from lorafleet.workers.memory.packing import count_pages
+
+MAX_PAGE_ROWS = 8
+"""A page is at most this many rows of the widest input."""
+
+
+def aligned(num_elements: int) -> int:
+    """`num_elements`, rounded up to where the next row may start."""
+    return -(-num_elements // ROW_ALIGN) * ROW_ALIGN
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`count` rows of one width, out of the A or the B of one module, that go into the pool as they are.
+
+    Row `i` is elements `start + i * stride` to `... + width` of the flattened array in `AdapterWeights`.
+    """
+
+    module: str
+    half: int
+    """0: A. 1: B."""
+    part: int
+    """Which part of B; 0 for A."""
+    entry: int
+    """Entry of the first row in the row table."""
+    start: int
+    stride: int
+    width: int
+    count: int
+
+
+def pieces_of(module: ModuleManifest, shape: ModuleShape, page_elements: int) -> list[Piece]:
+    """The rows that one module of an adapter puts into the pool, none wider than a page."""
+    name, rank = module.name, module.rank
+    if shape.kind == "linear":
+        pieces = [Piece(name, 0, 0, 0, start=0, stride=shape.in_dim, width=shape.in_dim, count=rank)]
+    else:
+        # A token's values are `rank` neighbours; a row is as many whole tokens as a page holds.
+        tokens = page_elements // rank
+        full, rest = divmod(shape.in_dim, tokens)
+        row = tokens * rank
+        pieces = [Piece(name, 0, 0, 0, start=0, stride=row, width=row, count=full)] if full else []
+        if rest:
+            pieces.append(Piece(name, 0, 0, full, start=full * row, stride=row, width=rest * rank, count=1))
+    for part, (start, width) in enumerate(parts_of(shape.out_dim, page_elements)):
+        pieces.append(Piece(name, 1, part, 0, start=start, stride=shape.out_dim, width=width, count=rank))
+    return pieces
+
+
+def parts_of(out_dim: int, page_elements: int) -> list[tuple[int, int]]:
+    """First column and width of each part of a B row: whole pages, and what is left."""
+    return [(start, min(page_elements, out_dim - start)) for start in range(0, out_dim, page_elements)]
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlace:
+    """One module's place in the tables of a slot."""
+
+    shape: ModuleShape
+    index: int
+    """Column of the module's rank and scaling."""
+    a_table: int
+    """Row table of A; an embedding's A may fill those after it too."""
+    num_a_tables: int
+    b_table: int
+    """Row table of B's first part; one table a part."""
+    num_parts: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLayout:
+    """What the pool must know about the base. Make it with `PoolLayout.of`."""
+
+    dtype: Dtype
+    max_rank: int
+    page_elements: int
+    places: Mapping[str, ModulePlace]
+    num_tables: int
+    """Row tables of a slot, each of `max_rank` entries."""
+
+    @staticmethod
+    def of(geometry: BaseGeometry, groups: Sequence[tuple[str, ...]], max_rank: int) -> PoolLayout:
+        """`groups`: modules that share their input, in the order of their outputs; the others stand alone.
+
+        The modules of a group are neighbours in the tables, so that one view serves them all.
+        """
+        page_elements = choose_page_elements(geometry, max_rank)
+        grouped = {name for group in groups for name in group}
+        assert len(grouped) == sum(map(len, groups)), "a module is in two groups"
+        assert grouped <= geometry.modules.keys(), grouped - geometry.modules.keys()
+        places: dict[str, ModulePlace] = {}
+        num_tables = 0
+        for group in [*groups, *((name,) for name in geometry.modules if name not in grouped)]:
+            shapes = [geometry.modules[name] for name in group]
+            assert len({shape.in_dim for shape in shapes}) == 1, f"{group} do not share their input"
+            assert len(group) == 1 or all(shape.kind == "linear" for shape in shapes), f"{group} has an embedding"
+            a_sizes = [_num_a_tables(shape, page_elements, max_rank) for shape in shapes]
+            a_table, b_table = num_tables, num_tables + sum(a_sizes)
+            for name, shape, a_size in zip(group, shapes, a_sizes, strict=True):
+                num_parts = len(parts_of(shape.out_dim, page_elements))
+                places[name] = ModulePlace(shape, len(places), a_table, a_size, b_table, num_parts)
+                a_table += a_size
+                b_table += num_parts
+            num_tables = b_table
+        return PoolLayout(geometry.dtype, max_rank, page_elements, MappingProxyType(places), num_tables)
+
+    @property
+    def num_modules(self) -> int:
+        return len(self.places)
+
+    @property
+    def page_bytes(self) -> int:
+        return self.page_elements * (4 if self.dtype == "float32" else 2)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the tables of one slot, which the pool keeps beside its pages."""
+        return 4 * (self.num_tables * self.max_rank + 2 * self.num_modules)
+
+    def pieces(self, manifest: AdapterManifest) -> list[Piece]:
+        """The rows of all modules of an adapter."""
+        pieces = []
+        for module in manifest.modules:
+            assert 0 < module.rank <= self.max_rank, (module.name, module.rank, self.max_rank)
+            pieces += pieces_of(module, self.places[module.name].shape, self.page_elements)
+        return pieces
+
+
+def count_piece_pages(pieces: Iterable[Piece], page_elements: int) -> int:
+    """Pages that the pieces of one adapter take."""
+    sizes = np.array([(aligned(piece.width), piece.count) for piece in pieces], dtype=np.int64).reshape(-1, 2)
+    return count_pages(sizes[:, 0], sizes[:, 1], page_elements)
+
+
+def choose_page_elements(geometry: BaseGeometry, max_rank: int) -> int:
+    """The page size, in elements, that wastes least: 1 to `MAX_PAGE_ROWS` rows of the widest input.
+
+    A row of A is never split, so the widest input of a linear module sets the unit; outputs wider than a page are
+    split. Each size is tried on adapters of rank 8: one for every target alone, and one for all of them.
+    """
+    modules = geometry.modules
+    # One token of an embedding's A, which has `max_rank` elements at most, has to fit too.
+    unit = aligned(max(max_rank, *(shape.in_dim for shape in modules.values() if shape.kind == "linear")))
+    by_target: dict[str, list[str]] = defaultdict(list)
+    for name in modules:
+        by_target[name.rpartition(".")[2]].append(name)
+    probes = [[ModuleManifest(name, 8, 1.0) for name in names] for names in [*by_target.values(), [*modules]]]
+
+    def waste(page_elements: int) -> float:
+        total = 0.0
+        for probe in probes:
+            pieces = [piece for module in probe for piece in pieces_of(module, modules[module.name], page_elements)]
+            ideal = sum(piece.width * piece.count for piece in pieces)
+            total += count_piece_pages(pieces, page_elements) * page_elements / ideal
+        return total
+
+    return min((rows * unit for rows in range(1, MAX_PAGE_ROWS + 1)), key=waste)
+
+
+def _num_a_tables(shape: ModuleShape, page_elements: int, max_rank: int) -> int:
+    if shape.kind == "linear":
+        return 1
+    max_rows = -(-shape.in_dim // (page_elements // max_rank))
+    return -(-max_rows // max_rank)
