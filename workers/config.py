@@ -79,6 +79,14 @@ class EngineConfig(Settings):
     max_logits_rows: int = Field(
         default=256, ge=1, description="Most rows of logits in one step; bounds prompt logprobs."
     )
+    max_wait_s: float = Field(
+        default=2.0,
+        gt=0,
+        description="A waiting request older than this is not passed by others that take what it needs.",
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.9, gt=0, le=1, description="Share of the GPU that workers on it may take together, weights included."
+    )
     stall_s: float = Field(
         default=30.0, gt=0, description="check_health fails when the step loop has stood still this long."
     )

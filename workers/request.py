@@ -86,7 +86,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class GenerateDelta:
-    """What one step added to one sequence. A stream has one for each step that made a token, the last with a finish reason."""
+    """What one step added to one sequence; the last delta of a stream has a finish reason."""
 
     index: int
     """Which of the request's `n` answers."""

@@ -143,13 +143,9 @@ class AdapterPool:
         layout = self.layout
         plan = pack(weights.manifest, layout)
         assert plan.num_pages == len(allocation.page_ids), "packing is not what it was when the pages were counted"
-        image = self._host((plan.num_pages, layout.page_elements), self._elements.dtype)
-        plan.write(weights, _as_numpy(image).reshape(-1))
-
         page_ids = np.array(allocation.page_ids, dtype=np.int64)
-        pages, within = np.divmod(plan.offsets, layout.page_elements)
         tables = self._host((layout.num_tables, layout.max_rank), torch.int32).zero_()
-        tables.numpy().reshape(-1)[plan.entries] = (page_ids[pages] * layout.page_elements + within) // ROW_ALIGN
+        tables.numpy().reshape(-1)[plan.entries] = plan.starts(page_ids) // ROW_ALIGN
         modules = weights.manifest.modules
         columns = [layout.places[module.name].index for module in modules]
         ranks = self._host((layout.num_modules,), torch.int32).zero_()
@@ -158,8 +154,10 @@ class AdapterPool:
         scalings.numpy()[columns] = [module.scaling for module in modules]
 
         if self._stream is None:
-            self._copy_pages(image, page_ids)
+            plan.write(weights, _as_numpy(self._elements), page_ids)
             return StagedAdapter(allocation, tables, ranks, scalings, None)
+        image = self._host((plan.num_pages * layout.page_elements,), self._elements.dtype)
+        plan.write(weights, _as_numpy(image), np.arange(plan.num_pages))
         assert allocation.is_free_of_readers is not None
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(allocation.is_free_of_readers)
@@ -240,11 +238,12 @@ class AdapterPool:
 
     def _copy_pages(self, image: Tensor, page_ids: npt.NDArray[np.int64]) -> None:
         """One copy for each run of neighbouring pages."""
-        pool = self._elements.view(-1, self.layout.page_elements)
+        size = self.layout.page_elements
         breaks = (np.flatnonzero(np.diff(page_ids) != 1) + 1).tolist()
         for first, last in zip([0, *breaks], [*breaks, len(page_ids)], strict=True):
-            start = int(page_ids[first])
-            pool[start : start + last - first].copy_(image[first:last], non_blocking=True)
+            start = int(page_ids[first]) * size
+            target = self._elements[start : start + (last - first) * size]
+            target.copy_(image[first * size : last * size], non_blocking=True)
 
 
 def _as_numpy(tensor: Tensor) -> Array:

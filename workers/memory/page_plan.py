@@ -1,4 +1,4 @@
-"""Where every row of one adapter lies in its pages: `pack` plans, `write` fills the image of the pages.
+"""Where every row of one adapter lies in its pages: `pack` plans, `PagePlan.write` fills the pages.
 
 The plan knows the adapter's pages as `0 .. num_pages - 1`; the pool maps them to the pages that it allocated.
 """
@@ -21,32 +21,38 @@ class PagePlan:
     page_elements: int
     pieces: tuple[Piece, ...]
     offsets: Ints
-    """(num_rows,) first element of each row in the image, the rows of the pieces in order."""
+    """(num_rows,) first element of each row in the adapter's pages laid end to end; the rows of the pieces in order."""
     entries: Ints
     """(num_rows,) entry of each row in the slot's row tables, flattened."""
     page_ends: Ints
     """(num_pages,) elements of each page in use; they are its first."""
 
-    def write(self, weights: AdapterWeights, image: Array) -> None:
-        """Copy the weights into `image`, (num_pages * page_elements,), and zero what no row covers.
+    def starts(self, page_ids: Ints) -> Ints:
+        """(num_rows,) first element of each row when the plan's pages lie at `page_ids`."""
+        pages, within = np.divmod(self.offsets, self.page_elements)
+        return page_ids[pages] * self.page_elements + within
+
+    def write(self, weights: AdapterWeights, target: Array, page_ids: Ints) -> None:
+        """Copy the weights into pages `page_ids` of `target`, which is flat, and zero what no row covers in them.
 
         Rows that are neighbours in both places are one copy.
         """
-        pages = image.reshape(self.num_pages, self.page_elements)
+        pages = target.reshape(-1, self.page_elements)
         for end in np.unique(self.page_ends[self.page_ends < self.page_elements]).tolist():
-            pages[self.page_ends == end, end:] = 0
+            pages[page_ids[self.page_ends == end], end:] = 0
+        starts = self.starts(page_ids)
         row = 0
         for piece in self.pieces:
             source = _rows(piece, weights)
             pitch = aligned(piece.width)
-            offsets = self.offsets[row : row + piece.count]
+            piece_starts = starts[row : row + piece.count]
             row += piece.count
-            breaks = np.flatnonzero(np.diff(offsets) != pitch) + 1
-            for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), piece.count], strict=True):
-                start = int(offsets[first])
-                target = image[start : start + (last - first) * pitch].reshape(last - first, pitch)
-                target[:, : piece.width] = source[first:last]
-                target[:, piece.width :] = 0
+            breaks = (np.flatnonzero(np.diff(piece_starts) != pitch) + 1).tolist()
+            for first, last in zip([0, *breaks], [*breaks, piece.count], strict=True):
+                start = int(piece_starts[first])
+                rows = target[start : start + (last - first) * pitch].reshape(last - first, pitch)
+                rows[:, : piece.width] = source[first:last]
+                rows[:, piece.width :] = 0
 
 
 def count_adapter_pages(manifest: AdapterManifest, layout: PoolLayout) -> int:

@@ -1,0 +1,328 @@
+"""The step loop of one worker, on a thread of its own: schedule, compute, hand out tokens; all else between steps.
+
+Scheduler, memory and adapters belong to this thread; others talk to it through `submit`, `abort` and `call`.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from lorafleet.workers.adapter_loader import AdapterLoader
+from lorafleet.workers.batch import StepBatch, build_batch
+from lorafleet.workers.config import EngineConfig
+from lorafleet.workers.detokenizer import Detokenizer
+from lorafleet.workers.errors import EngineFailed, PromptTooLong
+from lorafleet.workers.model.runner import ModelRunner, StepResult
+from lorafleet.workers.request import EngineRequest, FinishReason, GenerateDelta, TokenLogprobs
+from lorafleet.workers.scheduler import Scheduler
+from lorafleet.workers.sequence import Sequence
+from lorafleet.workers.stats import EngineStats
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Delivery = tuple[str, GenerateDelta | Exception]
+"""A request id and what came of it. After an error or a finish reason nothing more comes."""
+
+IDLE_WAIT_S = 0.2
+"""How long an idle loop sleeps before it shows that it lives."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Commands:
+    """What other threads have asked for, in order."""
+
+    queue: deque[Callable[[], None]]
+    wake: threading.Event
+
+
+class Engine:
+    """Generates for many requests at once on one device.
+
+    `deliver` is called on the engine's thread, once a step, with what the step made.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        loader: AdapterLoader,
+        tokenizer: PreTrainedTokenizerBase | None,
+        config: EngineConfig,
+        deliver: Callable[[list[Delivery]], None],
+        *,
+        worker_id: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stats = EngineStats()
+        self._runner = runner
+        self._loader = loader
+        self._tokenizer = tokenizer
+        self._config = config
+        self._deliver = deliver
+        self._worker_id = worker_id
+        self._clock = clock
+        self._scheduler = Scheduler(
+            runner.cache,
+            loader,
+            max_batch_tokens=config.max_batch_tokens,
+            max_running=config.max_running,
+            max_logits_rows=config.max_logits_rows,
+            max_wait_s=config.max_wait_s,
+            clock=clock,
+        )
+        self._sequences: dict[str, Sequence] = {}
+        self._outbox: list[Delivery] = []
+        self._commands = _Commands(deque(), threading.Event())
+        self._loop_alive_s = clock()
+        self._failure: BaseException | None = None
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="lorafleet-engine", daemon=True)
+        loader.on_progress = self._commands.wake.set
+
+    # --- from any thread ---
+
+    def start(self) -> None:
+        """Begin stepping."""
+        self._thread.start()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """End the loop; requests in flight get EngineFailed."""
+        self._is_closing = True
+        self._commands.wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request; everything that comes of it is delivered under its id."""
+        self._post(lambda: self._add(request))
+
+    def abort(self, request_id: str) -> None:
+        """End a request that nobody waits for; unknown and finished ids are fine. Takes effect before the next step."""
+        self._post(lambda: self._abort(request_id))
+
+    def call(self, function: Callable[[], Result]) -> Future[Result]:
+        """Run `function` on the engine's thread between two steps."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._post(run)
+        return future
+
+    @property
+    def num_running(self) -> int:
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting
+
+    def check_health(self) -> None:
+        """Raises EngineFailed when the step loop has ended or stands still."""
+        if self._failure is not None:
+            raise EngineFailed(f"the step loop ended: {type(self._failure).__name__}: {self._failure}")
+        if not self._thread.is_alive():
+            raise EngineFailed("the step loop has ended")
+        stalled_s = self._clock() - self._loop_alive_s
+        if stalled_s > self._config.stall_s:
+            raise EngineFailed(
+                f"the step loop has stood still for {stalled_s:.0f} s, more than {self._config.stall_s} s"
+            )
+
+    def _post(self, command: Callable[[], None]) -> None:
+        if self._failure is not None or self._is_closing:
+            raise EngineFailed("the step loop has ended")
+        self._commands.queue.append(command)
+        self._commands.wake.set()
+
+    # --- on the engine's thread ---
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closing:
+                self._loop_alive_s = self._clock()
+                self._commands.wake.clear()
+                while self._commands.queue:
+                    self._commands.queue.popleft()()
+                self._loader.publish_ready()
+                self._fail_unloadable()
+                if not self._step():
+                    self._flush()
+                    self._commands.wake.wait(IDLE_WAIT_S)
+        except BaseException as error:
+            logger.exception("the step loop ended")
+            self._failure = error
+        finally:
+            self._is_closing = True
+            for sequence in list(self._sequences.values()):
+                self._end_with(sequence, EngineFailed("the worker's step loop ended"))
+            self._flush()
+            while self._commands.queue:
+                self._commands.queue.popleft()()
+
+    def _step(self) -> bool:
+        scheduled = self._scheduler.schedule()
+        if not scheduled:
+            return False
+        started_s = self._clock()
+        batch = build_batch(
+            scheduled,
+            slot_of=self._loader.slot_of,
+            page_tokens=self._runner.cache.page_tokens,
+            stop_token_ids=self._runner.base.stop_token_ids,
+            device=self._runner.base.device,
+        )
+        result = self._runner.run(batch)
+        self._account(batch)
+        self._note_prompt_logprobs(batch, result)
+        for index, sequence in enumerate(batch.sampled):
+            self._append(sequence, result, index)
+        self.stats.note_step(len(batch.rows), len(batch.positions), self._clock() - started_s)
+        self._flush()
+        return True
+
+    def _account(self, batch: StepBatch) -> None:
+        """Note what is computed now, and offer the pages that became full for sharing."""
+        cache = self._runner.cache
+        for item in batch.rows:
+            sequence = item.sequence
+            sequence.num_computed += item.num_rows
+            num_full = sequence.num_computed // cache.page_tokens
+            if num_full > sequence.num_shared_pages:
+                tokens = sequence.token_ids[: sequence.num_computed]
+                sequence.kv_pages = cache.insert(sequence.version, tokens, sequence.kv_pages)
+                sequence.num_shared_pages = num_full
+
+    def _note_prompt_logprobs(self, batch: StepBatch, result: StepResult) -> None:
+        if result.prompt_logprobs is None:
+            return
+        logprobs, (top_ids, top_values) = result.prompt_logprobs
+        row = 0
+        for sequence, start, count in batch.prompts:
+            num_top = sequence.request.sampling.logprobs or 0
+            for position in range(start + 1, start + 1 + count):
+                top = tuple(zip(top_ids[row][:num_top], top_values[row][:num_top], strict=True))
+                sequence.prompt_logprobs.append(TokenLogprobs(sequence.token_ids[position], logprobs[row], top))
+                row += 1
+
+    def _append(self, sequence: Sequence, result: StepResult, index: int) -> None:
+        sampling = sequence.request.sampling
+        is_first = sequence.num_made == 0
+        token_id = result.sampled.token_ids[index]
+        sequence.token_ids.append(token_id)
+        if is_first:
+            self.stats.note_first_token(self._clock() - sequence.arrival_s)
+        past_min = sequence.num_made >= sampling.min_tokens
+        if token_id in sampling.stop_token_ids and past_min:
+            sequence.finish_reason, sequence.stop_reason = "stop", token_id
+        elif token_id in self._runner.base.stop_token_ids and not sampling.ignore_eos and past_min:
+            sequence.finish_reason = "stop"
+        elif sequence.num_made >= sequence.max_tokens:
+            sequence.finish_reason = "length"
+        text = sequence.detokenizer.append((token_id,), check_stop=past_min)
+        if sequence.detokenizer.matched_stop is not None:
+            sequence.finish_reason, sequence.stop_reason = "stop", sequence.detokenizer.matched_stop
+        elif sequence.finish_reason is not None:
+            text += sequence.detokenizer.flush()
+        prompt_logprobs = None
+        if is_first and sampling.prompt_logprobs:
+            head = TokenLogprobs(sequence.token_ids[0], None, ())
+            prompt_logprobs = (head, *sequence.prompt_logprobs)
+        self._outbox.append(
+            (
+                sequence.request.request_id,
+                GenerateDelta(
+                    index=0,
+                    token_ids=(token_id,),
+                    text=text,
+                    logprobs=self._logprobs(sequence, result, index),
+                    finish_reason=sequence.finish_reason,
+                    num_prompt_tokens=sequence.num_prompt,
+                    num_cached_tokens=sequence.num_cached,
+                    prompt_logprobs=prompt_logprobs,
+                    stop_reason=sequence.stop_reason,
+                    worker_id=self._worker_id,
+                    version=sequence.version,
+                ),
+            )
+        )
+        if sequence.finish_reason is not None:
+            self._finish(sequence, sequence.finish_reason)
+
+    def _logprobs(self, sequence: Sequence, result: StepResult, index: int) -> tuple[TokenLogprobs, ...] | None:
+        num_top = sequence.request.sampling.logprobs
+        if num_top is None:
+            return None
+        assert result.sampled.logprobs is not None
+        assert result.sampled.top is not None
+        ids, values = result.sampled.top
+        top = tuple(zip(ids[index][:num_top], values[index][:num_top], strict=True))
+        return (TokenLogprobs(result.sampled.token_ids[index], result.sampled.logprobs[index], top),)
+
+    def _add(self, request: EngineRequest) -> None:
+        num_prompt = len(request.prompt_token_ids)
+        room = self._runner.base.max_model_len - num_prompt
+        if not request.prompt_token_ids or room < 1:
+            error = PromptTooLong(
+                f"the prompt has {num_prompt} tokens; it must have at least 1 and leave room for an answer "
+                f"within the model's {self._runner.base.max_model_len}"
+            )
+            self._outbox.append((request.request_id, error))
+            return
+        assert request.request_id not in self._sequences, f"request id {request.request_id} is in use"
+        sampling = request.sampling
+        sequence = Sequence(
+            request=request,
+            arrival_s=self._clock(),
+            max_tokens=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
+            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            detokenizer=Detokenizer(self._tokenizer, sampling.stop, request.prompt_token_ids),
+            token_ids=list(request.prompt_token_ids),
+        )
+        self._sequences[request.request_id] = sequence
+        self._scheduler.add(sequence)
+        if request.version is not None:
+            self._loader.want(request.version)
+
+    def _abort(self, request_id: str) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._finish(sequence, "abort")
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        del self._sequences[sequence.request.request_id]
+        self._scheduler.finish(sequence)
+        self.stats.note_finish(reason, sequence.num_prompt, sequence.num_made)
+
+    def _end_with(self, sequence: Sequence, error: Exception) -> None:
+        self._outbox.append((sequence.request.request_id, error))
+        self._finish(sequence, "abort")
+
+    def _fail_unloadable(self) -> None:
+        """End the requests whose adapter turned out not to be loadable."""
+        for version, error in self._loader.take_failures().items():
+            for sequence in list(self._sequences.values()):
+                if sequence.version == version and not sequence.is_admitted:
+                    self._end_with(sequence, error)
+            self._loader.forget(version)
+
+    def _flush(self) -> None:
+        if self._outbox:
+            outbox, self._outbox = self._outbox, []
+            self._deliver(outbox)

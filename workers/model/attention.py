@@ -1,0 +1,152 @@
+"""Attention over paged KV, reached through transformers' attention registry.
+
+Every attention module of the base calls `paged_attention`, which writes the new keys and values to their pages and
+attends over each sequence's block table. CUDA runs Triton kernels; torch's own attention serves the CPU and is the
+oracle. Rows are the step's tokens, one sequence after another, decodes (one row each) first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+from lorafleet.workers.errors import UnsupportedModel
+from lorafleet.workers.memory.kv_cache import KVCache
+
+IMPLEMENTATION = "lorafleet_paged"
+
+UNSUPPORTED_FEATURES = ("softcap", "s_aux", "position_bias")
+"""Arguments of transformers' attention functions that change the result and are not implemented: refused."""
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """Where the rows of one forward pass lie in the KV cache, and what each sequence attends to."""
+
+    row_pages: Tensor
+    """(num_rows,) int64: KV page that takes each row's key and value."""
+    row_offsets: Tensor
+    """(num_rows,) int64: token of that page."""
+    query_lengths: list[int]
+    """Rows of each sequence."""
+    context_lengths: Tensor
+    """(num_sequences,) int64: tokens each sequence attends to, its rows of this pass included."""
+    host_context_lengths: list[int]
+    block_tables: Tensor
+    """(num_sequences, max_pages) int64: KV pages of each sequence; the tail is unused."""
+    num_decodes: int
+    """The first sequences, which have exactly one row each."""
+    decode_masks: dict[int | None, Tensor] = field(default_factory=dict)
+    """Sliding window -> mask of the decodes; made by the first layer that needs it, used by the others."""
+
+
+@dataclass(slots=True)
+class AttentionContext:
+    """The KV cache, and the batch of the running forward pass. The runner sets the batch."""
+
+    cache: KVCache
+    batch: AttentionBatch | None = None
+
+
+def install(model: PreTrainedModel, context: AttentionContext) -> None:
+    """Make every attention module of `model` use paged attention over `context`."""
+    AttentionInterface.register(IMPLEMENTATION, paged_attention)
+    model.set_attn_implementation(IMPLEMENTATION)
+    for module in model.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.__dict__["attention_context"] = context
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Causal attention of one layer; the signature is that of transformers' attention functions.
+
+    query: (1, num_heads, num_rows, head_dim); key, value: (1, num_kv_heads, num_rows, head_dim).
+    Returns (1, num_rows, num_heads, head_dim). `attention_mask` is None: what a row attends to follows from the batch.
+    """
+    for feature in UNSUPPORTED_FEATURES:
+        if kwargs.get(feature) is not None:
+            raise UnsupportedModel(f"the base's attention uses {feature}, which is not supported")
+    context: AttentionContext = module.__dict__["attention_context"]
+    batch = context.batch
+    assert batch is not None, "a forward pass outside the runner"
+    layer = module.layer_idx
+    assert isinstance(layer, int)
+    key_cache, value_cache = context.cache.keys[layer], context.cache.values[layer]
+    query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    key_cache[batch.row_pages, :, batch.row_offsets] = key
+    value_cache[batch.row_pages, :, batch.row_offsets] = value
+    out = query.new_empty(query.shape[0], query.shape[1], value_cache.shape[-1])
+    _decode(query, key_cache, value_cache, batch, scaling, sliding_window, out)
+    _prefill(query, key_cache, value_cache, batch, scaling, sliding_window, out)
+    return out.unsqueeze(0), None
+
+
+def _decode(
+    query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, scaling: float, window: int | None, out: Tensor
+) -> None:
+    """All one-row sequences in one call: the query heads of a KV head stand in the place of query positions."""
+    num = batch.num_decodes
+    if num == 0:
+        return
+    num_pages = -(-max(batch.host_context_lengths[:num]) // keys.shape[2])
+    table = batch.block_tables[:num, :num_pages]
+    mask = batch.decode_masks.get(window)
+    if mask is None:
+        lengths = batch.context_lengths[:num, None]
+        positions = torch.arange(num_pages * keys.shape[2], device=query.device)
+        mask = positions < lengths
+        if window is not None:
+            mask &= positions >= lengths - window
+        batch.decode_masks[window] = mask = mask[:, None, None, :]
+    grouped = query[:num].reshape(num, keys.shape[1], -1, query.shape[-1])
+    attended = F.scaled_dot_product_attention(
+        grouped, _gather(keys, table), _gather(values, table), attn_mask=mask, scale=scaling
+    )
+    out[:num] = attended.reshape(num, query.shape[1], -1)
+
+
+def _prefill(
+    query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, scaling: float, window: int | None, out: Tensor
+) -> None:
+    """Sequences with several rows, one after another."""
+    start = batch.num_decodes
+    page_tokens = keys.shape[2]
+    for index in range(batch.num_decodes, len(batch.query_lengths)):
+        num_rows, length = batch.query_lengths[index], batch.host_context_lengths[index]
+        table = batch.block_tables[index : index + 1, : -(-length // page_tokens)]
+        rows = torch.arange(length - num_rows, length, device=query.device)[:, None]
+        positions = torch.arange(length, device=query.device)
+        mask = positions <= rows
+        if window is not None:
+            mask &= positions > rows - window
+        attended = F.scaled_dot_product_attention(
+            query[None, start : start + num_rows].transpose(1, 2),
+            _gather(keys, table)[:, :, :length],
+            _gather(values, table)[:, :, :length],
+            attn_mask=mask,
+            scale=scaling,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
+        out[start : start + num_rows] = attended[0].transpose(0, 1)
+        start += num_rows
+
+
+def _gather(cache: Tensor, table: Tensor) -> Tensor:
+    """(pages, kv_heads, page_tokens, head_dim) by (sequences, pages) -> (sequences, kv_heads, tokens, head_dim)."""
+    return cache[table].transpose(1, 2).flatten(2, 3)

@@ -1,0 +1,97 @@
+"""Which modules of a base an adapter may target, their shapes, and which of them share their input.
+
+Read from the configuration alone (meta tensors), so the adapter store can validate without loading the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lorafleet.adapter_store.manifest import BaseGeometry, Dtype, ModuleShape
+from lorafleet.workers.config import ModelConfig
+from lorafleet.workers.errors import UnsupportedModel
+
+TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Modules of one parent that are always applied to the same tensor, one after another; they are fused."""
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` takes a GPU if there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def resolve_dtype(model: ModelConfig, config: PretrainedConfig, device: torch.device) -> Dtype:
+    """`auto` takes float32 on a CPU, the checkpoint's dtype elsewhere (bfloat16 where that is float32 or unset)."""
+    if model.dtype != "auto":
+        return model.dtype
+    if device.type == "cpu":
+        return "float32"
+    return "float16" if getattr(config, "dtype", None) == torch.float16 else "bfloat16"
+
+
+def read_config(model: ModelConfig) -> PretrainedConfig:
+    """The base's configuration. Raises UnsupportedModel for what is not a decoder-only text model."""
+    try:
+        config = AutoConfig.from_pretrained(model.source)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"model.source {model.source!r} is no model that transformers loads: {error}") from error
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(f"{config.model_type} is an encoder-decoder model; only decoder-only models are served")
+    return config.get_text_config(decoder=True) if hasattr(config, "vision_config") else config
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The base without weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def read_geometry(model: ModelConfig, device: str = "auto") -> BaseGeometry:
+    """The modules of the base at `model.source` that an adapter may target."""
+    config = read_config(model)
+    dtype = resolve_dtype(model, config, resolve_device(device))
+    return geometry_of(empty_model(config, TORCH_DTYPES[dtype]), dtype)
+
+
+def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:
+    """The modules of `model` that an adapter may target: every linear one, and the token embedding."""
+    modules: dict[str, ModuleShape] = {}
+    embedding = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        # Subclasses may compute something else (a scaled embedding, a quantised linear), so only the plain types count.
+        if type(module) is nn.Linear:
+            modules[name] = ModuleShape("linear", module.in_features, module.out_features)
+        elif type(module) is Conv1D:
+            modules[name] = ModuleShape("linear", module.nx, module.nf)
+        elif module is embedding and type(module) is nn.Embedding:
+            modules[name] = ModuleShape("embedding", module.num_embeddings, module.embedding_dim)
+    return BaseGeometry(modules=modules, dtype=dtype)
+
+
+def projection_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Partition module names into groups that share their input, in the order of the model."""
+    names = list(names)
+    present = set(names)
+    leader: dict[str, tuple[str, ...]] = {}
+    follower: set[str] = set()
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        for family in SHARED_INPUT:
+            group = tuple(f"{parent}.{member}" for member in family)
+            if last == family[0] and present.issuperset(group):
+                leader[name] = group
+                follower.update(group[1:])
+    return [leader.get(name, (name,)) for name in names if name not in follower]

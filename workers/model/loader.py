@@ -1,0 +1,115 @@
+"""Loads a base model as transformers has it, onto the device, ready for substitution."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lorafleet.adapter_store.manifest import BaseGeometry, Dtype
+from lorafleet.workers.config import ModelConfig
+from lorafleet.workers.errors import UnsupportedModel
+from lorafleet.workers.memory.kv_cache import LayerKV
+from lorafleet.workers.model.geometry import TORCH_DTYPES, empty_model, geometry_of, read_config, resolve_dtype
+
+PROBE_TOKENS = 12
+"""Length of the prompt that the substituted model must answer as the untouched one does."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A base model in memory, not yet substituted."""
+
+    model: PreTrainedModel
+    geometry: BaseGeometry
+    dtype: Dtype
+    device: torch.device
+    vocab_size: int
+    max_model_len: int
+    stop_token_ids: frozenset[int]
+    """Tokens that end an answer."""
+    layers: tuple[LayerKV, ...]
+    """What each attention layer keeps of a token."""
+    probe_token_ids: torch.Tensor
+    """(PROBE_TOKENS,) int64: a fixed prompt."""
+    probe_logits: torch.Tensor
+    """(PROBE_TOKENS, vocab) float32: the untouched model's answer to it."""
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+    """The base's tokenizer; None when the folder has none (benchmarks send token ids)."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return None
+    return tokenizer
+
+
+def max_model_len(model: ModelConfig, longest: int | None) -> int:
+    """`model.max_model_len`, or the base's own. Raises UnsupportedModel when it is more than the base was made for."""
+    if model.max_model_len is None:
+        return longest or 2048
+    if longest is not None and model.max_model_len > longest:
+        raise UnsupportedModel(f"max_model_len={model.max_model_len} is more than the base's {longest} positions")
+    return model.max_model_len
+
+
+def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
+    """Load the base at `model.source`. Raises UnsupportedModel, naming what cannot be served."""
+    config = read_config(model)
+    dtype = resolve_dtype(model, config, device)
+    with device:
+        if model.load == "dummy":
+            loaded = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[dtype])
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model.source, config=config, dtype=TORCH_DTYPES[dtype], use_safetensors=True, device_map=str(device)
+            )
+    loaded.eval().requires_grad_(False)
+    if "logits_to_keep" not in inspect.signature(loaded.forward).parameters:
+        raise UnsupportedModel(f"{type(loaded).__name__} cannot give the logits of chosen rows only")
+    probe = torch.randint(config.vocab_size, (PROBE_TOKENS,), generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.inference_mode():
+        probe_logits = loaded(input_ids=probe[None], use_cache=False).logits[0].float()
+    return BaseModel(
+        model=loaded,
+        geometry=geometry_of(empty_model(config, TORCH_DTYPES[dtype]), dtype),
+        dtype=dtype,
+        device=device,
+        vocab_size=config.vocab_size,
+        max_model_len=max_model_len(model, getattr(config, "max_position_embeddings", None)),
+        stop_token_ids=_stop_token_ids(loaded),
+        layers=_layers(loaded),
+        probe_token_ids=probe,
+        probe_logits=probe_logits,
+    )
+
+
+def _stop_token_ids(loaded: PreTrainedModel) -> frozenset[int]:
+    found: set[int] = set()
+    generation: GenerationConfig | None = loaded.generation_config
+    for source in (generation, loaded.config):
+        ids = getattr(source, "eos_token_id", None)
+        found.update([ids] if isinstance(ids, int) else ids or [])
+    return frozenset(found)
+
+
+def _layers(loaded: PreTrainedModel) -> tuple[LayerKV, ...]:
+    config = loaded.config
+    num_layers: int = config.num_hidden_layers
+    attending = {
+        module.layer_idx
+        for module in loaded.modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "scaling")
+    }
+    if attending != set(range(num_layers)):
+        raise UnsupportedModel(
+            f"{type(loaded).__name__} keeps other state than attention's keys and values in layers "
+            f"{sorted(set(range(num_layers)) - attending)}; only models that attend in every layer are served"
+        )
+    num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    return tuple(LayerKV(num_kv_heads=num_kv_heads, head_dim=head_dim) for _ in range(num_layers))

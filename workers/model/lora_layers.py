@@ -1,0 +1,162 @@
+"""Substitutes for the base's linear and embedding modules that add each row's own adapter.
+
+A model keeps transformers' own forward; only these leaves change. Modules that share their input are computed by one
+fused product and one csgmv, and hand out their slices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lorafleet.kernels import ops
+from lorafleet.kernels.segments import Segments
+from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
+
+
+@dataclass(slots=True)
+class LoraContext:
+    """Whose adapter each row of the running forward pass uses. The runner sets it; every substituted layer reads it."""
+
+    segments: Segments | None = None
+    """Of the rows that go through the layers; None: no LoRA work (base-only batches)."""
+    logits_segments: Segments | None = None
+    """Of the rows whose logits are wanted."""
+
+
+class FusedProjection(nn.Module):
+    """One product for the modules of a group: y = x W^T + bias + each row's own B A x.
+
+    `members` are the modules that take the originals' places.
+    """
+
+    def __init__(self, linears: list[nn.Module], weights: LoraWeights, context: LoraContext, *, is_head: bool) -> None:
+        super().__init__()
+        matrices = [_matrix(linear) for linear in linears]
+        self.widths = [matrix.shape[0] for matrix in matrices]
+        # A group of one keeps its very tensor: it may be tied to the embedding.
+        self.weight = nn.Parameter(torch.cat(matrices), requires_grad=False) if len(matrices) > 1 else matrices[0]
+        biases = [_bias(linear) for linear in linears]
+        self.bias: Tensor | None = None
+        if any(bias is not None for bias in biases):
+            parts = [
+                bias if bias is not None else matrix.new_zeros(matrix.shape[0])
+                for bias, matrix in zip(biases, matrices, strict=True)
+            ]
+            self.bias = nn.Parameter(torch.cat(parts), requires_grad=False)
+        self.lora = weights
+        self.context = context
+        self.is_head = is_head
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in_dim) -> (..., sum of the members' widths)."""
+        segments = self.context.logits_segments if self.is_head else self.context.segments
+        if segments is None:
+            return F.linear(x, self.weight, self.bias)
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.is_cuda:
+            # The delta first, the base product onto it: beta = 1 costs cuBLAS nothing, and y is not read by expand.
+            y = rows.new_empty((rows.shape[0], self.weight.shape[0]))
+            h = ops.shrink(rows, self.lora, segments)
+            ops.expand(h, self.lora, segments, y, accumulate=False, bias=self.bias)
+            y.addmm_(rows, self.weight.t())
+        else:
+            y = F.linear(rows, self.weight, self.bias)
+            ops.add_lora(rows, self.lora, segments, y)
+        return y.view(*x.shape[:-1], -1)
+
+
+class ProjectionSlice(nn.Module):
+    """A member of a fused group. The first to be called computes for all; the others hand out what it made."""
+
+    def __init__(self, index: int, fused: FusedProjection, siblings: list[tuple[Tensor, tuple[Tensor, ...]]]) -> None:
+        super().__init__()
+        self.index = index
+        self.siblings = siblings
+        if index == 0:
+            self.fused = fused
+        else:
+            # Held by the first member alone, so that the model's parameters are counted once.
+            self.__dict__["fused"] = fused
+
+    @property
+    def weight(self) -> Tensor:
+        """(out_dim, in_dim): some models look at their projections' weights."""
+        return torch.split(self.fused.weight, self.fused.widths)[self.index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.fused.widths) == 1:
+            return self._compute(x)
+        if not self.siblings or self.siblings[0][0] is not x:
+            self.siblings[:] = [(x, torch.split(self._compute(x), self.fused.widths, dim=-1))]
+        out = self.siblings[0][1][self.index]
+        if self.index == len(self.fused.widths) - 1:
+            self.siblings.clear()  # nothing is kept alive past its layer
+        return out
+
+    def _compute(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fused(x)
+        return y
+
+
+class LoraEmbedding(nn.Module):
+    """The token embedding plus each row's own B A[:, token]."""
+
+    def __init__(self, base: nn.Embedding, weights: LoraEmbeddingWeights, context: LoraContext) -> None:
+        super().__init__()
+        self.base = base
+        self.lora = weights
+        self.context = context
+
+    @property
+    def weight(self) -> Tensor:
+        """(num_embeddings, embedding_dim): the head may be tied to it."""
+        return self.base.weight
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids: (...) int64 -> (..., embedding_dim)."""
+        y: Tensor = self.base(token_ids)
+        segments = self.context.segments
+        if segments is not None:
+            ops.embed(token_ids.reshape(-1), self.lora, segments, y.view(-1, y.shape[-1]))
+        return y
+
+
+def substitute_projections(
+    model: PreTrainedModel, names: tuple[str, ...], weights: LoraWeights, context: LoraContext
+) -> None:
+    """Put a fused projection in the places of `names`, which share their input."""
+    is_head = model.get_output_embeddings() is model.get_submodule(names[0])
+    fused = FusedProjection([model.get_submodule(name) for name in names], weights, context, is_head=is_head)
+    siblings: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+    for index, name in enumerate(names):
+        model.set_submodule(name, ProjectionSlice(index, fused, siblings))
+
+
+def substitute_embedding(
+    model: PreTrainedModel, name: str, weights: LoraEmbeddingWeights, context: LoraContext
+) -> None:
+    """Put a LoRA embedding in the place of `name`."""
+    base = model.get_submodule(name)
+    assert isinstance(base, nn.Embedding)
+    model.set_submodule(name, LoraEmbedding(base, weights, context))
+
+
+def _bias(linear: nn.Module) -> Tensor | None:
+    bias = linear.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
+
+
+def _matrix(linear: nn.Module) -> Tensor:
+    """(out_dim, in_dim) of a linear module; GPT-2's Conv1D holds it transposed."""
+    weight = linear.weight
+    assert isinstance(weight, nn.Parameter)
+    if isinstance(linear, Conv1D):
+        return nn.Parameter(weight.detach().t().contiguous(), requires_grad=False)
+    return weight

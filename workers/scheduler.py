@@ -1,0 +1,189 @@
+"""Decides which sequences compute how many tokens in the next step.
+
+Continuous batching with chunked prefill: decodes come first, then prefills in chunks, all under one token budget. A
+waiting sequence is admitted only when its KV pages and its adapter are there; one that does not fit is looked past, but
+not for longer than `max_wait_s`: then nothing behind it takes what it waits for. When KV runs out, the sequence
+admitted last gives its pages back and is computed anew. Pure logic over page counts: no tensors, no threads, and a
+clock passed in.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from lorafleet.workers.batch import ScheduledRows
+from lorafleet.workers.memory.kv_cache import KVCache
+from lorafleet.workers.sequence import AdapterReadiness, Sequence
+
+
+class AdapterGate(Protocol):
+    """Who makes adapters resident."""
+
+    def try_ready(self, sequence: Sequence) -> AdapterReadiness:
+        """Take the lease of the sequence's version if need be and possible, and say whether it is resident."""
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What is left of one step."""
+
+    tokens: int
+    prompt_logits: int
+    """Rows of logits for prompts with logprobs."""
+
+
+class Scheduler:
+    """Queues of one engine. Called by the engine's thread only."""
+
+    def __init__(
+        self,
+        cache: KVCache,
+        gate: AdapterGate,
+        *,
+        max_batch_tokens: int,
+        max_running: int,
+        max_logits_rows: int,
+        max_wait_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._cache = cache
+        self._gate = gate
+        self._max_batch_tokens = max_batch_tokens
+        self._max_running = max_running
+        self._max_logits_rows = max_logits_rows
+        self._max_wait_s = max_wait_s
+        self._clock = clock
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self._running
+        yield from self._waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        self._waiting.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and give back its KV pages and its lease."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+        self._release_pages(sequence)
+        if sequence.lease is not None:
+            sequence.lease.release()
+            sequence.lease = None
+
+    def schedule(self) -> list[ScheduledRows]:
+        """The next step's work; empty when nothing can run now."""
+        scheduled: dict[Sequence, int] = {}
+        budget = _Budget(self._max_batch_tokens, self._max_logits_rows)
+        decoding = [sequence for sequence in self._running if sequence.num_uncomputed == 1]
+        prefilling = [sequence for sequence in self._running if sequence.num_uncomputed > 1]
+        for sequence in (*decoding, *prefilling):
+            if sequence.is_admitted:  # a victim of an earlier one is not
+                self._schedule_running(sequence, scheduled, budget)
+        self._admit(scheduled, budget)
+        return [ScheduledRows(sequence, num_rows) for sequence, num_rows in scheduled.items()]
+
+    def _schedule_running(self, sequence: Sequence, scheduled: dict[Sequence, int], budget: _Budget) -> None:
+        num_rows = self._num_rows(sequence, budget)
+        if num_rows == 0:
+            return
+        missing = self._missing_pages(sequence, sequence.num_computed + num_rows)
+        while not self._cache.can_allocate(missing):
+            victim = next(running for running in reversed(self._running) if running not in scheduled)
+            self._preempt(victim)
+            if victim is sequence:
+                return
+        sequence.kv_pages += self._cache.allocate(missing)
+        self._take(sequence, num_rows, scheduled, budget)
+
+    def _admit(self, scheduled: dict[Sequence, int], budget: _Budget) -> None:
+        now = self._clock()
+        adapters_held_back = False
+        for sequence in list(self._waiting):
+            if len(self._running) >= self._max_running or budget.tokens == 0:
+                return
+            is_overdue = now - sequence.arrival_s > self._max_wait_s
+            if sequence.version is not None:
+                # Behind an overdue one that waits for adapter pages, no further adapter takes any.
+                if adapters_held_back and sequence.lease is None:
+                    continue
+                readiness = self._gate.try_ready(sequence)
+                if readiness is AdapterReadiness.NO_ROOM:
+                    adapters_held_back |= is_overdue
+                if readiness is not AdapterReadiness.READY:
+                    continue
+            if not self._try_admit(sequence, scheduled, budget) and is_overdue:
+                return
+
+    def _try_admit(self, sequence: Sequence, scheduled: dict[Sequence, int], budget: _Budget) -> bool:
+        # Logprobs of the prompt need every one of its positions computed.
+        use_prefix = not sequence.wants_prompt_logprobs
+        if use_prefix:
+            sequence.kv_pages = self._cache.acquire_prefix(sequence.version, sequence.token_ids)
+        num_cached = len(sequence.kv_pages) * self._cache.page_tokens
+        # Room for the whole prompt and the first token, so that an admitted sequence gets somewhere.
+        missing = self._missing_pages(sequence, len(sequence.token_ids) + 1)
+        sequence.num_computed = num_cached
+        num_rows = self._num_rows(sequence, budget)
+        if num_rows == 0 or not self._cache.can_allocate(missing):
+            self._release_pages(sequence)
+            return num_rows == 0
+        sequence.kv_pages += self._cache.allocate(missing)
+        if sequence.num_preemptions == 0:
+            sequence.num_cached = num_cached
+        self._waiting.remove(sequence)
+        self._running.append(sequence)
+        sequence.is_admitted = True
+        self._take(sequence, num_rows, scheduled, budget)
+        return True
+
+    def _num_rows(self, sequence: Sequence, budget: _Budget) -> int:
+        num_rows = min(sequence.num_uncomputed, budget.tokens)
+        if sequence.wants_prompt_logprobs:
+            num_rows = min(num_rows, budget.prompt_logits)
+        return num_rows
+
+    def _take(self, sequence: Sequence, num_rows: int, scheduled: dict[Sequence, int], budget: _Budget) -> None:
+        scheduled[sequence] = num_rows
+        budget.tokens -= num_rows
+        if sequence.wants_prompt_logprobs:
+            budget.prompt_logits -= num_rows
+
+    def _missing_pages(self, sequence: Sequence, num_tokens: int) -> int:
+        return max(0, -(-num_tokens // self._cache.page_tokens) - len(sequence.kv_pages))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue, without pages; its adapter stays leased, so it resumes on the same version."""
+        self._running.remove(sequence)
+        self._release_pages(sequence)
+        sequence.is_admitted = False
+        sequence.num_preemptions += 1
+        sequence.prompt_logprobs.clear()
+        self.num_preemptions += 1
+        self._waiting.appendleft(sequence)
+
+    def _release_pages(self, sequence: Sequence) -> None:
+        self._cache.free(sequence.kv_pages)
+        sequence.kv_pages = []
+        sequence.num_shared_pages = 0
+        sequence.num_computed = 0

@@ -1,0 +1,68 @@
+"""One answer being generated: its tokens, its KV pages, its lease, and the text that has settled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from lorafleet.workers.detokenizer import Detokenizer
+from lorafleet.workers.memory.residency import AdapterLease
+from lorafleet.workers.request import EngineRequest, FinishReason, TokenLogprobs
+
+
+class AdapterReadiness(Enum):
+    """Whether a sequence's adapter is there."""
+
+    READY = auto()
+    LOADING = auto()
+    """Its weights are on their way; nothing that another sequence could give up would help."""
+    NO_ROOM = auto()
+    """It waits for pages that other adapters' leases hold."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Mutable state of one `EngineRequest`. The scheduler moves it, the engine appends to it; one thread."""
+
+    request: EngineRequest
+    arrival_s: float
+    max_tokens: int
+    """Most tokens to make, bounded by the model's length."""
+    seed: int
+    detokenizer: Detokenizer
+    token_ids: list[int]
+    """The prompt, then what was made."""
+    num_computed: int = 0
+    """Tokens whose KV is in `kv_pages`."""
+    num_cached: int = 0
+    """Prompt tokens that the prefix cache gave at the first admission."""
+    kv_pages: list[int] = field(default_factory=list)
+    num_shared_pages: int = 0
+    """The first `kv_pages`, which the prefix cache already knows."""
+    lease: AdapterLease | None = None
+    is_admitted: bool = False
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def version(self) -> str | None:
+        return self.request.version
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_made(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens to compute before the next one can be sampled: 1 in decode, more in prefill."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.request.sampling.prompt_logprobs and self.num_made == 0

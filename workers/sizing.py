@@ -1,0 +1,78 @@
+"""How much memory KV pages and adapter pages get, from the settings and what the device has left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lorafleet.workers.config import EngineConfig, PoolConfig
+from lorafleet.workers.errors import WorkerConfigError
+from lorafleet.workers.memory.kv_cache import KVCache
+from lorafleet.workers.model.geometry import TORCH_DTYPES
+from lorafleet.workers.model.loader import BaseModel
+
+CPU_KV_BYTES = 1 << 30
+"""Most that `kv_bytes: auto` takes on a CPU."""
+CPU_POOL_BYTES = 512 << 20
+"""Most that `pool_bytes: auto` takes on a CPU."""
+AUTO_ADAPTERS = 64
+"""`pool_bytes: auto` takes no more than this many adapters of the largest rank on every module need."""
+GPU_POOL_SHARE = 0.35
+"""Of the memory left beside the weights, when both sizes are `auto` and there is not enough for all that is wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySizes:
+    """What a worker allocates."""
+
+    num_kv_pages: int
+    pool_bytes: int
+
+
+def memory_sizes(base: BaseModel, engine: EngineConfig, pool: PoolConfig) -> MemorySizes:
+    """Sizes for this base on its device. Raises WorkerConfigError, naming the setting to change."""
+    page_bytes = KVCache.page_bytes(base.layers, engine.kv_page_tokens, TORCH_DTYPES[base.dtype])
+    pages_per_sequence = -(-base.max_model_len // engine.kv_page_tokens)
+    wanted_kv = page_bytes * pages_per_sequence * engine.max_running
+    wanted_pool = AUTO_ADAPTERS * _largest_adapter_bytes(base, pool.max_rank)
+    if base.device.type == "cuda":
+        kv_bytes, pool_bytes = _on_gpu(base.device, engine, pool, wanted_kv, wanted_pool)
+    else:
+        kv_bytes = min(wanted_kv, CPU_KV_BYTES) if engine.kv_bytes == "auto" else engine.kv_bytes
+        pool_bytes = min(wanted_pool, CPU_POOL_BYTES) if pool.pool_bytes == "auto" else pool.pool_bytes
+    num_kv_pages = kv_bytes // page_bytes
+    if num_kv_pages < pages_per_sequence + 1:
+        raise WorkerConfigError(
+            f"worker.kv_bytes: {kv_bytes} bytes hold {num_kv_pages} KV pages, but one request of max_model_len="
+            f"{base.max_model_len} tokens takes {pages_per_sequence + 1}: raise worker.kv_bytes to "
+            f"{page_bytes * (pages_per_sequence + 1)} or lower model.max_model_len"
+        )
+    return MemorySizes(num_kv_pages, pool_bytes)
+
+
+def _on_gpu(
+    device: torch.device, engine: EngineConfig, pool: PoolConfig, wanted_kv: int, wanted_pool: int
+) -> tuple[int, int]:
+    free, total = torch.cuda.mem_get_info(device)
+    # What the worker may use beside what is taken already: weights, other workers on this GPU, other programs.
+    left = int(total * engine.gpu_memory_utilization) - (total - free)
+    if pool.pool_bytes != "auto":
+        pages = pool.pool_bytes
+    elif engine.kv_bytes != "auto":
+        pages = min(wanted_pool, left - engine.kv_bytes)
+    else:
+        pages = min(wanted_pool, int(left * GPU_POOL_SHARE))
+    kv = min(wanted_kv, left - pages) if engine.kv_bytes == "auto" else engine.kv_bytes
+    if kv <= 0 or pages <= 0 or kv + pages > left:
+        raise WorkerConfigError(
+            f"{left / 2**30:.1f} GiB of GPU memory are left beside the weights, not enough for worker.kv_bytes "
+            f"({kv / 2**30:.1f} GiB) and adapters.pool_bytes ({pages / 2**30:.1f} GiB): lower one of them, raise "
+            f"worker.gpu_memory_utilization ({engine.gpu_memory_utilization}) or take a smaller base"
+        )
+    return kv, pages
+
+
+def _largest_adapter_bytes(base: BaseModel, max_rank: int) -> int:
+    elements = sum(shape.in_dim + shape.out_dim for shape in base.geometry.modules.values())
+    return elements * max_rank * TORCH_DTYPES[base.dtype].itemsize

@@ -1,0 +1,51 @@
+"""What a worker says of itself: the entries of `GET /admin/v1/workers`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from lorafleet.workers.config import Settings
+
+
+class KVPages(Settings):
+    """KV pages by holder."""
+
+    used: int = Field(description="Held by live requests.")
+    cached: int = Field(description="Held by the prefix cache alone, which would give them back.")
+    total: int
+
+
+class AdapterPages(Settings):
+    """Pages of the adapter pool."""
+
+    used: int
+    total: int
+
+
+class ResidentAdapter(Settings):
+    """One adapter version in a worker's memory."""
+
+    name: str | None = Field(default=None, description="The name that points at the version; null once none does.")
+    version: str
+    rank: int
+    pages: int
+    pinned: bool
+    leases: int = Field(description="Requests that use it now.")
+    state: Literal["loading", "resident", "retired"]
+
+
+class WorkerState(Settings):
+    """One worker, now."""
+
+    worker_id: str
+    pid: int
+    node_id: str
+    device: str
+    running: int = Field(description="Sequences in the running batch.")
+    waiting: int = Field(description="Sequences that wait to be admitted.")
+    leases: int = Field(description="Requests that hold an adapter version.")
+    kv_pages: KVPages
+    adapter_pages: AdapterPages
+    adapters: tuple[ResidentAdapter, ...]

@@ -1,0 +1,245 @@
+"""One worker: a base model on one device, its engine and its adapters. The cluster floor wraps it in a deployment."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import TypeVar
+
+from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
+from lorafleet.workers.adapter_loader import AdapterLoader
+from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
+from lorafleet.workers.engine import Delivery, Engine
+from lorafleet.workers.memory.adapter_pool import AdapterPool
+from lorafleet.workers.memory.kv_cache import KVCache
+from lorafleet.workers.memory.pool_layout import PoolLayout
+from lorafleet.workers.memory.residency import Residency
+from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, resolve_device
+from lorafleet.workers.model.loader import load_base, load_tokenizer
+from lorafleet.workers.model.runner import ModelRunner
+from lorafleet.workers.request import EngineRequest, GenerateDelta
+from lorafleet.workers.sizing import memory_sizes
+from lorafleet.workers.state import AdapterPages, KVPages, ResidentAdapter, WorkerState
+from lorafleet.workers.stats import EngineStats
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class Worker:
+    """Generates with any mix of adapters, and makes adapters resident and lets them go.
+
+    `fetch` gives the weights of a version from the adapter store; it is awaited on the caller's event loop. All async
+    methods are called on one event loop.
+    """
+
+    def __init__(
+        self,
+        *,
+        worker_id: str,
+        model: ModelConfig,
+        engine: EngineConfig,
+        pool: PoolConfig,
+        fetch: Callable[[str], Awaitable[AdapterWeights]],
+        node_id: str = "",
+    ) -> None:
+        """Load the base and start the engine. Raises UnsupportedModel and WorkerConfigError."""
+        started_s = time.monotonic()
+        self.worker_id = worker_id
+        self._node_id = node_id
+        self._fetch = fetch
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._streams: dict[str, asyncio.Queue[GenerateDelta | Exception]] = {}
+        device = resolve_device(engine.device)
+        base = load_base(model, device)
+        linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]
+        layout = PoolLayout.of(base.geometry, projection_groups(linear), pool.max_rank)
+        sizes = memory_sizes(base, engine, pool)
+        adapter_pool = AdapterPool(layout, pool_bytes=sizes.pool_bytes, max_slots=pool.max_slots, device=device)
+        self._cache = KVCache(
+            base.layers,
+            num_pages=sizes.num_kv_pages,
+            page_tokens=engine.kv_page_tokens,
+            dtype=TORCH_DTYPES[base.dtype],
+            device=device,
+            prefix_cache=engine.prefix_cache,
+        )
+        self._pool = adapter_pool
+        self._residency = Residency(adapter_pool)
+        self._loader = AdapterLoader(adapter_pool, self._residency, self._fetch_blocking, on_gone=self._cache.drop)
+        self._device = device
+        self._engine = Engine(
+            ModelRunner(base, self._cache, adapter_pool),
+            self._loader,
+            load_tokenizer(model.source),
+            engine,
+            self._deliver,
+            worker_id=worker_id,
+        )
+        self._engine.start()
+        logger.info(
+            "worker %s: %s on %s in %s, %d KV pages of %d tokens, %d adapter pages of %d bytes, ready in %.1f s",
+            worker_id,
+            model.id,
+            device,
+            base.dtype,
+            sizes.num_kv_pages,
+            engine.kv_page_tokens,
+            adapter_pool.num_pages_total,
+            layout.page_bytes,
+            time.monotonic() - started_s,
+        )
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's counters."""
+        return self._engine.stats
+
+    @property
+    def loader(self) -> AdapterLoader:
+        """The adapters' counters: loads, seconds, evictions."""
+        return self._loader
+
+    # --- generation ---
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[GenerateDelta]:
+        """Stream one answer, one delta a step. Closing the generator aborts the request within two steps.
+
+        Raises PromptTooLong, AdapterUnavailable, EngineFailed, and what `fetch` raises for an unknown version.
+        """
+        self._event_loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[GenerateDelta | Exception] = asyncio.Queue()
+        # A caller may send the same id twice (a retry that raced its first attempt); streams are kept apart here.
+        request = replace(request, request_id=f"{request.request_id}#{next(_serials)}")
+        self._streams[request.request_id] = queue
+        is_done = False
+        try:
+            self._engine.submit(request)
+            while not is_done:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    is_done = True
+                    raise item
+                is_done = item.finish_reason is not None
+                yield item
+        finally:
+            del self._streams[request.request_id]
+            if not is_done:
+                self._engine.abort(request.request_id)
+
+    def _deliver(self, deliveries: list[Delivery]) -> None:
+        """On the engine's thread: one hand-over to the event loop a step, whatever the number of streams."""
+        assert self._event_loop is not None
+        self._event_loop.call_soon_threadsafe(self._distribute, deliveries)
+
+    def _distribute(self, deliveries: list[Delivery]) -> None:
+        for request_id, item in deliveries:
+            queue = self._streams.get(request_id)
+            if queue is not None:
+                queue.put_nowait(item)
+
+    # --- adapters ---
+
+    async def make_resident(self, version: str, *, hold_s: float = 0.0, pinned: bool = False) -> None:
+        """Load a version, and keep it for `hold_s` seconds even if nobody uses it, for ever when pinned.
+
+        Raises NoRoomError when it cannot fit beside what is leased, held or pinned, and what `fetch` raises.
+        """
+        self._event_loop = asyncio.get_running_loop()
+        future = await self._on_engine(lambda: self._loader.make_resident(version, hold_s=hold_s, pinned=pinned))
+        await asyncio.wrap_future(future)
+
+    async def release_hold(self, version: str) -> None:
+        """End what `hold_s` began."""
+        await self._on_engine(lambda: self._loader.release_hold(version))
+
+    async def reconcile(self, named: Mapping[str, bool]) -> None:
+        """Follow the store: `named` are the versions that have a name, and whether they are pinned.
+
+        Pinned ones become resident (as far as they fit), others are unpinned, and versions without a name leave as soon
+        as nothing uses them.
+        """
+        self._event_loop = asyncio.get_running_loop()
+        await self._on_engine(lambda: self._loader.reconcile(named))
+
+    async def estimate(self, manifest: AdapterManifest) -> tuple[int, tuple[str, ...]]:
+        """Pages the adapter would take, and the versions it would evict. Raises NoRoomError."""
+        return await self._on_engine(lambda: self._loader.estimate(manifest))
+
+    async def held_versions(self) -> tuple[str, ...]:
+        """Versions that are resident, loading or on their way out."""
+        return await self._on_engine(lambda: tuple(entry.version for entry in self._residency.snapshot().adapters))
+
+    async def state(self) -> WorkerState:
+        """What the worker holds and does now."""
+        return await self._on_engine(self._state)
+
+    def _state(self) -> WorkerState:
+        snapshot = self._residency.snapshot()
+        kv = self._cache.counts
+        return WorkerState(
+            worker_id=self.worker_id,
+            pid=os.getpid(),
+            node_id=self._node_id,
+            device=str(self._device),
+            running=self._engine.num_running,
+            waiting=self._engine.num_waiting,
+            leases=sum(entry.leases for entry in snapshot.adapters),
+            kv_pages=KVPages(used=kv.used, cached=kv.cached, total=kv.total),
+            adapter_pages=AdapterPages(used=snapshot.pages_used, total=snapshot.pages_total),
+            adapters=tuple(
+                ResidentAdapter(
+                    version=entry.version,
+                    rank=entry.rank,
+                    pages=entry.pages,
+                    pinned=entry.pinned,
+                    leases=entry.leases,
+                    state=entry.state,
+                )
+                for entry in snapshot.adapters
+            ),
+        )
+
+    def routing_stats(self) -> dict[str, object]:
+        """What a router needs: resident versions and load. Cheap, and safe from any thread."""
+        return {
+            "resident": self._loader.resident_versions,
+            "running": self._engine.num_running,
+            "waiting": self._engine.num_waiting,
+        }
+
+    def check_health(self) -> None:
+        """Raises EngineFailed when the step loop has ended or stands still."""
+        self._engine.check_health()
+
+    def close(self) -> None:
+        """End the engine and its threads."""
+        self._engine.close()
+        self._loader.close()
+
+    # --- threads ---
+
+    async def _on_engine(self, function: Callable[[], Result]) -> Result:
+        return await asyncio.wrap_future(self._engine.call(function))
+
+    def _fetch_blocking(self, version: str) -> AdapterWeights:
+        """On a loader thread: await `fetch` on the event loop."""
+        assert self._event_loop is not None
+        future: Future[AdapterWeights] = asyncio.run_coroutine_threadsafe(
+            _await(self._fetch(version)), self._event_loop
+        )
+        return future.result()
+
+
+_serials = itertools.count()
+
+
+async def _await(awaitable: Awaitable[Result]) -> Result:
+    return await awaitable
