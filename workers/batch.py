@@ -37,7 +37,9 @@ class StepBatch:
 
     rows: tuple[ScheduledRows, ...]
     token_ids: Tensor
-    """(num_rows,) int64."""
+    """(num_rows,) int64; negative for the tokens that the step in flight chooses."""
+    has_pending: bool
+    """Whether any of `token_ids` is such a placeholder."""
     positions: Tensor
     """(num_rows,) int64."""
     attention: AttentionBatch
@@ -119,6 +121,7 @@ def build_batch(
     return StepBatch(
         rows=rows,
         token_ids=token_ids_t,
+        has_pending=any(seq.has_pending for seq in sequences),
         positions=positions_t,
         attention=AttentionBatch(
             row_pages=row_pages,

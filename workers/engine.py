@@ -18,14 +18,14 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from lorafleet.workers.adapter_loader import AdapterLoader
-from lorafleet.workers.batch import StepBatch, build_batch
+from lorafleet.workers.batch import ScheduledRows, StepBatch, build_batch
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.errors import EngineFailed, PromptTooLong
-from lorafleet.workers.model.runner import ModelRunner, StepResult
+from lorafleet.workers.model.runner import ModelRunner, StepInFlight
 from lorafleet.workers.request import EngineRequest, FinishReason, GenerateDelta, TokenLogprobs
 from lorafleet.workers.scheduler import Scheduler
-from lorafleet.workers.sequence import Sequence
+from lorafleet.workers.sequence import Sequence, pending_token
 from lorafleet.workers.stats import EngineStats
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,27 @@ class _Commands:
 
     queue: deque[Callable[[], None]]
     wake: threading.Event
+
+
+@dataclass(frozen=True, slots=True)
+class _LaunchedRows:
+    """What a step in flight does for one sequence."""
+
+    sequence: Sequence
+    num_computed: int
+    """Tokens whose KV is there after the step."""
+    num_preemptions: int
+    """The sequence's at launch: pages it has after another preemption are not this step's."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LaunchedStep:
+    batch: StepBatch
+    step: StepInFlight
+    rows: tuple[_LaunchedRows, ...]
+    places: tuple[int, ...]
+    """Where in its sequence's tokens each sampled token goes."""
+    started_s: float
 
 
 class Engine:
@@ -82,6 +103,7 @@ class Engine:
         )
         self._sequences: dict[str, Sequence] = {}
         self._outbox: list[Delivery] = []
+        self._in_flight: _LaunchedStep | None = None
         self._commands = _Commands(deque(), threading.Event())
         self._loop_alive_s = clock()
         self._failure: BaseException | None = None
@@ -177,9 +199,19 @@ class Engine:
                 self._commands.queue.popleft()()
 
     def _step(self) -> bool:
-        scheduled = self._scheduler.schedule()
+        """Launch the next step, then collect the one before it: on a GPU the host works while the device does."""
+        launched = self._launch(self._scheduler.schedule())
+        collected, self._in_flight = self._in_flight, launched
+        if collected is None and launched is not None and not self._runner.is_asynchronous:
+            collected, self._in_flight = launched, None
+        if collected is not None:
+            self._collect(collected)
+            self._flush()
+        return launched is not None or collected is not None
+
+    def _launch(self, scheduled: list[ScheduledRows]) -> _LaunchedStep | None:
         if not scheduled:
-            return False
+            return None
         started_s = self._clock()
         batch = build_batch(
             scheduled,
@@ -188,52 +220,77 @@ class Engine:
             stop_token_ids=self._runner.base.stop_token_ids,
             device=self._runner.base.device,
         )
-        result = self._runner.run(batch)
-        self._account(batch)
-        self._note_prompt_logprobs(batch, result)
-        for index, sequence in enumerate(batch.sampled):
-            self._append(sequence, result, index)
-        self.stats.note_step(len(batch.rows), len(batch.positions), self._clock() - started_s)
-        self._flush()
-        return True
-
-    def _account(self, batch: StepBatch) -> None:
-        """Note what is computed now, and offer the pages that became full for sharing."""
-        cache = self._runner.cache
+        step = self._runner.launch(batch, None if self._in_flight is None else self._in_flight.step)
         for item in batch.rows:
-            sequence = item.sequence
-            sequence.num_computed += item.num_rows
-            num_full = sequence.num_computed // cache.page_tokens
-            if num_full > sequence.num_shared_pages:
-                tokens = sequence.token_ids[: sequence.num_computed]
-                sequence.kv_pages = cache.insert(sequence.version, tokens, sequence.kv_pages)
-                sequence.num_shared_pages = num_full
+            item.sequence.num_computed += item.num_rows
+        rows = tuple(
+            _LaunchedRows(item.sequence, item.sequence.num_computed, item.sequence.num_preemptions)
+            for item in batch.rows
+        )
+        places = tuple(len(sequence.token_ids) for sequence in batch.sampled)
+        for index, sequence in enumerate(batch.sampled):
+            sequence.token_ids.append(pending_token(index))
+        return _LaunchedStep(batch, step, rows, places, started_s)
 
-    def _note_prompt_logprobs(self, batch: StepBatch, result: StepResult) -> None:
-        if result.prompt_logprobs is None:
+    def _collect(self, launched: _LaunchedStep) -> None:
+        launched.step.wait()
+        for row in launched.rows:
+            self._share_pages(row)
+        self._note_prompt_logprobs(launched)
+        chosen = launched.step.sampled
+        if chosen is not None:
+            token_ids = chosen.token_ids.tolist()
+            logprobs = None if chosen.logprobs is None else chosen.logprobs.tolist()
+            for index, (sequence, place) in enumerate(zip(launched.batch.sampled, launched.places, strict=True)):
+                sequence.token_ids[place] = token_ids[index]
+                if sequence.is_over:  # it ended after this step was launched
+                    continue
+                token_logprobs = None
+                num_top = sequence.request.sampling.logprobs
+                if num_top is not None:
+                    assert logprobs is not None
+                    token_logprobs = (TokenLogprobs(token_ids[index], logprobs[index], chosen.top(index, num_top)),)
+                self._deliver_token(sequence, place, token_logprobs)
+        num_rows = len(launched.batch.positions)
+        self.stats.note_step(len(launched.rows), num_rows, self._clock() - launched.started_s)
+
+    def _share_pages(self, row: _LaunchedRows) -> None:
+        """Offer the pages that this step filled to the prefix cache."""
+        sequence, cache = row.sequence, self._runner.cache
+        num_full = row.num_computed // cache.page_tokens
+        is_same_run = row.num_preemptions == sequence.num_preemptions and not sequence.is_over
+        if is_same_run and num_full > sequence.num_shared_pages:
+            tokens = sequence.token_ids[: row.num_computed]
+            sequence.kv_pages = cache.insert(sequence.version, tokens, sequence.kv_pages)
+            sequence.num_shared_pages = num_full
+
+    def _note_prompt_logprobs(self, launched: _LaunchedStep) -> None:
+        chosen = launched.step.prompts
+        if chosen is None:
             return
-        logprobs, (top_ids, top_values) = result.prompt_logprobs
+        assert chosen.logprobs is not None
+        logprobs = chosen.logprobs.tolist()
         row = 0
-        for sequence, start, count in batch.prompts:
+        for sequence, start, count in launched.batch.prompts:
             num_top = sequence.request.sampling.logprobs or 0
             for position in range(start + 1, start + 1 + count):
-                top = tuple(zip(top_ids[row][:num_top], top_values[row][:num_top], strict=True))
-                sequence.prompt_logprobs.append(TokenLogprobs(sequence.token_ids[position], logprobs[row], top))
+                found = TokenLogprobs(sequence.token_ids[position], logprobs[row], chosen.top(row, num_top))
+                sequence.prompt_logprobs.append(found)
                 row += 1
 
-    def _append(self, sequence: Sequence, result: StepResult, index: int) -> None:
+    def _deliver_token(self, sequence: Sequence, place: int, logprobs: tuple[TokenLogprobs, ...] | None) -> None:
         sampling = sequence.request.sampling
-        is_first = sequence.num_made == 0
-        token_id = result.sampled.token_ids[index]
-        sequence.token_ids.append(token_id)
+        token_id = sequence.token_ids[place]
+        num_made = place + 1 - sequence.num_prompt
+        is_first = num_made == 1
         if is_first:
             self.stats.note_first_token(self._clock() - sequence.arrival_s)
-        past_min = sequence.num_made >= sampling.min_tokens
+        past_min = num_made >= sampling.min_tokens
         if token_id in sampling.stop_token_ids and past_min:
             sequence.finish_reason, sequence.stop_reason = "stop", token_id
         elif token_id in self._runner.base.stop_token_ids and not sampling.ignore_eos and past_min:
             sequence.finish_reason = "stop"
-        elif sequence.num_made >= sequence.max_tokens:
+        elif num_made >= sequence.max_tokens:
             sequence.finish_reason = "length"
         text = sequence.detokenizer.append((token_id,), check_stop=past_min)
         if sequence.detokenizer.matched_stop is not None:
@@ -242,38 +299,23 @@ class Engine:
             text += sequence.detokenizer.flush()
         prompt_logprobs = None
         if is_first and sampling.prompt_logprobs:
-            head = TokenLogprobs(sequence.token_ids[0], None, ())
-            prompt_logprobs = (head, *sequence.prompt_logprobs)
-        self._outbox.append(
-            (
-                sequence.request.request_id,
-                GenerateDelta(
-                    index=0,
-                    token_ids=(token_id,),
-                    text=text,
-                    logprobs=self._logprobs(sequence, result, index),
-                    finish_reason=sequence.finish_reason,
-                    num_prompt_tokens=sequence.num_prompt,
-                    num_cached_tokens=sequence.num_cached,
-                    prompt_logprobs=prompt_logprobs,
-                    stop_reason=sequence.stop_reason,
-                    worker_id=self._worker_id,
-                    version=sequence.version,
-                ),
-            )
+            prompt_logprobs = (TokenLogprobs(sequence.token_ids[0], None, ()), *sequence.prompt_logprobs)
+        delta = GenerateDelta(
+            index=0,
+            token_ids=(token_id,),
+            text=text,
+            logprobs=logprobs,
+            finish_reason=sequence.finish_reason,
+            num_prompt_tokens=sequence.num_prompt,
+            num_cached_tokens=sequence.num_cached,
+            prompt_logprobs=prompt_logprobs,
+            stop_reason=sequence.stop_reason,
+            worker_id=self._worker_id,
+            version=sequence.version,
         )
+        self._outbox.append((sequence.request.request_id, delta))
         if sequence.finish_reason is not None:
-            self._finish(sequence, sequence.finish_reason)
-
-    def _logprobs(self, sequence: Sequence, result: StepResult, index: int) -> tuple[TokenLogprobs, ...] | None:
-        num_top = sequence.request.sampling.logprobs
-        if num_top is None:
-            return None
-        assert result.sampled.logprobs is not None
-        assert result.sampled.top is not None
-        ids, values = result.sampled.top
-        top = tuple(zip(ids[index][:num_top], values[index][:num_top], strict=True))
-        return (TokenLogprobs(result.sampled.token_ids[index], result.sampled.logprobs[index], top),)
+            self._finish(sequence, sequence.finish_reason, num_made)
 
     def _add(self, request: EngineRequest) -> None:
         num_prompt = len(request.prompt_token_ids)
@@ -303,16 +345,17 @@ class Engine:
     def _abort(self, request_id: str) -> None:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
-            self._finish(sequence, "abort")
+            self._finish(sequence, "abort", sequence.num_made)
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+    def _finish(self, sequence: Sequence, reason: FinishReason, num_made: int) -> None:
+        sequence.is_over = True
         del self._sequences[sequence.request.request_id]
         self._scheduler.finish(sequence)
-        self.stats.note_finish(reason, sequence.num_prompt, sequence.num_made)
+        self.stats.note_finish(reason, sequence.num_prompt, num_made)
 
     def _end_with(self, sequence: Sequence, error: Exception) -> None:
         self._outbox.append((sequence.request.request_id, error))
-        self._finish(sequence, "abort")
+        self._finish(sequence, "abort", sequence.num_made)
 
     def _fail_unloadable(self) -> None:
         """End the requests whose adapter turned out not to be loadable."""

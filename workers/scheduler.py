@@ -95,8 +95,9 @@ class Scheduler:
         """The next step's work; empty when nothing can run now."""
         scheduled: dict[Sequence, int] = {}
         budget = _Budget(self._max_batch_tokens, self._max_logits_rows)
-        decoding = [sequence for sequence in self._running if sequence.num_uncomputed == 1]
-        prefilling = [sequence for sequence in self._running if sequence.num_uncomputed > 1]
+        active = [sequence for sequence in self._running if not sequence.is_complete]
+        decoding = [sequence for sequence in active if sequence.num_uncomputed == 1]
+        prefilling = [sequence for sequence in active if sequence.num_uncomputed > 1]
         for sequence in (*decoding, *prefilling):
             if sequence.is_admitted:  # a victim of an earlier one is not
                 self._schedule_running(sequence, scheduled, budget)
@@ -122,6 +123,8 @@ class Scheduler:
         for sequence in list(self._waiting):
             if len(self._running) >= self._max_running or budget.tokens == 0:
                 return
+            if sequence.has_pending:  # preempted while its token was in flight
+                continue
             is_overdue = now - sequence.arrival_s > self._max_wait_s
             if sequence.version is not None:
                 # Behind an overdue one that waits for adapter pages, no further adapter takes any.

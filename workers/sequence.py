@@ -10,6 +10,11 @@ from lorafleet.workers.memory.residency import AdapterLease
 from lorafleet.workers.request import EngineRequest, FinishReason, TokenLogprobs
 
 
+def pending_token(index: int) -> int:
+    """The placeholder of the token that the step in flight chooses for its sampled row `index`."""
+    return -1 - index
+
+
 class AdapterReadiness(Enum):
     """Whether a sequence's adapter is there."""
 
@@ -31,9 +36,9 @@ class Sequence:
     seed: int
     detokenizer: Detokenizer
     token_ids: list[int]
-    """The prompt, then what was made."""
+    """The prompt, then what was made. A token that is being computed is a placeholder, `pending_token(index)`."""
     num_computed: int = 0
-    """Tokens whose KV is in `kv_pages`."""
+    """Tokens whose KV is in `kv_pages`, or will be when the steps in flight are done."""
     num_cached: int = 0
     """Prompt tokens that the prefix cache gave at the first admission."""
     kv_pages: list[int] = field(default_factory=list)
@@ -44,6 +49,8 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
+    is_over: bool = False
+    """Finished or aborted; steps in flight may still compute rows of it, which are dropped."""
     stop_reason: str | int | None = None
 
     @property
@@ -57,6 +64,16 @@ class Sequence:
     @property
     def num_made(self) -> int:
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether its last token is made or in flight, so that no further step is for it."""
+        return self.num_made >= self.max_tokens
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether its last token is still a placeholder."""
+        return self.token_ids[-1] < 0
 
     @property
     def num_uncomputed(self) -> int:

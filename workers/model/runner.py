@@ -17,7 +17,7 @@ from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.model import attention, lora_layers
 from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel
-from lorafleet.workers.model.sampler import Sampled, logprobs_of, sample
+from lorafleet.workers.model.sampler import Chosen, sample, with_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +26,21 @@ PROBE_TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2.5e-1}
 
 
 @dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step computed, on the host."""
+class StepInFlight:
+    """A step that the device may still be computing."""
 
-    sampled: Sampled
-    """One entry for each of the batch's `sampled` sequences."""
-    prompt_logprobs: tuple[list[float], tuple[list[list[int]], list[list[float]]]] | None
-    """Of the batch's `prompts`, one entry a position."""
+    next_token_ids: torch.Tensor | None
+    """(num_sampled,) int64 on the device: what the following step takes for its placeholders."""
+    sampled: Chosen | None
+    """On the host once `wait` returns; one row for each of the batch's `sampled` sequences."""
+    prompts: Chosen | None
+    """The same for the batch's `prompts`, one row a position."""
+    is_done: torch.cuda.Event | None
+
+    def wait(self) -> None:
+        """Block until the host's copies are complete: the step's only synchronisation."""
+        if self.is_done is not None:
+            self.is_done.synchronize()
 
 
 class ModelRunner:
@@ -47,12 +55,25 @@ class ModelRunner:
         self._substitute()
         self._probe()
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether `launch` returns before the step is computed."""
+        return self.base.device.type == "cuda"
+
     @torch.inference_mode()
-    def run(self, batch: StepBatch) -> StepResult:
-        """Compute one step and choose its tokens."""
-        logits = self._forward(batch)
+    def launch(self, batch: StepBatch, previous: StepInFlight | None) -> StepInFlight:
+        """Begin one step. Placeholder tokens of the batch are taken from `previous`, which may be in flight."""
+        token_ids = batch.token_ids
+        if batch.has_pending:
+            assert previous is not None
+            assert previous.next_token_ids is not None
+            is_pending = token_ids < 0
+            token_ids = torch.where(
+                is_pending, previous.next_token_ids[torch.where(is_pending, -1 - token_ids, 0)], token_ids
+            )
+        logits = self._forward(batch, token_ids)
         num_prompt_rows = sum(count for _, _, count in batch.prompts)
-        prompt_logprobs = None
+        prompts = None
         if num_prompt_rows:
             targets = [
                 token
@@ -60,21 +81,26 @@ class ModelRunner:
                 for token in sequence.token_ids[start + 1 : start + 1 + count]
             ]
             num_top = max(sequence.request.sampling.logprobs or 0 for sequence, _, _ in batch.prompts)
-            prompt_logprobs = logprobs_of(
-                logits[:num_prompt_rows], torch.tensor(targets, device=logits.device), num_top
-            )
-        if not batch.sampled:
-            return StepResult(Sampled([], None, None), prompt_logprobs)
-        return StepResult(sample(logits[num_prompt_rows:], batch.sampling), prompt_logprobs)
+            prompts = with_logprobs(logits[:num_prompt_rows], torch.tensor(targets, device=logits.device), num_top)
+        sampled = sample(logits[num_prompt_rows:], batch.sampling) if batch.sampled else None
+        step = StepInFlight(
+            next_token_ids=None if sampled is None else sampled.token_ids,
+            sampled=None if sampled is None else sampled.to_host(),
+            prompts=None if prompts is None else prompts.to_host(),
+            is_done=torch.cuda.Event() if logits.is_cuda else None,  # type: ignore[no-untyped-call]
+        )
+        if step.is_done is not None:
+            step.is_done.record()
+        return step
 
-    def _forward(self, batch: StepBatch) -> torch.Tensor:
+    def _forward(self, batch: StepBatch, token_ids: torch.Tensor) -> torch.Tensor:
         """(num_logits, vocab) logits of the batch's logits rows."""
         self._attention.batch = batch.attention
         self._lora.segments = _if_lora(batch.segments)
         self._lora.logits_segments = _if_lora(batch.logits_segments)
         try:
             output = self.base.model(
-                input_ids=batch.token_ids[None],
+                input_ids=token_ids[None],
                 position_ids=batch.positions[None],
                 use_cache=False,
                 logits_to_keep=batch.logits_rows,

@@ -36,39 +36,54 @@ class SamplingBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
-    """What the sampler chose; on the host."""
+class Chosen:
+    """Tokens and their logprobs, one entry a row; on the device, or copied to the host."""
 
-    token_ids: list[int]
-    logprobs: list[float] | None
-    """Logprob of each chosen token under the model, before temperature."""
-    top: tuple[list[list[int]], list[list[float]]] | None
-    """Token ids and logprobs of the likeliest alternatives, best first."""
+    token_ids: Tensor
+    """(rows,) int64."""
+    logprobs: Tensor | None
+    """(rows,) float32: of each token under the model, before temperature; None: nobody asked."""
+    top_ids: Tensor | None
+    """(rows, num_top) int64: the likeliest tokens, best first."""
+    top_logprobs: Tensor | None
+    """(rows, num_top) float32."""
+
+    def top(self, row: int, count: int) -> tuple[tuple[int, float], ...]:
+        """The `count` likeliest tokens of a row. On the host."""
+        assert self.top_ids is not None
+        assert self.top_logprobs is not None
+        return tuple(zip(self.top_ids[row, :count].tolist(), self.top_logprobs[row, :count].tolist(), strict=True))
+
+    def to_host(self) -> Chosen:
+        """Begin to copy to the host; complete once the device has caught up with an event recorded after this."""
+        parts = (self.token_ids, self.logprobs, self.top_ids, self.top_logprobs)
+        token_ids, logprobs, top_ids, top_logprobs = (
+            None if part is None else part.to("cpu", non_blocking=True) for part in parts
+        )
+        assert token_ids is not None
+        return Chosen(token_ids, logprobs, top_ids, top_logprobs)
 
 
-def sample(logits: Tensor, batch: SamplingBatch) -> Sampled:
-    """logits: (rows, vocab) any float dtype. One synchronisation, to fetch what was chosen."""
+def sample(logits: Tensor, batch: SamplingBatch) -> Chosen:
+    """logits: (rows, vocab) any float dtype. Does not synchronise with the device."""
     logits = logits.float()
     if any(batch.forbidden):
         logits = logits.clone()
-        for row, token_ids in enumerate(batch.forbidden):
-            if token_ids:
-                logits[row, list(token_ids)] = -torch.inf
-    chosen = logits.argmax(dim=-1) if batch.is_greedy else _draw(logits, batch)
+        for row, banned in enumerate(batch.forbidden):
+            if banned:
+                logits[row, list(banned)] = -torch.inf
+    token_ids = logits.argmax(dim=-1) if batch.is_greedy else _draw(logits, batch)
     if batch.num_logprobs < 0:
-        return Sampled(chosen.tolist(), None, None)
-    logprobs, top = logprobs_of(logits, chosen, batch.num_logprobs)
-    return Sampled(chosen.tolist(), logprobs, top)
+        return Chosen(token_ids, None, None, None)
+    return with_logprobs(logits, token_ids, batch.num_logprobs)
 
 
-def logprobs_of(
-    logits: Tensor, token_ids: Tensor, num_top: int
-) -> tuple[list[float], tuple[list[list[int]], list[list[float]]]]:
-    """Logprobs of `token_ids` (rows,) and of the `num_top` likeliest tokens of each row of logits (rows, vocab)."""
+def with_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Chosen:
+    """`token_ids` (rows,) with their logprobs under logits (rows, vocab), and the `num_top` likeliest tokens."""
     logprobs = logits.float().log_softmax(dim=-1)
     of_chosen = logprobs.gather(1, token_ids[:, None])[:, 0]
-    values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
-    return of_chosen.tolist(), (ids.tolist(), values.tolist())
+    top_logprobs, top_ids = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
+    return Chosen(token_ids, of_chosen, top_ids, top_logprobs)
 
 
 def _draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
