@@ -12,13 +12,14 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
+
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Array
 from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.page_plan import count_adapter_pages, pack
 from lorafleet.workers.memory.pages import PageAllocator
 from lorafleet.workers.memory.pool_layout import PoolLayout, parts_of
-from torch import Tensor
 
 _MAX_REMEMBERED_COUNTS = 1 << 16
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from lorafleet.workers.memory.pages import PageAllocator
 from lorafleet.workers.memory.prefix_cache import PrefixCache, Tokens
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

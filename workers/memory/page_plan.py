@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Array
 from lorafleet.workers.memory.packing import Ints, pack_rows
 from lorafleet.workers.memory.pool_layout import Piece, PoolLayout, aligned, count_piece_pages

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
+
 from lorafleet.adapter_store.manifest import AdapterManifest, BaseGeometry, Dtype, ModuleManifest, ModuleShape
 from lorafleet.kernels.weights import ROW_ALIGN
 from lorafleet.workers.memory.packing import count_pages
@@ -152,7 +153,7 @@ def choose_page_elements(geometry: BaseGeometry, max_rank: int) -> int:
     """
     modules = geometry.modules
     # One token of an embedding's A, which has `max_rank` elements at most, has to fit too.
-    unit = aligned(max(max_rank, *(shape.in_dim for shape in modules.values() if shape.kind == "linear")))
+    unit = aligned(max([max_rank, *(shape.in_dim for shape in modules.values() if shape.kind == "linear")]))
     by_target: dict[str, list[str]] = defaultdict(list)
     for name in modules:
         by_target[name.rpartition(".")[2]].append(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
 from lorafleet.adapter_store.manifest import (
     NUMPY_DTYPES,
     AdapterManifest,

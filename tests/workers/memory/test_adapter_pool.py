@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, BaseGeometry, ModuleShape
+from lorafleet.kernels.weights import ROW_ALIGN
+from lorafleet.workers.errors import WorkerConfigError
+from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation
+from lorafleet.workers.memory.page_plan import pack
+from lorafleet.workers.memory.pool_layout import MAX_PAGE_ROWS, PoolLayout, aligned
+from tests.workers.memory.geometries import (
+    ATTENTION,
+    EVERYTHING,
+    GEOMETRIES,
+    LAYER,
+    ODD,
+    QKV,
+    TINY,
+    decoder,
+    groups_of,
+    manifest_of,
+    weights_of,
+)
+from tests.workers.memory.readback import assert_serves
+
+DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
+TINY_BF16 = decoder(layers=2, hidden=32, inner=48, kv=16, vocab=200)
+TARGETS = [("q_proj", "v_proj"), QKV, ATTENTION, LAYER, EVERYTHING, ("embed_tokens",), ("lm_head", "down_proj")]
+
+
+def make_pool(
+    geometry: BaseGeometry, *, max_rank: int = 8, num_pages: int = 400, max_slots: int = 16, device: str = "cpu"
+) -> AdapterPool:
+    layout = PoolLayout.of(geometry, groups_of(geometry), max_rank)
+    num_bytes = num_pages * layout.page_bytes
+    return AdapterPool(layout, pool_bytes=num_bytes, max_slots=max_slots, device=torch.device(device))
+
+
+def load(pool: AdapterPool, weights: AdapterWeights) -> Allocation:
+    allocation = pool.allocate(weights.manifest)
+    pool.publish(pool.stage(allocation, weights))
+    return allocation
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        pytest.param(TINY, id="fp32"),
+        pytest.param(ODD, id="fp16_unaligned"),
+        pytest.param(TINY_BF16, id="bf16"),
+        pytest.param(GEOMETRIES["demo_344"], id="demo"),
+    ],
+)
+def test_tables_lead_to_every_value(geometry: BaseGeometry, device: str) -> None:
+    pool = make_pool(geometry, num_pages=3000, device=device)
+    resident = []
+    for seed, (rank, targets) in enumerate([(r, t) for t in TARGETS for r in (1, 3, 8)][: pool.num_slots]):
+        ranks = {"model.layers.1.self_attn.q_proj": 2, "model.layers.0.mlp.down_proj": 7}
+        manifest = manifest_of(geometry, f"v{seed}", rank, targets, ranks)
+        weights = weights_of(geometry, manifest, seed)
+        resident.append((load(pool, weights), weights))
+    for allocation, weights in resident:
+        assert_serves(pool, groups_of(geometry), allocation.slot, weights)
+    assert torch.isfinite(pool.embedding_weights("model.embed_tokens").pool).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_reused_pages_disturb_no_one(device: str) -> None:
+    rng = np.random.default_rng(3)
+    pool = make_pool(TINY, num_pages=260, max_slots=6, device=device)
+    resident: list[tuple[Allocation, AdapterWeights]] = []
+    for step in range(60):
+        targets = TARGETS[rng.integers(len(TARGETS))]
+        weights = weights_of(TINY, manifest_of(TINY, f"v{step}", int(rng.integers(1, 9)), targets), step)
+        while not pool.can_allocate(weights.manifest):
+            pool.free(resident.pop(int(rng.integers(len(resident))))[0])
+        resident.append((load(pool, weights), weights))
+        for allocation, of in resident:
+            assert_serves(pool, groups_of(TINY), allocation.slot, of)
+    pages = [page for allocation, _ in resident for page in allocation.page_ids]
+    assert len(pages) == len(set(pages)) == pool.num_pages_used
+    assert pool.ideal_bytes == sum(weights.manifest.num_bytes for _, weights in resident)
+    for allocation, _ in resident:
+        pool.free(allocation)
+    assert (pool.num_pages_used, pool.ideal_bytes, pool.num_slots_free) == (0, 0, 6)
+
+
+def test_a_slot_is_not_live_before_publish_nor_after_free() -> None:
+    pool = make_pool(TINY)
+    ranks = pool.weights(groups_of(TINY)[0]).ranks
+    weights = weights_of(TINY, manifest_of(TINY, "v", 4, LAYER))
+    allocation = pool.allocate(weights.manifest)
+    staged = pool.stage(allocation, weights)
+    assert not ranks.any()
+    pool.publish(staged)
+    assert ranks[allocation.slot].tolist() == [4, 4, 4]
+    pool.free(allocation)
+    assert not ranks.any()
+    with pytest.raises(AssertionError):
+        pool.free(allocation)
+
+
+def test_a_slot_forgets_the_modules_of_its_former_adapter() -> None:
+    pool = make_pool(TINY, max_slots=1)
+    pool.free(load(pool, weights_of(TINY, manifest_of(TINY, "a", 8, EVERYTHING))))
+    weights = weights_of(TINY, manifest_of(TINY, "b", 2, ("q_proj",)))
+    assert_serves(pool, groups_of(TINY), load(pool, weights).slot, weights)
+
+
+def test_staging_runs_beside_the_engine() -> None:
+    pool = make_pool(TINY)
+    served = weights_of(TINY, manifest_of(TINY, "served", 4, EVERYTHING))
+    slot = load(pool, served).slot
+    coming = [weights_of(TINY, manifest_of(TINY, f"v{seed}", 3, LAYER), seed) for seed in range(4)]
+    allocations = [pool.allocate(weights.manifest) for weights in coming]
+    staged = {}
+    threads = [
+        threading.Thread(target=lambda i=index: staged.update({i: pool.stage(allocations[i], coming[i])}))
+        for index in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    assert_serves(pool, groups_of(TINY), slot, served)
+    for thread in threads:
+        thread.join()
+    for index, weights in enumerate(coming):
+        pool.publish(staged[index])
+        assert_serves(pool, groups_of(TINY), allocations[index].slot, weights)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("targets", TARGETS, ids="-".join)
+def test_waste_of_one_adapter(name: str, targets: tuple[str, ...]) -> None:
+    geometry = GEOMETRIES[name]
+    layout = PoolLayout.of(geometry, groups_of(geometry), 64)
+    for rank in (4, 6, 8, 16, 24, 32, 64):
+        manifest = manifest_of(geometry, "v", rank, targets)
+        used = pack(manifest, layout).num_pages * layout.page_bytes
+        assert manifest.num_bytes <= used <= 1.15 * manifest.num_bytes, (rank, used / manifest.num_bytes)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_waste_of_a_mix(name: str) -> None:
+    geometry = GEOMETRIES[name]
+    layout = PoolLayout.of(geometry, groups_of(geometry), 64)
+    mix = [(rank, targets) for rank in (4, 8, 16, 32, 64) for targets in TARGETS[:5]]
+    manifests = [manifest_of(geometry, f"{rank}{targets}", rank, targets) for rank, targets in mix]
+    ideal = sum(manifest.num_bytes for manifest in manifests)
+    # `meta` holds no memory: only the account is asked for.
+    pool = AdapterPool(layout, pool_bytes=2 * ideal, max_slots=64, device=torch.device("meta"))
+    for manifest in manifests:
+        pool.allocate(manifest)
+    assert pool.ideal_bytes == ideal
+    assert ideal <= pool.used_bytes <= 1.05 * ideal, pool.used_bytes / ideal
+    assert pool.used_bytes <= pool.total_bytes
+
+
+@pytest.mark.parametrize("geometry", [TINY, ODD, *GEOMETRIES.values()], ids=["tiny", "odd", *GEOMETRIES])
+def test_rows_are_aligned_apart_and_within_a_page(geometry: BaseGeometry) -> None:
+    layout = PoolLayout.of(geometry, groups_of(geometry), 48)
+    widest = max(shape.in_dim for shape in geometry.modules.values() if shape.kind == "linear")
+    assert layout.page_elements in [rows * aligned(max(widest, 48)) for rows in range(1, MAX_PAGE_ROWS + 1)]
+    for rank, targets in [(1, LAYER), (5, EVERYTHING), (48, ("q_proj", "embed_tokens"))]:
+        plan = pack(manifest_of(geometry, "v", rank, targets), layout)
+        counts = [piece.count for piece in plan.pieces]
+        widths = np.repeat([piece.width for piece in plan.pieces], counts)
+        order = np.argsort(plan.offsets)
+        ends = plan.offsets + widths
+        assert (plan.offsets % ROW_ALIGN == 0).all()
+        assert (plan.offsets[order][1:] >= ends[order][:-1]).all()
+        assert (plan.offsets // layout.page_elements == (ends - 1) // layout.page_elements).all()
+        assert ends.max() <= plan.num_pages * layout.page_elements
+        assert len(set(plan.entries.tolist())) == len(plan.entries)
+        assert plan.entries.max() < layout.num_tables * layout.max_rank
+
+
+def test_packing_depends_on_nothing_else() -> None:
+    layout = PoolLayout.of(TINY, groups_of(TINY), 8)
+    manifest = manifest_of(TINY, "v", 5, EVERYTHING)
+    first, second = pack(manifest, layout), pack(manifest, PoolLayout.of(TINY, groups_of(TINY), 8))
+    np.testing.assert_array_equal(first.offsets, second.offsets)
+    np.testing.assert_array_equal(first.entries, second.entries)
+
+
+def test_wide_outputs_are_split_into_parts() -> None:
+    pool = make_pool(TINY)
+    head = pool.weights(("lm_head",))
+    size = pool.layout.page_elements
+    assert size < 200
+    assert head.part_starts == tuple(range(0, 200, size))
+    assert sum(head.part_widths) == head.out_dim == 200
+    assert set(head.part_slices) == {0}
+    qkv = pool.weights(groups_of(TINY)[0])
+    assert (qkv.part_slices, qkv.part_starts, qkv.part_widths) == ((0, 1, 2), (0, 32, 48), (32, 16, 16))
+    assert (qkv.num_slices, qkv.max_rank, qkv.out_dim, qkv.in_dim) == (3, 8, 64, 32)
+
+
+def test_a_base_with_no_vocabulary_modules_and_one_with_only_them() -> None:
+    linear = BaseGeometry({"a.q": ModuleShape("linear", 32, 80)}, "float32")
+    embedding = BaseGeometry({"wte": ModuleShape("embedding", 50, 24)}, "float32")
+    for geometry in (linear, embedding):
+        layout = PoolLayout.of(geometry, [], 4)
+        pool = AdapterPool(layout, pool_bytes=100 * layout.page_bytes, max_slots=2, device=torch.device("cpu"))
+        weights = weights_of(geometry, manifest_of(geometry, "v", 3, ("q", "wte")))
+        assert_serves(pool, [], load(pool, weights).slot, weights)
+
+
+def test_adapters_that_nobody_could_use_have_no_slots() -> None:
+    pool = make_pool(TINY, num_pages=5, max_slots=1000)
+    assert pool.num_slots == 5
+
+
+def test_full_pool_and_full_slots_refuse() -> None:
+    pool = make_pool(TINY, num_pages=40, max_slots=2)
+    small = [manifest_of(TINY, f"v{i}", 1, ("q_proj",)) for i in range(3)]
+    assert not pool.can_allocate(manifest_of(TINY, "large", 8, EVERYTHING))
+    first = pool.allocate(small[0])
+    pool.allocate(small[1])
+    assert not pool.can_allocate(small[2])
+    with pytest.raises(AssertionError):
+        pool.allocate(small[2])
+    pool.free(first)
+    assert pool.can_allocate(small[2])
+
+
+def test_sizes_that_hold_no_page_or_too_many_are_refused() -> None:
+    layout = PoolLayout.of(TINY, groups_of(TINY), 8)
+    for pool_bytes in (layout.page_bytes - 1, 1 << 40):
+        with pytest.raises(WorkerConfigError, match=f"pool_bytes={pool_bytes} is"):
+            AdapterPool(layout, pool_bytes=pool_bytes, max_slots=1, device=torch.device("meta"))
+
+
+def test_our_own_mistakes_assert() -> None:
+    pool = make_pool(TINY, max_rank=4)
+    too_high: AdapterManifest = manifest_of(TINY, "high", 5, ("q_proj",))
+    with pytest.raises(AssertionError):
+        pool.num_pages(too_high)
+    manifest = manifest_of(TINY, "v", 4, ("q_proj",))
+    allocation = pool.allocate(manifest)
+    with pytest.raises(AssertionError):
+        pool.stage(allocation, weights_of(TINY, manifest_of(TINY, "other", 4, ("q_proj",))))
+    with pytest.raises(AssertionError):
+        pool.weights(("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"))
+    with pytest.raises(AssertionError):
+        pool.weights(("model.embed_tokens",))
+    with pytest.raises(AssertionError):
+        pool.embedding_weights("lm_head")
+    with pytest.raises(AssertionError):
+        PoolLayout.of(TINY, [("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")], 4)

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorafleet.workers.memory.prefix_cache import PrefixCache
+
+TOKENS = st.lists(st.integers(0, 1), max_size=13)
+VERSIONS = st.sampled_from([None, "v1", "v2"])
+P = 2
+
+
+def test_some_token_is_always_left_to_compute() -> None:
+    cache = PrefixCache(4)
+    tokens = list(range(8))
+    assert cache.insert(None, tokens, [5, 6]) == [5, 6]
+    assert cache.match(None, tokens) == [5]
+    assert cache.match(None, [*tokens, 8]) == [5, 6]
+    assert cache.match(None, []) == []
+    assert cache.match(None, [0, 1, 2, 9, 4]) == []
+
+
+def test_versions_share_nothing() -> None:
+    cache = PrefixCache(1)
+    cache.insert("v1", [1, 2, 3], [0, 1, 2])
+    assert cache.match("v1", [1, 2, 3, 4]) == [0, 1, 2]
+    assert cache.match("v2", [1, 2, 3, 4]) == []
+    assert cache.match(None, [1, 2, 3, 4]) == []
+
+
+def test_half_pages_are_not_cached() -> None:
+    cache = PrefixCache(4)
+    assert cache.insert(None, list(range(6)), [0, 1]) == [0, 1]
+    assert cache.num_pages == 1
+    assert 0 in cache
+    assert 1 not in cache
+
+
+def test_arrays_and_lists_are_the_same_tokens() -> None:
+    cache = PrefixCache(2)
+    cache.insert(None, np.arange(4, dtype=np.int64), [0, 1])
+    assert cache.match(None, tuple(range(5))) == [0, 1]
+    assert cache.match(None, np.arange(5, dtype=np.int32)) == [0, 1]
+
+
+def test_a_page_computed_twice_is_kept_once() -> None:
+    cache = PrefixCache(2)
+    cache.insert(None, [1, 2, 3, 4], [0, 1])
+    assert cache.insert(None, [1, 2, 5, 6, 7], [2, 3, 4]) == [0, 3, 4]
+    # The sequence grows, and calls again with what it holds now.
+    assert cache.insert(None, [1, 2, 5, 6, 7, 8], [0, 3, 4]) == [0, 3, 4]
+    assert cache.match(None, [1, 2, 5, 6, 7, 8, 9]) == [0, 3, 4]
+    assert cache.num_pages == 4
+
+
+def test_idle_pages_go_least_recently_used_first() -> None:
+    cache = PrefixCache(1)
+    cache.insert(None, [1, 2], [0, 1])
+    cache.insert(None, [3], [2])
+    for page in (1, 0, 2):
+        cache.release(page)
+    cache.hold(1)
+    cache.hold(0)
+    cache.release(1)
+    cache.release(0)
+    assert cache.num_idle == 3
+    assert cache.evict(2) == [2, 1]
+    assert cache.match(None, [1, 2, 9]) == [0]
+    with pytest.raises(AssertionError):
+        cache.evict(2)
+
+
+def test_dropping_a_version_gives_back_what_is_idle() -> None:
+    cache = PrefixCache(1)
+    cache.insert("v1", [1, 2], [0, 1])
+    cache.insert("v2", [1, 2], [2, 3])
+    cache.release(1)
+    cache.release(3)
+    assert cache.drop("v1") == [1]
+    assert 0 not in cache
+    assert cache.num_idle == 1
+    assert cache.match("v2", [1, 2, 3]) == [2, 3]
+    # A sequence that still runs may offer its pages again.
+    assert cache.insert("v1", [1, 2, 3], [0, 4, 5]) == [0, 4, 5]
+    assert cache.match("v1", [1, 2, 4]) == [0, 4]
+
+
+@given(st.lists(st.tuples(VERSIONS, TOKENS), max_size=12), VERSIONS, TOKENS)
+def test_matches_are_those_of_a_dictionary(
+    inserted: list[tuple[str | None, list[int]]], version: str | None, prompt: list[int]
+) -> None:
+    cache = PrefixCache(P)
+    model: dict[tuple[str | None, tuple[int, ...]], int] = {}
+    next_page = 0
+    for of_version, tokens in inserted:
+        pages = list(range(next_page, next_page + len(tokens) // P + 1))
+        next_page += len(pages)
+        kept = cache.insert(of_version, tokens, pages)
+        for index in range(len(tokens) // P):
+            assert kept[index] == model.setdefault((of_version, tuple(tokens[: (index + 1) * P])), pages[index])
+        assert kept[len(tokens) // P :] == pages[len(tokens) // P :]
+    expected = []
+    for end in range(P, len(prompt), P):
+        page = model.get((version, tuple(prompt[:end])))
+        if page is None:
+            break
+        expected.append(page)
+    assert cache.match(version, prompt) == expected
+    assert cache.num_pages == len(model)
