@@ -1,0 +1,85 @@
+"""The HTTP application of the ingress: all routes, and OpenAI's error body for whatever goes wrong in them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lorafleet.cluster.errors import BadRequest, ErrorReply, MethodNotAllowed, RouteNotFound, describe
+from lorafleet.cluster.openai_requests import refusal_of
+
+logger = logging.getLogger(__name__)
+
+
+def build_http_app(routers: Sequence[APIRouter]) -> FastAPI:
+    """One application of these routers."""
+    app = FastAPI(title="lorafleet", docs_url=None, redoc_url=None, redirect_slashes=False)
+    for router in routers:
+        app.include_router(router)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    app.add_middleware(ErrorReplies)
+    return app
+
+
+class ErrorReplies:
+    """ASGI middleware: an exception that reaches it becomes a reply, unless one has begun."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_begun = False
+
+        async def noting_send(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting_send)
+        except Exception as error:
+            reply = describe(error)
+            if has_begun:
+                # Only a bug comes here; the server cuts the connection, so nobody takes the reply for whole.
+                raise
+            await _response(reply)(scope, receive, send)
+
+
+def _response(reply: ErrorReply) -> Response:
+    return Response(reply.body(), reply.status, dict(reply.headers), "application/json")
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    """What routing and FastAPI raise."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path[:256]}"
+    if error.status_code == 404:
+        reply = describe(RouteNotFound(f"there is no {where}"))
+    elif error.status_code == 405:
+        reply = describe(MethodNotAllowed(f"there is no {where}; the URL takes another method"))
+    else:
+        reply = ErrorReply(error.status_code, "invalid_request_error", "bad_request", str(error.detail))
+    response = _response(reply)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _on_invalid_request(request: Request, error: Exception) -> Response:
+    """What FastAPI finds wrong in the bodies and parameters of typed routes."""
+    assert isinstance(error, RequestValidationError)
+    first = dict(error.errors()[0])
+    if first["type"] == "json_invalid":
+        return _response(describe(BadRequest("the body is no valid JSON", None, "invalid_json")))
+    first["loc"] = tuple(first["loc"])[1:]  # without "body" or "query"
+    return _response(describe(refusal_of(first)))

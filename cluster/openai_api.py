@@ -1,0 +1,179 @@
+"""OpenAI's routes: models, completions, chat completions, and the probes.
+
+Parses, calls the dispatcher and writes the reply. What goes wrong before a reply has begun is raised, and `http_app`
+gives it a status; after that it becomes one last event here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+
+from lorafleet.cluster.auth import Keys
+from lorafleet.cluster.dispatch import Dispatcher
+from lorafleet.cluster.errors import BodyTooLarge, ModelNotFound, describe
+from lorafleet.cluster.names import NamedVersion
+from lorafleet.cluster.openai_replies import ChatReply, CompletionReply, Reply
+from lorafleet.cluster.openai_requests import DEFAULT_MAX_TOKENS, ChatBody, CompletionBody, parse_body
+from lorafleet.cluster.sse import ClientGone, EventStream, while_connected
+from lorafleet.workers.request import GenerateDelta
+
+MAX_BODY_BYTES = 16 * 2**20
+OWNER = "lorafleet"
+
+CLIENT_CLOSED_REQUEST = 499
+"""What proxies log for a client that hung up; nobody reads it."""
+
+
+def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRouter:
+    """The data plane. started: Unix seconds, when the base came to be."""
+
+    async def check_client(request: Request) -> None:
+        keys.check_client(request.headers.get("authorization"))
+
+    router = APIRouter(prefix="/v1", dependencies=[Depends(check_client)], tags=["OpenAI"])
+
+    @router.get("/models", summary="The base and every adapter that has a name")
+    async def list_models() -> JSONResponse:
+        adapters = await dispatcher.adapters()
+        cards = [_base_card(dispatcher.base_id, started), *(_adapter_card(dispatcher, entry) for entry in adapters)]
+        return JSONResponse({"object": "list", "data": cards})
+
+    @router.get("/models/{model:path}", summary="One model")
+    async def get_model(model: str) -> JSONResponse:
+        if model == dispatcher.base_id:
+            return JSONResponse(_base_card(dispatcher.base_id, started))
+        name = dispatcher.adapter_name(model)
+        for entry in await dispatcher.adapters():
+            if entry.name == name:
+                return JSONResponse(_adapter_card(dispatcher, entry))
+        raise ModelNotFound(f"no model or adapter is named {model[:128]!r}", "model")
+
+    @router.post("/completions", summary="Continue prompts", openapi_extra=_body_schema(CompletionBody))
+    async def complete(request: Request) -> Response:
+        body = parse_body(CompletionBody, await read_body(request))
+        prepared = [await dispatcher.prepare(each, default_max_tokens=DEFAULT_MAX_TOKENS) for each in body.requests()]
+        reply = CompletionReply(body, prepared, dispatcher.prompts)
+        return await _answer(request, dispatcher.stream(prepared), reply, is_stream=body.stream)
+
+    @router.post("/chat/completions", summary="Answer a conversation", openapi_extra=_body_schema(ChatBody))
+    async def chat(request: Request) -> Response:
+        body = parse_body(ChatBody, await read_body(request))
+        prepared = [await dispatcher.prepare(body.request())]
+        reply = ChatReply(body, prepared, dispatcher.prompts)
+        return await _answer(request, dispatcher.stream(prepared), reply, is_stream=body.stream)
+
+    return router
+
+
+def build_probes(not_ready: Callable[[], Awaitable[str | None]]) -> APIRouter:
+    """The probes, which need no key. not_ready: what the service still waits for, None once it is ready."""
+    router = APIRouter(tags=["probes"])
+
+    @router.get("/healthz", summary="Whether the ingress lives")
+    async def healthz() -> JSONResponse:
+        return JSONResponse({"status": "ok"})
+
+    @router.get("/readyz", summary="Whether workers are up and the preload is done")
+    async def readyz() -> JSONResponse:
+        reason = await not_ready()
+        if reason is None:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "starting", "reason": reason}, 503, {"retry-after": "1"})
+
+    return router
+
+
+async def read_body(request: Request) -> bytes:
+    """The body. Raises BodyTooLarge as soon as it is over the bound, without reading on."""
+    too_large = f"the body is over {MAX_BODY_BYTES} bytes"
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
+        raise BodyTooLarge(too_large)
+    chunks, num_bytes = [], 0
+    async for chunk in request.stream():
+        num_bytes += len(chunk)
+        if num_bytes > MAX_BODY_BYTES:
+            raise BodyTooLarge(too_large)
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+async def _answer(
+    request: Request, deltas: AsyncGenerator[GenerateDelta, None], reply: Reply, *, is_stream: bool
+) -> Response:
+    """Run the requests and answer, whole or as a stream.
+
+    A stream begins with its first delta, so that what fails before it still has a status of its own.
+    """
+    try:
+        if not is_stream:
+            await while_connected(request.receive, _feed_all(reply, deltas))
+            return Response(reply.whole(), media_type="application/json", headers=reply.headers())
+        first = await while_connected(request.receive, anext(deltas))
+    except ClientGone:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    event = reply.chunk(first)
+    assert event is not None
+    return EventStream(_events(reply, event, deltas), reply.headers())
+
+
+async def _feed_all(reply: Reply, deltas: AsyncGenerator[GenerateDelta, None]) -> None:
+    async with aclosing(deltas):
+        async for delta in deltas:
+            reply.feed(delta)
+
+
+async def _events(
+    reply: Reply, first: bytes, deltas: AsyncGenerator[GenerateDelta, None]
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(deltas):
+        yield first
+        try:
+            async for delta in deltas:
+                event = reply.chunk(delta)
+                if event is not None:
+                    yield event
+        except Exception as error:
+            # The status is long sent: an event is all that can still tell, and no [DONE] follows it.
+            yield b"data: " + describe(error).body() + b"\n\n"
+            return
+        yield reply.end()
+
+
+def _base_card(base_id: str, created: int) -> dict[str, Any]:
+    return {"id": base_id, "object": "model", "created": created, "owned_by": OWNER, "root": base_id, "parent": None}
+
+
+def _adapter_card(dispatcher: Dispatcher, entry: NamedVersion) -> dict[str, Any]:
+    return {
+        "id": entry.name,
+        "object": "model",
+        "created": entry.created,
+        "owned_by": OWNER,
+        "root": entry.origin,
+        "parent": dispatcher.base_id,
+        "lorafleet": {"version": entry.version},
+    }
+
+
+def _body_schema(kind: type[BaseModel]) -> dict[str, Any]:
+    """What the API's description says of a body that is parsed by hand."""
+    schema = kind.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def inlined(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inlined(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return inlined(definitions[node["$ref"].rpartition("/")[2]])
+        return {key: inlined(value) for key, value in node.items()}
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}}

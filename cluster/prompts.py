@@ -1,0 +1,200 @@
+"""Turns what a caller sends into token ids, and token ids back into the text that logprobs show.
+
+Owns the tokenizer and its rules (special tokens, chat template); the worker turns answers into text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lorafleet.cluster.errors import BadRequest, ContextLengthExceeded
+from lorafleet.workers.config import ModelConfig
+from lorafleet.workers.model.geometry import read_config
+from lorafleet.workers.model.loader import load_tokenizer, max_model_len
+from lorafleet.workers.request import GenerateRequest
+
+LONG_TEXT = 4096
+"""Characters above which tokenising leaves the event loop, so that other streams go on."""
+
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPiece:
+    """One token by itself, as logprobs show it."""
+
+    text: str
+    """Its text; `bytes:\\xe2\\x80` where the bytes are no whole character, as OpenAI writes it."""
+    utf8: bytes
+    is_special: bool
+    """Special tokens have a piece, but no text in the answer."""
+
+
+class Prompts:
+    """The tokenizer of one base, and the bounds that a prompt must keep."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int, max_model_len: int) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+        self._pieces: dict[int, TokenPiece] = {}
+        self._decoder = _decoder_of(tokenizer)
+        self._added: Mapping[int, Any] = {} if tokenizer is None else dict(tokenizer.added_tokens_decoder)
+
+    @classmethod
+    def load(cls, model: ModelConfig) -> Prompts:
+        """The tokenizer and the bounds of the base at `model.source`, read without its weights."""
+        config = read_config(model)
+        return cls(
+            load_tokenizer(model.source),
+            vocab_size=config.vocab_size,
+            max_model_len=max_model_len(model, getattr(config, "max_position_embeddings", None)),
+        )
+
+    async def tokenize(self, request: GenerateRequest) -> tuple[int, ...]:
+        """Token ids of the request's prompt, checked against the vocabulary and the model's length.
+
+        Raises BadRequest (`empty_prompt`, `invalid_token_id`, `no_tokenizer`, `no_chat_template`,
+        `chat_template_failed`) or ContextLengthExceeded.
+        """
+        if request.messages is not None:
+            param = "messages"
+            token_ids = await self._encode(self._render(request.messages), param, add_special_tokens=False)
+        elif isinstance(request.prompt, str):
+            param = "prompt"
+            token_ids = await self._encode(request.prompt, param, add_special_tokens=True)
+        else:
+            assert request.prompt is not None
+            param = "prompt"
+            token_ids = request.prompt
+            self.check_token_ids(token_ids, param)
+        if not token_ids:
+            raise BadRequest(f"{param} is empty: it has no tokens", param, "empty_prompt")
+        self._check_length(len(token_ids), request.max_tokens, param)
+        self.check_token_ids(request.stop_token_ids, "stop_token_ids")
+        return token_ids
+
+    def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Raise BadRequest when a token id is outside the vocabulary."""
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
+            wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
+            raise BadRequest(
+                f"{param} has token id {wrong}; the vocabulary is 0 to {self.vocab_size - 1}",
+                param,
+                "invalid_token_id",
+            )
+
+    def room_for(self, num_prompt_tokens: int) -> int:
+        """Most tokens that an answer to such a prompt may have."""
+        return self.max_model_len - num_prompt_tokens
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Text of a prompt that came as token ids, for `echo`."""
+        if self.tokenizer is None:
+            return ""
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def piece(self, token_id: int) -> TokenPiece:
+        """The token by itself; kept, so there are at most as many as the vocabulary has."""
+        piece = self._pieces.get(token_id)
+        if piece is None:
+            piece = self._pieces[token_id] = self._make_piece(token_id)
+        return piece
+
+    def _make_piece(self, token_id: int) -> TokenPiece:
+        added = self._added.get(token_id)
+        if added is not None:
+            return TokenPiece(added.content, added.content.encode(), added.special)
+        token = self.tokenizer.convert_ids_to_tokens(token_id) if self.tokenizer is not None else None
+        if not isinstance(token, str):
+            return TokenPiece("", b"", is_special=False)
+        utf8 = _bytes_of(token, self._decoder)
+        try:
+            return TokenPiece(utf8.decode(), utf8, is_special=False)
+        except UnicodeDecodeError:
+            return TokenPiece("bytes:" + "".join(f"\\x{byte:02x}" for byte in utf8), utf8, is_special=False)
+
+    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            raise BadRequest(
+                "the base has no chat template; use completions with a prompt", "messages", "no_chat_template"
+            )
+        if not messages:
+            raise BadRequest("messages is empty", "messages", "empty_prompt")
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        # A template is a program of the base's author: it raises what it likes.
+        except Exception as error:
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise BadRequest(
+                f"the base's chat template refuses these messages: {reason}", "messages", "chat_template_failed"
+            ) from error
+        assert isinstance(text, str)
+        return text
+
+    async def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        if not text:
+            raise BadRequest(f"{param} is empty", param, "empty_prompt")
+        if len(text) <= LONG_TEXT:
+            return self._encode_now(text, param, add_special_tokens)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._encode_now, text, param, add_special_tokens)
+
+    def _encode_now(self, text: str, param: str, add_special_tokens: bool) -> tuple[int, ...]:
+        if self.tokenizer is None:
+            raise BadRequest("the base has no tokenizer; send the prompt as token ids", param, "no_tokenizer")
+        try:
+            encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+        except UnicodeEncodeError as error:
+            raise BadRequest(f"{param} has a lone surrogate, which is no character", param) from error
+        return tuple(encoded["input_ids"])
+
+    def _check_length(self, num_prompt_tokens: int, max_tokens: int | None, param: str) -> None:
+        asked = 1 if max_tokens is None else max_tokens
+        if num_prompt_tokens + asked > self.max_model_len:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.max_model_len} tokens; "
+                f"{param} has {num_prompt_tokens} and the answer asks for {asked}",
+                param,
+            )
+
+
+def _decoder_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Description of the tokenizer's decoder, which says how its tokens are spelled; empty when unknown."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = getattr(backend, "decoder", None)
+    return "" if decoder is None else json.dumps(json.loads(decoder.__getstate__()), ensure_ascii=False)
+
+
+def _bytes_of(token: str, decoder: str) -> bytes:
+    if "ByteLevel" in decoder:
+        try:
+            return bytes(_BYTES_OF_LETTERS[letter] for letter in token)
+        except KeyError:
+            return token.encode()
+    if "ByteFallback" in decoder and (match := _BYTE_FALLBACK.fullmatch(token)):
+        return bytes([int(match[1], 16)])
+    return token.replace("▁", " ").encode() if "▁" in decoder else token.encode()
+
+
+def _bytes_of_letters() -> dict[str, int]:
+    """How byte-level tokenizers spell bytes: printable ones as themselves, the others from U+0100 up."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES_OF_LETTERS = _bytes_of_letters()
