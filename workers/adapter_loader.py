@@ -113,11 +113,6 @@ class AdapterLoader:
             sequence.lease = self._residency.acquire(version)
         return AdapterReadiness.READY if sequence.lease.is_ready else AdapterReadiness.LOADING
 
-    def slot_of(self, sequence: Sequence) -> int:
-        """The slot of an admitted sequence's adapter."""
-        assert sequence.lease is not None
-        return sequence.lease.slot
-
     def take_failures(self) -> dict[str, Exception]:
         """Versions that could not be loaded since the last call. The caller ends the requests that wait for them, which
         releases their leases, and then calls `forget`.

@@ -18,7 +18,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from lorafleet.workers.adapter_loader import AdapterLoader
-from lorafleet.workers.batch import ScheduledRows, StepBatch, build_batch
+from lorafleet.workers.batch import BatchBuilder, ScheduledRows, StepBatch
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.errors import EngineFailed, PromptTooLong
@@ -100,6 +100,12 @@ class Engine:
             max_logits_rows=config.max_logits_rows,
             max_wait_s=config.max_wait_s,
             clock=clock,
+        )
+        self._batches = BatchBuilder(
+            page_tokens=runner.cache.page_tokens,
+            max_pages=-(-(runner.base.max_model_len + 1) // runner.cache.page_tokens),
+            stop_token_ids=runner.base.stop_token_ids,
+            device=runner.base.device,
         )
         self._sequences: dict[str, Sequence] = {}
         self._outbox: list[Delivery] = []
@@ -213,13 +219,7 @@ class Engine:
         if not scheduled:
             return None
         started_s = self._clock()
-        batch = build_batch(
-            scheduled,
-            slot_of=self._loader.slot_of,
-            page_tokens=self._runner.cache.page_tokens,
-            stop_token_ids=self._runner.base.stop_token_ids,
-            device=self._runner.base.device,
-        )
+        batch = self._batches.build(scheduled)
         step = self._runner.launch(batch, None if self._in_flight is None else self._in_flight.step)
         for item in batch.rows:
             item.sequence.num_computed += item.num_rows
@@ -261,7 +261,10 @@ class Engine:
         is_same_run = row.num_preemptions == sequence.num_preemptions and not sequence.is_over
         if is_same_run and num_full > sequence.num_shared_pages:
             tokens = sequence.token_ids[: row.num_computed]
-            sequence.kv_pages = cache.insert(sequence.version, tokens, sequence.kv_pages)
+            kept = cache.insert(sequence.version, tokens, sequence.kv_pages)
+            if kept != sequence.kv_pages:
+                sequence.kv_pages = kept
+                sequence.num_tabled_pages = 0
             sequence.num_shared_pages = num_full
 
     def _note_prompt_logprobs(self, launched: _LaunchedStep) -> None:
@@ -351,6 +354,7 @@ class Engine:
         sequence.is_over = True
         del self._sequences[sequence.request.request_id]
         self._scheduler.finish(sequence)
+        self._batches.release(sequence)
         self.stats.note_finish(reason, sequence.num_prompt, num_made)
 
     def _end_with(self, sequence: Sequence, error: Exception) -> None:

@@ -189,4 +189,5 @@ class Scheduler:
         self._cache.free(sequence.kv_pages)
         sequence.kv_pages = []
         sequence.num_shared_pages = 0
+        sequence.num_tabled_pages = 0
         sequence.num_computed = 0

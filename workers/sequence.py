@@ -44,6 +44,10 @@ class Sequence:
     kv_pages: list[int] = field(default_factory=list)
     num_shared_pages: int = 0
     """The first `kv_pages`, which the prefix cache already knows."""
+    batch_line: int | None = None
+    """Its line in the batch builder's arrays."""
+    num_tabled_pages: int = 0
+    """How many of `kv_pages` stand in that line; 0 when any of them changed."""
     lease: AdapterLease | None = None
     is_admitted: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

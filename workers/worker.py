@@ -19,7 +19,7 @@ from lorafleet.workers.engine import Delivery, Engine
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.pool_layout import PoolLayout
-from lorafleet.workers.memory.residency import Residency
+from lorafleet.workers.memory.residency import Residency, ResidencySnapshot
 from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, resolve_device
 from lorafleet.workers.model.loader import load_base, load_tokenizer
 from lorafleet.workers.model.runner import ModelRunner
@@ -176,6 +176,10 @@ class Worker:
     async def held_versions(self) -> tuple[str, ...]:
         """Versions that are resident, loading or on their way out."""
         return await self._on_engine(lambda: tuple(entry.version for entry in self._residency.snapshot().adapters))
+
+    async def residency(self) -> ResidencySnapshot:
+        """The account of the adapter pool, with its counters."""
+        return await self._on_engine(self._residency.snapshot)
 
     async def state(self) -> WorkerState:
         """What the worker holds and does now."""

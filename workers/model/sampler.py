@@ -23,10 +23,10 @@ class SamplingBatch:
     top_ks: npt.NDArray[np.int64]
     """0: all tokens."""
     seeds: list[int]
-    positions: list[int]
+    positions: npt.NDArray[np.int64]
     """How many tokens the sequence has made so far; with the seed it gives the row's random number."""
-    forbidden: list[tuple[int, ...]]
-    """Token ids that may not come yet (stop tokens before `min_tokens`)."""
+    forbidden: tuple[tuple[int, ...], ...]
+    """Token ids that may not come yet (stop tokens before `min_tokens`); empty when no row has any."""
     num_logprobs: int
     """Alternatives wanted by the row that wants most; -1: no row wants logprobs."""
 
@@ -67,7 +67,7 @@ class Chosen:
 def sample(logits: Tensor, batch: SamplingBatch) -> Chosen:
     """logits: (rows, vocab) any float dtype. Does not synchronise with the device."""
     logits = logits.float()
-    if any(batch.forbidden):
+    if batch.forbidden:
         logits = logits.clone()
         for row, banned in enumerate(batch.forbidden):
             if banned:
@@ -110,10 +110,10 @@ def _draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
     return order.gather(1, drawn)[:, 0]
 
 
-def _uniforms(seeds: list[int], positions: list[int]) -> npt.NDArray[np.float32]:
+def _uniforms(seeds: list[int], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """(rows,) in [0, 1): counter-based random numbers (Philox, Salmon et al. 2011), a function of seed and position."""
     draws = [
         np.random.Generator(np.random.Philox(key=seed & (2**64 - 1), counter=position)).random(dtype=np.float32)
-        for seed, position in zip(seeds, positions, strict=True)
+        for seed, position in zip(seeds, positions.tolist(), strict=True)
     ]
     return np.array(draws, dtype=np.float32)
