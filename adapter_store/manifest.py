@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -45,6 +46,12 @@ class ModuleManifest:
     """What B @ A is multiplied with: lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA."""
 
 
+@lru_cache(maxsize=2**16)
+def shared_module(name: str, rank: int, scaling: float) -> ModuleManifest:
+    """Adapters are alike: sharing equal parts keeps thousands of manifests small, in memory and pickled together."""
+    return ModuleManifest(name, rank, scaling)
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterManifest:
     """An adapter version. Two adapters with the same `version` are the same in every bit that is served."""
@@ -75,3 +82,41 @@ class AdapterWeights:
     dtype: Dtype
     tensors: Mapping[str, tuple[Array, Array]]
     """Module name -> (a, b); dtypes as in `NUMPY_DTYPES`."""
+
+
+Origin = Literal["admin", "config", "resolve"]
+"""Who gave a name: the admin API, a config's desired set, or a request that named an adapter of a `resolve` source."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedAdapter:
+    """A name and the version that it points at."""
+
+    name: str
+    version: str
+    source: str
+    key: str
+    pinned: bool
+    warm: int | Literal["all"]
+    """On how many workers, beside those that had the former version, it was made resident."""
+    origin: Origin
+    manifest: AdapterManifest
+
+
+@dataclass(frozen=True, slots=True)
+class NameTable:
+    """All names at one moment."""
+
+    generation: int
+    """Grows with every change of any name, also over restarts."""
+    adapters: tuple[NamedAdapter, ...]
+    """Sorted by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """What a worker may keep: versions without a name are to be let go as soon as nothing uses them."""
+
+    generation: int
+    versions: Mapping[str, bool]
+    """Version that has a name -> whether a name that points at it is pinned."""

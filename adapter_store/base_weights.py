@@ -1,0 +1,74 @@
+"""The base's own weights, read from its checkpoint.
+
+PEFT stores a base's embedding matrices beside an adapter that targets them; this is what they are compared with, so
+that they are dropped where they are the base's own, and refused where they differ.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+from lorafleet.adapter_store.errors import SourceUnavailable
+from lorafleet.adapter_store.tensor_file import TensorFile
+from lorafleet.adapter_store.tensors import Tensor
+
+_WEIGHTS = "model.safetensors"
+
+
+class BaseWeights(Protocol):
+    """Where a weight of the base can be read."""
+
+    def read(self, module: str, leaf: str) -> Tensor | None:
+        """`read("lm_head", "weight")`, or None if the base stores no such weight (it may be tied to another).
+
+        Raises SourceUnavailable when the base's checkpoint cannot be reached now.
+        """
+
+
+class CheckpointWeights:
+    """`BaseWeights` of a safetensors checkpoint: a local folder, or a hub id, of which it takes the files it needs."""
+
+    def __init__(self, source: str | Path) -> None:
+        self._source = source
+
+    def read(self, module: str, leaf: str) -> Tensor | None:
+        name = f"{module}.{leaf}"
+        if name not in self._file_of:
+            # Checkpoints of a bare decoder lack the first parts: `wte.weight` is `transformer.wte.weight`.
+            ends = [stored for stored in self._file_of if name.endswith(f".{stored}")]
+            if len(ends) != 1:
+                return None
+            (name,) = ends
+        path = self._path(self._file_of[name])
+        return TensorFile.open(path).read(name) if path is not None else None
+
+    @cached_property
+    def _file_of(self) -> dict[str, str]:
+        """Tensor name -> file name."""
+        index = self._path(f"{_WEIGHTS}.index.json")
+        if index is not None:
+            return dict(json.loads(index.read_bytes())["weight_map"])
+        single = self._path(_WEIGHTS)
+        if single is not None:
+            return dict.fromkeys(TensorFile.open(single).entries, _WEIGHTS)
+        if Path(self._source).is_dir():
+            return {}
+        raise SourceUnavailable("source_unavailable", "the base's checkpoint cannot be reached to compare with")
+
+    def _path(self, file_name: str) -> Path | None:
+        if Path(self._source).is_dir():
+            path = Path(self._source) / file_name
+            return path if path.is_file() else None
+        try:
+            return Path(huggingface_hub.hf_hub_download(str(self._source), file_name))
+        except (LocalEntryNotFoundError, EntryNotFoundError, HFValidationError):
+            return None
+        except OSError as error:
+            message = "the base's checkpoint cannot be reached to compare with"
+            raise SourceUnavailable("source_unavailable", message) from error

@@ -1,0 +1,39 @@
+"""Files and folders that are there whole or not at all, whenever the process or the machine stops."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Make a file's or a folder's content durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, content: bytes, staging: Path) -> None:
+    """Replace the file `path` at once; written aside in `staging`, which must lie on the same file system."""
+    aside = staging / f"{uuid.uuid4().hex}.tmp"
+    aside.write_bytes(content)
+    sync(aside)
+    aside.replace(path)
+    sync(path.parent)
+
+
+def make_folder_durable(folder: Path) -> None:
+    """Make a folder and the files in it durable, before it is given its public name."""
+    for path in folder.iterdir():
+        sync(path)
+    sync(folder)
+
+
+def make_empty(folder: Path) -> None:
+    """Make sure that `folder` exists, and remove all that is in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,94 @@
+"""Regular expressions that come with an adapter, matched against module names within a time limit.
+
+A hostile pattern can keep Python's matcher, and with it the interpreter, busy for as long as it wants; so whatever is
+more than a plain name is matched in a child process, which can be ended.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lorafleet.adapter_store.errors import AdapterRefused
+
+TIME_LIMIT_S = 5.0
+
+_NAME = r"(?:[A-Za-z0-9_.^$-]|\\[.d])*"
+_PLAIN = re.compile(rf"{_NAME}|\(\.\*\\\.\)\?\({_NAME}\)\$")
+"""Patterns without choices to go back to: names, and names behind PEFT's own `(.*\\.)?`."""
+
+_MAX_PLAIN = 1024
+
+_CHILD = """
+import json, re, resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+request = json.load(sys.stdin)
+answer = []
+for method, pattern in request["patterns"]:
+    try:
+        match = getattr(re.compile(pattern), method)
+        hits = [match(name) for name in request["names"]]
+        answer.append([hit and (hit.groupdict().get("idx") or "") for hit in hits])
+    except (re.error, RecursionError, OverflowError, MemoryError):
+        answer.append(None)
+json.dump(answer, sys.stdout)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A regular expression and how it is applied."""
+
+    method: Literal["match", "fullmatch"]
+    regex: str
+    field: str
+    """The config field that it came with, for the error."""
+
+
+def match_patterns(patterns: Sequence[Pattern], names: Sequence[str]) -> list[list[str | None]]:
+    """For each pattern and each name: None, or the text of the group `idx` ("" without one).
+
+    Raises AdapterRefused `invalid_pattern` or `pattern_too_slow`, naming the field.
+    """
+    if not patterns:
+        return []
+    if len(patterns) <= _MAX_PLAIN and all(_PLAIN.fullmatch(pattern.regex) for pattern in patterns):
+        return [_match_here(pattern, names) for pattern in patterns]
+    request = json.dumps({"patterns": [[p.method, p.regex] for p in patterns], "names": list(names)})
+    fields = ", ".join(sorted({pattern.field for pattern in patterns}))
+    try:
+        child = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _CHILD],
+            input=request,
+            capture_output=True,
+            text=True,
+            timeout=TIME_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        message = f"matching the patterns of {fields} takes more than {TIME_LIMIT_S:g} s"
+        raise AdapterRefused("pattern_too_slow", message, fields) from error
+    if child.returncode != 0:
+        raise AdapterRefused("invalid_pattern", f"the patterns of {fields} cannot be matched", fields)
+    answer: list[list[str | None] | None] = json.loads(child.stdout)
+    return [_checked(hits, pattern) for hits, pattern in zip(answer, patterns, strict=True)]
+
+
+def _match_here(pattern: Pattern, names: Sequence[str]) -> list[str | None]:
+    try:
+        match = getattr(re.compile(pattern.regex), pattern.method)
+    except re.error:
+        return _checked(None, pattern)
+    return ["" if match(name) else None for name in names]
+
+
+def _checked(hits: list[str | None] | None, pattern: Pattern) -> list[str | None]:
+    if hits is None:
+        message = f"{pattern.field}: {pattern.regex[:200]!r} is no regular expression"
+        raise AdapterRefused("invalid_pattern", message, pattern.field)
+    return hits

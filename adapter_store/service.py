@@ -1,0 +1,365 @@
+"""The adapter store: the one authority on which names there are, which version each points at, and where weights lie.
+
+A plain class with async methods; one event loop calls it, and all that blocks runs in threads. `cluster` makes a Serve
+deployment of one replica of it, and injects `put`, which moves weights into Ray's object store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+from lorafleet.adapter_store.base_weights import BaseWeights
+from lorafleet.adapter_store.catalog import Catalog, NameRecord
+from lorafleet.adapter_store.errors import (
+    AdapterRefused,
+    AdapterStoreError,
+    InvalidName,
+    SourceUnavailable,
+    StoreUnusable,
+    UnknownSource,
+    UnknownVersion,
+)
+from lorafleet.adapter_store.host_cache import HostCache
+from lorafleet.adapter_store.manifest import (
+    AdapterManifest,
+    AdapterWeights,
+    BaseGeometry,
+    Desired,
+    NamedAdapter,
+    NameTable,
+    Origin,
+)
+from lorafleet.adapter_store.peft_format import AdapterReader
+from lorafleet.adapter_store.resolution import AbsentNames, first_offer, unknown_adapter
+from lorafleet.adapter_store.single_flight import SingleFlight
+from lorafleet.adapter_store.sources import Source, SourceConfig, checked_key, open_source
+
+__all__ = ["AdapterStore", "Desired", "NameTable", "NamedAdapter", "identity"]
+
+Result = TypeVar("Result")
+
+NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+GRACE_S = 600.0
+"""How long a version without a name stays published, and how long a worker that fell silent is believed to hold any."""
+
+_SOURCE_THREADS = 4
+_DISK_THREADS = 4
+
+
+def identity(weights: AdapterWeights) -> Any:
+    """The default of `put`: weights are kept as they are."""
+    return weights
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenSource:
+    config: SourceConfig
+    source: Source
+    threads: ThreadPoolExecutor
+    """Its own: a source that hangs keeps nobody else waiting."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Holding:
+    """What a worker said it holds, and when."""
+
+    at: float
+    versions: frozenset[str]
+
+
+class AdapterStore:
+    """Names, versions and weights of one base's adapters. Errors are those of `errors.py`."""
+
+    def __init__(
+        self,
+        *,
+        state_dir: Path,
+        sources: Sequence[SourceConfig],
+        geometry: BaseGeometry,
+        max_rank: int,
+        host_cache_bytes: int,
+        put: Callable[[AdapterWeights], Any] = identity,
+        clock: Callable[[], float] = time.monotonic,
+        base_weights: BaseWeights | None = None,
+    ) -> None:
+        """Open the state of this base below `state_dir` and remove what a crash left. Blocks.
+
+        `put` is called in a thread; what it returns is what `fetch` gives. `base_weights` is where the base's own
+        weights can be read: adapters on embeddings bring copies of them, and are refused without it.
+        """
+        names = [config.name for config in sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two sources have the same name: {sorted(names)}")
+        self._reader = AdapterReader(geometry, max_rank, base_weights)
+        self._catalog = Catalog(state_dir / f"base-{_fingerprint(geometry)}")
+        self._sources = {
+            config.name: _OpenSource(
+                config, open_source(config), ThreadPoolExecutor(_SOURCE_THREADS, f"source-{config.name}")
+            )
+            for config in sources
+        }
+        self._disk = ThreadPoolExecutor(_DISK_THREADS, "adapter-store")
+        self._put = put
+        self._clock = clock
+        self._cache: HostCache[Any] = HostCache(host_cache_bytes)
+        self._fetches: SingleFlight[Any] = SingleFlight()
+        self._resolves: SingleFlight[NamedAdapter] = SingleFlight()
+        self._absent = AbsentNames(clock)
+        self._touched = dict.fromkeys(self._catalog.manifests, clock())
+        self._holdings: dict[str, _Holding] = {}
+        self._collected_at = clock()
+        self._background: set[asyncio.Task[tuple[str, ...]]] = set()
+
+    def close(self) -> None:
+        """Let another store have the state folder; work that runs is not waited for."""
+        for opened in self._sources.values():
+            opened.threads.shutdown(wait=False, cancel_futures=True)
+        self._disk.shutdown(wait=False, cancel_futures=True)
+        self._catalog.close()
+
+    async def stage(self, source: str, key: str) -> AdapterManifest:
+        """Fetch, validate and publish an adapter as a version; it has no name yet.
+
+        Raises UnknownSource, InvalidKey, UnknownKey, AdapterRefused, SourceUnavailable.
+        """
+        opened = self._opened(source)
+        manifest, value = await self._in_source(opened, lambda: self._stage(opened.source, key))
+        self._cache.put(manifest.version, value, manifest.num_bytes)
+        return manifest
+
+    async def validate(self, source: str, key: str) -> AdapterManifest:
+        """What `stage` would say, leaving nothing behind."""
+        opened = self._opened(source)
+        return await self._in_source(opened, lambda: self._validate(opened.source, key))
+
+    async def flip(
+        self,
+        name: str,
+        version: str,
+        *,
+        source: str,
+        key: str,
+        pinned: bool,
+        warm: int | Literal["all"],
+        origin: Origin,
+    ) -> NamedAdapter:
+        """Let `name` point at a staged version, durably. Raises InvalidName, UnknownVersion."""
+        record = NameRecord(_checked_name(name), version, source, key, pinned, warm, origin)
+        self._touch_named(name)
+        return self._named(await self._on_disk(lambda: self._catalog.set_name(record)))
+
+    async def delete(self, name: str, *, explicit: bool = True) -> NamedAdapter:
+        """Take a name away, durably, and say what it was. Raises UnknownAdapter.
+
+        After an `explicit` delete no `resolve` source brings the name back, until it is loaded again.
+        """
+        self._touch_named(name)
+        return self._named(await self._on_disk(lambda: self._catalog.delete_name(name, explicit=explicit)))
+
+    async def set_pinned(self, name: str, pinned: bool) -> NamedAdapter:
+        """Pin or unpin a name, durably. Raises UnknownAdapter."""
+        return self._named(await self._on_disk(lambda: self._catalog.pin_name(name, pinned)))
+
+    async def resolve(self, name: str) -> NamedAdapter:
+        """The adapter of this name; a name that is not known is looked for, once, in the sources marked `resolve`.
+
+        Raises UnknownAdapter; AdapterRefused if a source offers what cannot be served; SourceUnavailable if no source
+        offers it and not all could be asked.
+        """
+        record = self._catalog.records.get(name)
+        if record is not None:
+            return self._named(record)
+        known = self._absent.get(name)
+        if known is not None:
+            raise known
+        if NAME_PATTERN.fullmatch(name) is None or self._catalog.is_deleted(name):
+            raise unknown_adapter(name)
+        return await self._resolves.do(name, lambda: self._resolve(name))
+
+    async def table(self) -> NameTable:
+        """All names. Equal generations mean equal tables; see `generation`."""
+        records = sorted(self._catalog.records.values(), key=lambda record: record.name)
+        return NameTable(self._catalog.generation, tuple(self._named(record) for record in records))
+
+    async def generation(self) -> int:
+        """Grows with every change of any name: a cheap way to see whether a table is still true."""
+        return self._catalog.generation
+
+    async def manifest(self, version: str) -> AdapterManifest:
+        """The manifest of a published version. Raises UnknownVersion."""
+        manifest = self._catalog.manifests.get(version)
+        if manifest is None:
+            raise UnknownVersion("version_not_found", f"there is no adapter version {version[:40]!r}", "version")
+        return manifest
+
+    async def fetch(self, version: str) -> Any:
+        """What `put` returned for the version's weights, from host memory or else from disk.
+
+        Raises UnknownVersion, AdapterRefused if the limits have become narrower, StoreUnusable if the disk's copy is
+        damaged.
+        """
+        await self.manifest(version)
+        self._touched[version] = self._clock()
+        with self._cache.hold(version):
+            value = self._cache.get(version)
+            if value is None:
+                value = await self._fetches.do(version, lambda: self._fetch(version))
+            return value
+
+    async def reconcile(self, worker_id: str, held: tuple[str, ...]) -> Desired:
+        """Take note of the versions that a worker holds, and say which have a name."""
+        now = self._clock()
+        self._holdings[worker_id] = _Holding(now, frozenset(held))
+        if now - self._collected_at >= GRACE_S / 10:
+            self._collected_at = now
+            task = asyncio.create_task(self.collect())
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+        versions: dict[str, bool] = {}
+        for record in self._catalog.records.values():
+            versions[record.version] = versions.get(record.version, False) or record.pinned
+        return Desired(self._catalog.generation, versions)
+
+    async def collect(self) -> tuple[str, ...]:
+        """Remove published versions that nothing has named, held or asked for during the grace period; returns them."""
+        now = self._clock()
+        for worker_id, holding in list(self._holdings.items()):
+            if now - holding.at >= GRACE_S:
+                del self._holdings[worker_id]
+        removed = []
+        for version in list(self._catalog.manifests):
+            if self._is_unwanted(version) and await self._on_disk(partial(self._remove, version)):
+                self._cache.drop(version)
+                self._touched.pop(version, None)
+                removed.append(version)
+        return tuple(removed)
+
+    def check_health(self) -> None:
+        """Raises StoreUnusable when the state folder cannot be written any more."""
+        self._catalog.check_writable()
+
+    def _opened(self, source: str) -> _OpenSource:
+        if source not in self._sources:
+            raise UnknownSource("unknown_source", f"there is no source {source[:128]!r}", "source")
+        return self._sources[source]
+
+    def _named(self, record: NameRecord) -> NamedAdapter:
+        manifest = self._catalog.manifests[record.version]
+        return NamedAdapter(
+            record.name,
+            record.version,
+            record.source,
+            record.key,
+            record.pinned,
+            record.warm,
+            record.origin,
+            manifest,
+        )
+
+    async def _on_disk(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, work)
+
+    async def _in_source(self, opened: _OpenSource, work: Callable[[], Result]) -> Result:
+        """Run work in the source's own threads. Work that takes too long is left alone, and done for nobody."""
+        running = asyncio.get_running_loop().run_in_executor(opened.threads, work)
+        try:
+            return await asyncio.wait_for(running, opened.config.timeout_s)
+        except TimeoutError as error:
+            name, limit = opened.config.name, opened.config.timeout_s
+            message = f"source {name} did not answer within {limit:g} s"
+            raise SourceUnavailable("source_unavailable", message, "source") from error
+
+    def _stage(self, source: Source, key: str) -> tuple[AdapterManifest, Any]:
+        with self._catalog.staging_folder() as folder:
+            weights = self._read_from(source, key, folder)
+            self._reader.drop_base_copies(folder)
+            # Before it is published, so that it is never seen unnamed and old.
+            self._touched[weights.manifest.version] = self._clock()
+            self._catalog.publish(folder, weights.manifest)
+        return weights.manifest, self._put(weights)
+
+    def _validate(self, source: Source, key: str) -> AdapterManifest:
+        with self._catalog.staging_folder() as folder:
+            return self._read_from(source, key, folder).manifest
+
+    def _read_from(self, source: Source, key: str, folder: Path) -> AdapterWeights:
+        """Only the copy is looked at: what happens to the original meanwhile cannot give a mixed version."""
+        checked_key(key)
+        source.fetch(key, folder, self._reader.max_weights_bytes)
+        return self._reader.read(folder)
+
+    async def _fetch(self, version: str) -> Any:
+        manifest = await self.manifest(version)
+        value = await self._on_disk(lambda: self._read_published(version))
+        self._cache.put(version, value, manifest.num_bytes)
+        return value
+
+    def _read_published(self, version: str) -> Any:
+        try:
+            weights = self._reader.read(self._catalog.folder(version))
+        except FileNotFoundError as error:
+            raise UnknownVersion("version_not_found", f"adapter version {version} is gone", "version") from error
+        except AdapterRefused as error:
+            if error.code == "rank_too_large":
+                raise
+            weights = None
+        if weights is None or weights.manifest.version != version:
+            self._catalog.discard_damaged(version)
+            raise StoreUnusable("store_damaged", f"adapter version {version} is damaged on disk: load it again")
+        return self._put(weights)
+
+    async def _resolve(self, name: str) -> NamedAdapter:
+        asks = {
+            source: partial(self.stage, source, name)
+            for source, opened in self._sources.items()
+            if opened.config.resolve
+        }
+        try:
+            source, manifest = await first_offer(name, asks)
+        except AdapterStoreError as error:
+            self._absent.put(name, error)
+            raise
+        record = NameRecord(name, manifest.version, source, name, False, 0, "resolve")
+        return self._named(await self._on_disk(lambda: self._catalog.add_name(record)))
+
+    def _touch_named(self, name: str) -> None:
+        """The grace period of the version that a name is about to leave starts now."""
+        record = self._catalog.records.get(name)
+        if record is not None:
+            self._touched[record.version] = self._clock()
+
+    def _is_unwanted(self, version: str) -> bool:
+        now = self._clock()
+        return (
+            now - self._touched.setdefault(version, now) >= GRACE_S
+            and version not in self._fetches
+            and all(record.version != version for record in self._catalog.records.values())
+            and all(version not in holding.versions for holding in self._holdings.values())
+        )
+
+    def _remove(self, version: str) -> bool:
+        return self._catalog.remove(version, lambda: self._is_unwanted(version))
+
+
+def _checked_name(name: str) -> str:
+    if NAME_PATTERN.fullmatch(name) is None:
+        message = f"name {name[:140]!r} does not match {NAME_PATTERN.pattern}"
+        raise InvalidName("invalid_name", message, "name")
+    return name
+
+
+def _fingerprint(geometry: BaseGeometry) -> str:
+    """Tells bases apart by what adapters see of them; names given for one base are not those of another."""
+    modules = sorted((name, shape.kind, shape.in_dim, shape.out_dim) for name, shape in geometry.modules.items())
+    return hashlib.sha256(json.dumps(modules).encode()).hexdigest()[:16]

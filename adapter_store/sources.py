@@ -1,0 +1,327 @@
+"""Where adapters come from: folders, the Hugging Face hub, object stores. Callers name a configured source and a key.
+
+A source only copies the few files of an adapter into a staging folder and looks at none of them; all calls block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, BinaryIO, Literal, Protocol
+
+import fsspec
+import huggingface_hub
+from fsspec.implementations.local import LocalFileSystem
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from pydantic import BaseModel, ConfigDict, Field
+
+from lorafleet.adapter_store.errors import AdapterRefused, InvalidKey, SourceUnavailable, UnknownKey
+from lorafleet.adapter_store.peft_config import MAX_CONFIG_BYTES
+from lorafleet.adapter_store.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+
+_MAX_KEY_CHARS = 1024
+_CHANGED_ATTEMPTS = 3
+_CODE_OF_SIZE = {CONFIG_FILE: "config_too_large", WEIGHTS_FILE: "weights_too_large"}
+
+
+class _Source(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="What callers and configs call it.")
+    resolve: bool = Field(
+        default=False, description="Requests may name adapters that were never loaded: the name is asked for as a key."
+    )
+    timeout_s: float = Field(default=300.0, gt=0, description="Longest time that one adapter may take to arrive.")
+
+
+class DirectoryConfig(_Source):
+    """A folder of adapter folders. Symbolic links are followed as long as they stay in it."""
+
+    kind: Literal["directory"] = "directory"
+    root: Path = Field(description="The folder; keys are paths below it.")
+
+
+class HubConfig(_Source):
+    """The Hugging Face hub or its local cache. Honours HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN."""
+
+    kind: Literal["hub"] = "hub"
+    namespace: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="User or organisation: keys are then its repositories. Without it a key is `owner/repository`.",
+    )
+    revision: str | None = Field(default=None, min_length=1, description="Branch, tag or commit; default the main one.")
+    cache_dir: Path | None = Field(default=None, description="Default the hub client's own.")
+
+
+class ObjectStoreConfig(_Source):
+    """Anything that fsspec opens: `s3://bucket/adapters`, `gs://...`, `memory://...`."""
+
+    kind: Literal["object_store"] = "object_store"
+    url: str = Field(min_length=1, description="fsspec URL; keys are paths below it.")
+    storage_options: Mapping[str, Any] = Field(default={}, description="Given to fsspec as they are.")
+
+
+SourceConfig = Annotated[DirectoryConfig | HubConfig | ObjectStoreConfig, Field(discriminator="kind")]
+"""One of the three, told apart by `kind`."""
+
+
+class Source(Protocol):
+    """A place that has adapters under keys."""
+
+    def fetch(self, key: str, into: Path, max_weights_bytes: int) -> None:
+        """Copy the adapter's config and weights into the empty folder `into`, both as they were at one moment.
+
+        Files that are not there are left out; of a pickle an empty file of its name is made. Raises InvalidKey,
+        UnknownKey, SourceUnavailable, and AdapterRefused for a file that is too large.
+        """
+
+
+def open_source(config: DirectoryConfig | HubConfig | ObjectStoreConfig) -> Source:
+    """The source that a config describes; nothing is contacted yet."""
+    if isinstance(config, DirectoryConfig):
+        return DirectorySource(config.name, config.root)
+    if isinstance(config, HubConfig):
+        return HubSource(config)
+    filesystem, root = fsspec.core.url_to_fs(config.url, **config.storage_options)
+    if isinstance(filesystem, LocalFileSystem):
+        # A local path has symbolic links, which only the directory source keeps within the root.
+        return DirectorySource(config.name, Path(root))
+    return ObjectStoreSource(config.name, filesystem, root)
+
+
+def checked_key(key: str) -> PurePosixPath:
+    """A relative key that cannot climb or mean anything but a path. Raises InvalidKey `invalid_key`."""
+    parts = key.split("/")
+    if (
+        not 0 < len(key) <= _MAX_KEY_CHARS
+        or not key.isprintable()  # neither control characters nor halves of surrogate pairs
+        or any(part in ("", ".", "..") or part.startswith("~") or len(part.encode()) > 255 for part in parts)
+        or re.search(r"[\\:?#%*\[\]]", key)
+    ):
+        raise InvalidKey("invalid_key", f"key {key[:100]!r} is no plain relative path without '..'", "key")
+    return PurePosixPath(key)
+
+
+class DirectorySource:
+    """A folder. Nothing outside it is opened, whatever its links say and however they change meanwhile."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        self._name = name
+        self._root = root
+
+    def fetch(self, key: str, into: Path, max_weights_bytes: int) -> None:
+        path = checked_key(key)
+        limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: max_weights_bytes}
+        try:
+            root = self._root.resolve(strict=True)
+            for _ in range(_CHANGED_ATTEMPTS):
+                with contextlib.suppress(FileNotFoundError):
+                    if self._copied(root, path, into, limits):
+                        return
+        except OSError as error:
+            raise SourceUnavailable("source_unavailable", f"source {self._name} cannot be read", "source") from error
+        raise SourceUnavailable("source_unavailable", f"{key} in source {self._name} changes while it is read", "key")
+
+    def _copied(self, root: Path, key: PurePosixPath, into: Path, limits: Mapping[str, int]) -> bool:
+        """One try; False if the adapter changed under it."""
+        folder = self._contained(root, root / key, str(key))
+        if not folder.is_dir():
+            raise UnknownKey("key_not_found", f"source {self._name} has no adapter {key}", "key")
+        before: dict[str, _Identity | None] = {}
+        for name, limit in limits.items():
+            path = self._contained(root, folder / name, str(key))
+            if not path.exists():
+                (into / name).unlink(missing_ok=True)
+                before[name] = None
+                continue
+            with _open_below(root, path) as file:
+                before[name] = _identity(os.fstat(file.fileno()))
+                _copy(file, into / name, limit)
+                if _identity(os.fstat(file.fileno())) != before[name]:
+                    return False
+        if (folder / PICKLE_FILE).exists():
+            (into / PICKLE_FILE).touch()
+        # Files replaced by renaming change neither of the open ones: look at the names again.
+        again = self._contained(root, root / key, str(key))
+        return all(_identity_at(self._contained(root, again / name, str(key))) == seen for name, seen in before.items())
+
+    def _contained(self, root: Path, path: Path, key: str) -> Path:
+        """The path with all links followed. Raises InvalidKey `key_outside_root`."""
+        try:
+            resolved = path.resolve()
+        except RuntimeError as error:  # links in a circle
+            raise InvalidKey("key_outside_root", f"{key} in source {self._name} is a circle of links", "key") from error
+        if not resolved.is_relative_to(root):
+            raise InvalidKey("key_outside_root", f"{key} leads out of source {self._name}", "key")
+        return resolved
+
+
+class HubSource:
+    """The Hugging Face hub; what was fetched once is served from its cache when the hub cannot be reached."""
+
+    def __init__(self, config: HubConfig) -> None:
+        self._config = config
+
+    def fetch(self, key: str, into: Path, max_weights_bytes: int) -> None:
+        parts = checked_key(key).parts
+        if self._config.namespace is not None:
+            parts = (self._config.namespace, *parts)
+        if len(parts) < 2:
+            raise InvalidKey("invalid_key", f"key {key!r} must be owner/repository", "key")
+        repository, folder = "/".join(parts[:2]), "/".join(parts[2:])
+        config = self._download(repository, folder, CONFIG_FILE, self._config.revision)
+        # The cache keeps files by commit: the weights are taken from the commit that the config came from.
+        commit = _commit_of(config, self._config.revision) if config is not None else self._config.revision
+        weights = self._download(repository, folder, WEIGHTS_FILE, commit)
+        if weights is None and self._has(repository, folder, PICKLE_FILE, commit):
+            (into / PICKLE_FILE).touch()
+        for path, name, limit in ((config, CONFIG_FILE, MAX_CONFIG_BYTES), (weights, WEIGHTS_FILE, max_weights_bytes)):
+            if path is not None:
+                with path.open("rb") as file:
+                    _copy(file, into / name, limit)
+
+    def _download(self, repository: str, folder: str, name: str, revision: str | None) -> Path | None:
+        """The file in the hub's cache; None if the repository lacks it."""
+        try:
+            path = huggingface_hub.hf_hub_download(
+                repository, name, subfolder=folder or None, revision=revision, cache_dir=self._config.cache_dir
+            )
+        except LocalEntryNotFoundError as error:
+            message = f"source {self._config.name} cannot be reached, and {repository} is not in its cache"
+            raise SourceUnavailable("source_unavailable", message, "source") from error
+        except EntryNotFoundError:
+            return None
+        except HFValidationError as error:
+            raise InvalidKey("invalid_key", f"{repository!r} is no repository's name", "key") from error
+        except RevisionNotFoundError as error:
+            raise UnknownKey("key_not_found", f"{repository} has no revision {revision}", "key") from error
+        except RepositoryNotFoundError as error:
+            message = f"source {self._config.name} has no repository {repository}, or it may not be read"
+            raise UnknownKey("key_not_found", message, "key") from error
+        except Exception as error:
+            # The client's transport raises errors of its own making, which are not all OSError.
+            message = f"source {self._config.name} cannot be reached"
+            raise SourceUnavailable("source_unavailable", message, "source") from error
+        return Path(path)
+
+    def _has(self, repository: str, folder: str, name: str, revision: str | None) -> bool:
+        try:
+            path = f"{folder}/{name}" if folder else name
+            return bool(huggingface_hub.file_exists(repository, path, revision=revision))
+        except Exception:
+            return False  # only the wording of a refusal depends on it
+
+
+class ObjectStoreSource:
+    """A file system of fsspec."""
+
+    def __init__(self, name: str, filesystem: Any, root: str) -> None:
+        self._name = name
+        self._filesystem = filesystem
+        self._root = root.rstrip("/")
+
+    def fetch(self, key: str, into: Path, max_weights_bytes: int) -> None:
+        folder = f"{self._root}/{checked_key(key)}"
+        limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: max_weights_bytes}
+        try:
+            for _ in range(_CHANGED_ATTEMPTS):
+                if self._copied(folder, into, limits):
+                    break
+            else:
+                message = f"{key} in source {self._name} changes while it is read"
+                raise SourceUnavailable("source_unavailable", message, "key")
+            if self._filesystem.exists(f"{folder}/{PICKLE_FILE}"):
+                (into / PICKLE_FILE).touch()
+            is_empty = not any(into.iterdir())
+            if is_empty and not self._filesystem.isdir(folder):
+                raise UnknownKey("key_not_found", f"source {self._name} has no adapter {key}", "key")
+        except (AdapterRefused, SourceUnavailable, UnknownKey):
+            raise
+        except Exception as error:
+            # Every file system of fsspec has its own errors for "cannot be reached" and "may not".
+            raise SourceUnavailable("source_unavailable", f"source {self._name} cannot be read", "source") from error
+
+    def _copied(self, folder: str, into: Path, limits: Mapping[str, int]) -> bool:
+        """One try; False if the adapter changed under it."""
+        before = {name: self._identity(f"{folder}/{name}") for name in limits}
+        for name, limit in limits.items():
+            (into / name).unlink(missing_ok=True)
+            if before[name] is not None:
+                try:
+                    with self._filesystem.open(f"{folder}/{name}", "rb") as file:
+                        _copy(file, into / name, limit)
+                except FileNotFoundError:
+                    return False
+        return all(self._identity(f"{folder}/{name}") == seen for name, seen in before.items())
+
+    def _identity(self, path: str) -> str | None:
+        self._filesystem.invalidate_cache()
+        try:
+            if self._filesystem.info(path)["type"] != "file":
+                return None
+            return str(self._filesystem.ukey(path))
+        except FileNotFoundError:
+            return None
+
+
+def _open_below(root: Path, path: Path) -> BinaryIO:
+    """Open a resolved path part by part without following links, so that none put there since leads out of `root`."""
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        *folders, name = path.relative_to(root).parts
+        for folder in folders:
+            below = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = below
+        # O_NONBLOCK: a named pipe in place of a file must not hold the thread.
+        opened = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise AdapterRefused(
+            "missing_weights" if name == WEIGHTS_FILE else "missing_config", f"{name} is no file", name
+        )
+    return os.fdopen(opened, "rb")
+
+
+_Identity = tuple[int, int, int, int, int]
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _identity_at(path: Path) -> _Identity | None:
+    try:
+        return _identity(path.stat())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _copy(file: Any, to: Path, limit: int) -> None:
+    """Copy an open file. Raises AdapterRefused when it is larger than `limit`, and copies no more than that then."""
+    with to.open("wb") as out:
+        remaining = limit
+        while block := file.read(min(2**20, remaining + 1)):
+            remaining -= len(block)
+            if remaining < 0:
+                raise AdapterRefused(_CODE_OF_SIZE[to.name], f"{to.name} has more than {limit} bytes", to.name)
+            out.write(block)
+
+
+def _commit_of(path: Path, default: str | None) -> str | None:
+    """The commit of a file in the hub's cache: .../snapshots/<commit>/<file>."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else default

@@ -1,0 +1,124 @@
+"""Which modules of the base an adapter targets, with what rank and scaling: PEFT's rules over module names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from lorafleet.adapter_store.errors import AdapterRefused
+from lorafleet.adapter_store.manifest import BaseGeometry, ModuleManifest, ModuleShape, shared_module
+from lorafleet.adapter_store.patterns import Pattern, match_patterns
+from lorafleet.adapter_store.peft_config import LoraSpec
+
+ALL_LINEAR = "all-linear"
+
+_ANY_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
+"""A module's layer is the first number in its name that is neither its first nor its second part."""
+
+Number = TypeVar("Number", int, float)
+
+
+def effective_modules(
+    spec: LoraSpec, geometry: BaseGeometry, *, present: Collection[str] = ()
+) -> tuple[ModuleManifest, ...]:
+    """The modules of the base that PEFT would wrap for this config, sorted by name.
+
+    `present` are the modules that the weights file has tensors for; with `ensure_weight_tying` PEFT wraps the output
+    embedding too if the base ties it, and then its tensors are there.
+    Raises AdapterRefused `unknown_target`, `no_module` and what `match_patterns` raises.
+    """
+    targets = _targeted(spec, geometry)
+    names = sorted(targets - _excluded(spec, targets))
+    if spec.ensure_weight_tying:
+        names = sorted({*names, *(tied_outputs(names, geometry) & set(present))})
+    if not names:
+        raise AdapterRefused("no_module", "the adapter changes no module of the base", "target_modules")
+    ranks = _by_pattern(spec.rank_pattern, names, spec.rank, "rank_pattern")
+    alphas = _by_pattern(spec.alpha_pattern, names, spec.alpha, "alpha_pattern")
+    return tuple(
+        shared_module(name, rank, alpha / math.sqrt(rank) if spec.use_rslora else alpha / rank)
+        for name, rank, alpha in zip(names, ranks, alphas, strict=True)
+    )
+
+
+def tied_outputs(names: Collection[str], geometry: BaseGeometry) -> set[str]:
+    """Output embeddings that a base may tie to an embedding among `names`."""
+    embeddings = [geometry.modules[name] for name in names if geometry.modules[name].kind == "embedding"]
+    return {
+        name
+        for name, shape in geometry.modules.items()
+        if is_output(name, shape, geometry)
+        and any((shape.in_dim, shape.out_dim) == (embedding.out_dim, embedding.in_dim) for embedding in embeddings)
+    }
+
+
+def is_output(name: str, shape: ModuleShape, geometry: BaseGeometry) -> bool:
+    """Whether it is the base's output embedding: a linear module in no layer whose outputs are the vocabulary."""
+    if shape.kind != "linear" or any(part.isdigit() for part in name.split(".")):
+        return False
+    return any(other.kind == "embedding" and other.in_dim == shape.out_dim for other in geometry.modules.values())
+
+
+def _targeted(spec: LoraSpec, geometry: BaseGeometry) -> set[str]:
+    modules = geometry.modules
+    if isinstance(spec.target_modules, str):
+        if spec.target_modules.lower() == ALL_LINEAR:
+            linear = {name: shape for name, shape in modules.items() if shape.kind == "linear"}
+            return {name for name, shape in linear.items() if not is_output(name, shape, geometry)}
+        return _fully_matching(spec.target_modules, list(modules), "target_modules")
+    ends = {name: spec.target_modules.intersection(_ends(name)) for name in modules}
+    unknown = spec.target_modules.difference(*ends.values())
+    if unknown:
+        shown = ", ".join(sorted(unknown)[:5])[:300]
+        raise AdapterRefused("unknown_target", f"target_modules names no module of the base: {shown}", "target_modules")
+    layers = _layers(spec, list(modules)) if spec.layers_to_transform else {}
+    return {
+        name
+        for name, matched in ends.items()
+        # A module that is named in full is wrapped whatever layers_to_transform says.
+        if matched and (name in matched or not spec.layers_to_transform or layers[name] in spec.layers_to_transform)
+    }
+
+
+def _excluded(spec: LoraSpec, names: Collection[str]) -> set[str]:
+    if isinstance(spec.exclude_modules, str):
+        return _fully_matching(spec.exclude_modules, list(names), "exclude_modules") if spec.exclude_modules else set()
+    return {name for name in names if not spec.exclude_modules.isdisjoint(_ends(name))}
+
+
+def _ends(name: str) -> Iterator[str]:
+    """`a.b.c` -> a.b.c, b.c, c."""
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
+def _fully_matching(regex: str, names: Sequence[str], field: str) -> set[str]:
+    (hits,) = match_patterns([Pattern("fullmatch", regex, field)], names)
+    return {name for name, hit in zip(names, hits, strict=True) if hit is not None}
+
+
+def _layers(spec: LoraSpec, names: Sequence[str]) -> dict[str, int | None]:
+    """Layer index of each module by the first of `layers_pattern` that matches."""
+    if not spec.layers_pattern:
+        matches = {name: _ANY_LAYER.match(name) for name in names}
+        return {name: int(match["idx"]) if match else None for name, match in matches.items()}
+    patterns = [
+        Pattern("match", rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", "layers_pattern") for pattern in spec.layers_pattern
+    ]
+    layers: dict[str, int | None] = dict.fromkeys(names)
+    for hits in reversed(match_patterns(patterns, names)):
+        layers.update({name: int(hit) for name, hit in zip(names, hits, strict=True) if hit})
+    return layers
+
+
+def _by_pattern(table: Mapping[str, Number], names: Sequence[str], default: Number, field: str) -> list[Number]:
+    """Each name's value: that of the first pattern whose match ends the name at a dot, else the default."""
+    patterns = [Pattern("match", rf"(.*\.)?({pattern})$", field) for pattern in table]
+    values = [default] * len(names)
+    for value, hits in reversed(list(zip(table.values(), match_patterns(patterns, names), strict=True))):
+        values = [value if hit is not None else old for old, hit in zip(values, hits, strict=True)]
+    return values
