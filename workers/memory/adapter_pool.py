@@ -61,9 +61,8 @@ class AdapterPool:
         num_pages = pool_bytes // layout.page_bytes
         if num_pages == 0:
             raise WorkerConfigError(f"pool_bytes={pool_bytes} is less than one adapter page, {layout.page_bytes} bytes")
-        max_pages = (ROW_ALIGN << 31) // layout.page_elements
-        if num_pages > max_pages:
-            raise WorkerConfigError(f"pool_bytes={pool_bytes} is more than {max_pages * layout.page_bytes}")
+        if pool_bytes > layout.max_pool_bytes:
+            raise WorkerConfigError(f"pool_bytes={pool_bytes} is more than {layout.max_pool_bytes}")
         self.layout = layout
         self.device = device
         # An adapter has a page at least, so more slots than pages would never be used.

@@ -126,6 +126,11 @@ class PoolLayout:
         return self.page_elements * (4 if self.dtype == "float32" else 2)
 
     @property
+    def max_pool_bytes(self) -> int:
+        """The largest pool whose rows int32 tables can address."""
+        return (ROW_ALIGN << 31) // self.page_elements * self.page_bytes
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of the tables of one slot, which the pool keeps beside its pages."""
         return 4 * (self.num_tables * self.max_rank + 2 * self.num_modules)

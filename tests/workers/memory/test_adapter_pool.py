@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, BaseGeometry, ModuleShape
+from lorafleet.adapter_store.manifest import NUMPY_DTYPES, AdapterManifest, AdapterWeights, BaseGeometry, ModuleShape
 from lorafleet.kernels.weights import ROW_ALIGN
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation
@@ -185,6 +185,19 @@ def test_packing_depends_on_nothing_else() -> None:
     first, second = pack(manifest, layout), pack(manifest, PoolLayout.of(TINY, groups_of(TINY), 8))
     np.testing.assert_array_equal(first.offsets, second.offsets)
     np.testing.assert_array_equal(first.entries, second.entries)
+
+
+@pytest.mark.parametrize("geometry", [TINY, ODD], ids=["tiny", "odd"])
+def test_every_element_of_a_written_page_is_defined(geometry: BaseGeometry) -> None:
+    layout = PoolLayout.of(geometry, groups_of(geometry), 8)
+    weights = weights_of(geometry, manifest_of(geometry, "v", 5, EVERYTHING))
+    plan = pack(weights.manifest, layout)
+    pages = np.full((2 * plan.num_pages, layout.page_elements), np.nan, NUMPY_DTYPES[geometry.dtype])
+    page_ids = np.arange(0, 2 * plan.num_pages, 2)[::-1].copy()
+    plan.write(weights, pages.reshape(-1), page_ids)
+    assert np.isfinite(pages[::2]).all()
+    assert np.isnan(pages[1::2]).all()
+    assert sum(a.size + b.size for a, b in weights.tensors.values()) == np.count_nonzero(pages[::2])
 
 
 def test_wide_outputs_are_split_into_parts() -> None:

@@ -11,7 +11,7 @@ ENTRIES = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 9)), max_size=12
 
 def first_fit_decreasing(rows: list[int], page_elements: int) -> tuple[list[int], list[int]]:
     """Row by row, as a textbook has it."""
-    offsets, ends = [0] * len(rows), []
+    offsets, ends = [0] * len(rows), list[int]()
     for row in sorted(range(len(rows)), key=lambda row: -rows[row]):
         page = next((page for page, end in enumerate(ends) if end + rows[row] <= page_elements), len(ends))
         if page == len(ends):
