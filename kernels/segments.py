@@ -77,10 +77,40 @@ def chunk_length_for(largest_segment: int, mean_segment: float) -> int:
     return 128
 
 
-def build_segments(
-    row_slots: IntArray, *, device: torch.device, chunk_length: int | None = None, max_chunks: int | None = None
-) -> Segments:
-    """Group rows by slot and cut each group into chunks, vectorised, with one copy to the device.
+@dataclass(frozen=True, slots=True)
+class SegmentPlan:
+    """Segments on the host: one array to copy, and what is known without it."""
+
+    packed: IntArray
+    """row_slots, permutation, chunk_slots, chunk_indptr, one after another."""
+    row_slots: IntArray
+    chunk_length: int
+    num_chunks: int
+    num_lora_chunks: int
+    max_chunks: int
+
+    def view(self, packed: Tensor) -> Segments:
+        """The segments over `packed`, which holds (or will hold) `self.packed`, int32, on any device."""
+        num_rows = self.row_slots.shape[0]
+        row_slots, permutation, chunk_slots, chunk_indptr = torch.split(
+            packed, [num_rows, num_rows, self.max_chunks, self.max_chunks + 1]
+        )
+        return Segments(
+            row_slots=row_slots,
+            permutation=permutation,
+            chunk_indptr=chunk_indptr,
+            chunk_slots=chunk_slots,
+            chunk_length=self.chunk_length,
+            num_chunks=self.num_chunks,
+            num_lora_chunks=self.num_lora_chunks,
+            host_row_slots=self.row_slots,
+        )
+
+
+def plan_segments(
+    row_slots: IntArray, *, chunk_length: int | None = None, max_chunks: int | None = None
+) -> SegmentPlan:
+    """Group rows by slot and cut each group into chunks, vectorised.
 
     row_slots: (num_rows,) int32, `BASE_SLOT` for base rows. `max_chunks` pads the chunk arrays (CUDA graphs).
     Raises ValueError when `max_chunks` is too small.
@@ -109,27 +139,22 @@ def build_segments(
     within = np.arange(num_chunks) - np.repeat(np.cumsum(chunks_per_segment) - chunks_per_segment, chunks_per_segment)
     chunk_indptr = np.full(capacity + 1, num_rows, dtype=np.int32)
     chunk_indptr[:num_chunks] = np.repeat(starts, chunks_per_segment) + within * chunk_length
-    num_lora_chunks = int((chunk_slots[:num_chunks] != BASE_SLOT).sum())
-
-    packed = np.concatenate([row_slots, permutation, chunk_slots, chunk_indptr])
-    on_device = _to_device(packed, device)
-    row_slots_t, permutation_t, chunk_slots_t, chunk_indptr_t = on_device.split_with_sizes(
-        [num_rows, num_rows, capacity, capacity + 1]
-    )
-    return Segments(
-        row_slots=row_slots_t,
-        permutation=permutation_t,
-        chunk_indptr=chunk_indptr_t,
-        chunk_slots=chunk_slots_t,
+    return SegmentPlan(
+        packed=np.concatenate([row_slots, permutation, chunk_slots, chunk_indptr]),
+        row_slots=row_slots,
         chunk_length=chunk_length,
         num_chunks=num_chunks,
-        num_lora_chunks=num_lora_chunks,
-        host_row_slots=row_slots,
+        num_lora_chunks=int((chunk_slots[:num_chunks] != BASE_SLOT).sum()),
+        max_chunks=capacity,
     )
 
 
-def _to_device(packed: IntArray, device: torch.device) -> Tensor:
-    host = torch.from_numpy(packed)
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
+def build_segments(
+    row_slots: IntArray, *, device: torch.device, chunk_length: int | None = None, max_chunks: int | None = None
+) -> Segments:
+    """`plan_segments`, with one copy to the device."""
+    plan = plan_segments(row_slots, chunk_length=chunk_length, max_chunks=max_chunks)
+    packed = torch.from_numpy(plan.packed)
+    if device.type != "cpu":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    return plan.view(packed)

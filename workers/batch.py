@@ -6,7 +6,7 @@ Built once a step from what the scheduler chose; every layer reads the same arra
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lorafleet.kernels.segments import BASE_SLOT, Segments, build_segments
+from lorafleet.kernels.segments import BASE_SLOT, SegmentPlan, Segments, plan_segments
 from lorafleet.workers.model.attention import AttentionBatch
 from lorafleet.workers.model.sampler import SamplingBatch
 from lorafleet.workers.sequence import Sequence
@@ -25,6 +25,10 @@ _SETTINGS = np.dtype(
     [("temperature", "f4"), ("top_p", "f4"), ("top_k", "i8"), ("min_tokens", "i8"), ("num_logprobs", "i8")]
 )
 """What the sampler needs to know of a sequence."""
+
+
+GRAPH_CHUNK_LENGTH = 16
+"""Chunk length of captured batches, whatever their mix of adapters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,38 +45,99 @@ class ScheduledRows:
 
 
 @dataclass(frozen=True, slots=True)
-class StepBatch:
-    """Tensors of one forward pass. Sequences with one row come first."""
+class StepInputs:
+    """What the model reads in one forward pass, on the device."""
 
-    rows: tuple[ScheduledRows, ...]
     token_ids: Tensor
-    """(num_rows,) int64; negative for the tokens that the step in flight chooses."""
-    has_pending: bool
-    """Whether any of `token_ids` is such a placeholder."""
+    """(num_rows,) int32; negative for the tokens that the step in flight chooses."""
     positions: Tensor
-    """(num_rows,) int64."""
+    """(num_rows,) int32."""
     attention: AttentionBatch
     segments: Segments
     logits_rows: Tensor
-    """(num_logits,) int64: rows whose logits are wanted: of prompts with logprobs first, then of the rows to sample."""
+    """(num_logits,) int32: rows whose logits are wanted."""
     logits_segments: Segments
+    """Of those rows: the same type, derived, so that logits have no code path of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One forward pass on the host: everything the device needs in one array, and what the host needs to know."""
+
+    rows: tuple[ScheduledRows, ...]
+    """Sequences with one row come first."""
+    packed: npt.NDArray[np.int32]
+    """Token ids, positions, KV pages, KV offsets, query offsets, context lengths, logits rows, block tables, segments
+    and logits segments, one after another."""
+    query_lengths: list[int]
+    """Rows of each sequence; padding counts as sequences of one row."""
+    context_lengths: list[int]
+    """Tokens each sequence attends to; 0 for padding."""
+    num_table_pages: int
+    num_decodes: int
+    num_logits: int
+    segments: SegmentPlan
+    logits_segments: SegmentPlan
+    has_pending: bool
+    """Whether any token is one that the step in flight chooses."""
+    graph_size: int | None
+    """Rows that the batch is padded to, for a captured graph; None: not padded."""
     sampled: tuple[Sequence, ...]
-    """Sequences that get a token, in the order of the last `len(sampled)` logits rows."""
+    """Sequences that get a token, in the order of the last `len(sampled)` logits rows (padding after them)."""
     prompts: tuple[tuple[Sequence, int, int], ...]
     """(sequence, first position, count): prompt positions whose logits come first."""
     sampling: SamplingBatch
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.segments.row_slots)
+
+    def view(self, packed: Tensor) -> StepInputs:
+        """The inputs over `packed`, which holds (or will hold) `self.packed`, int32, on any device."""
+        num_rows, num_sequences = self.num_rows, len(self.query_lengths)
+        sizes = [num_rows] * 4
+        sizes += [num_sequences + 1, num_sequences, self.num_logits, num_sequences * self.num_table_pages]
+        sizes += [self.segments.packed.size, self.logits_segments.packed.size]
+        parts = torch.split(packed, sizes)
+        token_ids, positions, row_pages, row_offsets, query_indptr, context_lengths, logits_rows, tables = parts[:8]
+        return StepInputs(
+            token_ids=token_ids,
+            positions=positions,
+            attention=AttentionBatch(
+                row_pages=row_pages,
+                row_offsets=row_offsets,
+                query_indptr=query_indptr,
+                query_lengths=self.query_lengths,
+                context_lengths=context_lengths,
+                host_context_lengths=self.context_lengths,
+                block_tables=tables.view(num_sequences, self.num_table_pages),
+                num_decodes=self.num_decodes,
+            ),
+            segments=self.segments.view(parts[8]),
+            logits_rows=logits_rows,
+            logits_segments=self.logits_segments.view(parts[9]),
+        )
 
 
 class BatchBuilder:
     """Makes the batches of one engine. Keeps what does not change from step to step in arrays, a line a sequence."""
 
     def __init__(
-        self, *, page_tokens: int, max_pages: int, stop_token_ids: frozenset[int], device: torch.device
+        self,
+        *,
+        page_tokens: int,
+        max_pages: int,
+        stop_token_ids: frozenset[int],
+        graph_sizes: tuple[int, ...] = (),
+        null_page: int = 0,
     ) -> None:
-        """`max_pages`: KV pages of the longest sequence."""
+        """`max_pages`: KV pages of the longest sequence. `graph_sizes`, rising: batches of decodes alone are padded to
+        one of these rows if they fit; padding rows write their keys and values to `null_page`.
+        """
         self._page_tokens = page_tokens
         self._stop_token_ids = stop_token_ids
-        self._device = device
+        self._graph_sizes = graph_sizes
+        self._null_page = null_page
         self._tables = np.zeros((0, max_pages), dtype=np.int32)
         self._settings = np.zeros(0, dtype=_SETTINGS)
         self._free_lines: list[int] = []
@@ -90,13 +155,12 @@ class BatchBuilder:
         lines = np.array([self._line(seq) for seq in sequences])
         lengths = np.array([item.num_rows for item in rows])
         starts = np.array([seq.num_computed for seq in sequences])
-        num_decodes = int(np.count_nonzero(lengths == 1))
         ends = starts + lengths
         row_starts = np.cumsum(lengths) - lengths
         row_sequence = np.repeat(np.arange(len(rows)), lengths)
         positions = np.arange(lengths.sum()) - np.repeat(row_starts - starts, lengths)
-        token_ids = [seq.token_ids[start] for seq, start in zip(sequences[:num_decodes], starts.tolist(), strict=False)]
-        for seq, start, end in zip(sequences[num_decodes:], starts[num_decodes:], ends[num_decodes:], strict=True):
+        token_ids: list[int] = []
+        for seq, start, end in zip(sequences, starts.tolist(), ends.tolist(), strict=True):
             token_ids += seq.token_ids[start:end]
         slots = np.array([BASE_SLOT if seq.lease is None else seq.lease.slot for seq in sequences], dtype=np.int32)
         row_slots = slots[row_sequence]
@@ -111,42 +175,37 @@ class BatchBuilder:
         ]
         logits_rows = np.concatenate([*prompt_rows, sampled_rows])
 
-        num_pages = int(-(-ends.max() // self._page_tokens))
+        num_decodes = int(np.count_nonzero(lengths == 1))
+        graph_size = self._graph_size(len(rows), num_decodes, len(logits_rows))
+        num_pages = self._tables.shape[1] if graph_size is not None else int(-(-ends.max() // self._page_tokens))
         tables = self._tables[lines, :num_pages]
-        packed = _pack(
-            (
-                np.array(token_ids),
-                positions,
-                tables[row_sequence, positions // self._page_tokens],
-                positions % self._page_tokens,
-                ends,
-                logits_rows,
-                tables.reshape(-1),
-            ),
-            self._device,
+        layout = _Layout(
+            token_ids=np.array(token_ids),
+            positions=positions,
+            row_pages=tables[row_sequence, positions // self._page_tokens],
+            row_offsets=positions % self._page_tokens,
+            row_slots=row_slots,
+            query_lengths=lengths,
+            context_lengths=ends,
+            tables=tables,
+            logits_rows=logits_rows,
         )
-        token_ids_t, positions_t, row_pages, row_offsets, context_lengths, logits_rows_t, tables_t = packed
-        return StepBatch(
+        if graph_size is not None:
+            layout = layout.padded(graph_size, self._null_page)
+        return _assemble(
+            layout,
+            graph_size=graph_size,
             rows=rows,
-            token_ids=token_ids_t,
-            has_pending=any(token_id < 0 for token_id in token_ids),
-            positions=positions_t,
-            attention=AttentionBatch(
-                row_pages=row_pages,
-                row_offsets=row_offsets,
-                query_lengths=lengths.tolist(),
-                context_lengths=context_lengths,
-                host_context_lengths=ends.tolist(),
-                block_tables=tables_t.view(len(rows), num_pages),
-                num_decodes=num_decodes,
-            ),
-            segments=build_segments(row_slots, device=self._device),
-            logits_rows=logits_rows_t,
-            logits_segments=build_segments(row_slots[logits_rows], device=self._device),
             sampled=sampled,
             prompts=tuple(prompt for _, prompt in prompts),
             sampling=self._sampling(sampled, lines[samples]),
         )
+
+    def _graph_size(self, num_sequences: int, num_decodes: int, num_logits: int) -> int | None:
+        """The captured size for these rows; None when they are no plain decode batch or too many."""
+        if num_decodes != num_sequences or num_logits != num_sequences:
+            return None
+        return next((size for size in self._graph_sizes if size >= num_sequences), None)
 
     def _line(self, sequence: Sequence) -> int:
         """The sequence's line, its page table brought up to date."""
@@ -216,9 +275,102 @@ def _has_several_rows(item: ScheduledRows) -> bool:
     return item.num_rows > 1
 
 
-def _pack(arrays: tuple[Ints, ...], device: torch.device) -> list[Tensor]:
-    """The arrays as int64 tensors on the device, by one copy."""
-    packed = torch.from_numpy(np.concatenate(arrays, dtype=np.int64, casting="unsafe"))
-    if device.type != "cpu":
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    return list(torch.split(packed, [array.size for array in arrays]))
+def blank_batch(graph_size: int, *, max_pages: int, null_page: int, has_lora: bool) -> StepBatch:
+    """A batch of padding alone, to capture a graph with; with `has_lora` one that goes through the LoRA kernels."""
+    none = np.zeros(0, dtype=np.int64)
+    tables = np.zeros((0, max_pages), dtype=np.int32)
+    layout = _Layout(none, none, none, none, none.astype(np.int32), none, none, tables, none)
+    batch = _assemble(
+        layout.padded(graph_size, null_page),
+        graph_size=graph_size,
+        rows=(),
+        sampled=(),
+        prompts=(),
+        sampling=SamplingBatch(np.zeros(0, np.float32), np.zeros(0, np.float32), none, [], none, (), -1),
+    )
+    num_lora_chunks = graph_size if has_lora else 0
+    return replace(
+        batch,
+        segments=replace(batch.segments, num_lora_chunks=num_lora_chunks),
+        logits_segments=replace(batch.logits_segments, num_lora_chunks=num_lora_chunks),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The arrays of a batch before they are packed."""
+
+    token_ids: Ints
+    positions: Ints
+    row_pages: Ints
+    row_offsets: Ints
+    row_slots: npt.NDArray[np.int32]
+    query_lengths: Ints
+    context_lengths: Ints
+    tables: Ints
+    logits_rows: Ints
+
+    def padded(self, size: int, null_page: int) -> _Layout:
+        """As many one-row sequences as make `size` rows: they attend to nothing and write to `null_page`."""
+        count = size - len(self.token_ids)
+        tables = np.zeros((count, self.tables.shape[1]), dtype=self.tables.dtype)
+        return _Layout(
+            token_ids=_pad(self.token_ids, count, 0),
+            positions=_pad(self.positions, count, 0),
+            row_pages=_pad(self.row_pages, count, null_page),
+            row_offsets=_pad(self.row_offsets, count, 0),
+            row_slots=_pad(self.row_slots, count, BASE_SLOT).astype(np.int32),
+            query_lengths=_pad(self.query_lengths, count, 1),
+            context_lengths=_pad(self.context_lengths, count, 0),
+            tables=np.concatenate([self.tables, tables]),
+            logits_rows=np.arange(size),
+        )
+
+
+def _assemble(
+    layout: _Layout,
+    *,
+    graph_size: int | None,
+    rows: tuple[ScheduledRows, ...],
+    sampled: tuple[Sequence, ...],
+    prompts: tuple[tuple[Sequence, int, int], ...],
+    sampling: SamplingBatch,
+) -> StepBatch:
+    # A graph is captured for the most chunks that its rows could make.
+    chunk_length = None if graph_size is None else GRAPH_CHUNK_LENGTH
+    segments = plan_segments(layout.row_slots, chunk_length=chunk_length, max_chunks=graph_size)
+    logits_slots = layout.row_slots[layout.logits_rows]
+    logits_segments = plan_segments(logits_slots, chunk_length=chunk_length, max_chunks=graph_size)
+    packed = (
+        layout.token_ids,
+        layout.positions,
+        layout.row_pages,
+        layout.row_offsets,
+        np.zeros(1, np.int64),
+        np.cumsum(layout.query_lengths),
+        layout.context_lengths,
+        layout.logits_rows,
+        layout.tables.reshape(-1),
+        segments.packed,
+        logits_segments.packed,
+    )
+    return StepBatch(
+        rows=rows,
+        packed=np.concatenate(packed, dtype=np.int32, casting="unsafe"),
+        query_lengths=layout.query_lengths.tolist(),
+        context_lengths=layout.context_lengths.tolist(),
+        num_table_pages=layout.tables.shape[1],
+        num_decodes=int(np.count_nonzero(layout.query_lengths == 1)),
+        num_logits=len(layout.logits_rows),
+        segments=segments,
+        logits_segments=logits_segments,
+        has_pending=bool((layout.token_ids < 0).any()),
+        graph_size=graph_size,
+        sampled=sampled,
+        prompts=prompts,
+        sampling=sampling,
+    )
+
+
+def _pad(array: Ints, count: int, value: int) -> Ints:
+    return np.concatenate([array, np.full(count, value, dtype=array.dtype)])

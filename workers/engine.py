@@ -103,9 +103,10 @@ class Engine:
         )
         self._batches = BatchBuilder(
             page_tokens=runner.cache.page_tokens,
-            max_pages=-(-(runner.base.max_model_len + 1) // runner.cache.page_tokens),
+            max_pages=runner.max_pages,
             stop_token_ids=runner.base.stop_token_ids,
-            device=runner.base.device,
+            graph_sizes=runner.graph_sizes,
+            null_page=next(iter(runner.null_pages), 0),
         )
         self._sequences: dict[str, Sequence] = {}
         self._outbox: list[Delivery] = []
@@ -251,7 +252,7 @@ class Engine:
                     assert logprobs is not None
                     token_logprobs = (TokenLogprobs(token_ids[index], logprobs[index], chosen.top(index, num_top)),)
                 self._deliver_token(sequence, place, token_logprobs)
-        num_rows = len(launched.batch.positions)
+        num_rows = sum(item.num_rows for item in launched.batch.rows)
         self.stats.note_step(len(launched.rows), num_rows, self._clock() - launched.started_s)
 
     def _share_pages(self, row: _LaunchedRows) -> None:

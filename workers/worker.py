@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
@@ -20,6 +20,7 @@ from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.memory.residency import Residency, ResidencySnapshot
+from lorafleet.workers.model.cuda_graphs import graph_sizes
 from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, resolve_device
 from lorafleet.workers.model.loader import load_base, load_tokenizer
 from lorafleet.workers.model.runner import ModelRunner
@@ -75,8 +76,10 @@ class Worker:
         self._residency = Residency(adapter_pool)
         self._loader = AdapterLoader(adapter_pool, self._residency, self._fetch_blocking, on_gone=self._cache.drop)
         self._device = device
+        runner = ModelRunner(base, self._cache, adapter_pool, graph_sizes(engine.max_running))
+        self._num_null_pages = len(runner.null_pages)
         self._engine = Engine(
-            ModelRunner(base, self._cache, adapter_pool),
+            runner,
             self._loader,
             load_tokenizer(model.source),
             engine,
@@ -109,7 +112,7 @@ class Worker:
 
     # --- generation ---
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[GenerateDelta]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[GenerateDelta, None]:
         """Stream one answer, one delta a step. Closing the generator aborts the request within two steps.
 
         Raises PromptTooLong, AdapterUnavailable, EngineFailed, and what `fetch` raises for an unknown version.
@@ -196,7 +199,9 @@ class Worker:
             running=self._engine.num_running,
             waiting=self._engine.num_waiting,
             leases=sum(entry.leases for entry in snapshot.adapters),
-            kv_pages=KVPages(used=kv.used, cached=kv.cached, total=kv.total),
+            kv_pages=KVPages(
+                used=kv.used - self._num_null_pages, cached=kv.cached, total=kv.total - self._num_null_pages
+            ),
             adapter_pages=AdapterPages(used=snapshot.pages_used, total=snapshot.pages_total),
             adapters=tuple(
                 ResidentAdapter(

@@ -28,16 +28,18 @@ class AttentionBatch:
     """Where the rows of one forward pass lie in the KV cache, and what each sequence attends to."""
 
     row_pages: Tensor
-    """(num_rows,) int64: KV page that takes each row's key and value."""
+    """(num_rows,) int32: KV page that takes each row's key and value."""
     row_offsets: Tensor
-    """(num_rows,) int64: token of that page."""
+    """(num_rows,) int32: token of that page."""
+    query_indptr: Tensor
+    """(num_sequences + 1,) int32: first row of each sequence."""
     query_lengths: list[int]
     """Rows of each sequence."""
     context_lengths: Tensor
-    """(num_sequences,) int64: tokens each sequence attends to, its rows of this pass included."""
+    """(num_sequences,) int32: tokens each sequence attends to, its rows of this pass included."""
     host_context_lengths: list[int]
     block_tables: Tensor
-    """(num_sequences, max_pages) int64: KV pages of each sequence; the tail is unused."""
+    """(num_sequences, max_pages) int32: KV pages of each sequence; the tail is unused."""
     num_decodes: int
     """The first sequences, which have exactly one row each."""
     decode_masks: dict[int | None, Tensor] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -10,11 +11,12 @@ import numpy as np
 import torch
 
 from lorafleet.kernels.segments import Segments
-from lorafleet.workers.batch import StepBatch
+from lorafleet.workers.batch import StepBatch, StepInputs, blank_batch
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.model import attention, lora_layers
+from lorafleet.workers.model.cuda_graphs import DecodeGraph, capture
 from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel
 from lorafleet.workers.model.sampler import Chosen, sample, with_logprobs
@@ -46,14 +48,23 @@ class StepInFlight:
 class ModelRunner:
     """A base model whose leaves know about adapters and whose attention knows about pages."""
 
-    def __init__(self, base: BaseModel, cache: KVCache, pool: AdapterPool) -> None:
+    def __init__(self, base: BaseModel, cache: KVCache, pool: AdapterPool, graph_sizes: tuple[int, ...] = ()) -> None:
+        """`graph_sizes`, rising: rows of the decode batches to capture; none on a CPU."""
         self.base = base
         self.cache = cache
         self.pool = pool
         self._lora = lora_layers.LoraContext()
         self._attention = attention.AttentionContext(cache)
+        self._graphs: dict[tuple[int, bool], DecodeGraph] = {}
+        self.max_pages = -(-(base.max_model_len + 1) // cache.page_tokens)
+        """KV pages of the longest sequence."""
+        self.graph_sizes = graph_sizes if base.device.type == "cuda" else ()
+        self.null_pages = cache.allocate(1) if self.graph_sizes else []
+        """Takes the keys and values of padding rows; never given back. None where nothing is padded."""
         self._substitute()
         self._probe()
+        if self.graph_sizes:
+            self._capture_graphs()
 
     @property
     def is_asynchronous(self) -> bool:
@@ -63,15 +74,18 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, batch: StepBatch, previous: StepInFlight | None) -> StepInFlight:
         """Begin one step. Placeholder tokens of the batch are taken from `previous`, which may be in flight."""
-        token_ids = batch.token_ids
-        if batch.has_pending:
-            assert previous is not None
-            assert previous.next_token_ids is not None
-            is_pending = token_ids < 0
-            token_ids = torch.where(
-                is_pending, previous.next_token_ids[torch.where(is_pending, -1 - token_ids, 0)], token_ids
-            )
-        logits = self._forward(batch, token_ids)
+        packed = torch.from_numpy(batch.packed)
+        if self.base.device.type == "cuda":
+            packed = packed.pin_memory()
+        if batch.graph_size is None:
+            inputs = batch.view(packed.to(self.base.device, non_blocking=True))
+            self._fill_pending(inputs, batch, previous)
+            logits = self._forward(inputs)
+        else:
+            graph = self._graphs[batch.graph_size, batch.segments.num_lora_chunks > 0]
+            graph.packed.copy_(packed, non_blocking=True)
+            self._fill_pending(graph.inputs, batch, previous)
+            logits = graph.replay()
         num_prompt_rows = sum(count for _, _, count in batch.prompts)
         prompts = None
         if num_prompt_rows:
@@ -82,7 +96,11 @@ class ModelRunner:
             ]
             num_top = max(sequence.request.sampling.logprobs or 0 for sequence, _, _ in batch.prompts)
             prompts = with_logprobs(logits[:num_prompt_rows], torch.tensor(targets, device=logits.device), num_top)
-        sampled = sample(logits[num_prompt_rows:], batch.sampling) if batch.sampled else None
+        sampled = (
+            sample(logits[num_prompt_rows : num_prompt_rows + len(batch.sampled)], batch.sampling)
+            if batch.sampled
+            else None
+        )
         step = StepInFlight(
             next_token_ids=None if sampled is None else sampled.token_ids,
             sampled=None if sampled is None else sampled.to_host(),
@@ -93,17 +111,26 @@ class ModelRunner:
             step.is_done.record()
         return step
 
-    def _forward(self, batch: StepBatch, token_ids: torch.Tensor) -> torch.Tensor:
-        """(num_logits, vocab) logits of the batch's logits rows."""
-        self._attention.batch = batch.attention
-        self._lora.segments = _if_lora(batch.segments)
-        self._lora.logits_segments = _if_lora(batch.logits_segments)
+    def _fill_pending(self, inputs: StepInputs, batch: StepBatch, previous: StepInFlight | None) -> None:
+        """Put the tokens that the step in flight chooses in the places of their placeholders."""
+        if batch.has_pending:
+            assert previous is not None
+            assert previous.next_token_ids is not None
+            token_ids = inputs.token_ids
+            chosen = previous.next_token_ids[(-1 - token_ids).clamp_(min=0)]
+            torch.where(token_ids < 0, chosen.to(token_ids.dtype), token_ids, out=token_ids)
+
+    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+        """(num_logits, vocab) logits of the logits rows."""
+        self._attention.batch = inputs.attention
+        self._lora.segments = _if_lora(inputs.segments)
+        self._lora.logits_segments = _if_lora(inputs.logits_segments)
         try:
             output = self.base.model(
-                input_ids=token_ids[None],
-                position_ids=batch.positions[None],
+                input_ids=inputs.token_ids[None],
+                position_ids=inputs.positions[None],
                 use_cache=False,
-                logits_to_keep=batch.logits_rows,
+                logits_to_keep=inputs.logits_rows,
             )
         finally:
             self._attention.batch = None
@@ -131,18 +158,30 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
+    def _capture_graphs(self) -> None:
+        """Capture decode steps of every size, largest first, so that the smaller ones reuse its memory."""
+        started_s = time.monotonic()
+        pool = torch.cuda.graph_pool_handle()
+        for size in reversed(self.graph_sizes):
+            for has_lora in (True, False):
+                blank = blank_batch(size, max_pages=self.max_pages, null_page=self.null_pages[0], has_lora=has_lora)
+                self._graphs[size, has_lora] = capture(self._forward, blank, self.base.device, pool)
+            logger.info("captured a decode step of %d rows, %.1f s", size, time.monotonic() - started_s)
+
+    @torch.inference_mode()
     def _probe(self) -> None:
         """Refuse a base that the substituted model does not compute as transformers does."""
         num_tokens = self.base.probe_token_ids.shape[0]
         device = self.base.device
         pages = self.cache.allocate(-(-num_tokens // self.cache.page_tokens))
-        positions = torch.arange(num_tokens, device=device)
-        table = torch.tensor([pages], device=device)
+        positions = torch.arange(num_tokens, dtype=torch.int32, device=device)
+        table = torch.tensor([pages], dtype=torch.int32, device=device)
         self._attention.batch = attention.AttentionBatch(
             row_pages=table[0][positions // self.cache.page_tokens],
             row_offsets=positions % self.cache.page_tokens,
+            query_indptr=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
             query_lengths=[num_tokens],
-            context_lengths=torch.tensor([num_tokens], device=device),
+            context_lengths=torch.tensor([num_tokens], dtype=torch.int32, device=device),
             host_context_lengths=[num_tokens],
             block_tables=table,
             num_decodes=0,

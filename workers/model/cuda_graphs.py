@@ -1,0 +1,56 @@
+"""Captured decode steps: one graph a batch size, replayed with whatever mix of adapters the batch has.
+
+The host's part of a replay is one copy into the graph's own input buffer. Batches without adapters have graphs of their
+own, which contain no LoRA work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafleet.workers.batch import StepBatch, StepInputs
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGraph:
+    """A captured step of a fixed number of rows."""
+
+    graph: torch.cuda.CUDAGraph
+    packed: Tensor
+    """Int32 input buffer: `StepBatch.packed` of a batch of this size."""
+    inputs: StepInputs
+    """Views of `packed`."""
+    logits: Tensor
+    """(size, vocab), overwritten by each replay."""
+
+    def replay(self) -> Tensor:
+        """Compute the step whose inputs are in `packed`; does not wait."""
+        self.graph.replay()
+        return self.logits
+
+
+def capture(forward: Callable[[StepInputs], Tensor], blank: StepBatch, device: torch.device, pool: Any) -> DecodeGraph:
+    """Capture `forward` over a batch of padding. `pool` is shared by all graphs, which never run at once."""
+    packed = torch.from_numpy(blank.packed).to(device)
+    inputs = blank.view(packed)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles kernels and sets up libraries, which a capture must not do
+            forward(inputs)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        logits = forward(inputs)
+    return DecodeGraph(graph, packed, inputs, logits)
+
+
+def graph_sizes(max_running: int) -> tuple[int, ...]:
+    """Batch sizes worth a graph: dense where padding would cost most, up to `max_running`."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(288, 1025, 32)]
+    return (*(size for size in sizes if size < max_running), max_running)
