@@ -1,0 +1,175 @@
+"""Workers and a store that live in the test's process: deterministic answers, and every way to fail."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from lorafleet.cluster.errors import ModelNotFound, StoreUnavailable, WorkerGone
+from lorafleet.cluster.names import NamedVersion
+from lorafleet.cluster.prompts import Prompts
+from lorafleet.workers.request import EngineRequest, GenerateDelta, TokenLogprobs
+from tests.support.bases import MAX_LENGTH, VOCAB_SIZE, make_tokenizer
+
+VERSIONS = {"shout": "aa" * 32, "whisper": "bb" * 32}
+
+
+def make_prompts(max_model_len: int = MAX_LENGTH) -> Prompts:
+    """The tiny bases' tokenizer and bounds."""
+    return Prompts(make_tokenizer(), vocab_size=VOCAB_SIZE, max_model_len=max_model_len)
+
+
+def answer_token_ids(request: EngineRequest, prompts: Prompts) -> list[int]:
+    """What the fake workers answer: a text that depends on version, prompt and seed; tokens without the last."""
+    who = (request.version or "base")[:4]
+    text = f" {who} read {len(request.prompt_token_ids)} tokens, seed {request.sampling.seed}; wörld 🦊 over."
+    assert prompts.tokenizer is not None
+    token_ids: list[int] = prompts.tokenizer(text)["input_ids"]
+    return token_ids
+
+
+@dataclass(slots=True)
+class FakeWorkers:
+    """Any number of workers. `fail` decides, for a worker and the number of deltas sent, whether to raise instead."""
+
+    prompts: Prompts
+    worker_ids: Sequence[str] = ("w0", "w1")
+    fail: Callable[[str, int], Exception | None] = lambda worker_id, num_sent: None
+    hang_after: int | None = None
+    """Deltas after which a stream waits until it is cancelled."""
+    refuse: Exception | None = None
+    """What every call meets before it reaches a worker."""
+    started: list[tuple[str, EngineRequest]] = field(default_factory=list)
+    num_cancelled: int = 0
+    num_open: int = 0
+
+    def generate(self, request: EngineRequest, excluded: frozenset[str]) -> FakeStream:
+        worker_id = next((worker for worker in self.worker_ids if worker not in excluded), self.worker_ids[0])
+        self.started.append((worker_id, request))
+        self.num_open += 1
+        return FakeStream(self, worker_id, request)
+
+
+class FakeStream:
+    """One sequence."""
+
+    def __init__(self, workers: FakeWorkers, worker_id: str, request: EngineRequest) -> None:
+        self._workers = workers
+        self._worker_id = worker_id
+        self._deltas = self._make(request)
+        self._num_sent = 0
+        self._is_open = True
+
+    @property
+    def worker_id(self) -> str | None:
+        return self._worker_id
+
+    async def next(self) -> GenerateDelta:
+        await asyncio.sleep(0)
+        if self._workers.refuse is not None:
+            raise self._workers.refuse
+        if self._num_sent == self._workers.hang_after:
+            await asyncio.Event().wait()
+        error = self._workers.fail(self._worker_id, self._num_sent)
+        if error is not None:
+            raise error
+        delta = next(self._deltas, None)
+        if delta is None:
+            raise WorkerGone("ended early")
+        self._num_sent += 1
+        if delta.finish_reason is not None:
+            self._close()
+        return delta
+
+    def cancel(self) -> None:
+        if self._is_open:
+            self._workers.num_cancelled += 1
+            self._close()
+
+    def _close(self) -> None:
+        self._is_open = False
+        self._workers.num_open -= 1
+
+    def _make(self, request: EngineRequest) -> Iterator[GenerateDelta]:
+        """One delta a token, text withheld while a character is unfinished, as a worker does."""
+        sampling = request.sampling
+        prompts = self._workers.prompts
+        token_ids = answer_token_ids(request, prompts)
+        if sampling.max_tokens is not None:
+            token_ids = token_ids[: sampling.max_tokens]
+        pending = b""
+        for i, token_id in enumerate(token_ids):
+            pending += prompts.piece(token_id).utf8
+            is_last = i == len(token_ids) - 1
+            try:
+                text, pending = pending.decode(), b""
+            except UnicodeDecodeError:
+                text = pending.decode(errors="replace") if is_last else ""
+            yield GenerateDelta(
+                index=0,
+                token_ids=(token_id,),
+                text=text,
+                logprobs=(self._logprob(token_id, sampling.logprobs),) if sampling.logprobs is not None else None,
+                finish_reason=("length" if i + 1 == sampling.max_tokens else "stop") if is_last else None,
+                num_prompt_tokens=len(request.prompt_token_ids),
+                num_cached_tokens=len(request.prompt_token_ids) // 2,
+                prompt_logprobs=self._prompt_logprobs(request) if sampling.prompt_logprobs and i == 0 else None,
+                stop_reason=token_id if is_last and i + 1 != sampling.max_tokens else None,
+                worker_id=self._worker_id,
+                version=request.version,
+            )
+
+    def _prompt_logprobs(self, request: EngineRequest) -> tuple[TokenLogprobs, ...]:
+        first, *others = request.prompt_token_ids
+        num_top = request.sampling.logprobs or 0
+        return (TokenLogprobs(first, None, ()), *(self._logprob(token_id, num_top) for token_id in others))
+
+    @staticmethod
+    def _logprob(token_id: int, num_top: int) -> TokenLogprobs:
+        others = [(token_id + 1 + i) % VOCAB_SIZE for i in range(num_top)]
+        top = tuple((other, -0.5 - i if i < 5 else float("-inf")) for i, other in enumerate(others))
+        return TokenLogprobs(token_id, -token_id / 100, top)
+
+
+@dataclass(slots=True)
+class FakeStore:
+    """A name store that can go away and come back, with a clock's worth of patience for neither."""
+
+    versions: dict[str, str] = field(default_factory=lambda: dict(VERSIONS))
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+    back: asyncio.Event = field(default_factory=asyncio.Event)
+    is_silent: bool = False
+    """Calls are taken and never answered."""
+    num_resolved: int = 0
+
+    async def resolve(self, name: str) -> str:
+        self.num_resolved += 1
+        await self._answer()
+        if name not in self.versions:
+            raise ModelNotFound(f"no model or adapter is named {name!r}", "model")
+        return self.versions[name]
+
+    async def table(self) -> Sequence[NamedVersion]:
+        await self._answer()
+        return [NamedVersion(name, version, f"demo/{name}", 1_700_000_000) for name, version in self.versions.items()]
+
+    async def watch(self) -> None:
+        await self.gone.wait()
+        raise StoreUnavailable("away")
+
+    async def _answer(self) -> None:
+        if self.is_silent:
+            await asyncio.Event().wait()
+        if self.gone.is_set():
+            await self.back.wait()
+
+    def leave(self) -> None:
+        """Die: waiting calls fail, later ones wait for a replica."""
+        self.back.clear()
+        self.gone.set()
+
+    def come_back(self) -> None:
+        """Be there again."""
+        self.gone.clear()
+        self.back.set()

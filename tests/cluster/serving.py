@@ -1,0 +1,84 @@
+"""The real HTTP application on a free port, in a thread with an event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import openai
+import uvicorn
+from fastapi import FastAPI
+
+from lorafleet.cluster.auth import Keys
+from lorafleet.cluster.dispatch import Dispatcher
+from lorafleet.cluster.http_app import build_http_app
+from lorafleet.cluster.names import Names
+from lorafleet.cluster.openai_api import build_probes, build_router
+from lorafleet.cluster.prompts import Prompts
+from tests.cluster.fakes import FakeStore, FakeWorkers, make_prompts
+
+BASE_ID = "org/tiny"
+STARTED = 1_700_000_000
+
+
+@dataclass(slots=True)
+class Service:
+    """The data plane over fake workers and a fake store."""
+
+    keys: Keys = field(default_factory=Keys)
+    prompts: Prompts = field(default_factory=make_prompts)
+    store: FakeStore = field(default_factory=FakeStore)
+    waits_for: str | None = None
+    workers: FakeWorkers = field(init=False)
+    url: str = ""
+
+    def __post_init__(self) -> None:
+        self.workers = FakeWorkers(self.prompts)
+
+    def app(self) -> FastAPI:
+        dispatcher = Dispatcher(BASE_ID, self.prompts, Names(self.store), self.workers)
+
+        async def not_ready() -> str | None:
+            return self.waits_for
+
+        return build_http_app([build_router(dispatcher, self.keys, started=STARTED), build_probes(not_ready)])
+
+    def client(self, **options: object) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="secret", max_retries=0, timeout=20, **options)  # type: ignore[arg-type]
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="secret", max_retries=0, timeout=20)
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=20)
+
+
+@contextmanager
+def serving(service: Service) -> Iterator[Service]:
+    """Serve while the block runs."""
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(service.app(), log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])), daemon=True)
+    thread.start()
+    eventually(lambda: server.started)
+    service.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    try:
+        yield service
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Wait until another thread has made `condition` true."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.005)
