@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import os
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
@@ -14,22 +12,13 @@ from typing import TypeVar
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
 from lorafleet.workers.adapter_loader import AdapterLoader
+from lorafleet.workers.assembly import assemble
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
-from lorafleet.workers.engine import Delivery, Engine
-from lorafleet.workers.memory.adapter_pool import AdapterPool
-from lorafleet.workers.memory.kv_cache import KVCache
-from lorafleet.workers.memory.pool_layout import PoolLayout
-from lorafleet.workers.memory.residency import Residency, ResidencySnapshot
-from lorafleet.workers.model.cuda_graphs import graph_sizes
-from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, resolve_device
-from lorafleet.workers.model.loader import load_base, load_tokenizer
-from lorafleet.workers.model.runner import ModelRunner
+from lorafleet.workers.engine import Delivery
+from lorafleet.workers.memory.residency import ResidencySnapshot
 from lorafleet.workers.request import EngineRequest, GenerateDelta
-from lorafleet.workers.sizing import memory_sizes
 from lorafleet.workers.state import AdapterPages, KVPages, ResidentAdapter, WorkerState
 from lorafleet.workers.stats import EngineStats
-
-logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -52,53 +41,22 @@ class Worker:
         node_id: str = "",
     ) -> None:
         """Load the base and start the engine. Raises UnsupportedModel and WorkerConfigError."""
-        started_s = time.monotonic()
         self.worker_id = worker_id
         self._node_id = node_id
         self._fetch = fetch
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, asyncio.Queue[GenerateDelta | Exception]] = {}
-        device = resolve_device(engine.device)
-        base = load_base(model, device)
-        linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]
-        layout = PoolLayout.of(base.geometry, projection_groups(linear), pool.max_rank)
-        sizes = memory_sizes(base, engine, pool)
-        adapter_pool = AdapterPool(layout, pool_bytes=sizes.pool_bytes, max_slots=pool.max_slots, device=device)
-        self._cache = KVCache(
-            base.layers,
-            num_pages=sizes.num_kv_pages,
-            page_tokens=engine.kv_page_tokens,
-            dtype=TORCH_DTYPES[base.dtype],
-            device=device,
-            prefix_cache=engine.prefix_cache,
-        )
-        self._pool = adapter_pool
-        self._residency = Residency(adapter_pool)
-        self._loader = AdapterLoader(adapter_pool, self._residency, self._fetch_blocking, on_gone=self._cache.drop)
-        self._device = device
-        runner = ModelRunner(base, self._cache, adapter_pool, graph_sizes(engine.max_running))
-        self._num_null_pages = len(runner.null_pages)
-        self._engine = Engine(
-            runner,
-            self._loader,
-            load_tokenizer(model.source),
-            engine,
-            self._deliver,
+        self._parts = assemble(
             worker_id=worker_id,
+            model=model,
+            engine=engine,
+            pool=pool,
+            fetch=self._fetch_blocking,
+            deliver=self._deliver,
         )
+        self._engine = self._parts.engine
+        self._loader = self._parts.loader
         self._engine.start()
-        logger.info(
-            "worker %s: %s on %s in %s, %d KV pages of %d tokens, %d adapter pages of %d bytes, ready in %.1f s",
-            worker_id,
-            model.id,
-            device,
-            base.dtype,
-            sizes.num_kv_pages,
-            engine.kv_page_tokens,
-            adapter_pool.num_pages_total,
-            layout.page_bytes,
-            time.monotonic() - started_s,
-        )
 
     @property
     def stats(self) -> EngineStats:
@@ -178,30 +136,30 @@ class Worker:
 
     async def held_versions(self) -> tuple[str, ...]:
         """Versions that are resident, loading or on their way out."""
-        return await self._on_engine(lambda: tuple(entry.version for entry in self._residency.snapshot().adapters))
+        return await self._on_engine(
+            lambda: tuple(entry.version for entry in self._parts.residency.snapshot().adapters)
+        )
 
     async def residency(self) -> ResidencySnapshot:
         """The account of the adapter pool, with its counters."""
-        return await self._on_engine(self._residency.snapshot)
+        return await self._on_engine(self._parts.residency.snapshot)
 
     async def state(self) -> WorkerState:
         """What the worker holds and does now."""
         return await self._on_engine(self._state)
 
     def _state(self) -> WorkerState:
-        snapshot = self._residency.snapshot()
-        kv = self._cache.counts
+        snapshot = self._parts.residency.snapshot()
+        kv, reserved = self._parts.cache.counts, len(self._parts.runner.null_pages)
         return WorkerState(
             worker_id=self.worker_id,
             pid=os.getpid(),
             node_id=self._node_id,
-            device=str(self._device),
+            device=str(self._parts.runner.base.device),
             running=self._engine.num_running,
             waiting=self._engine.num_waiting,
             leases=sum(entry.leases for entry in snapshot.adapters),
-            kv_pages=KVPages(
-                used=kv.used - self._num_null_pages, cached=kv.cached, total=kv.total - self._num_null_pages
-            ),
+            kv_pages=KVPages(used=kv.used - reserved, cached=kv.cached, total=kv.total - reserved),
             adapter_pages=AdapterPages(used=snapshot.pages_used, total=snapshot.pages_total),
             adapters=tuple(
                 ResidentAdapter(

@@ -1,0 +1,90 @@
+"""Puts a worker's parts together: base, memory, loader, runner, engine. Workers and benchmarks start from here."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lorafleet.adapter_store.manifest import AdapterWeights
+from lorafleet.workers.adapter_loader import AdapterLoader
+from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
+from lorafleet.workers.engine import Delivery, Engine
+from lorafleet.workers.memory.adapter_pool import AdapterPool
+from lorafleet.workers.memory.kv_cache import KVCache
+from lorafleet.workers.memory.pool_layout import PoolLayout
+from lorafleet.workers.memory.residency import Residency
+from lorafleet.workers.model.cuda_graphs import graph_sizes
+from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, resolve_device
+from lorafleet.workers.model.loader import load_base, load_tokenizer
+from lorafleet.workers.model.runner import ModelRunner
+from lorafleet.workers.sizing import memory_sizes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerParts:
+    """What one worker is made of. The engine is not started."""
+
+    engine: Engine
+    runner: ModelRunner
+    cache: KVCache
+    pool: AdapterPool
+    residency: Residency
+    loader: AdapterLoader
+
+
+def assemble(
+    *,
+    worker_id: str,
+    model: ModelConfig,
+    engine: EngineConfig,
+    pool: PoolConfig,
+    fetch: Callable[[str], AdapterWeights],
+    deliver: Callable[[list[Delivery]], None],
+) -> WorkerParts:
+    """Load the base and lay out the device's memory. `fetch` may block; `deliver` is called on the engine's thread.
+
+    Raises UnsupportedModel and WorkerConfigError.
+    """
+    started_s = time.monotonic()
+    device = resolve_device(engine.device)
+    base = load_base(model, device)
+    linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]
+    layout = PoolLayout.of(base.geometry, projection_groups(linear), pool.max_rank)
+    sizes = memory_sizes(base, engine, pool)
+    adapter_pool = AdapterPool(layout, pool_bytes=sizes.pool_bytes, max_slots=pool.max_slots, device=device)
+    cache = KVCache(
+        base.layers,
+        num_pages=sizes.num_kv_pages,
+        page_tokens=engine.kv_page_tokens,
+        dtype=TORCH_DTYPES[base.dtype],
+        device=device,
+        prefix_cache=engine.prefix_cache,
+    )
+    residency = Residency(adapter_pool)
+    loader = AdapterLoader(adapter_pool, residency, fetch, on_gone=cache.drop)
+    runner = ModelRunner(base, cache, adapter_pool, graph_sizes(engine.max_running))
+    parts = WorkerParts(
+        engine=Engine(runner, loader, load_tokenizer(model.source), engine, deliver, worker_id=worker_id),
+        runner=runner,
+        cache=cache,
+        pool=adapter_pool,
+        residency=residency,
+        loader=loader,
+    )
+    logger.info(
+        "worker %s: %s on %s in %s, %d KV pages of %d tokens, %d adapter pages of %d bytes, ready in %.1f s",
+        worker_id,
+        model.id,
+        device,
+        base.dtype,
+        sizes.num_kv_pages,
+        engine.kv_page_tokens,
+        adapter_pool.num_pages_total,
+        layout.page_bytes,
+        time.monotonic() - started_s,
+    )
+    return parts
