@@ -73,7 +73,10 @@ class AbsentNames:
     def get(self, name: str) -> AdapterStoreError | None:
         """The error that was the answer a moment ago."""
         until, error = self._until.get(name, (0.0, None))
-        return error if error is not None and self._clock() < until else None
+        if error is None or self._clock() >= until:
+            return None
+        # A new one each time: an exception that is raised again and again collects tracebacks.
+        return type(error)(error.code, error.message, error.param)
 
     def put(self, name: str, error: AdapterStoreError) -> None:
         """Remember an answer, and of all only the latest few thousand."""

@@ -78,6 +78,17 @@ class _Holding:
     versions: frozenset[str]
 
 
+@dataclass(frozen=True, slots=True)
+class StoreUsage:
+    """How much the store keeps."""
+
+    num_versions: int
+    """Versions on disk."""
+    num_cached: int
+    """Versions in host memory."""
+    cached_bytes: int
+
+
 class AdapterStore:
     """Names, versions and weights of one base's adapters. Errors are those of `errors.py`."""
 
@@ -120,6 +131,11 @@ class AdapterStore:
         self._holdings: dict[str, _Holding] = {}
         self._collected_at = clock()
         self._background: set[asyncio.Task[tuple[str, ...]]] = set()
+
+    @property
+    def usage(self) -> StoreUsage:
+        """How much is kept now."""
+        return StoreUsage(len(self._catalog.manifests), len(self._cache), self._cache.num_bytes)
 
     def close(self) -> None:
         """Let another store have the state folder; work that runs is not waited for."""

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorafleet.adapter_store.errors import AdapterRefused, InvalidKey, SourceUnavailable, UnknownKey
 from lorafleet.adapter_store.peft_config import MAX_CONFIG_BYTES
@@ -62,6 +62,12 @@ class HubConfig(_Source):
     )
     revision: str | None = Field(default=None, min_length=1, description="Branch, tag or commit; default the main one.")
     cache_dir: Path | None = Field(default=None, description="Default the hub client's own.")
+
+    @model_validator(mode="after")
+    def _names_are_repositories(self) -> HubConfig:
+        if self.resolve and self.namespace is None:
+            raise ValueError("a hub source with resolve=true needs a namespace: names have no owner")
+        return self
 
 
 class ObjectStoreConfig(_Source):
