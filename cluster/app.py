@@ -1,0 +1,105 @@
+"""Builds the Serve application: `import_path: lorafleet.cluster.app:build`.
+
+Three deployments of plain classes: `ingress` (HTTP, names, roll-outs), `worker` (one engine each) and `adapter_store`.
+What Serve is told of each of them is here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.deployment import Application
+from ray.serve.schema import LoggingConfig
+
+from lorafleet.cluster.config import AppConfig
+from lorafleet.cluster.ingress import Ingress, take_http_app
+from lorafleet.cluster.store_replica import StoreReplica
+from lorafleet.cluster.worker_replica import WorkerReplica
+
+ADMIN_CALLS = 256
+"""Calls of the admin plane that a worker takes beside the requests that the router sends it."""
+MAX_CALLS = 10_000
+"""Calls that the ingress and the store take at once: requests are bounded at the workers, where the work is."""
+STATS_PERIOD_S = 1.0
+"""How often workers tell the routers what they hold."""
+MEMORY_S = 5.0
+"""How long the router believes that an adapter is where it sent it, before the worker has said so."""
+HEALTH_PERIOD_S = 2.0
+"""How soon a dead replica is found and replaced."""
+HEALTH_TIMEOUT_S = 30.0
+
+_QUIET = LoggingConfig(enable_access_log=False)
+
+
+def build(args: AppConfig) -> Application:
+    """The application that `args` describes. Relative paths in it are taken from the working directory."""
+    config = args.resolved(Path.cwd())
+    store = _store(config)
+    return _ingress(config, _workers(config, store), store)
+
+
+def _store(config: AppConfig) -> Application:
+    deployment = serve.deployment(
+        name="adapter_store",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=MAX_CALLS,
+        request_router_config=RequestRouterConfig(request_router_class="lorafleet.cluster.router:StoreRouter"),
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=5.0,
+        graceful_shutdown_wait_loop_s=0.2,
+        logging_config=_QUIET,
+    )
+    return deployment(StoreReplica).bind(config)
+
+
+def _workers(config: AppConfig, store: Application) -> Application:
+    worker = config.worker
+    deployment = serve.deployment(
+        name="worker",
+        num_replicas=worker.num_replicas,
+        ray_actor_options={"num_cpus": worker.num_cpus, "num_gpus": worker.num_gpus},
+        max_ongoing_requests=worker.max_load + ADMIN_CALLS,
+        request_router_config=RequestRouterConfig(
+            request_router_class="lorafleet.cluster.router:WorkerRouter",
+            request_router_kwargs=router_options(config),
+            request_routing_stats_period_s=STATS_PERIOD_S,
+            request_routing_stats_timeout_s=HEALTH_TIMEOUT_S,
+        ),
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=worker.drain_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        logging_config=_QUIET,
+    )
+    return deployment(WorkerReplica).bind(config, store)
+
+
+def _ingress(config: AppConfig, workers: Application, store: Application) -> Application:
+    deployment = serve.deployment(
+        name="ingress",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=MAX_CALLS,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=config.worker.drain_s,
+        graceful_shutdown_wait_loop_s=0.2,
+        logging_config=_QUIET,
+    )
+    return deployment(serve.ingress(take_http_app)(Ingress)).bind(config, workers, store)
+
+
+def router_options(config: AppConfig) -> dict[str, Any]:
+    """What `WorkerRouter` is told."""
+    worker = config.worker
+    return {
+        "max_load": worker.max_load,
+        "max_queued": worker.max_queued_requests,
+        "spill_gap": max(1, worker.max_running // 8),
+        "memory_s": MEMORY_S,
+    }

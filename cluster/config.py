@@ -1,0 +1,217 @@
+"""The argument of `lorafleet.cluster.app:build`: everything a service is told, checked before anything starts.
+
+`AppConfig` is what a Serve YAML carries under `args`, `UserConfig` what it carries as the ingress's `user_config`. This
+is the one module of the floor that reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, Field, model_validator
+
+from lorafleet.adapter_store.sources import DirectoryConfig, SourceConfig
+from lorafleet.cluster.auth import Keys
+from lorafleet.workers.config import Bytes, EngineConfig, ModelConfig, PoolConfig, Settings
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+
+Warm = Literal["all"] | Annotated[int, Field(ge=0)]
+"""On how many workers, beside those that must have it, an adapter is made resident."""
+
+
+class DesiredAdapter(Settings):
+    """An adapter that the service is to have."""
+
+    name: str = Field(pattern=NAME_PATTERN, description="What requests call it.")
+    source: str = Field(min_length=1, description="Name of a configured source.")
+    key: str = Field(min_length=1, description="Where the source has it.")
+    pinned: bool = Field(default=False, description="Resident on every worker and never evicted.")
+    warm: Warm = Field(default=1, description="`all`, or on how many workers to make it resident at once.")
+
+
+def _no_name_twice(named: tuple[Any, ...]) -> tuple[Any, ...]:
+    names = [item.name for item in named]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the name {name!r} is given twice")
+    return named
+
+
+DesiredAdapters = Annotated[tuple[DesiredAdapter, ...], AfterValidator(_no_name_twice)]
+
+
+class UserConfig(Settings):
+    """`user_config` of the ingress deployment: applied in the background, without a restart."""
+
+    adapters: DesiredAdapters = Field(
+        default=(),
+        description="The desired adapters. Names that an earlier user_config brought and this one lacks are deleted; "
+        "names loaded in another way are left alone.",
+    )
+
+
+class AdaptersConfig(PoolConfig):
+    """Where adapters come from and how much room they get."""
+
+    sources: Annotated[tuple[SourceConfig, ...], AfterValidator(_no_name_twice)] = Field(
+        default=(), description="Where adapters may be fetched from."
+    )
+    preload: DesiredAdapters = Field(default=(), description="Adapters to load before the service counts as ready.")
+    host_cache_bytes: Bytes = Field(
+        default=2**30, description="Host memory for the weights of adapters that workers may fetch."
+    )
+    state_dir: Path | None = Field(
+        default=None,
+        description="Where the store keeps its catalogue and its versions; default `~/.lorafleet/<model.id>`.",
+    )
+
+    @property
+    def pool(self) -> PoolConfig:
+        return PoolConfig(**{name: getattr(self, name) for name in PoolConfig.model_fields})
+
+
+class WorkerConfig(EngineConfig):
+    """The workers: how many, on what, and how much each takes on."""
+
+    device: str = Field(
+        default="auto", description="`auto`: a GPU if num_gpus is set, else the CPU; or `cpu`, `cuda`, `cuda:N`."
+    )
+    num_replicas: int = Field(default=1, ge=1, description="Workers, each with the base and a pool of its own.")
+    num_gpus: float = Field(default=0, ge=0, description="GPUs that Ray reserves for each worker.")
+    num_cpus: float = Field(default=0.25, gt=0, description="CPUs that Ray reserves for each worker.")
+    cpu_threads: int | None = Field(
+        default=None, ge=1, description="Threads of one worker on a CPU; default its share of the machine's cores."
+    )
+    max_queued_requests: int = Field(
+        default=256,
+        ge=0,
+        description="Requests that may wait while every worker holds twice max_running; more are refused with 429.",
+    )
+    drain_s: float = Field(
+        default=600.0, gt=0, description="How long a worker that is to stop may take to end the streams it has."
+    )
+
+    @property
+    def resolved_device(self) -> str:
+        """The device without `auto`, so that the store, which has no GPU, knows the dtype that workers serve."""
+        if self.device != "auto":
+            return self.device
+        return "cuda" if self.num_gpus else "cpu"
+
+    @property
+    def engine(self) -> EngineConfig:
+        values = {name: getattr(self, name) for name in EngineConfig.model_fields}
+        return EngineConfig(**values | {"device": self.resolved_device})
+
+    @property
+    def max_load(self) -> int:
+        """Requests that one worker takes, running and waiting: enough for the scheduler to look past one that waits."""
+        return 2 * self.max_running
+
+
+class AuthConfig(Settings):
+    """Which environment variables hold the secrets; the secrets themselves are never configuration."""
+
+    api_keys_env: str = Field(
+        default="LORAFLEET_API_KEYS", description="Keys of the data plane, separated by commas; unset: open to all."
+    )
+    admin_token_env: str = Field(
+        default="LORAFLEET_ADMIN_TOKEN",
+        description="Token of the admin plane; may be unset only while HTTP is bound to loopback.",
+    )
+
+    def read_keys(self) -> Keys:
+        """The secrets, from the environment of this process."""
+        api_keys = (key.strip() for key in os.environ.get(self.api_keys_env, "").split(","))
+        return Keys(
+            api_keys=tuple(key for key in api_keys if key),
+            admin_token=os.environ.get(self.admin_token_env, "").strip() or None,
+            admin_token_env=self.admin_token_env,
+        )
+
+
+class AppConfig(Settings):
+    """Everything that `build` takes.
+
+    Values may come flat from a command line: `model.id=demo worker.num_replicas=4 'adapters.preload=[{name: ...}]'`, on
+    top of a Serve YAML if `config=deploy/serve/local.yaml` names one.
+    """
+
+    model: ModelConfig
+    adapters: AdaptersConfig = AdaptersConfig()
+    worker: WorkerConfig = WorkerConfig()
+    auth: AuthConfig = AuthConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unfold(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        nested: dict[str, Any] = {}
+        config = values.pop("config", None)
+        if config is not None:
+            nested = read_serve_args(Path(config))
+        for key, value in values.items():
+            path = key.split(".")
+            for part in reversed(path):
+                value = {part: _parsed(value)}
+            nested = _merged(nested, value)
+        return nested
+
+    @model_validator(mode="after")
+    def _preload_from_known_sources(self) -> Self:
+        known = [source.name for source in self.adapters.sources]
+        for adapter in self.adapters.preload:
+            if adapter.source not in known:
+                raise ValueError(
+                    f"adapters.preload: {adapter.name!r} comes from source {adapter.source!r}, "
+                    f"but the sources are {', '.join(known) or 'none'}"
+                )
+        return self
+
+    @property
+    def state_dir(self) -> Path:
+        return self.adapters.state_dir or Path.home() / ".lorafleet" / self.model.id.replace("/", "--")
+
+    def resolved(self, base: Path) -> AppConfig:
+        """The same with local paths made absolute, so that processes in other working directories find them."""
+        source = base / Path(self.model.source).expanduser()
+        model = self.model.model_copy(update={"source": str(source)}) if source.is_dir() else self.model
+        sources = tuple(
+            origin.model_copy(update={"root": base / origin.root.expanduser()})
+            if isinstance(origin, DirectoryConfig)
+            else origin
+            for origin in self.adapters.sources
+        )
+        state_dir = base / self.state_dir.expanduser()
+        adapters = self.adapters.model_copy(update={"sources": sources, "state_dir": state_dir})
+        return self.model_copy(update={"model": model, "adapters": adapters})
+
+
+def read_serve_args(path: Path) -> dict[str, Any]:
+    """The `args` of the application in a Serve YAML. Raises ValueError when there is not exactly one application."""
+    document = yaml.safe_load(path.read_text())
+    applications = document.get("applications") if isinstance(document, dict) else None
+    if not isinstance(applications, list) or len(applications) != 1:
+        raise ValueError(f"{path} is no Serve config with one application")
+    args = applications[0].get("args", {})
+    return dict(args)
+
+
+def _parsed(value: Any) -> Any:
+    """A value from a command line: YAML where it opens a list or a mapping, else as it is, for pydantic to convert."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        return yaml.safe_load(value)
+    return value
+
+
+def _merged(base: Any, override: Any) -> Any:
+    if isinstance(base, dict) and isinstance(override, dict):
+        return base | {key: _merged(base.get(key), value) for key, value in override.items()}
+    return override

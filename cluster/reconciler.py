@@ -1,0 +1,61 @@
+"""Keeps one worker in line with the store's catalogue: at start, on a timer, and when told that something changed.
+
+What the store says decides; a hint only makes a worker ask sooner, so nothing is lost with one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol
+
+from lorafleet.adapter_store.manifest import Desired
+from lorafleet.cluster.errors import StoreUnavailable
+
+logger = logging.getLogger(__name__)
+
+
+class Reconciled(Protocol):
+    """What follows the store: a worker."""
+
+    async def held_versions(self) -> tuple[str, ...]: ...
+
+    async def reconcile(self, named: Mapping[str, bool]) -> None: ...
+
+
+class Reconciler:
+    """Passes the store's word on to a worker."""
+
+    def __init__(
+        self, worker: Reconciled, ask: Callable[[tuple[str, ...]], Awaitable[Desired]], *, period_s: float = 1.0
+    ) -> None:
+        """ask: which of these versions, and which others, the worker is to hold; raises StoreUnavailable."""
+        self._worker = worker
+        self._ask = ask
+        self._period_s = period_s
+        self._one_at_a_time = asyncio.Lock()
+
+    async def once(self) -> None:
+        """Ask now, and follow. Raises StoreUnavailable.
+
+        The question is put after the call, so what the store decided before it is followed when it returns.
+        """
+        async with self._one_at_a_time:
+            desired = await self._ask(await self._worker.held_versions())
+            await self._worker.reconcile(desired.versions)
+
+    async def run(self) -> None:
+        """Ask again and again, until cancelled; go on with what there is while the store is away."""
+        is_away = False
+        while True:
+            try:
+                await self.once()
+                is_away = False
+            except StoreUnavailable as error:
+                if not is_away:
+                    logger.warning("adapters stay as they are: %s", error)
+                is_away = True
+            except Exception:
+                logger.exception("reconciling with the adapter store failed")
+            await asyncio.sleep(self._period_s)

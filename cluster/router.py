@@ -1,0 +1,209 @@
+"""How calls find their replica: Ray Serve request routers for the workers and for the adapter store.
+
+`WorkerRouter` places requests as `cluster/placement.py` says, takes a call with a `worker_id` argument to that worker
+and nowhere else, keeps the requests that find all workers full in order of arrival, and refuses more than `max_queued`
+of them at once. `StoreRouter` fails at once while the store is away, so that nobody waits for it. Both choose without
+asking replicas for their queue lengths: Serve's own queue of routing tasks, with its polls and back-off, stays empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from lorafleet.cluster.errors import Overloaded, StoreUnavailable, WorkerGone
+from lorafleet.cluster.placement import Candidate, Placement
+
+RETRY_PAUSE_S = 0.02
+"""Pause before a call that a replica rejected (it is shutting down, or full) is sent again."""
+START_PATIENCE_S = 5.0
+"""How long a router that has never seen a replica waits for the first one."""
+
+MAX_TRACKED = 8192
+"""Latest requests of which `worker_of` knows the worker."""
+
+_worker_routers: weakref.WeakSet[WorkerRouter] = weakref.WeakSet()
+_workers_of: OrderedDict[str, str] = OrderedDict()
+
+
+def live_workers(deployment_id: Any) -> frozenset[str]:
+    """Ids of the workers that this process's handles of a deployment can reach now."""
+    routers = [router for router in _worker_routers if router.deployment_id == deployment_id]
+    return frozenset(replica_id.unique_id for router in routers for replica_id in tuple(router.curr_replicas))
+
+
+def worker_of(request_id: str) -> str | None:
+    """The worker that an EngineRequest of this process was sent to last; None before it was, and long after."""
+    return _workers_of.get(request_id)
+
+
+@dataclass(slots=True, eq=False)
+class Waiter:
+    """A request that waits for a worker."""
+
+    version: str | None
+    request_id: str | None
+    excluded: frozenset[str]
+    """Workers that failed or rejected it; taken again only if there is no other."""
+    chosen: asyncio.Future[RunningReplica] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+def _note_worker(request_id: str | None, worker_id: str) -> None:
+    if request_id is not None:
+        _workers_of[request_id] = worker_id
+        if len(_workers_of) > MAX_TRACKED:
+            _workers_of.popitem(last=False)
+
+
+class WorkerRouter(RequestRouter):
+    """Routes to workers by residency and load. Lives on the event loop of its handle's router."""
+
+    def initialize_state(self, *, max_load: int, max_queued: int, spill_gap: int, memory_s: float, **_: Any) -> None:
+        """Take `request_router_kwargs`: see `Placement`; `max_queued` bounds the requests that wait here."""
+        self._placement = Placement(max_load=max_load, spill_gap=spill_gap, memory_s=memory_s)
+        self._max_queued = max_queued
+        self._waiting: deque[Waiter] = deque()
+        self._in_flight: defaultdict[ReplicaID, int] = defaultdict(int)  # reserved or sent, and not completed
+        _worker_routers.add(self)
+
+    @property
+    def deployment_id(self) -> Any:
+        return self._deployment_id
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Serve's hook for one round of its own queue, which these routers leave empty: all, the least loaded first."""
+        return [[replica] for replica in sorted(candidate_replicas, key=lambda r: self._in_flight[r.replica_id])]
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        """The worker for one call. Raises Overloaded, or WorkerGone for a call to a worker that is not there."""
+        if is_retry:
+            await asyncio.sleep(RETRY_PAUSE_S)
+        worker_id = pending_request.kwargs.get("worker_id")
+        if worker_id is not None:
+            return self._reserve(worker_id)
+        return await self._wait_for_worker(pending_request, is_retry)
+
+    def _reserve(self, worker_id: str) -> RunningReplica:
+        for replica_id, replica in self._replicas.items():
+            if replica_id.unique_id == worker_id:
+                self._in_flight[replica_id] += 1
+                return replica
+        raise WorkerGone(f"worker {worker_id} is gone")
+
+    async def _wait_for_worker(self, pending_request: PendingRequest, is_retry: bool) -> RunningReplica:
+        # Serve keeps this object over retries, and a call that comes again was rejected where it went last.
+        excluded: frozenset[str] = getattr(pending_request, "rejected_by", frozenset())
+        excluded |= pending_request.kwargs.get("excluded", frozenset())
+        request = pending_request.args[0] if pending_request.args else None
+        waiter = Waiter(getattr(request, "version", None), getattr(request, "request_id", None), excluded)
+        if is_retry:
+            self._waiting.appendleft(waiter)
+        else:
+            self._waiting.append(waiter)
+        self._place_waiting()
+        if not waiter.chosen.done() and len(self._waiting) > self._max_queued and not is_retry:
+            self._waiting.remove(waiter)
+            raise Overloaded(f"all workers are full and {self._max_queued} requests wait already", retry_after_s=1.0)
+        try:
+            replica = await waiter.chosen
+        except asyncio.CancelledError:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            elif not waiter.chosen.cancelled():
+                self._release(waiter.chosen.result().replica_id)
+            raise
+        pending_request.rejected_by = excluded | {replica.replica_id.unique_id}
+        return replica
+
+    def _place_waiting(self) -> None:
+        """Give workers to those that wait, in order, until all workers are full."""
+        while self._waiting:
+            waiter = self._waiting[0]
+            candidates = [self._candidate(replica) for replica in self._replicas.values()]
+            candidates = [c for c in candidates if c.worker_id not in waiter.excluded] or candidates
+            worker_id = self._placement.choose(waiter.version, candidates, time.monotonic())
+            if worker_id is None:
+                return
+            self._waiting.popleft()
+            _note_worker(waiter.request_id, worker_id)
+            waiter.chosen.set_result(self._reserve(worker_id))
+
+    def _candidate(self, replica: RunningReplica) -> Candidate:
+        stats = replica.routing_stats or {}
+        return Candidate(
+            worker_id=replica.replica_id.unique_id,
+            load=self._in_flight[replica.replica_id],
+            resident=stats.get("resident", ()),
+            free_pages=stats.get("free_pages", 0),
+        )
+
+    def _release(self, replica_id: ReplicaID) -> None:
+        self._in_flight[replica_id] = max(0, self._in_flight[replica_id] - 1)
+        self._place_waiting()
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Serve calls this once for every replica that `_choose_replica_for_request` returned."""
+        super().on_request_completed(replica_id, internal_request_id)
+        self._release(replica_id)
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """A worker was found dead: nothing goes there any more."""
+        super().on_replica_actor_died(replica_id)
+        self._forget(replica_id)
+        self._place_waiting()
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """The controller says who is there, and passes on what the workers report of themselves."""
+        before = set(self._replicas)
+        super().update_replicas(replicas)
+        for replica_id in before - set(self._replicas):
+            self._forget(replica_id)
+        self._place_waiting()
+
+    def _forget(self, replica_id: ReplicaID) -> None:
+        self._in_flight.pop(replica_id, None)
+        self._placement.forget(replica_id.unique_id)
+
+
+class StoreRouter(RequestRouter):
+    """Routes to the one replica of the adapter store; raises StoreUnavailable at once while there is none."""
+
+    def initialize_state(self, **_: Any) -> None:
+        """Take `request_router_kwargs`: there are none."""
+        self._seen = asyncio.Event()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Serve's hook for one round of its own queue, which these routers leave empty."""
+        return [candidate_replicas]
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        """The store. Raises StoreUnavailable."""
+        if is_retry:
+            await asyncio.sleep(RETRY_PAUSE_S)
+        if not self._seen.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._seen.wait(), START_PATIENCE_S)
+        for replica in self._replicas.values():
+            return replica
+        raise StoreUnavailable("the adapter store is away; it is being restarted", retry_after_s=2.0)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """The controller says whether the store is there."""
+        super().update_replicas(replicas)
+        if replicas:
+            self._seen.set()

@@ -1,0 +1,263 @@
+"""The admin routes and those of vLLM and SGLang, over HTTP, on a fleet and a store of dicts."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from lorafleet.adapter_store.errors import InvalidKey, UnknownKey
+from lorafleet.adapter_store.sources import DirectoryConfig, HubConfig
+from lorafleet.cluster.admin_api import build_router
+from lorafleet.cluster.auth import Keys
+from lorafleet.cluster.errors import StoreUnavailable
+from lorafleet.cluster.http_app import build_http_app
+from lorafleet.cluster.peer_api import locate
+from lorafleet.cluster.rollout import Rollout
+from tests.cluster.fleets import DictFleet, DictStore, manifest_of
+
+ADMIN = {"authorization": "Bearer admin"}
+
+
+@dataclass(slots=True)
+class Api:
+    http: httpx.AsyncClient
+    store: DictStore
+    fleet: DictFleet
+    root: Path
+
+    async def load(self, name: str = "shout", key: str = "a", **body: object) -> httpx.Response:
+        return await self.http.put(f"/admin/v1/adapters/{name}", json={"source": "demo", "key": key, **body})
+
+
+@pytest.fixture
+async def api(tmp_path: Path) -> AsyncIterator[Api]:
+    for key in "ab":
+        (tmp_path / "adapters" / key).mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    store = DictStore(keys={"a": manifest_of("a"), "b": manifest_of("b")})
+    fleet = DictFleet(store, ["w0", "w1"])
+    rollout = Rollout(store, fleet, observe=lambda name, version: None)
+    sources = [DirectoryConfig(name="demo", root=tmp_path / "adapters")]
+    app = build_http_app([build_router(rollout, Keys(("client",), "admin"), sources)])
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=ADMIN) as http:
+        yield Api(http, store, fleet, tmp_path)
+
+
+def error_of(response: httpx.Response) -> tuple[int, str]:
+    return response.status_code, response.json()["error"]["code"]
+
+
+ROUTES = [
+    ("GET", "/admin/v1/adapters"),
+    ("GET", "/admin/v1/adapters/x"),
+    ("PUT", "/admin/v1/adapters/x"),
+    ("DELETE", "/admin/v1/adapters/x"),
+    ("POST", "/admin/v1/adapters/x/pin"),
+    ("POST", "/admin/v1/adapters/x/unpin"),
+    ("POST", "/admin/v1/adapters:validate"),
+    ("GET", "/admin/v1/workers"),
+    ("POST", "/v1/load_lora_adapter"),
+    ("POST", "/v1/unload_lora_adapter"),
+    ("POST", "/load_lora_adapter"),
+    ("POST", "/unload_lora_adapter"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+async def test_every_route_needs_the_admin_token(api: Api, method: str, path: str) -> None:
+    assert error_of(await api.http.request(method, path, headers={"authorization": ""})) == (401, "invalid_api_key")
+    client = {"authorization": "Bearer client"}
+    assert error_of(await api.http.request(method, path, headers=client)) == (403, "forbidden")
+
+
+async def test_put_get_list_and_delete(api: Api) -> None:
+    response = await api.load(warm="all")
+    assert response.status_code == 200
+    manifest = api.store.keys["a"]
+    expected = {
+        "name": "shout",
+        "version": manifest.version,
+        "source": "demo",
+        "key": "a",
+        "rank": 4,
+        "targets": ["q_proj"],
+        "bytes": 400,
+        "pages": 4,
+        "pinned": False,
+        "state": "resident",
+        "workers": {"w0": "resident", "w1": "resident"},
+    }
+    assert response.json() == expected
+    assert (await api.http.get("/admin/v1/adapters/shout")).json() == expected
+    assert (await api.http.get("/admin/v1/adapters")).json() == {"adapters": [expected]}
+    assert (await api.http.delete("/admin/v1/adapters/shout")).json() == {"name": "shout", "deleted": True}
+    assert error_of(await api.http.delete("/admin/v1/adapters/shout")) == (404, "adapter_not_found")
+    assert error_of(await api.http.get("/admin/v1/adapters/shout")) == (404, "adapter_not_found")
+
+
+async def test_warm_0_stores_without_loading(api: Api) -> None:
+    reply = (await api.load(warm=0)).json()
+    assert (reply["state"], reply["pages"], reply["workers"]) == ("stored", None, {"w0": "absent", "w1": "absent"})
+
+
+async def test_pin_and_unpin(api: Api) -> None:
+    await api.load()
+    assert (await api.http.post("/admin/v1/adapters/shout/pin")).json()["pinned"] is True
+    assert (await api.http.post("/admin/v1/adapters/shout/unpin")).json()["pinned"] is False
+    assert error_of(await api.http.post("/admin/v1/adapters/nobody/pin")) == (404, "adapter_not_found")
+
+
+async def test_no_room_is_a_409_and_nothing_changes(api: Api) -> None:
+    api.fleet.workers["w1"].total = 3
+    response = await api.load(pinned=True)
+    assert error_of(response) == (409, "no_room")
+    assert "worker w1" in response.json()["error"]["message"]
+    assert api.store.names == {}
+
+
+async def test_the_store_away_is_a_503_with_retry_after(api: Api) -> None:
+    api.store.fail_flip = StoreUnavailable("away", None, 2.0)
+    response = await api.load()
+    assert error_of(response) == (503, "store_unavailable")
+    assert response.headers["retry-after"] == "2"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"source": "demo"},
+        {"source": "demo", "key": "a", "warm": -1},
+        {"source": "demo", "key": "a", "warm": "some"},
+        {"source": "demo", "key": "a", "nonsense": 1},
+        {"source": 3, "key": "a"},
+        [],
+        None,
+    ],
+)
+async def test_bad_bodies_are_refused(api: Api, body: object) -> None:
+    response = await api.http.put("/admin/v1/adapters/shout", json=body)
+    assert response.status_code in (400, 422)
+    assert response.json()["error"]["type"] == "invalid_request_error"
+    assert api.store.num_staged == 0
+
+
+async def test_malformed_json_is_refused(api: Api) -> None:
+    response = await api.http.put(
+        "/admin/v1/adapters/shout", content=b"{", headers={"content-type": "application/json"}
+    )
+    assert error_of(response) == (400, "invalid_json")
+
+
+async def test_validate_is_a_dry_run(api: Api) -> None:
+    response = await api.http.post("/admin/v1/adapters:validate", json={"source": "demo", "key": "a"})
+    reply = response.json()
+    assert reply["fits"] is True
+    assert reply["pages"] == 4
+    assert reply["workers"]["w0"] == {"fits": True, "pages": 4, "evicts": [], "refusal": None}
+    assert api.store.names == {}
+    missing = await api.http.post("/admin/v1/adapters:validate", json={"source": "demo", "key": "z"})
+    assert error_of(missing) == (404, "key_not_found")
+
+
+async def test_workers_have_the_contracts_fields(api: Api) -> None:
+    await api.load(warm="all")
+    workers = (await api.http.get("/admin/v1/workers")).json()["workers"]
+    assert [worker["worker_id"] for worker in workers] == ["w0", "w1"]
+    assert {"pid", "node_id", "device", "running", "waiting", "leases"} <= workers[0].keys()
+    assert workers[0]["kv_pages"].keys() == {"used", "cached", "total"}
+    assert workers[0]["adapter_pages"] == {"used": 4, "total": 100}
+    held = workers[0]["adapters"][0]
+    assert held["name"] == "shout"
+    assert {"version", "rank", "pages", "pinned", "leases"} <= held.keys()
+
+
+async def test_vllm_load_and_unload(api: Api) -> None:
+    path = str(api.root / "adapters" / "a")
+    body = {"lora_name": "shout", "lora_path": path}
+    response = await api.http.post("/v1/load_lora_adapter", json=body)
+    assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'shout' added successfully.")
+    again = await api.http.post("/v1/load_lora_adapter", json=body)
+    assert again.status_code == 400
+    assert "has already been loaded" in again.json()["error"]["message"]
+    inplace = {"lora_name": "shout", "lora_path": "b", "load_inplace": True}
+    assert (await api.http.post("/v1/load_lora_adapter", json=inplace)).status_code == 200
+    assert api.store.names["shout"].key == "b"
+    response = await api.http.post("/v1/unload_lora_adapter", json={"lora_name": "shout"})
+    assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'shout' removed successfully.")
+    response = await api.http.post("/v1/unload_lora_adapter", json={"lora_name": "shout"})
+    assert response.status_code == 404
+    assert response.json()["error"] == {
+        "message": "The lora adapter 'shout' cannot be found.",
+        "type": "NotFoundError",
+        "param": None,
+        "code": 404,
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({}, 400),
+        ({"lora_name": "x"}, 400),
+        ({"lora_name": "x", "lora_path": "../outside"}, 400),
+        ({"lora_name": "x", "lora_path": "/etc"}, 400),
+        ({"lora_name": "x", "lora_path": "nowhere"}, 404),
+    ],
+)
+async def test_vllm_refusals(api: Api, body: dict[str, str], status: int) -> None:
+    response = await api.http.post("/v1/load_lora_adapter", json=body)
+    assert response.status_code == status
+    assert response.json()["error"]["code"] == status
+    assert api.store.num_staged == 0
+
+
+async def test_sglang_load_and_unload(api: Api) -> None:
+    body = {"lora_name": "shout", "lora_path": str(api.root / "adapters" / "a"), "pinned": True}
+    response = await api.http.post("/load_lora_adapter", json=body)
+    loaded = {"shout": "demo/a"}
+    assert response.status_code == 200
+    assert response.json() == {"success": True, "error_message": None, "loaded_adapters": loaded}
+    assert api.store.names["shout"].pinned
+    again = await api.http.post("/load_lora_adapter", json=body)
+    assert again.status_code == 400
+    assert again.json()["success"] is False
+    assert again.json()["loaded_adapters"] == loaded
+    outside = await api.http.post("/load_lora_adapter", json={"lora_name": "x", "lora_path": "/etc"})
+    assert outside.status_code == 400
+    response = await api.http.post("/unload_lora_adapter", json={"lora_name": "shout"})
+    assert response.json() == {"success": True, "error_message": None, "loaded_adapters": {}}
+    assert (await api.http.post("/unload_lora_adapter", json={"lora_name": "shout"})).status_code == 400
+
+
+def test_paths_are_confined_to_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "adapters"
+    (root / "team" / "shout").mkdir(parents=True)
+    (tmp_path / "outside").mkdir()
+    (root / "link").symlink_to(tmp_path / "outside")
+    (root / "inner").symlink_to(root / "team")
+    sources = [DirectoryConfig(name="demo", root=root), HubConfig(name="hub")]
+    monkeypatch.chdir(tmp_path)
+    assert locate(str(root / "team" / "shout"), sources) == ("demo", "team/shout")
+    assert locate("adapters/team/shout", sources) == ("demo", "team/shout")
+    assert locate("team/shout", sources) == ("demo", "team/shout")
+    assert locate(str(root / "inner" / "shout"), sources) == ("demo", "team/shout")
+    assert locate("org/adapter", sources) == ("hub", "org/adapter")
+    for path in (
+        "",
+        "/",
+        str(root),
+        str(root / "link"),
+        str(root / ".." / "outside"),
+        "../adapters/../outside",
+        "~root",
+    ):
+        with pytest.raises(InvalidKey):
+            locate(path, sources)
+    with pytest.raises(UnknownKey):
+        locate("nowhere", sources)

@@ -1,0 +1,121 @@
+"""Configuration's adapters: loaded, replaced and deleted in the background; what others brought is left alone."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import pytest
+
+from lorafleet.cluster.config import DesiredAdapter, UserConfig
+from lorafleet.cluster.desired import DesiredAdapters
+from lorafleet.cluster.rollout import Rollout
+from tests.cluster.fleets import DictFleet, DictStore, manifest_of
+
+
+@dataclass(slots=True)
+class World:
+    store: DictStore
+    fleet: DictFleet
+    rollout: Rollout
+
+    def start(self, *preload: DesiredAdapter) -> DesiredAdapters:
+        return DesiredAdapters(self.rollout, preload, num_workers=len(self.fleet.workers))
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {name: adapter.key for name, adapter in self.store.names.items()}
+
+
+@pytest.fixture
+def world() -> World:
+    store = DictStore(keys={key: manifest_of(key) for key in "abc"})
+    fleet = DictFleet(store, ["w0", "w1"])
+    return World(store, fleet, Rollout(store, fleet, observe=lambda name, version: None))
+
+
+def wanted(name: str, key: str, *, pinned: bool = False) -> DesiredAdapter:
+    return DesiredAdapter(name=name, source="demo", key=key, pinned=pinned)
+
+
+def user(*adapters: DesiredAdapter) -> UserConfig:
+    return UserConfig(adapters=adapters)
+
+
+async def test_preload_makes_ready(world: World) -> None:
+    desired = world.start(wanted("x", "a"), wanted("y", "b", pinned=True))
+    assert await desired.not_ready() == "adapters are being loaded"
+    await desired.apply()
+    assert await desired.not_ready() is None
+    assert world.names == {"x": "a", "y": "b"}
+    assert len(world.fleet.holders(world.store.keys["b"])) == 2
+
+
+async def test_a_preload_that_fails_says_why_and_is_tried_again(world: World) -> None:
+    desired = world.start(wanted("x", "nowhere"), wanted("y", "b"))
+    await desired.apply()
+    assert world.names == {"y": "b"}
+    assert "adapter 'x'" in (await desired.not_ready() or "")
+    assert "key_not_found" in (await desired.not_ready() or "")
+    world.store.keys["nowhere"] = manifest_of("late")
+    await desired.apply()
+    assert await desired.not_ready() is None
+
+
+async def test_not_ready_without_workers(world: World) -> None:
+    desired = world.start()
+    await desired.apply()
+    world.fleet.workers.clear()
+    assert await desired.not_ready() == "no worker is up"
+
+
+async def test_user_config_adds_replaces_and_deletes_its_own(world: World) -> None:
+    desired = world.start(wanted("pre", "a"))
+    desired.set_user_config(user(wanted("x", "a"), wanted("y", "b")))
+    await desired.apply()
+    await world.rollout.put("mine", source="demo", key="c")
+    assert world.names == {"pre": "a", "x": "a", "y": "b", "mine": "c"}
+    desired.set_user_config(user(wanted("x", "c"), wanted("z", "b")))
+    await desired.apply()
+    assert world.names == {"pre": "a", "x": "c", "z": "b", "mine": "c"}
+    desired.set_user_config(user())
+    await desired.apply()
+    assert world.names == {"pre": "a", "mine": "c"}
+
+
+async def test_what_is_in_place_is_not_staged_again_but_made_resident(world: World) -> None:
+    await world.start(wanted("x", "a")).apply()
+    num_staged = world.store.num_staged
+    for worker in world.fleet.workers.values():
+        worker.resident.clear()
+    await world.start(wanted("x", "a")).apply()
+    assert world.store.num_staged == num_staged
+    assert len(world.fleet.holders(world.store.keys["a"])) == 1
+
+
+async def test_an_admins_replacement_survives_a_restart(world: World) -> None:
+    desired = world.start(wanted("x", "a"))
+    desired.set_user_config(user(wanted("y", "b")))
+    await desired.apply()
+    for name in "xy":
+        await world.rollout.put(name, source="demo", key="c")
+    restarted = world.start(wanted("x", "a"))
+    restarted.set_user_config(user(wanted("y", "b")))
+    await restarted.apply()
+    assert world.names == {"x": "c", "y": "c"}
+    restarted.set_user_config(user(wanted("y", "a")))
+    await restarted.apply()
+    assert world.names == {"x": "c", "y": "a"}
+
+
+async def test_the_loop_follows_changes(world: World) -> None:
+    desired = world.start()
+    task = asyncio.create_task(desired.run())
+    try:
+        for key in "ab":
+            desired.set_user_config(user(wanted("x", key)))
+            async with asyncio.timeout(5):
+                while world.names.get("x") != key:
+                    await asyncio.sleep(0)
+    finally:
+        task.cancel()

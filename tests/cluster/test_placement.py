@@ -1,0 +1,122 @@
+"""Where requests go: residency first, load second, and never all of a hot adapter to one worker."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from lorafleet.cluster.placement import MAX_REMEMBERED, VERSION_PREFIX, Candidate, Placement
+
+SHOUT, WHISPER = "aa" * 32, "bb" * 32
+
+
+def prefix(*versions: str) -> frozenset[str]:
+    return frozenset(version[:VERSION_PREFIX] for version in versions)
+
+
+def make(*, max_load: int = 128, spill_gap: int = 8, memory_s: float = 5.0, seed: int = 0) -> Placement:
+    return Placement(max_load=max_load, spill_gap=spill_gap, memory_s=memory_s, rng=random.Random(seed))
+
+
+class Workers:
+    """Workers that keep what they are sent, and report residency only when told to."""
+
+    def __init__(self, placement: Placement, *worker_ids: str) -> None:
+        self.placement = placement
+        self.loads = Counter(dict.fromkeys(worker_ids, 0))
+        self.resident: dict[str, frozenset[str]] = dict.fromkeys(worker_ids, frozenset())
+
+    def send(self, version: str | None, now_s: float = 0.0) -> str | None:
+        candidates = [Candidate(w, load, self.resident[w]) for w, load in self.loads.items()]
+        worker_id = self.placement.choose(version, candidates, now_s)
+        if worker_id is not None:
+            self.loads[worker_id] += 1
+        return worker_id
+
+
+def test_goes_where_the_adapter_is_resident() -> None:
+    placement = make()
+    candidates = [Candidate("w0", load=3, resident=prefix(SHOUT)), Candidate("w1", load=0)]
+    assert {placement.choose(SHOUT, candidates, now_s=i) for i in range(20)} == {"w0"}
+    assert placement.choose(WHISPER, candidates, 0.0) == "w1"
+
+
+def test_takes_the_less_loaded_of_two_residents() -> None:
+    candidates = [Candidate(f"w{i}", load=i, resident=prefix(SHOUT)) for i in range(3)]
+    chosen = Counter(make(seed=seed).choose(SHOUT, candidates, 0.0) for seed in range(300))
+    # Of three pairs w0 wins two, w1 one, w2 none.
+    assert chosen["w0"] == pytest.approx(200, abs=40)
+    assert chosen["w1"] == pytest.approx(100, abs=40)
+    assert chosen["w2"] == 0
+
+
+def test_stays_put_until_the_gap_and_then_spreads() -> None:
+    workers = Workers(make(spill_gap=8), "w0", "w1")
+    sent = [workers.send(SHOUT) for _ in range(60)]
+    first = sent[0]
+    assert sent[:9] == [first] * 9
+    assert sent[9] != first
+    assert abs(workers.loads["w0"] - workers.loads["w1"]) <= 9
+
+
+@pytest.mark.parametrize("num_workers", [2, 3, 8])
+def test_no_worker_gets_all_of_a_hot_adapter(num_workers: int) -> None:
+    workers = Workers(make(), *(f"w{i}" for i in range(num_workers)))
+    for _ in range(400):
+        workers.send(SHOUT)
+    assert max(workers.loads.values()) <= 400 / num_workers + 2 * 8
+
+
+def test_one_request_at_a_time_warms_only_one_worker() -> None:
+    workers = Workers(make(), "w0", "w1", "w2")
+    for i in range(50):
+        worker_id = workers.send(SHOUT, now_s=i / 10)
+        assert worker_id is not None
+        workers.loads[worker_id] -= 1
+    assert len(workers.placement._sent[SHOUT[:VERSION_PREFIX]]) == 1
+
+
+def test_what_was_sent_counts_as_resident_for_a_while_only() -> None:
+    placement = make(memory_s=5.0)
+    assert placement.choose(SHOUT, [Candidate("w0", 0), Candidate("w1", 1)], 0.0) == "w0"
+    busier_now = [Candidate("w0", 3), Candidate("w1", 0)]
+    assert placement.choose(SHOUT, busier_now, 5.0) == "w0"
+    assert placement.choose(SHOUT, busier_now, 10.1) == "w1"
+
+
+def test_a_dead_worker_is_forgotten() -> None:
+    placement = make()
+    assert placement.choose(SHOUT, [Candidate("w0", 0), Candidate("w1", 1)], 0.0) == "w0"
+    placement.forget("w0")
+    assert placement.choose(SHOUT, [Candidate("w0", 1), Candidate("w1", 0)], 0.1) == "w1"
+
+
+def test_full_workers_are_passed_over_and_all_full_means_nobody() -> None:
+    placement = make(max_load=4)
+    full = Candidate("w0", 4, prefix(SHOUT))
+    assert placement.choose(SHOUT, [full, Candidate("w1", 3)], 0.0) == "w1"
+    assert placement.choose(SHOUT, [full, Candidate("w1", 4)], 0.0) is None
+    assert placement.choose(None, [], 0.0) is None
+
+
+def test_cold_adapters_and_the_base_prefer_free_pages_at_equal_load() -> None:
+    candidates = [Candidate("w0", 2, free_pages=1), Candidate("w1", 2, free_pages=9)]
+    assert {make(seed=seed).choose(SHOUT, candidates, 0.0) for seed in range(10)} == {"w1"}
+    assert {make(seed=seed).choose(None, candidates, 0.0) for seed in range(10)} == {"w1"}
+
+
+def test_base_requests_balance_and_leave_no_memory() -> None:
+    workers = Workers(make(), "w0", "w1")
+    for _ in range(101):
+        workers.send(None)
+    assert abs(workers.loads["w0"] - workers.loads["w1"]) <= 1
+    assert workers.placement._sent == {}
+
+
+def test_memory_is_bounded() -> None:
+    workers = Workers(make(max_load=10**9), "w0", "w1")
+    for i in range(MAX_REMEMBERED + 100):
+        workers.send(f"{i:016x}" * 4, now_s=0.0)
+    assert len(workers.placement._sent) == MAX_REMEMBERED

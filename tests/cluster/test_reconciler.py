@@ -1,0 +1,78 @@
+"""A worker follows the store, goes on while it is away, and asks after a hint, not before."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import pytest
+
+from lorafleet.adapter_store.manifest import Desired
+from lorafleet.cluster.errors import StoreUnavailable
+from lorafleet.cluster.reconciler import Reconciler
+
+
+class Follower:
+    """A worker that holds what it was last told to."""
+
+    def __init__(self) -> None:
+        self.told: list[Mapping[str, bool]] = []
+
+    async def held_versions(self) -> tuple[str, ...]:
+        return ("held",)
+
+    async def reconcile(self, named: Mapping[str, bool]) -> None:
+        self.told.append(named)
+
+
+async def test_passes_on_what_the_store_says() -> None:
+    worker, asked = Follower(), []
+
+    async def ask(held: tuple[str, ...]) -> Desired:
+        asked.append(held)
+        return Desired(1, {"held": True})
+
+    await Reconciler(worker, ask).once()
+    assert asked == [("held",)]
+    assert worker.told == [{"held": True}]
+
+
+async def test_a_question_is_put_after_the_call() -> None:
+    """A pass that is under way may not know of what has just changed."""
+    worker, answers = Follower(), [asyncio.Event(), asyncio.Event()]
+    generation = 0
+
+    async def ask(held: tuple[str, ...]) -> Desired:
+        asked_at = generation
+        await answers[asked_at].wait()
+        return Desired(asked_at, {f"v{asked_at}": False})
+
+    reconciler = Reconciler(worker, ask)
+    first = asyncio.create_task(reconciler.once())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    generation = 1
+    second = asyncio.create_task(reconciler.once())
+    answers[0].set()
+    answers[1].set()
+    await asyncio.gather(first, second)
+    assert worker.told == [{"v0": False}, {"v1": False}]
+
+
+async def test_goes_on_while_the_store_is_away() -> None:
+    worker, replies = Follower(), [StoreUnavailable("away"), RuntimeError("odd"), Desired(1, {}), Desired(2, {})]
+
+    async def ask(held: tuple[str, ...]) -> Desired:
+        reply = replies.pop(0) if replies else Desired(9, {})
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    reconciler = Reconciler(worker, ask, period_s=0.0)
+    with pytest.raises(StoreUnavailable):
+        await reconciler.once()
+    task = asyncio.create_task(reconciler.run())
+    async with asyncio.timeout(5):
+        while len(worker.told) < 2:
+            await asyncio.sleep(0)
+    task.cancel()
