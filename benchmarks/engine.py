@@ -1,0 +1,264 @@
+"""The engine on a GPU: what many adapters cost against none, in one run.
+
+    python benchmarks/engine.py --out benchmarks/results/engine.jsonl [--geometry llama-8b] [--cases base,lora64]
+
+Random weights and random token ids, so nothing is downloaded: 256 requests of 512 prompt and 128 output tokens;
+adapters of rank 16 on all seven projections. Every case is run after a warm-up of itself; a line of JSON each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import random
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import triton
+
+from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, ModuleManifest
+from lorafleet.workers.assembly import WorkerParts, assemble
+from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
+from lorafleet.workers.engine import Delivery
+from lorafleet.workers.model.geometry import read_geometry
+from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams
+
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "llama-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MAX_MODEL_LEN = 2048
+
+
+def write_base(folder: Path, geometry: str) -> Path:
+    """A folder with the configuration of a base; its weights are made up when it is loaded."""
+    config = transformers.LlamaConfig(
+        **GEOMETRIES[geometry],
+        max_position_embeddings=MAX_MODEL_LEN,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+class RandomAdapters:
+    """Adapters of random weights in host memory. Versions of one rank share their bytes: content costs no time here."""
+
+    def __init__(self, base: Path, targets: Sequence[str] = PROJECTIONS, embeddings: bool = False) -> None:
+        self._geometry = read_geometry(ModelConfig(id="base", source=str(base), dtype="bfloat16"))
+        wanted = (*targets, *(("embed_tokens", "lm_head") if embeddings else ()))
+        self._modules = {n: s for n, s in self._geometry.modules.items() if n.rpartition(".")[2] in wanted}
+        self._made: dict[int, dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]] = {}
+        self.fetches = 0
+
+    def rank_of(self, version: str) -> int:
+        """Versions are called `name-r<rank>`."""
+        return int(version.rpartition("-r")[2])
+
+    def fetch(self, version: str) -> AdapterWeights:
+        """The weights of a version."""
+        self.fetches += 1
+        rank = self.rank_of(version)
+        if rank not in self._made:
+            self._made[rank] = {n: self._random(rank, s.in_dim, s.out_dim, s.kind) for n, s in self._modules.items()}
+        tensors = self._made[rank]
+        manifest = AdapterManifest(
+            version=version,
+            rank=rank,
+            targets=tuple(sorted({n.rpartition(".")[2] for n in self._modules})),
+            modules=tuple(ModuleManifest(name, rank, 1.0) for name in self._modules),
+            num_bytes=sum(a.nbytes + b.nbytes for a, b in tensors.values()),
+        )
+        return AdapterWeights(manifest, "bfloat16", tensors)
+
+    def _random(self, rank: int, in_dim: int, out_dim: int, kind: str) -> tuple[np.ndarray[Any, Any], ...]:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        a_shape = (in_dim, rank) if kind == "embedding" else (rank, in_dim)
+        a = torch.randn(a_shape, device=device) * in_dim**-0.5
+        b = torch.randn((rank, out_dim), device=device) * 0.01
+        return tuple(t.bfloat16().view(torch.uint16).cpu().numpy() for t in (a, b))
+
+
+@dataclass(slots=True)
+class Inbox:
+    """Takes the engine's deliveries and keeps when they came."""
+
+    first_s: dict[str, float] = field(default_factory=dict)
+    times_s: dict[str, list[float]] = field(default_factory=dict)
+    num_tokens: int = 0
+    errors: list[str] = field(default_factory=list)
+    open_ids: set[str] = field(default_factory=set)
+    is_done: threading.Event = field(default_factory=threading.Event)
+
+    def expect(self, ids: Iterable[str]) -> None:
+        """Forget what was; wait for these requests."""
+        self.first_s, self.times_s, self.num_tokens = {}, {}, 0
+        self.open_ids = set(ids)
+        self.is_done.clear()
+
+    def take(self, deliveries: list[Delivery]) -> None:
+        """On the engine's thread."""
+        now = time.perf_counter()
+        for request_id, item in deliveries:
+            if isinstance(item, GenerateDelta):
+                self.num_tokens += len(item.token_ids)
+                self.times_s.setdefault(request_id, []).append(now)
+                over = item.finish_reason is not None
+            else:
+                self.errors.append(repr(item))
+                over = True
+            if over:
+                self.open_ids.discard(request_id)
+        if not self.open_ids:
+            self.is_done.set()
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A running engine and its adapters."""
+
+    parts: WorkerParts
+    inbox: Inbox
+    adapters: RandomAdapters
+
+    def run(
+        self, prompts: Sequence[Sequence[int]], versions: Sequence[str | None], num_output: int, tag: str
+    ) -> dict[str, float]:
+        """Submit everything at once and wait for the last token."""
+        ids = [f"{tag}-{i}-{time.monotonic_ns()}" for i in range(len(prompts))]
+        sampling = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True)
+        self.inbox.expect(ids)
+        steps, loads = self.parts.engine.stats.num_steps, self.parts.residency.snapshot().loads
+        gc.collect()
+        start = time.perf_counter()
+        for request_id, prompt, version in zip(ids, prompts, versions, strict=True):
+            self.parts.engine.submit(EngineRequest(request_id, version, tuple(prompt), sampling))
+        if not self.inbox.is_done.wait(300):
+            raise TimeoutError(f"{tag}: {len(self.inbox.open_ids)} requests never ended; {self.inbox.errors[:3]}")
+        seconds = time.perf_counter() - start
+        if self.inbox.errors:
+            raise RuntimeError(f"{tag}: {self.inbox.errors[:3]}")
+        first = sorted(times[0] - start for times in self.inbox.times_s.values())
+        gaps = np.concatenate([np.diff(times) for times in self.inbox.times_s.values()])
+        return {
+            "seconds": seconds,
+            "output_tokens": self.inbox.num_tokens,
+            "output_tokens_per_s": self.inbox.num_tokens / seconds,
+            "steps": self.parts.engine.stats.num_steps - steps,
+            "loads": self.parts.residency.snapshot().loads - loads,
+            "first_token_s_p50": first[len(first) // 2],
+            "first_token_s_p99": first[min(len(first) - 1, int(len(first) * 0.99))],
+            "gap_ms_p50": float(np.median(gaps) * 1e3),
+            "gap_ms_p99": float(np.quantile(gaps, 0.99) * 1e3),
+        }
+
+
+def start(base: Path, adapters: RandomAdapters, engine: EngineConfig, pool: PoolConfig) -> tuple[Bench, float]:
+    """A started engine, and how long the start took."""
+    inbox = Inbox()
+    begun = time.perf_counter()
+    model = ModelConfig(id="base", source=str(base), dtype="bfloat16", load="dummy", max_model_len=MAX_MODEL_LEN)
+    parts = assemble(worker_id="bench", model=model, engine=engine, pool=pool, fetch=adapters.fetch, deliver=inbox.take)
+    parts.engine.start()
+    return Bench(parts, inbox, adapters), time.perf_counter() - begun
+
+
+def main() -> None:
+    """Run the cases and append a line each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--geometry", default="llama-8b", choices=GEOMETRIES)
+    parser.add_argument("--cases", default="base,one,lora64,decode_base,decode_lora64,zipf,cold,gsm8k")
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--max-batch-tokens", type=int, default=8192)
+    parser.add_argument("--max-running", type=int, default=256)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    rng = random.Random(0)
+    folder = Path(tempfile.mkdtemp(prefix="lorafleet-bench-"))
+    base = write_base(folder / "base", args.geometry)
+    adapters = RandomAdapters(base)
+    engine = EngineConfig(max_batch_tokens=args.max_batch_tokens, max_running=args.max_running, prefix_cache=False)
+    bench, start_s = start(base, adapters, engine, PoolConfig(max_rank=64, max_slots=256))
+    vocab = GEOMETRIES[args.geometry]["vocab_size"]
+    prompts = [[rng.randrange(10, vocab - 10) for _ in range(512)] for _ in range(args.requests)]
+    versions = [f"a{i}-r16" for i in range(64)]
+    meta = {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "commit": _commit(),
+        "geometry": args.geometry,
+        "max_batch_tokens": args.max_batch_tokens,
+    }
+
+    def emit(case: str, figures: dict[str, float]) -> None:
+        line = {"case": case, **{k: round(v, 4) for k, v in figures.items()}, **meta}
+        with args.out.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+        print(case, json.dumps({k: round(v, 3) for k, v in figures.items()}), flush=True)
+
+    emit("start", {"seconds": start_s})
+    mixes: dict[str, tuple[list[list[int]], list[str | None], int]] = {
+        "base": (prompts, [None] * args.requests, 128),
+        "one": (prompts, [versions[0]] * args.requests, 128),
+        "lora64": (prompts, [versions[i % 64] for i in range(args.requests)], 128),
+        "decode_base": ([p[:16] for p in prompts[:64]], [None] * min(64, args.requests), 256),
+        "decode_lora64": ([p[:16] for p in prompts[:64]], versions[: min(64, args.requests)], 256),
+    }
+    for case in args.cases.split(","):
+        if case in mixes:
+            these_prompts, these_versions, num_output = mixes[case]
+            bench.run(these_prompts, these_versions, min(16, num_output), f"warm-{case}")
+            for _ in range(args.repeats):
+                emit(case, bench.run(these_prompts, these_versions, num_output, case))
+    bench.parts.engine.close()
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()
