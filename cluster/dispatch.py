@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from lorafleet.cluster.errors import NoWorker, StreamBroken, WorkerGone
-from lorafleet.cluster.names import NamedVersion, Names
+from lorafleet.cluster.metrics import RequestMetrics, RequestTimer
+from lorafleet.cluster.names import Names
 from lorafleet.cluster.prompts import Prompts
 from lorafleet.workers.errors import AdapterUnavailable, EngineFailed, NoRoomError
 from lorafleet.workers.request import EngineRequest, GenerateDelta, GenerateRequest, SamplingParams
@@ -65,16 +66,19 @@ class PreparedRequest:
     version: str | None
     sequences: tuple[EngineRequest, ...]
     """One for each of the `n` answers."""
+    timer: RequestTimer
+    """Measures from the request's arrival."""
 
 
 class Dispatcher:
     """Serves requests for one base and all its adapters."""
 
-    def __init__(self, base_id: str, prompts: Prompts, names: Names, workers: Workers) -> None:
+    def __init__(self, base_id: str, prompts: Prompts, names: Names, workers: Workers, metrics: RequestMetrics) -> None:
         self.base_id = base_id
         self.prompts = prompts
         self.names = names
         self._workers = workers
+        self._metrics = metrics
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateDelta, None]:
         """All deltas of all `n` answers as they come. Closing the iterator stops the workers."""
@@ -88,8 +92,13 @@ class Dispatcher:
 
         default_max_tokens: bound of the answer where the request names none; it need not fit the model's length.
         """
-        version = await self.resolve(request.model)
-        prompt_token_ids = await self.prompts.tokenize(request)
+        timer = self._metrics.begin(self.adapter_name(request.model))
+        try:
+            version = await self.resolve(request.model)
+            prompt_token_ids = await self.prompts.tokenize(request)
+        except Exception as error:
+            self._metrics.reject(_code_of(error))
+            raise
         sampling = SamplingParams.model_construct(**{name: getattr(request, name) for name in _SAMPLING_FIELDS})
         if sampling.max_tokens is None and default_max_tokens is not None:
             sampling = sampling.model_copy(update={"max_tokens": max(default_max_tokens, sampling.min_tokens)})
@@ -103,7 +112,7 @@ class Dispatcher:
             )
             for i in range(request.n)
         )
-        return PreparedRequest(request, prompt_token_ids, version, sequences)
+        return PreparedRequest(request, prompt_token_ids, version, sequences, timer)
 
     async def resolve(self, model: str) -> str | None:
         """The adapter version that `model` names, None for the base. Raises ModelNotFound, StoreUnavailable."""
@@ -115,21 +124,35 @@ class Dispatcher:
         """The adapter's name in `model`, which may come with its base in front."""
         return model.removeprefix(f"{self.base_id}:")
 
-    async def adapters(self) -> list[NamedVersion]:
-        """All adapters that have a name, in order."""
-        return await self.names.entries()
-
     async def stream(self, prepared: Sequence[PreparedRequest]) -> AsyncGenerator[GenerateDelta, None]:
         """Deltas of all answers of all requests, merged; `index` counts the answers through.
 
         Raises Overloaded, NoWorker, StreamBroken, or a worker's own error. Whatever ends it ends every answer.
         """
+        requests = [request for request in prepared for _ in request.sequences]
         sequences = [sequence for request in prepared for sequence in request.sequences]
-        if len(sequences) == 1:
-            async with aclosing(self._sequence(sequences[0], 0)) as deltas:
+        outcome = "disconnect"
+        try:
+            async with aclosing(self._merged(sequences)) as deltas:
                 async for delta in deltas:
+                    timer = requests[delta.index].timer
+                    timer.note_tokens(len(delta.token_ids))
+                    if delta.finish_reason is not None:
+                        timer.note_prompt(delta.num_prompt_tokens, delta.num_cached_tokens)
+                        outcome = delta.finish_reason
                     yield delta
-            return
+        except Exception as error:
+            outcome = _code_of(error)
+            raise
+        finally:
+            for request in prepared:
+                request.timer.end(outcome)
+
+    def _merged(self, sequences: Sequence[EngineRequest]) -> AsyncGenerator[GenerateDelta, None]:
+        return self._sequence(sequences[0], 0) if len(sequences) == 1 else self._interleaved(sequences)
+
+    async def _interleaved(self, sequences: Sequence[EngineRequest]) -> AsyncGenerator[GenerateDelta, None]:
+        """Deltas of several answers, in the order in which they come. An error of one ends all."""
         merged: asyncio.Queue[GenerateDelta | Exception | None] = asyncio.Queue()
         tasks = [asyncio.create_task(self._pump(sequence, i, merged)) for i, sequence in enumerate(sequences)]
         try:
@@ -189,6 +212,10 @@ class Dispatcher:
         if isinstance(failure, WorkerGone):
             raise NoWorker("no worker could take the request; try again", None, 1.0) from failure
         raise failure
+
+
+def _code_of(error: Exception) -> str:
+    return str(getattr(error, "code", "internal_error"))
 
 
 def _reseeded(sampling: SamplingParams, offset: int) -> SamplingParams:

@@ -8,19 +8,23 @@ timeout for it, and no request waits while it is away.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
-from collections.abc import Coroutine, Sequence
+import time
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from lorafleet.adapter_store.errors import UnknownAdapter
+from lorafleet.adapter_store.manifest import NamedAdapter
 from lorafleet.cluster.errors import ModelNotFound, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 RETRY_AFTER_S = 2.0
+PROBE_S = 0.1
+"""How often a store that is away is asked whether it is back."""
 
 T = TypeVar("T")
 
@@ -33,23 +37,35 @@ class NamedVersion:
     version: str
     origin: str
     """Source and key, as in `demo/shout`."""
-    created: int
-    """When the name was published, in Unix seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamesAt:
+    """All names at one moment."""
+
+    generation: int
+    """Grows with every change of any name."""
+    entries: tuple[NamedVersion, ...]
+
+
+def named_version(adapter: NamedAdapter) -> NamedVersion:
+    """The store's entry without what only the admin plane shows."""
+    return NamedVersion(adapter.name, adapter.version, f"{adapter.source}/{adapter.key}")
 
 
 class NameStore(Protocol):
     """What is asked of the adapter store. Every call raises StoreUnavailable when the store is away."""
 
-    async def resolve(self, name: str) -> str:
-        """The version of `name`; fetches on first use where a source allows it. Raises ModelNotFound."""
+    async def resolve(self, name: str) -> NamedVersion:
+        """What `name` stands for; fetches on first use where a source allows it. Raises UnknownAdapter."""
         ...
 
-    async def table(self) -> Sequence[NamedVersion]:
+    async def names(self) -> NamesAt:
         """All names."""
         ...
 
-    async def watch(self) -> None:
-        """Return after a second or so, or raise as soon as the store is gone."""
+    async def watch(self, generation: int) -> int:
+        """Wait about a second, less if the names are not of this generation; raises as soon as the store is gone."""
         ...
 
 
@@ -62,6 +78,8 @@ class Names:
         self._patience_s = patience_s
         self._first_use_s = first_use_s
         self._names: dict[str, NamedVersion] = {}
+        self._generation = -1
+        self._created: dict[str, int] = {}
         self._num_observed = 0
         self._gone = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
@@ -71,16 +89,15 @@ class Names:
         """Whether the store is away, as far as is known."""
         return self._gone.is_set()
 
-    def _keep_watch(self) -> None:
+    def start(self) -> None:
+        """Begin to watch the store; the first use does so too. Needs a running loop."""
         if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._watch(), name="adapter-store-watch")
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         """End the watch."""
         if self._watcher is not None:
             self._watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watcher
 
     async def resolve(self, name: str) -> str:
         """The version that `name` stands for now.
@@ -90,22 +107,28 @@ class Names:
         """
         if not NAME_PATTERN.fullmatch(name):
             raise ModelNotFound(f"no model or adapter is named {name[:128]!r}", "model")
-        self._keep_watch()
+        self.start()
         if not self.is_away:
-            known = self._names.get(name)
+            is_known = name in self._names
+            before = self._num_observed
             try:
-                version = await self._unless_gone(
-                    self._store.resolve(name), self._first_use_s if known is None else self._patience_s
+                entry = await self._unless_gone(
+                    self._store.resolve(name), self._patience_s if is_known else self._first_use_s
                 )
-            except ModelNotFound:
+            except UnknownAdapter:
                 self._names.pop(name, None)
-                raise
-            except (StoreUnavailable, TimeoutError):
+                raise ModelNotFound(f"no model or adapter is named {name!r}", "model") from None
+            except StoreUnavailable:
+                self._gone.set()
+            except TimeoutError:
+                if not is_known:
+                    raise StoreUnavailable(f"{name!r} is still being fetched", "model", RETRY_AFTER_S) from None
                 self._gone.set()
             else:
-                if known is None or known.version != version:
-                    self.observe(name, version)
-                return version
+                if self._num_observed == before and entry != self._names.get(name):
+                    self._num_observed += 1
+                    self._names[name] = entry
+                return entry.version
         known = self._names.get(name)
         if known is None:
             raise StoreUnavailable(
@@ -116,16 +139,17 @@ class Names:
     def observe(self, name: str, version: str | None) -> None:
         """Take note of a version that was just published under `name`; None: the name is gone."""
         self._num_observed += 1
-        known = self._names.get(name)
-        if version is None:
-            self._names.pop(name, None)
-        else:
-            origin, created = (known.origin, known.created) if known is not None else ("", 0)
-            self._names[name] = NamedVersion(name, version, origin, created)
+        known = self._names.pop(name, None)
+        if version is not None:
+            self._names[name] = NamedVersion(name, version, known.origin if known is not None else "")
+
+    def created(self, entry: NamedVersion) -> int:
+        """When this version was first seen here, in Unix seconds."""
+        return self._created.setdefault(entry.version, int(time.time()))
 
     async def entries(self) -> list[NamedVersion]:
         """All names in order, from the store; the last ones seen while it is away."""
-        self._keep_watch()
+        self.start()
         if not self.is_away:
             try:
                 await self._unless_gone(self._refresh(), self._patience_s)
@@ -135,10 +159,11 @@ class Names:
 
     async def _refresh(self) -> None:
         before = self._num_observed
-        entries = await self._store.table()
+        names = await self._store.names()
         # What was observed meanwhile may be newer than this answer; the next one has it.
         if self._num_observed == before:
-            self._names = {entry.name: entry for entry in entries}
+            self._names = {entry.name: entry for entry in names.entries}
+            self._generation = names.generation
 
     async def _unless_gone(self, call: Coroutine[Any, Any, T], timeout_s: float) -> T:
         """The call's result; StoreUnavailable as soon as the store counts as gone, TimeoutError when late."""
@@ -146,8 +171,10 @@ class Names:
         gone = asyncio.ensure_future(self._gone.wait())
         try:
             await asyncio.wait({asked, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if asked.done():
+            if asked.done() and not asked.cancelled():
                 return asked.result()
+            if asked.cancelled():
+                raise StoreUnavailable("the adapter store is stopping; try again", None, RETRY_AFTER_S)
             if gone.done():
                 raise StoreUnavailable("the adapter store is away; try again", None, RETRY_AFTER_S)
             raise TimeoutError
@@ -156,20 +183,20 @@ class Names:
             gone.cancel()
 
     async def _watch(self) -> None:
-        """Keep one call waiting at the store; when it is gone, the next answer says that it is back."""
+        """Keep one call waiting at the store. It fails when the store dies; the next answer says that it is back."""
+        generation = -1
         while True:
             try:
-                async with asyncio.timeout(self._patience_s):
-                    await self._refresh()
-                if self.is_away:
-                    logger.info("the adapter store is back")
+                if generation != self._generation or self.is_away:
+                    async with asyncio.timeout(self._patience_s):
+                        await self._refresh()
                     self._gone.clear()
-                await self._store.watch()
+                generation = await self._store.watch(self._generation)
             except (StoreUnavailable, TimeoutError):
                 if not self.is_away:
-                    logger.warning("the adapter store is away; names known so far go on being served")
+                    logger.warning("the adapter store is away; the names known so far go on being served")
                     self._gone.set()
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(PROBE_S)
             except Exception:
                 logger.exception("watching the adapter store failed")
                 await asyncio.sleep(1.0)

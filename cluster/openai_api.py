@@ -40,7 +40,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
 
     @router.get("/models", summary="The base and every adapter that has a name")
     async def list_models() -> JSONResponse:
-        adapters = await dispatcher.adapters()
+        adapters = await dispatcher.names.entries()
         cards = [_base_card(dispatcher.base_id, started), *(_adapter_card(dispatcher, entry) for entry in adapters)]
         return JSONResponse({"object": "list", "data": cards})
 
@@ -49,7 +49,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
         if model == dispatcher.base_id:
             return JSONResponse(_base_card(dispatcher.base_id, started))
         name = dispatcher.adapter_name(model)
-        for entry in await dispatcher.adapters():
+        for entry in await dispatcher.names.entries():
             if entry.name == name:
                 return JSONResponse(_adapter_card(dispatcher, entry))
         raise ModelNotFound(f"no model or adapter is named {model[:128]!r}", "model")
@@ -154,7 +154,7 @@ def _adapter_card(dispatcher: Dispatcher, entry: NamedVersion) -> dict[str, Any]
     return {
         "id": entry.name,
         "object": "model",
-        "created": entry.created,
+        "created": dispatcher.names.created(entry),
         "owned_by": OWNER,
         "root": entry.origin,
         "parent": dispatcher.base_id,

@@ -208,7 +208,7 @@ class ChatBody(SharedBody):
         default=None, ge=1, description="Most tokens to make; None: as many as fit. Goes before max_tokens."
     )
     # A number for completions and a switch for chats is how OpenAI has it.
-    logprobs: bool = Field(default=False, description="Report the logprob of each token.")  # type: ignore[assignment]
+    logprobs: bool = Field(default=False, description="Report the logprob of each token.")
     top_logprobs: int | None = Field(
         default=None, ge=0, le=20, description="Alternatives to report beside each token; needs logprobs."
     )

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from lorafleet.cluster.errors import ModelNotFound, StoreUnavailable, WorkerGone
-from lorafleet.cluster.names import NamedVersion
+from lorafleet.adapter_store.errors import UnknownAdapter
+from lorafleet.cluster.errors import StoreUnavailable, WorkerGone
+from lorafleet.cluster.names import NamedVersion, NamesAt
 from lorafleet.cluster.prompts import Prompts
 from lorafleet.workers.request import EngineRequest, GenerateDelta, TokenLogprobs
 from tests.support.bases import MAX_LENGTH, VOCAB_SIZE, make_tokenizer
@@ -134,42 +135,60 @@ class FakeStream:
 
 @dataclass(slots=True)
 class FakeStore:
-    """A name store that can go away and come back, with a clock's worth of patience for neither."""
+    """An adapter store that can go away, come back, or fall silent."""
 
     versions: dict[str, str] = field(default_factory=lambda: dict(VERSIONS))
     gone: asyncio.Event = field(default_factory=asyncio.Event)
-    back: asyncio.Event = field(default_factory=asyncio.Event)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    generation: int = 1
     is_silent: bool = False
     """Calls are taken and never answered."""
     num_resolved: int = 0
 
-    async def resolve(self, name: str) -> str:
+    async def resolve(self, name: str) -> NamedVersion:
         self.num_resolved += 1
         await self._answer()
         if name not in self.versions:
-            raise ModelNotFound(f"no model or adapter is named {name!r}", "model")
-        return self.versions[name]
+            raise UnknownAdapter("adapter_not_found", f"there is no adapter {name!r}")
+        return self._entry(name)
 
-    async def table(self) -> Sequence[NamedVersion]:
+    async def names(self) -> NamesAt:
         await self._answer()
-        return [NamedVersion(name, version, f"demo/{name}", 1_700_000_000) for name, version in self.versions.items()]
+        return NamesAt(self.generation, tuple(self._entry(name) for name in sorted(self.versions)))
 
-    async def watch(self) -> None:
-        await self.gone.wait()
-        raise StoreUnavailable("away")
+    async def watch(self, generation: int) -> int:
+        self.changed.clear()
+        while generation == self.generation and not self.gone.is_set():
+            await self.changed.wait()
+            self.changed.clear()
+        if self.gone.is_set():
+            raise StoreUnavailable("away")
+        return self.generation
+
+    def flip(self, name: str, version: str | None) -> None:
+        """Let a name point elsewhere, or nowhere."""
+        if version is None:
+            del self.versions[name]
+        else:
+            self.versions[name] = version
+        self.generation += 1
+        self.changed.set()
+
+    def _entry(self, name: str) -> NamedVersion:
+        return NamedVersion(name, self.versions[name], f"demo/{name}")
 
     async def _answer(self) -> None:
         if self.is_silent:
             await asyncio.Event().wait()
+        await asyncio.sleep(0)
         if self.gone.is_set():
-            await self.back.wait()
+            raise StoreUnavailable("away")
 
     def leave(self) -> None:
-        """Die: waiting calls fail, later ones wait for a replica."""
-        self.back.clear()
+        """Die: calls that wait fail, and so do later ones."""
         self.gone.set()
+        self.changed.set()
 
     def come_back(self) -> None:
         """Be there again."""
         self.gone.clear()
-        self.back.set()

@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from lorafleet.cluster.auth import Keys
 from lorafleet.cluster.dispatch import Dispatcher
 from lorafleet.cluster.http_app import build_http_app
+from lorafleet.cluster.metrics import RequestMetrics
 from lorafleet.cluster.names import Names
 from lorafleet.cluster.openai_api import build_probes, build_router
 from lorafleet.cluster.prompts import Prompts
@@ -42,7 +43,7 @@ class Service:
         self.workers = FakeWorkers(self.prompts)
 
     def app(self) -> FastAPI:
-        dispatcher = Dispatcher(BASE_ID, self.prompts, Names(self.store), self.workers)
+        dispatcher = Dispatcher(BASE_ID, self.prompts, Names(self.store), self.workers, RequestMetrics())
 
         async def not_ready() -> str | None:
             return self.waits_for

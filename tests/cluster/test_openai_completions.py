@@ -114,7 +114,9 @@ def test_many_prompts_and_answers(service: Service) -> None:
     assert whole.usage.prompt_tokens == num_prompt_tokens
 
 
-@pytest.mark.parametrize("prompt", [[5, 6, 7], [[5, 6, 7]], "Hello", ["Hello"]], ids=["ids", "id-lists", "text", "texts"])
+@pytest.mark.parametrize(
+    "prompt", [[5, 6, 7], [[5, 6, 7]], "Hello", ["Hello"]], ids=["ids", "id-lists", "text", "texts"]
+)
 def test_prompt_kinds(service: Service, prompt: list[int] | list[list[int]] | str | list[str]) -> None:
     service.client().completions.create(model=BASE_ID, prompt=prompt)
     [(_, request)] = service.workers.started

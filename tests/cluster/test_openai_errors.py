@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from lorafleet.cluster.auth import Keys
 from lorafleet.cluster.errors import NoWorker, Overloaded, WorkerGone
 from lorafleet.cluster.openai_api import MAX_BODY_BYTES
+from lorafleet.cluster.openai_requests import ChatBody, CompletionBody
 from lorafleet.workers.errors import AdapterUnavailable, NoRoomError
 from tests.cluster.serving import BASE_ID, Service, eventually, serving
 
@@ -159,8 +160,19 @@ def test_harmless_fields_are_accepted(shared_service: Service) -> None:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"model": "\xc3"}', b'{"model": "\\ud800"}', b"[" * 1000]
-    + [b'{"model": NaN}', b'{"model": "a"} x'],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"\xff\xfe",
+        b'{"model": "\xc3"}',
+        b'{"model": "\\ud800"}',
+        b"[" * 1000,
+        b'{"model": NaN}',
+        b'{"model": "a"} x',
+    ],
 )
 def test_no_json(shared_service: Service, raw: bytes) -> None:
     with shared_service.http() as http:
@@ -183,7 +195,11 @@ def test_unknown_routes(shared_service: Service) -> None:
         unknown = http.get("/v1/embeddings")
         assert (unknown.status_code, error_of(unknown)["code"]) == (404, "unknown_url")
         wrong = http.get("/v1/completions")
-        assert (wrong.status_code, error_of(wrong)["code"], wrong.headers["allow"]) == (405, "method_not_allowed", "POST")
+        assert (wrong.status_code, error_of(wrong)["code"], wrong.headers["allow"]) == (
+            405,
+            "method_not_allowed",
+            "POST",
+        )
 
 
 def test_probes() -> None:
@@ -265,16 +281,15 @@ def test_a_lost_answer_is_an_error_when_whole(service: Service) -> None:
     assert (caught.value.status_code, caught.value.code) == (502, "stream_broken")
 
 
-FIELDS = st.sampled_from(
-    "model prompt messages n stop seed temperature top_p top_k logprobs top_logprobs echo max_tokens min_tokens stream "
-    "max_completion_tokens stream_options ignore_eos return_token_ids stop_token_ids user metadata tools best_of x".split()
-)
+FIELDS = st.sampled_from([*sorted({*CompletionBody.model_fields, *ChatBody.model_fields}), "tools", "best_of", "x"])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-LIKELY = st.sampled_from([BASE_ID, "shout", "Hello", 0, 1, 2, True, [5, 6], ["a", "b"], [[5], [6]], CHAT["messages"], {}])
+LIKELY = st.sampled_from(
+    [BASE_ID, "shout", "Hello", 0, 1, 2, True, [5, 6], ["a", "b"], [[5], [6]], CHAT["messages"], {}]
+)
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -282,7 +297,9 @@ LIKELY = st.sampled_from([BASE_ID, "shout", "Hello", 0, 1, 2, True, [5, 6], ["a"
     fields=st.dictionaries(FIELDS, LIKELY | JSON, max_size=5),
     base=st.sampled_from([("/v1/completions", PROMPT), ("/v1/chat/completions", CHAT)]),
 )
-def test_any_body_is_answered(shared_http: httpx.Client, fields: dict[str, Any], base: tuple[str, dict[str, Any]]) -> None:
+def test_any_body_is_answered(
+    shared_http: httpx.Client, fields: dict[str, Any], base: tuple[str, dict[str, Any]]
+) -> None:
     route, valid = base
     response = shared_http.post(route, json=valid | fields)
     assert response.status_code in (200, 400, 404), response.text
