@@ -141,6 +141,9 @@ class FakeStore:
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     generation: int = 1
+    raises: Exception | None = None
+    """What a first use meets."""
+    is_watched: bool = False
     is_silent: bool = False
     """Calls are taken and never answered."""
     num_resolved: int = 0
@@ -148,6 +151,8 @@ class FakeStore:
     async def resolve(self, name: str) -> NamedVersion:
         self.num_resolved += 1
         await self._answer()
+        if self.raises is not None:
+            raise self.raises
         if name not in self.versions:
             raise UnknownAdapter("adapter_not_found", f"there is no adapter {name!r}")
         return self._entry(name)
@@ -157,6 +162,7 @@ class FakeStore:
         return NamesAt(self.generation, tuple(self._entry(name) for name in sorted(self.versions)))
 
     async def watch(self, generation: int) -> int:
+        self.is_watched = True
         self.changed.clear()
         while generation == self.generation and not self.gone.is_set():
             await self.changed.wait()

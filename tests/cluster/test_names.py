@@ -1,0 +1,142 @@
+"""Names at the store, and from memory while it is away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+
+import pytest
+
+from lorafleet.adapter_store.errors import SourceUnavailable
+from lorafleet.cluster.errors import ModelNotFound, StoreUnavailable
+from lorafleet.cluster.names import NamedVersion, Names
+from tests.cluster.fakes import VERSIONS, FakeStore
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    return FakeStore()
+
+
+@pytest.fixture
+async def names(store: FakeStore) -> AsyncGenerator[Names, None]:
+    names = Names(store, patience_s=0.05, first_use_s=0.2)
+    names.start()
+    yield names
+    names.stop()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_the_store_is_asked_every_time(names: Names, store: FakeStore) -> None:
+    assert await names.resolve("shout") == VERSIONS["shout"]
+    store.flip("shout", "cc" * 32)
+    assert await names.resolve("shout") == "cc" * 32
+    store.flip("shout", None)
+    with pytest.raises(ModelNotFound):
+        await names.resolve("shout")
+    assert store.num_resolved == 3
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a/b", "..", "a b", "ä", "a" * 129, "a\n", "a:b"])
+async def test_a_name_outside_the_grammar_is_unknown_and_not_asked_for(
+    names: Names, store: FakeStore, name: str
+) -> None:
+    with pytest.raises(ModelNotFound):
+        await names.resolve(name)
+    assert store.num_resolved == 0
+
+
+async def test_a_death_shows_at_once_and_names_go_on(names: Names, store: FakeStore) -> None:
+    await names.resolve("shout")
+    await until(lambda: store.is_watched)
+    store.leave()
+    await until(lambda: names.is_away)
+    num_resolved = store.num_resolved
+    assert await names.resolve("shout") == VERSIONS["shout"]
+    assert await names.resolve("whisper") == VERSIONS["whisper"]  # never asked for, seen in the table
+    assert [entry.name for entry in await names.entries()] == ["shout", "whisper"]
+    with pytest.raises(StoreUnavailable) as caught:
+        await names.resolve("stranger")
+    assert caught.value.retry_after_s is not None
+    assert store.num_resolved == num_resolved  # nobody waited
+
+
+async def test_the_store_comes_back(names: Names, store: FakeStore) -> None:
+    await names.resolve("shout")
+    store.leave()
+    await until(lambda: names.is_away)
+    store.versions["shout"] = "cc" * 32
+    store.come_back()
+    await until(lambda: not names.is_away)
+    assert await names.resolve("shout") == "cc" * 32
+
+
+async def test_a_call_in_flight_does_not_outlive_the_store(names: Names, store: FakeStore) -> None:
+    await until(lambda: store.is_watched)
+    store.is_silent = True
+    asking = asyncio.create_task(names.resolve("stranger"))
+    await asyncio.sleep(0)
+    store.leave()
+    with pytest.raises(StoreUnavailable):
+        await asking
+
+
+async def test_a_silent_store_costs_a_known_name_its_patience_once(names: Names, store: FakeStore) -> None:
+    await names.resolve("shout")
+    store.is_silent = True
+    assert await names.resolve("shout") == VERSIONS["shout"]
+    assert names.is_away
+    num_resolved = store.num_resolved
+    assert await names.resolve("shout") == VERSIONS["shout"]
+    assert store.num_resolved == num_resolved
+
+
+async def test_a_slow_first_use_is_no_absence(names: Names, store: FakeStore) -> None:
+    await until(lambda: store.is_watched)
+    store.is_silent = True
+    with pytest.raises(StoreUnavailable, match="still being fetched"):
+        await names.resolve("stranger")
+    assert not names.is_away
+
+
+async def test_what_a_first_use_raises_comes_through(names: Names, store: FakeStore) -> None:
+    store.raises = SourceUnavailable("source_unavailable", "the hub does not answer")
+    with pytest.raises(SourceUnavailable):
+        await names.resolve("stranger")
+    assert not names.is_away
+
+
+async def test_a_flip_that_this_process_made_is_known_without_the_store(names: Names, store: FakeStore) -> None:
+    await names.resolve("shout")
+    names.observe("shout", "cc" * 32)
+    names.observe("new", "dd" * 32)
+    names.observe("whisper", None)
+    store.leave()
+    await until(lambda: names.is_away)
+    assert await names.resolve("shout") == "cc" * 32
+    assert await names.resolve("new") == "dd" * 32
+    with pytest.raises(StoreUnavailable):
+        await names.resolve("whisper")
+    assert NamedVersion("shout", "cc" * 32, "demo/shout") in await names.entries()
+
+
+async def test_a_table_read_before_a_flip_does_not_undo_it(names: Names, store: FakeStore) -> None:
+    await until(lambda: store.is_watched)
+    reading = asyncio.create_task(names.entries())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    names.observe("shout", "cc" * 32)
+    entries = {entry.name: entry.version for entry in await reading}
+    assert entries["shout"] == "cc" * 32
+
+
+async def test_when_a_version_was_first_seen(names: Names, store: FakeStore) -> None:
+    first, *_ = await names.entries()
+    created = names.created(first)
+    assert created > 1_700_000_000
+    assert names.created(first) == created
