@@ -1,22 +1,24 @@
-# `make demo` and `make test` need nothing before them but Python 3.11+, make and a network for the packages.
+# `make demo` and `make test` need nothing before them but Python 3.11+ and a way to its packages.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 FLOORS := adapter_store cluster deploy kernels workers
 
-.PHONY: setup demo serve test lint types unit typings clean
+.PHONY: setup demo serve test lint types unit gpu format docs lock typings clean
 
 setup: $(VENV)/.ready typings
 
-# The constraints hold torch to a CPU build; the stamp makes a second `make` start at once.
+# The constraints fix every version, so a new release breaks nobody; the stamp makes the next `make` start at once.
+# Built without isolation: with the setuptools that the constraints name, and without another download.
 $(VENV)/.ready: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	touch $@
+	@echo "Setting up $(VENV): a few minutes the first time"
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt --upgrade pip setuptools
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
 
-# mypy does not follow the finder of an editable install: links show it the package as it is imported.
+# mypy and import-linter do not follow the finder of an editable install: links show them the package as imported.
 typings:
 	@mkdir -p typings/lorafleet
 	@for floor in $(FLOORS); do ln -sfn ../../$$floor typings/lorafleet/$$floor; done
@@ -32,7 +34,8 @@ test: setup lint types unit
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/lint-imports
+	PYTHONPATH=typings $(BIN)/lint-imports
+	$(BIN)/hadolint deploy/docker/Dockerfile
 
 types: setup
 	$(BIN)/mypy
@@ -40,5 +43,22 @@ types: setup
 unit: setup
 	$(BIN)/pytest -m "not gpu"
 
+# On a machine with a GPU.
+gpu: setup
+	$(BIN)/pytest -m gpu
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Writes docs/ anew from the code; a test fails when they are behind it.
+docs: setup
+	$(BIN)/python docs/generate.py
+
+# Writes down what is installed now; a build tag such as +cpu is left to the index that serves it.
+lock:
+	{ sed '/^#/!d' constraints.txt; $(PIP) freeze --all --exclude-editable | sed 's/+[a-z0-9.]*$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+
 clean:
-	rm -rf $(VENV) typings build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) typings build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
