@@ -68,6 +68,7 @@ class Catalog:
         self.records: dict[str, NameRecord] = {}
         self.tombstones: dict[str, Tombstone] = {}
         self.manifests: dict[str, AdapterManifest] = {}
+        self._damaged: set[str] = set()
         try:
             for path in (self._names, self._versions):
                 path.mkdir(parents=True, exist_ok=True)
@@ -138,12 +139,13 @@ class Catalog:
         (staged / _MANIFEST).write_text(json.dumps({"format": _FORMAT, **asdict(manifest)}))
         make_folder_durable(staged)
         with self._changes:
-            if manifest.version in self.manifests and self.folder(manifest.version).exists():
+            if manifest.version in self.manifests and manifest.version not in self._damaged:
                 return
             self._clear(manifest.version)
             staged.rename(self.folder(manifest.version))
             sync(self._versions)
             self.manifests[manifest.version] = manifest
+            self._damaged.discard(manifest.version)
 
     def folder(self, version: str) -> Path:
         """Where a published version lies."""
@@ -159,12 +161,10 @@ class Catalog:
         shutil.rmtree(trash, ignore_errors=True)
         return True
 
-    def discard_damaged(self, version: str) -> None:
-        """Forget a version whose files are damaged, so that publishing it again replaces them; names keep pointing."""
-        logger.error("adapter version %s is damaged on disk: load it again", version)
+    def mark_damaged(self, version: str) -> None:
+        """Let the next `publish` of this version replace its files; until then they stay, and names keep pointing."""
         with self._changes:
-            trash = self._clear(version)
-        shutil.rmtree(trash, ignore_errors=True)
+            self._damaged.add(version)
 
     def _clear(self, version: str) -> Path:
         # The rename makes it gone at once; what a crash leaves in the staging folder is removed at the next start.

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
@@ -127,6 +127,9 @@ class AdapterStore:
         self._fetches: SingleFlight[Any] = SingleFlight()
         self._resolves: SingleFlight[NamedAdapter] = SingleFlight()
         self._absent = AbsentNames(clock)
+        for version, manifest in self._catalog.manifests.items():
+            # The served dtype may have changed since it was published.
+            self._catalog.manifests[version] = replace(manifest, num_bytes=self._reader.num_bytes(manifest.modules))
         self._touched = dict.fromkeys(self._catalog.manifests, clock())
         self._holdings: dict[str, _Holding] = {}
         self._collected_at = clock()
@@ -324,15 +327,16 @@ class AdapterStore:
     def _read_published(self, version: str) -> Any:
         try:
             weights = self._reader.read(self._catalog.folder(version))
-        except FileNotFoundError as error:
-            raise UnknownVersion("version_not_found", f"adapter version {version} is gone", "version") from error
-        except AdapterRefused as error:
-            if error.code == "rank_too_large":
+            why = None if weights.manifest.version == version else "its content has changed"
+        except (AdapterRefused, FileNotFoundError) as error:
+            # Settings may have become narrower since it was published; that is no damage.
+            if isinstance(error, AdapterRefused) and error.code in ("rank_too_large", "overflow"):
                 raise
-            weights = None
-        if weights is None or weights.manifest.version != version:
-            self._catalog.discard_damaged(version)
-            raise StoreUnusable("store_damaged", f"adapter version {version} is damaged on disk: load it again")
+            why = str(error) if isinstance(error, AdapterRefused) else "its files are gone"
+        if why is not None:
+            self._catalog.mark_damaged(version)
+            message = f"adapter version {version} cannot be read back from disk ({why}): load it again"
+            raise StoreUnusable("store_damaged", message, "version")
         return self._put(weights)
 
     async def _resolve(self, name: str) -> NamedAdapter:

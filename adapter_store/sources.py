@@ -31,7 +31,6 @@ from lorafleet.adapter_store.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHT
 
 _MAX_KEY_CHARS = 1024
 _CHANGED_ATTEMPTS = 3
-_CODE_OF_SIZE = {CONFIG_FILE: "config_too_large", WEIGHTS_FILE: "weights_too_large"}
 
 
 class _Source(BaseModel):
@@ -186,23 +185,26 @@ class HubSource:
         if len(parts) < 2:
             raise InvalidKey("invalid_key", f"key {key!r} must be owner/repository", "key")
         repository, folder = "/".join(parts[:2]), "/".join(parts[2:])
-        config = self._download(repository, folder, CONFIG_FILE, self._config.revision)
+        config = self._copied(repository, folder, self._config.revision, into / CONFIG_FILE, MAX_CONFIG_BYTES)
         # The cache keeps files by commit: the weights are taken from the commit that the config came from.
-        commit = _commit_of(config, self._config.revision) if config is not None else self._config.revision
-        weights = self._download(repository, folder, WEIGHTS_FILE, commit)
-        if weights is None and self._has(repository, folder, PICKLE_FILE, commit):
+        commit = _commit_of(config) if config is not None else self._config.revision
+        weights = self._copied(repository, folder, commit, into / WEIGHTS_FILE, max_weights_bytes)
+        if weights is None and self._exists(repository, folder, PICKLE_FILE, commit):
             (into / PICKLE_FILE).touch()
-        for path, name, limit in ((config, CONFIG_FILE, MAX_CONFIG_BYTES), (weights, WEIGHTS_FILE, max_weights_bytes)):
-            if path is not None:
-                with path.open("rb") as file:
-                    _copy(file, into / name, limit)
 
-    def _download(self, repository: str, folder: str, name: str, revision: str | None) -> Path | None:
-        """The file in the hub's cache; None if the repository lacks it."""
+    def _copied(self, repository: str, folder: str, revision: str | None, to: Path, limit: int) -> Path | None:
+        """Copy one file, and say where the cache has it; None if the repository lacks it."""
+        where = {"subfolder": folder or None, "revision": revision}
         try:
+            # Asked first, since it fails at once where a download would try again for half a minute.
+            size = self._size(huggingface_hub.hf_hub_url(repository, to.name, **where))
+            if size is not None and size > limit:
+                raise _too_large(to.name, limit)
             path = huggingface_hub.hf_hub_download(
-                repository, name, subfolder=folder or None, revision=revision, cache_dir=self._config.cache_dir
+                repository, to.name, cache_dir=self._config.cache_dir, local_files_only=size is None, **where
             )
+        except AdapterRefused:
+            raise
         except LocalEntryNotFoundError as error:
             message = f"source {self._config.name} cannot be reached, and {repository} is not in its cache"
             raise SourceUnavailable("source_unavailable", message, "source") from error
@@ -216,17 +218,29 @@ class HubSource:
             message = f"source {self._config.name} has no repository {repository}, or it may not be read"
             raise UnknownKey("key_not_found", message, "key") from error
         except Exception as error:
-            # The client's transport raises errors of its own making, which are not all OSError.
-            message = f"source {self._config.name} cannot be reached"
+            # What the client's transport raises depends on its version.
+            message = f"source {self._config.name} cannot be read"
             raise SourceUnavailable("source_unavailable", message, "source") from error
+        with Path(path).open("rb") as file:
+            _copy(file, to, limit)
         return Path(path)
 
-    def _has(self, repository: str, folder: str, name: str, revision: str | None) -> bool:
+    def _size(self, url: str) -> int | None:
+        """Bytes of a file; None if the hub cannot be reached. Raises the client's errors for what is not there."""
         try:
-            path = f"{folder}/{name}" if folder else name
-            return bool(huggingface_hub.file_exists(repository, path, revision=revision))
+            return huggingface_hub.get_hf_file_metadata(url).size or 0
+        except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError):
+            raise
         except Exception:
-            return False  # only the wording of a refusal depends on it
+            return None
+
+    def _exists(self, repository: str, folder: str, name: str, revision: str | None) -> bool:
+        """Only the wording of a refusal depends on it."""
+        url = huggingface_hub.hf_hub_url(repository, name, subfolder=folder or None, revision=revision)
+        try:
+            return self._size(url) is not None
+        except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError):
+            return False
 
 
 class ObjectStoreSource:
@@ -323,11 +337,16 @@ def _copy(file: Any, to: Path, limit: int) -> None:
         while block := file.read(min(2**20, remaining + 1)):
             remaining -= len(block)
             if remaining < 0:
-                raise AdapterRefused(_CODE_OF_SIZE[to.name], f"{to.name} has more than {limit} bytes", to.name)
+                raise _too_large(to.name, limit)
             out.write(block)
 
 
-def _commit_of(path: Path, default: str | None) -> str | None:
+def _too_large(name: str, limit: int) -> AdapterRefused:
+    code = "config_too_large" if name == CONFIG_FILE else "weights_too_large"
+    return AdapterRefused(code, f"{name} has more than {limit} bytes", name)
+
+
+def _commit_of(path: Path) -> str:
     """The commit of a file in the hub's cache: .../snapshots/<commit>/<file>."""
     parts = path.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else default
+    return parts[parts.index("snapshots") + 1]

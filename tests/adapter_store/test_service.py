@@ -1,0 +1,614 @@
+"""The store as its callers see it."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+
+from lorafleet.adapter_store import resolution, service
+from lorafleet.adapter_store.errors import (
+    AdapterRefused,
+    AdapterStoreError,
+    InvalidKey,
+    InvalidName,
+    SourceUnavailable,
+    StoreUnusable,
+    UnknownAdapter,
+    UnknownKey,
+    UnknownSource,
+    UnknownVersion,
+)
+from lorafleet.adapter_store.manifest import (
+    AdapterManifest,
+    AdapterWeights,
+    BaseGeometry,
+    NamedAdapter,
+    NameTable,
+    shared_module,
+)
+from lorafleet.adapter_store.service import GRACE_S, AdapterStore
+from lorafleet.adapter_store.sources import DirectoryConfig, ObjectStoreConfig
+from tests.adapter_store.conftest import AdapterCopy, Base, Clock, staged_files
+
+CopyOf = Callable[..., AdapterCopy]
+OpenStore = Callable[..., AdapterStore]
+
+BAD_NAMES = ["", ".a", "-a", "a/b", "a b", "a\n", "a\0", "ä", "x" * 129, "../a", "base:a"]
+
+
+async def load(store: AdapterStore, name: str, key: str | None = None, **options: Any) -> str:
+    """What a PUT does: stage, then flip. Returns the version."""
+    manifest = await store.stage("disk", key or name)
+    given = {"source": "disk", "key": key or name, "pinned": False, "warm": 1, "origin": "admin", **options}
+    return (await store.flip(name, manifest.version, **given)).version
+
+
+async def test_life_of_a_name(store: AdapterStore, base: Base, copy_of: CopyOf) -> None:
+    adapter = copy_of("rank4_qv")
+    manifest = await store.stage("disk", "a")
+    assert await store.manifest(manifest.version) == manifest
+    assert (await store.table()).adapters == ()
+    named = await store.flip(
+        "mine", manifest.version, source="disk", key="a", pinned=False, warm="all", origin="config"
+    )
+    assert (named.name, named.version, named.source, named.key) == ("mine", manifest.version, "disk", "a")
+    assert (named.pinned, named.warm, named.origin, named.manifest) == (False, "all", "config", manifest)
+    assert await store.resolve("mine") == named
+    assert (await store.table()).adapters == (named,)
+    assert (await store.set_pinned("mine", True)).pinned
+    assert (await store.reconcile("w", ())).versions == {manifest.version: True}
+    weights = await store.fetch(manifest.version)
+    expected = base.reader().read(adapter.folder)
+    assert weights.manifest == expected.manifest
+    for module, pair in expected.tensors.items():
+        for array, wanted in zip(weights.tensors[module], pair, strict=True):
+            np.testing.assert_array_equal(array, wanted)
+    assert (await store.delete("mine")).version == manifest.version
+    assert (await store.table()).adapters == ()
+    assert (await store.reconcile("w", ())).versions == {}
+
+
+async def test_replacement_keeps_both_versions(store: AdapterStore, copy_of: CopyOf) -> None:
+    copy_of("rank4_qv")
+    old = await load(store, "a")
+    copy_of("rank4_qv", seed=2)
+    new = await load(store, "a")
+    assert old != new
+    assert (await store.resolve("a")).version == new
+    assert (await store.fetch(old)).manifest.version == old
+    assert (await store.fetch(new)).manifest.version == new
+
+
+async def test_generation_grows_with_every_change(store: AdapterStore, copy_of: CopyOf) -> None:
+    copy_of("rank4_qv")
+    seen = [await store.generation()]
+    await load(store, "a")
+    seen.append(await store.generation())
+    await load(store, "b", "a")
+    seen.append((await store.table()).generation)
+    await store.set_pinned("b", True)
+    seen.append((await store.reconcile("w", ())).generation)
+    await store.delete("a")
+    seen.append(await store.generation())
+    assert seen == sorted(set(seen))
+
+
+async def test_validate_leaves_nothing_behind(store: AdapterStore, copy_of: CopyOf, tmp_path: Path) -> None:
+    copy_of("rank4_qv")
+    manifest = await store.validate("disk", "a")
+    assert staged_files(tmp_path) == []
+    with pytest.raises(UnknownVersion):
+        await store.manifest(manifest.version)
+    with pytest.raises(UnknownVersion):
+        await store.fetch(manifest.version)
+    assert await store.stage("disk", "a") == manifest
+
+
+async def test_answers_survive_pickling(store: AdapterStore, copy_of: CopyOf) -> None:
+    copy_of("embeddings_all")
+    version = await load(store, "a")
+    for value in (await store.table(), await store.resolve("a"), await store.reconcile("w", (version,))):
+        assert pickle.loads(pickle.dumps(value)) == value
+    weights: AdapterWeights = pickle.loads(pickle.dumps(await store.fetch(version), protocol=5))
+    assert all(not array.flags.writeable for pair in weights.tensors.values() for array in pair)
+
+
+ERRORS = [
+    InvalidKey,
+    InvalidName,
+    UnknownSource,
+    UnknownAdapter,
+    UnknownKey,
+    UnknownVersion,
+    AdapterRefused,
+    SourceUnavailable,
+    StoreUnusable,
+]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_errors_survive_pickling(error: type[AdapterStoreError]) -> None:
+    before = error("some_code", "in words", "field")
+    after = pickle.loads(pickle.dumps(before))
+    assert type(after) is error
+    assert (after.code, after.message, after.param, str(after)) == ("some_code", "in words", "field", "in words")
+    assert set(ERRORS) == set(AdapterStoreError.__subclasses__())
+
+
+class TestUnknown:
+    @pytest.mark.parametrize("name", BAD_NAMES, ids=repr)
+    async def test_names_outside_the_grammar(self, store: AdapterStore, copy_of: CopyOf, name: str) -> None:
+        copy_of("rank4_qv")
+        manifest = await store.stage("disk", "a")
+        with pytest.raises(InvalidName) as caught:
+            await store.flip(name, manifest.version, source="disk", key="a", pinned=False, warm=0, origin="admin")
+        assert caught.value.code == "invalid_name"
+        with pytest.raises(UnknownAdapter):
+            await store.resolve(name)
+        with pytest.raises(UnknownAdapter):
+            await store.delete(name)
+        with pytest.raises(UnknownAdapter):
+            await store.set_pinned(name, True)
+
+    async def test_source_key_and_version(self, store: AdapterStore) -> None:
+        with pytest.raises(UnknownSource):
+            await store.stage("elsewhere", "a")
+        with pytest.raises(UnknownSource):
+            await store.validate("elsewhere", "a")
+        with pytest.raises(UnknownKey):
+            await store.stage("disk", "nothing")
+        for version in ("0" * 40, "", "../versions", "a/b"):
+            with pytest.raises(UnknownVersion):
+                await store.fetch(version)
+            with pytest.raises(UnknownVersion):
+                await store.flip("a", version, source="disk", key="a", pinned=False, warm=0, origin="admin")
+
+
+class TestRestart:
+    async def test_all_is_as_it_was(self, open_store: OpenStore, copy_of: CopyOf) -> None:
+        store = open_store()
+        copy_of("rank4_qv")
+        copy_of("embeddings", "b")
+        version = await load(store, "a", pinned=True, warm="all", origin="config")
+        await load(store, "b", warm=3)
+        await load(store, "c", "a")
+        await store.delete("c")
+        before = await store.table()
+        # Neither the source nor the base's checkpoint is needed again.
+        again = open_store(sources=[], base_weights=None)
+        assert await again.table() == before
+        for named in before.adapters:
+            assert (await again.fetch(named.version)).manifest == named.manifest
+        assert (await again.reconcile("w", ())).versions[version]
+        with pytest.raises(UnknownAdapter):
+            await open_store().resolve("c")
+
+    async def test_names_are_those_of_one_base(self, open_store: OpenStore, base: Base, copy_of: CopyOf) -> None:
+        copy_of("rank4_qv")
+        await load(open_store(), "a")
+        smaller = {name: shape for name, shape in base.geometry.modules.items() if "layers.1." not in name}
+        other = open_store(geometry=BaseGeometry(smaller, "float32"), sources=[])
+        assert (await other.table()).adapters == ()
+        assert [named.name for named in (await open_store().table()).adapters] == ["a"]
+
+    async def test_another_dtype_is_the_same_base(self, open_store: OpenStore, base: Base, copy_of: CopyOf) -> None:
+        copy_of("rank4_qv")
+        version = await load(open_store(), "a")
+        store = open_store(geometry=BaseGeometry(base.geometry.modules, "bfloat16"))
+        weights = await store.fetch(version)
+        assert weights.dtype == "bfloat16"
+        assert weights.manifest.num_bytes == (await store.manifest(version)).num_bytes
+        assert weights.manifest.num_bytes == sum(a.nbytes + b.nbytes for a, b in weights.tensors.values())
+
+    async def test_a_lower_limit_refuses_what_was_loaded(self, open_store: OpenStore, copy_of: CopyOf) -> None:
+        copy_of("rank16")
+        version = await load(open_store(), "a")
+        with pytest.raises(AdapterRefused) as caught:
+            await open_store(max_rank=8).fetch(version)
+        assert caught.value.code == "rank_too_large"
+        assert (await open_store().fetch(version)).manifest.version == version
+
+
+class TestDisk:
+    @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+    async def test_damage_is_found_and_mended_by_loading_again(
+        self, open_store: OpenStore, copy_of: CopyOf, tmp_path: Path, name: str
+    ) -> None:
+        copy_of("rank4_qv")
+        store = open_store(host_cache_bytes=0)
+        version = await load(store, "a")
+        (path,) = tmp_path.glob(f"state/*/versions/{version}/{name}")
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 255
+        path.write_bytes(content)
+        with pytest.raises(StoreUnusable) as caught:
+            await store.fetch(version)
+        assert caught.value.code == "store_damaged"
+        assert await load(store, "a") == version
+        assert (await store.fetch(version)).manifest.version == version
+
+    async def test_health(self, store: AdapterStore, tmp_path: Path) -> None:
+        store.check_health()
+        shutil.rmtree(tmp_path / "state")
+        with pytest.raises(StoreUnusable):
+            store.check_health()
+
+
+class TestHostMemory:
+    async def test_what_put_returns_is_what_fetch_gives(self, open_store: OpenStore, copy_of: CopyOf) -> None:
+        put: list[AdapterWeights] = []
+        store = open_store(put=lambda weights: put.append(weights) or f"ref {len(put)}")
+        copy_of("rank4_qv")
+        version = await load(store, "a")
+        assert [await store.fetch(version) for _ in range(3)] == ["ref 1"] * 3
+        assert [weights.manifest.version for weights in put] == [version]
+
+    async def test_single_flight(self, open_store: OpenStore, copy_of: CopyOf) -> None:
+        entered, go = threading.Semaphore(0), threading.Event()
+
+        def put(weights: AdapterWeights) -> object:
+            entered.release()
+            assert go.wait(30)
+            return object()
+
+        copy_of("rank4_qv")
+        version = await load(open_store(), "a")
+        store = open_store(put=put)
+        fetches = [asyncio.create_task(store.fetch(version)) for _ in range(8)]
+        await asyncio.to_thread(entered.acquire)
+        fetches[0].cancel()  # who goes away takes nothing from the others
+        go.set()
+        values = await asyncio.gather(*fetches[1:])
+        assert len({id(value) for value in values}) == 1
+        assert not entered.acquire(blocking=False)
+
+    async def test_least_recently_used_goes_first(self, open_store: OpenStore, copy_of: CopyOf) -> None:
+        for seed in (1, 2, 3):
+            copy_of("rank4_qv", f"a{seed}", seed=seed)
+        store = open_store()
+        versions = [await load(store, f"a{seed}") for seed in (1, 2, 3)]
+        size = (await store.manifest(versions[0])).num_bytes
+        puts: list[str] = []
+        store = open_store(host_cache_bytes=2 * size, put=lambda w: puts.append(w.manifest.version) or w)
+        one, two, three = versions
+        for version in (one, two, one, three, one, two):
+            await store.fetch(version)
+        assert puts == [one, two, three, two]
+
+
+class TestResolve:
+    async def test_first_use(self, store: AdapterStore, copy_of: CopyOf) -> None:
+        copy_of("rank4_qv")
+        named = await store.resolve("a")
+        assert (named.name, named.key, named.source, named.origin) == ("a", "a", "disk", "resolve")
+        assert (named.pinned, named.warm) == (False, 0)
+        assert (await store.table()).adapters == (named,)
+
+    async def test_only_from_sources_that_are_marked(
+        self, open_store: OpenStore, copy_of: CopyOf, tmp_path: Path
+    ) -> None:
+        copy_of("rank4_qv")
+        store = open_store(sources=[DirectoryConfig(name="disk", root=tmp_path / "adapters")])
+        with pytest.raises(UnknownAdapter):
+            await store.resolve("a")
+
+    async def test_once_for_all_who_ask(self, open_store: OpenStore, copy_of: CopyOf) -> None:
+        puts: list[object] = []
+        store = open_store(put=lambda weights: puts.append(1) or weights)
+        copy_of("rank4_qv")
+        named = await asyncio.gather(*(store.resolve("a") for _ in range(10)))
+        assert len(set(map(id, named))) == 1
+        assert len(puts) == 1
+
+    async def test_absence_is_remembered_for_a_while(
+        self, store: AdapterStore, copy_of: CopyOf, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[str] = []
+        stage = store.stage
+        monkeypatch.setattr(store, "stage", lambda source, key: asked.append(key) or stage(source, key))
+        for _ in range(3):
+            with pytest.raises(UnknownAdapter):
+                await store.resolve("a")
+        assert asked == ["a"]
+        copy_of("rank4_qv")
+        clock.now += resolution.ABSENT_S
+        assert (await store.resolve("a")).name == "a"
+
+    async def test_refusals_are_told_and_remembered(self, store: AdapterStore, copy_of: CopyOf, clock: Clock) -> None:
+        adapter = copy_of("rank4_qv")
+        adapter.set_config(use_dora=True)
+        for _ in range(2):
+            with pytest.raises(AdapterRefused) as caught:
+                await store.resolve("a")
+            assert caught.value.param == "use_dora"
+        adapter.set_config(use_dora=False)
+        with pytest.raises(AdapterRefused):
+            await store.resolve("a")
+        clock.now += resolution.ABSENT_S
+        await store.resolve("a")
+
+    async def test_remembered_absences_are_bounded(self, clock: Clock) -> None:
+        absent = resolution.AbsentNames(clock)
+        for number in range(10_000):
+            absent.put(f"a{number}", resolution.unknown_adapter("a"))
+        assert absent.get("a0") is None
+        assert absent.get("a9999") is not None
+
+    async def test_loading_ends_absence(self, store: AdapterStore, copy_of: CopyOf) -> None:
+        with pytest.raises(UnknownAdapter):
+            await store.resolve("b")
+        copy_of("rank4_qv")
+        version = await load(store, "b", "a")
+        assert (await store.resolve("b")).version == version
+
+    async def test_deleted_names_stay_away_until_loaded_again(self, open_store: OpenStore, copy_of: CopyOf) -> None:
+        copy_of("rank4_qv")
+        store = open_store()
+        await store.resolve("a")
+        await store.delete("a")
+        with pytest.raises(UnknownAdapter):
+            await store.resolve("a")
+        store = open_store()
+        with pytest.raises(UnknownAdapter):
+            await store.resolve("a")
+        await load(store, "a")
+        assert (await store.resolve("a")).origin == "admin"
+        await store.delete("a", explicit=False)
+        assert (await store.resolve("a")).origin == "resolve"
+
+    async def test_a_link_out_of_the_root_is_not_there(
+        self, store: AdapterStore, copy_of: CopyOf, tmp_path: Path
+    ) -> None:
+        adapter = copy_of("rank4_qv")
+        adapter.folder.rename(tmp_path / "outside")
+        (tmp_path / "adapters" / "a").symlink_to(tmp_path / "outside")
+        with pytest.raises(UnknownAdapter):
+            await store.resolve("a")
+
+
+class SlowSource:
+    """In place of a source's `fetch`: waits until it may go on, or fails."""
+
+    def __init__(self, store: AdapterStore, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = threading.Event()
+        self.asked: list[str] = []
+        self.entered = threading.Semaphore(0)
+        self._fetch = store._sources[source].source.fetch
+        monkeypatch.setattr(store._sources[source].source, "fetch", self.fetch)
+
+    def fetch(self, key: str, into: Path, max_weights_bytes: int) -> None:
+        self.asked.append(key)
+        self.entered.release()
+        assert self.go.wait(30)
+        self._fetch(key, into, max_weights_bytes)
+
+
+class TestSlowSources:
+    """One that is slow or fails holds up nobody but those who need it."""
+
+    @pytest.fixture
+    def two(self, open_store: OpenStore, tmp_path: Path) -> AdapterStore:
+        for name in ("first", "second"):
+            (tmp_path / name).mkdir()
+        return open_store(
+            sources=[
+                DirectoryConfig(name="first", root=tmp_path / "first", resolve=True, timeout_s=30),
+                DirectoryConfig(name="second", root=tmp_path / "second", resolve=True),
+                DirectoryConfig(name="disk", root=tmp_path / "adapters"),
+            ]
+        )
+
+    @pytest.fixture
+    def slow(self, two: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowSource]:
+        slow = SlowSource(two, "first", monkeypatch)
+        yield slow
+        slow.go.set()
+
+    async def test_others_go_on(
+        self, two: AdapterStore, slow: SlowSource, adapter_of: Callable[..., Path], copy_of: CopyOf, tmp_path: Path
+    ) -> None:
+        copy_of("rank4_qv", "known")
+        await load(two, "known")
+        waiting = [asyncio.create_task(two.resolve(f"missing{n}")) for n in range(40)]
+        await asyncio.to_thread(slow.entered.acquire)
+        version = (await two.resolve("known")).version
+        await two.fetch(version)
+        await two.stage("disk", "known")
+        await two.set_pinned("known", True)
+        assert not any(task.done() for task in waiting)
+        slow.go.set()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(result, UnknownAdapter) for result in results)
+
+    async def test_a_later_source_is_waited_with_only_for_a_moment(
+        self,
+        two: AdapterStore,
+        slow: SlowSource,
+        adapter_of: Callable[..., Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(resolution, "PATIENCE_S", 0.01)
+        shutil.copytree(adapter_of("rank4_qv"), tmp_path / "second" / "a")
+        assert (await two.resolve("a")).source == "second"
+        assert slow.asked == ["a"]
+
+    async def test_the_first_source_that_offers_a_name_gives_it(
+        self, two: AdapterStore, slow: SlowSource, adapter_of: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        shutil.copytree(adapter_of("rank4_qv"), tmp_path / "first" / "a")
+        shutil.copytree(adapter_of("rank4_qv", seed=2), tmp_path / "second" / "a")
+        slow.go.set()
+        assert (await two.resolve("a")).source == "first"
+
+    async def test_a_source_that_fails_is_passed_over(
+        self, two: AdapterStore, adapter_of: Callable[..., Path], tmp_path: Path, clock: Clock
+    ) -> None:
+        (tmp_path / "first").rmdir()
+        shutil.copytree(adapter_of("rank4_qv"), tmp_path / "second" / "a")
+        assert (await two.resolve("a")).source == "second"
+        # What the others lack may be there: that cannot be known.
+        with pytest.raises(SourceUnavailable):
+            await two.resolve("b")
+        (tmp_path / "first").mkdir()
+        clock.now += resolution.UNAVAILABLE_S
+        with pytest.raises(UnknownAdapter):
+            await two.resolve("b")
+
+    async def test_one_that_hangs_ends_in_a_clear_error(
+        self, open_store: OpenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = DirectoryConfig(name="disk", root=tmp_path / "adapters", timeout_s=0.05)
+        store = open_store(sources=[source])
+        slow = SlowSource(store, "disk", monkeypatch)
+        with pytest.raises(SourceUnavailable, match="did not answer"):
+            await store.stage("disk", "a")
+        slow.go.set()
+
+    async def test_loading_while_it_is_looked_for_wins(
+        self, two: AdapterStore, slow: SlowSource, adapter_of: Callable[..., Path], copy_of: CopyOf, tmp_path: Path
+    ) -> None:
+        shutil.copytree(adapter_of("rank4_qv"), tmp_path / "first" / "a")
+        copy_of("rank4_qv", "mine", seed=2)
+        looked_for = asyncio.create_task(two.resolve("a"))
+        await asyncio.to_thread(slow.entered.acquire)
+        version = await load(two, "a", "mine")
+        slow.go.set()
+        assert (await looked_for).version == version
+
+    async def test_deleting_while_it_is_looked_for_wins(
+        self, two: AdapterStore, slow: SlowSource, adapter_of: Callable[..., Path], copy_of: CopyOf, tmp_path: Path
+    ) -> None:
+        shutil.copytree(adapter_of("rank4_qv"), tmp_path / "first" / "a")
+        copy_of("rank4_qv", "mine", seed=2)
+        looked_for = asyncio.create_task(two.resolve("a"))
+        await asyncio.to_thread(slow.entered.acquire)
+        await load(two, "a", "mine")
+        await two.delete("a")
+        slow.go.set()
+        with pytest.raises(UnknownAdapter):
+            await looked_for
+
+
+class TestCollection:
+    async def test_versions_without_a_name_go_after_the_grace_period(
+        self, store: AdapterStore, copy_of: CopyOf, clock: Clock, tmp_path: Path
+    ) -> None:
+        copy_of("rank4_qv")
+        old = await load(store, "a")
+        copy_of("rank4_qv", seed=2)
+        new = await load(store, "a")
+        assert await store.collect() == ()
+        clock.now += GRACE_S
+        assert await store.collect() == (old,)
+        assert [path.name for path in tmp_path.glob("state/*/versions/*")] == [new]
+        assert staged_files(tmp_path) == []
+        with pytest.raises(UnknownVersion):
+            await store.fetch(old)
+        await store.fetch(new)
+
+    async def test_the_grace_period_starts_when_the_name_goes(
+        self, store: AdapterStore, copy_of: CopyOf, clock: Clock
+    ) -> None:
+        copy_of("rank4_qv")
+        version = await load(store, "a")
+        clock.now += 10 * GRACE_S
+        await store.delete("a")
+        assert await store.collect() == ()
+        clock.now += GRACE_S
+        assert await store.collect() == (version,)
+
+    async def test_what_a_worker_holds_stays(self, store: AdapterStore, copy_of: CopyOf, clock: Clock) -> None:
+        copy_of("rank4_qv")
+        version = await load(store, "a")
+        await store.delete("a")
+        for _ in range(3):
+            clock.now += 0.9 * GRACE_S
+            await store.reconcile("w", (version,))
+            assert await store.collect() == ()
+        await store.reconcile("w", ())
+        assert await store.collect() == (version,)
+
+    async def test_what_a_silent_worker_held_goes(self, store: AdapterStore, copy_of: CopyOf, clock: Clock) -> None:
+        copy_of("rank4_qv")
+        version = await load(store, "a")
+        await store.delete("a")
+        await store.reconcile("w", (version,))
+        clock.now += GRACE_S
+        assert await store.collect() == (version,)
+
+    async def test_staging_and_fetching_count_as_use(self, store: AdapterStore, copy_of: CopyOf, clock: Clock) -> None:
+        copy_of("rank4_qv")
+        version = (await store.stage("disk", "a")).version
+        for use in (lambda: store.fetch(version), lambda: store.stage("disk", "a")):
+            clock.now += 0.9 * GRACE_S
+            await use()
+            assert await store.collect() == ()
+        clock.now += GRACE_S
+        assert await store.collect() == (version,)
+
+    async def test_reconciling_collects_by_itself(self, store: AdapterStore, copy_of: CopyOf, clock: Clock) -> None:
+        copy_of("rank4_qv")
+        version = (await store.stage("disk", "a")).version
+        clock.now += GRACE_S
+        await store.reconcile("w", ())
+        await asyncio.gather(*store._background)
+        with pytest.raises(UnknownVersion):
+            await store.manifest(version)
+
+    async def test_what_was_collected_can_be_loaded_again(
+        self, store: AdapterStore, copy_of: CopyOf, clock: Clock
+    ) -> None:
+        copy_of("rank4_qv")
+        version = (await store.stage("disk", "a")).version
+        clock.now += GRACE_S
+        assert await store.collect() == (version,)
+        with pytest.raises(UnknownVersion):
+            await store.flip("a", version, source="disk", key="a", pinned=False, warm=0, origin="admin")
+        assert await load(store, "a") == version
+
+
+async def test_object_store_source(open_store: OpenStore, adapter_of: Callable[..., Path]) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.put(f"{adapter_of('rank4_qv')}/", "/bucket/a", recursive=True)
+    store = open_store(sources=[ObjectStoreConfig(name="bucket", url="memory://bucket", resolve=True)])
+    assert (await store.resolve("a")).source == "bucket"
+    memory.store.clear()
+
+
+def test_sources_have_names_of_their_own(open_store: OpenStore, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="same name"):
+        open_store(sources=[DirectoryConfig(name="disk", root=tmp_path)] * 2)
+
+
+def test_grace_outlasts_a_request() -> None:
+    assert service.GRACE_S >= 300
+
+
+def test_many_names_make_a_small_table() -> None:
+    modules = tuple(shared_module(f"model.layers.{n}.self_attn.q_proj", 16, 1.0) for n in range(200))
+    named = [
+        NamedAdapter(
+            f"a{n}",
+            f"{n:040}",
+            "disk",
+            f"a{n}",
+            False,
+            1,
+            "admin",
+            AdapterManifest(f"{n:040}", 16, ("q_proj",), modules, 1),
+        )
+        for n in range(100)
+    ]
+    sizes = [len(pickle.dumps(NameTable(1, tuple(named[:count])))) for count in (1, 100)]
+    assert sizes[1] - sizes[0] < 99 * 300
