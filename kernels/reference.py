@@ -10,19 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
 from lorafleet.kernels.segments import BASE_SLOT, Segments
 from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights
-from torch import Tensor
 
 _GROUP_ADAPTERS = 8
 """Adapters of one group: beyond it, products with other adapters' columns cost more than another few operations."""
 _GROUP_ROWS = 32
 """An adapter with more rows has a group of its own: its products are exact."""
+_MAX_PLANS = 64
+"""Plans that a module remembers."""
 
 IndexArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -38,13 +42,40 @@ class _Group:
     """(rows,): index into `slots` of each row's adapter."""
     span: slice | None
     """`rows` as a slice where they are neighbours (a prefill, or the whole batch): nothing to gather or scatter."""
+    key: bytes
+    """The same for groups of the same adapters whose rows belong to them in the same order."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PartPlan:
+    start: int
+    """First column of y."""
+    width: int
+    columns: slice
+    """Of h."""
+    b_rows: Tensor
+    """(columns,) int64: B's rows, in `ROW_ALIGN` elements."""
+    targeted: Tensor | None
+    """(rows,) int64: which of the group's rows have this part; None: all."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What one module's tables say about a group."""
+
+    used: BoolArray
+    """(num_slices, adapters, ranks): which entries of the row tables are in use; h's columns, in this order."""
+    a_rows: Tensor | None
+    """(columns,) int64: A's rows, in `ROW_ALIGN` elements; None for an embedding, whose A is read by token."""
+    scalings: Tensor
+    """(rows or 1, columns) float32: what h is multiplied with, zero in other adapters' columns."""
+    parts: tuple[_PartPlan, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _GroupHidden:
     group: _Group
-    used: BoolArray
-    """(num_slices, adapters, ranks): which entries of the row tables are in use; h's columns, in this order."""
+    plan: _Plan
     h: Tensor
     """(rows, columns) scaled, zero in other adapters' columns."""
 
@@ -63,13 +94,14 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments) -> Hidden:
     """
     hidden = []
     for group in _groups(segments):
-        used = _used(weights.ranks, group)
-        if not used.any():
+        plan = _plan(weights, group)
+        if plan is None:
             continue
-        a = _gather_rows(weights.pool, weights.a_rows, group, used, weights.in_dim)
+        assert plan.a_rows is not None
+        a = _gather_rows(weights.pool, plan.a_rows, weights.in_dim)
         inputs = x.index_select(0, group.rows) if group.span is None else x[group.span]
         h = torch.mm(_accumulation(inputs), a.t())
-        hidden.append(_GroupHidden(group, used, h.mul_(_column_scalings(weights.scalings, group, used, h.dtype))))
+        hidden.append(_GroupHidden(group, plan, h.mul_(plan.scalings)))
     return Hidden(tuple(hidden))
 
 
@@ -80,8 +112,8 @@ def shrink_embedding(token_ids: Tensor, weights: LoraEmbeddingWeights, segments:
     """
     hidden = []
     for group in _groups(segments):
-        used = _used(weights.ranks, group)
-        if not used.any():
+        plan = _plan(weights, group)
+        if plan is None:
             continue
         tokens = token_ids.index_select(0, group.rows).numpy()
         ranks = weights.ranks.numpy()[group.slots, 0].astype(np.int64)
@@ -91,12 +123,12 @@ def shrink_embedding(token_ids: Tensor, weights: LoraEmbeddingWeights, segments:
         page = np.where(ranks[group.owners] > 0, page, 0)
         first = weights.a_pages.numpy()[group.slots[group.owners], page].astype(np.int64) * ROW_ALIGN
         first += token * ranks[group.owners]
-        _, column_owners, column_ranks = used.nonzero()
+        _, column_owners, column_ranks = plan.used.nonzero()
         elements = first[:, None] + column_ranks
         own = group.owners[:, None] == column_owners
         values = weights.pool.take(torch.from_numpy(np.where(own, elements, 0)))
         h = torch.where(torch.from_numpy(own), _accumulation(values), 0.0)
-        hidden.append(_GroupHidden(group, used, h.mul_(_column_scalings(weights.scalings, group, used, h.dtype))))
+        hidden.append(_GroupHidden(group, plan, h.mul_(plan.scalings)))
     return Hidden(tuple(hidden))
 
 
@@ -119,33 +151,20 @@ def expand(
         else:
             y.copy_(bias)
     for group_hidden in hidden.groups:
-        group, used = group_hidden.group, group_hidden.used
-        columns = np.cumsum(used.sum((1, 2))).tolist()
-        for part, slice_ in enumerate(weights.part_slices):
-            first = columns[slice_ - 1] if slice_ else 0
-            if first == columns[slice_]:
-                continue
-            start, width = weights.part_starts[part], weights.part_widths[part]
-            b = _gather_rows(weights.pool, weights.b_rows[:, part : part + 1], group, used[slice_ : slice_ + 1], width)
-            targeted = used[slice_, :, 0]
-            _add_product(
-                y[:, start : start + width],
-                group_hidden.h[:, first : columns[slice_]],
-                b,
-                group,
-                None if targeted.all() else torch.from_numpy(targeted[group.owners].nonzero()[0]),
-            )
-
-
-_groups_of: WeakKeyDictionary[Segments, tuple[_Group, ...]] = WeakKeyDictionary()
+        for part in group_hidden.plan.parts:
+            b = _gather_rows(weights.pool, part.b_rows, part.width)
+            columns = y[:, part.start : part.start + part.width]
+            _add_product(columns, group_hidden.h[:, part.columns], b, group_hidden.group, part.targeted)
 
 
 def _groups(segments: Segments) -> tuple[_Group, ...]:
-    """The groups of a batch: made at the first module, used by all."""
-    groups = _groups_of.get(segments)
-    if groups is None:
-        groups = _groups_of[segments] = tuple(_make_groups(segments.host_row_slots))
-    return groups
+    """The groups of a batch: made at the first module, used by all, and by the next steps if they have the same rows."""
+    return _groups_of(segments.host_row_slots.tobytes())
+
+
+@lru_cache(maxsize=8)
+def _groups_of(row_slots: bytes) -> tuple[_Group, ...]:
+    return tuple(_make_groups(np.frombuffer(row_slots, dtype=np.int32)))
 
 
 def _make_groups(row_slots: npt.NDArray[np.int32]) -> Iterator[_Group]:
@@ -156,39 +175,90 @@ def _make_groups(row_slots: npt.NDArray[np.int32]) -> Iterator[_Group]:
     for group_slots in members:
         rows = np.isin(row_slots, group_slots).nonzero()[0]
         first, last = int(rows[0]), int(rows[-1])
+        group_row_slots = row_slots[rows]
         yield _Group(
             slots=group_slots.astype(np.int64),
             rows=torch.from_numpy(rows),
-            owners=np.searchsorted(group_slots, row_slots[rows]),
+            owners=np.searchsorted(group_slots, group_row_slots),
             span=slice(first, last + 1) if last - first < rows.size else None,
+            # How many rows a lone adapter has does not matter to what its tables say.
+            key=(group_row_slots if group_slots.size > 1 else group_slots).tobytes(),
         )
 
 
-def _used(ranks: Tensor, group: _Group) -> BoolArray:
-    group_ranks = ranks.numpy()[group.slots].T
+@dataclass(slots=True)
+class _Plans:
+    """The plans of one module by the group's key, as long as its tables stay as they are."""
+
+    stamp: tuple[int, ...]
+    by_key: dict[bytes, _Plan | None]
+
+
+_plans_of = WeakIdKeyDictionary()
+"""By the module's `ranks`, which live as long as the module's weights."""
+
+
+def _plan(weights: LoraWeights | LoraEmbeddingWeights, group: _Group) -> _Plan | None:
+    """The plan of a group, None when no adapter of it targets the module. Decoding asks for the same ones each step."""
+    plans: _Plans | None = _plans_of.get(weights.ranks)
+    # Torch counts the writes to a tensor and to its views: they tell whether an adapter came or went.
+    stamp = (weights.ranks._version, weights.scalings._version, weights.b_rows._version)
+    if plans is None or plans.stamp != stamp or len(plans.by_key) >= _MAX_PLANS:
+        plans = _plans_of[weights.ranks] = _Plans(stamp, {})
+    if group.key not in plans.by_key:
+        plans.by_key[group.key] = _make_plan(weights, group)
+    return plans.by_key[group.key]
+
+
+def _make_plan(weights: LoraWeights | LoraEmbeddingWeights, group: _Group) -> _Plan | None:
+    group_ranks = weights.ranks.numpy()[group.slots].T
     used: BoolArray = np.arange(group_ranks.max()) < group_ranks[:, :, None]
-    return used
+    if not used.any():
+        return None
+    slices, column_owners, _ = used.nonzero()
+    scalings = weights.scalings.numpy()[group.slots[column_owners], slices]
+    if len(group.slots) > 1:
+        scalings = scalings * (group.owners[:, None] == column_owners)
+    is_embedding = isinstance(weights, LoraEmbeddingWeights)
+    return _Plan(
+        used=used,
+        a_rows=None if is_embedding else _table_rows(weights.a_rows, group, used),
+        scalings=torch.from_numpy(scalings),
+        parts=tuple(_part_plans(weights, group, used)),
+    )
+
+
+def _part_plans(weights: LoraWeights | LoraEmbeddingWeights, group: _Group, used: BoolArray) -> Iterator[_PartPlan]:
+    ends = np.cumsum(used.sum((1, 2))).tolist()
+    for part, slice_ in enumerate(weights.part_slices):
+        columns = slice(ends[slice_ - 1] if slice_ else 0, ends[slice_])
+        if columns.start == columns.stop:
+            continue
+        targeted = used[slice_, :, 0]
+        yield _PartPlan(
+            start=weights.part_starts[part],
+            width=weights.part_widths[part],
+            columns=columns,
+            b_rows=_table_rows(weights.b_rows[:, part : part + 1], group, used[slice_ : slice_ + 1]),
+            targeted=None if targeted.all() else torch.from_numpy(targeted[group.owners].nonzero()[0]),
+        )
+
+
+def _table_rows(table: Tensor, group: _Group, used: BoolArray) -> Tensor:
+    """The entries of a row table (slots, slices, ranks) that the group uses; (columns,) int64."""
+    rows = table.numpy()[group.slots].transpose(1, 0, 2)[:, :, : used.shape[2]][used]
+    return torch.from_numpy(rows.astype(np.int64))
 
 
 def _accumulation(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _gather_rows(pool: Tensor, table: Tensor, group: _Group, used: BoolArray, width: int) -> Tensor:
-    """The group's rows of the pool that are in use, (columns, width); `table` is (slots, slices, ranks)."""
-    rows = table.numpy()[group.slots].transpose(1, 0, 2)[:, :, : used.shape[2]][used]
+def _gather_rows(pool: Tensor, rows: Tensor, width: int) -> Tensor:
+    """(len(rows), width) rows of the pool that start at `rows`, in `ROW_ALIGN` elements."""
     # Rows start at any multiple of ROW_ALIGN, so the pool is read as overlapping windows.
     windows = pool.as_strided(((pool.shape[0] - width) // ROW_ALIGN + 1, width), (ROW_ALIGN, 1))
-    return _accumulation(windows.index_select(0, torch.from_numpy(rows)))
-
-
-def _column_scalings(scalings: Tensor, group: _Group, used: BoolArray, dtype: torch.dtype) -> Tensor:
-    """What to multiply h with: the scaling in a row's own columns, zero elsewhere; (rows or 1, columns)."""
-    slices, column_owners, _ = used.nonzero()
-    factors = scalings.numpy()[group.slots[column_owners], slices]
-    if len(group.slots) > 1:
-        factors = factors * (group.owners[:, None] == column_owners)
-    return torch.from_numpy(factors).to(dtype)
+    return _accumulation(windows.index_select(0, rows))
 
 
 def _add_product(y: Tensor, h: Tensor, b: Tensor, group: _Group, targeted: Tensor | None) -> None:

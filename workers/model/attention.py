@@ -1,21 +1,27 @@
-"""Attention over paged KV, reached through transformers' attention registry.
+"""Attention over paged KV: for fused layers, and for any other module through transformers' attention registry.
 
-Every attention module of the base calls `paged_attention`, which writes the new keys and values to their pages and
-attends over each sequence's block table. CUDA runs Triton kernels; torch's own attention serves the CPU and is the
-oracle. Rows are the step's tokens, one sequence after another, decodes (one row each) first.
+The new keys and values are in their pages already when `attend` looks along each sequence's block table. CUDA runs
+Triton kernels; torch's own attention serves the CPU and is the oracle. Rows are the step's tokens, one sequence after
+another, decodes (one row each) first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from lorafleet.kernels import fused
+from lorafleet.kernels.fused import KVPlace
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from lorafleet.kernels.attention import DecodeWorkspace
 
 IMPLEMENTATION = "lorafleet_paged"
 
@@ -52,6 +58,14 @@ class AttentionContext:
 
     cache: KVCache
     batch: AttentionBatch | None = None
+    workspaces: list[DecodeWorkspace] = field(default_factory=list)
+    """Of each layer, on CUDA; layers of one shape share theirs, since a stream runs them in turn."""
+
+    def place(self, layer: int) -> KVPlace:
+        """Where `layer` keeps the running pass's keys and values."""
+        batch = self.batch
+        assert batch is not None, "a forward pass outside the runner"
+        return KVPlace(self.cache.keys[layer], self.cache.values[layer], batch.row_pages, batch.row_offsets)
 
 
 def install(model: PreTrainedModel, context: AttentionContext) -> None:
@@ -61,6 +75,23 @@ def install(model: PreTrainedModel, context: AttentionContext) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             module.__dict__["attention_context"] = context
+    if context.cache.keys[0].is_cuda:
+        context.workspaces = _workspaces(context.cache, model.config.num_attention_heads)
+
+
+def _workspaces(cache: KVCache, num_heads: int) -> list[DecodeWorkspace]:
+    from lorafleet.kernels.attention import DecodeWorkspace
+
+    made: dict[tuple[int, int], DecodeWorkspace] = {}
+    workspaces = []
+    for keys in cache.keys:
+        _, num_kv_heads, _, head_dim = keys.shape
+        if (num_kv_heads, head_dim) not in made:
+            made[num_kv_heads, head_dim] = DecodeWorkspace.allocate(
+                num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, device=keys.device
+            )
+        workspaces.append(made[num_kv_heads, head_dim])
+    return workspaces
 
 
 def paged_attention(
@@ -83,20 +114,62 @@ def paged_attention(
         if kwargs.get(feature) is not None:
             raise UnsupportedModel(f"the base's attention uses {feature}, which is not supported")
     context: AttentionContext = module.__dict__["attention_context"]
-    batch = context.batch
-    assert batch is not None, "a forward pass outside the runner"
     layer = module.layer_idx
     assert isinstance(layer, int)
-    key_cache, value_cache = context.cache.keys[layer], context.cache.values[layer]
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    key_cache[batch.row_pages, :, batch.row_offsets] = key
-    value_cache[batch.row_pages, :, batch.row_offsets] = value
-    out = query.new_empty(query.shape[0], query.shape[1], value_cache.shape[-1])
-    _decode(query, key_cache, value_cache, batch, scaling, sliding_window, out)
-    _prefill(query, key_cache, value_cache, batch, scaling, sliding_window, out)
-    return out.unsqueeze(0), None
+    fused.store(key, value, context.place(layer))
+    return attend(query, context, layer, scaling, sliding_window).unsqueeze(0), None
+
+
+def attend(query: Tensor, context: AttentionContext, layer: int, scaling: float, window: int | None) -> Tensor:
+    """Causal attention of the running pass's rows over `layer`'s pages, which hold the rows' keys and values already.
+
+    query: (num_rows, num_heads, head_dim), rows may be strided. `window`: only the last `window` tokens. Returns
+    (num_rows, num_heads, head_dim), contiguous.
+    """
+    batch = context.batch
+    assert batch is not None, "a forward pass outside the runner"
+    keys, values = context.cache.keys[layer], context.cache.values[layer]
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if query.is_cuda:
+        _attend_cuda(query, keys, values, batch, context.workspaces[layer], scaling, window, out)
+    else:
+        _decode(query, keys, values, batch, scaling, window, out)
+        _prefill(query, keys, values, batch, scaling, window, out)
+    return out
+
+
+def _attend_cuda(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: AttentionBatch,
+    workspace: DecodeWorkspace,
+    scaling: float,
+    window: int | None,
+    out: Tensor,
+) -> None:
+    from lorafleet.kernels import attention as kernels
+
+    num, lengths, tables = batch.num_decodes, batch.context_lengths, batch.block_tables
+    if num:
+        kernels.decode(
+            query[:num], keys, values, tables[:num], lengths[:num], out[:num], workspace, scaling=scaling, window=window
+        )
+    if num < lengths.shape[0]:
+        kernels.extend(
+            query,
+            keys,
+            values,
+            tables[num:],
+            lengths[num:],
+            batch.query_indptr[num:],
+            out,
+            scaling=scaling,
+            window=window,
+        )
 
 
 def _decode(
@@ -151,4 +224,8 @@ def _prefill(
 
 def _gather(cache: Tensor, table: Tensor) -> Tensor:
     """(pages, kv_heads, page_tokens, head_dim) by (sequences, pages) -> (sequences, kv_heads, tokens, head_dim)."""
-    return cache[table].transpose(1, 2).flatten(2, 3)
+    num_heads, page_tokens, head_dim = cache.shape[1:]
+    # The rows of one head of one page are neighbours: taken one by one they need no second copy to be put in order.
+    rows = table[:, None, :] * num_heads + torch.arange(num_heads, device=table.device)[:, None]
+    gathered = cache.view(-1, page_tokens * head_dim).index_select(0, rows.flatten())
+    return gathered.view(table.shape[0], num_heads, -1, head_dim)

@@ -1,0 +1,128 @@
+"""A worker in this process, with adapters that PEFT made, and what it answered."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorafleet.adapter_store.base_weights import CheckpointWeights
+from lorafleet.adapter_store.manifest import AdapterWeights
+from lorafleet.adapter_store.peft_format import AdapterReader
+from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
+from lorafleet.workers.model.geometry import read_geometry
+from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams, TokenLogprobs
+from lorafleet.workers.worker import Worker
+
+GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+ENGINE = EngineConfig(device="cpu", max_batch_tokens=256, kv_bytes=8 << 20, kv_page_tokens=16)
+POOL = PoolConfig(max_rank=64, pool_bytes=32 << 20)
+
+_ids = itertools.count()
+
+
+class Shelf:
+    """Adapters by version, as the adapter store would hand them out."""
+
+    def __init__(self, base: Path, max_rank: int = 64) -> None:
+        self.base = base
+        self._reader = AdapterReader(
+            read_geometry(ModelConfig(id="base", source=str(base)), "cpu"), max_rank, CheckpointWeights(base)
+        )
+        self.weights: dict[str, AdapterWeights] = {}
+        self.folders: dict[str, Path] = {}
+        self.num_fetches = 0
+
+    def put(self, folder: Path) -> str:
+        """Read the adapter in `folder`; its version."""
+        weights = self._reader.read(folder)
+        self.weights[weights.manifest.version] = weights
+        self.folders[weights.manifest.version] = folder
+        return weights.manifest.version
+
+    async def fetch(self, version: str) -> AdapterWeights:
+        self.num_fetches += 1
+        await asyncio.sleep(0)
+        return self.weights[version]
+
+
+@dataclass
+class Answer:
+    """All that came of one request."""
+
+    tokens: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    deltas: list[GenerateDelta] = field(default_factory=list)
+
+    @property
+    def last(self) -> GenerateDelta:
+        return self.deltas[-1]
+
+    def add(self, delta: GenerateDelta) -> None:
+        self.tokens += delta.token_ids
+        self.text += delta.text
+        self.logprobs += delta.logprobs or ()
+        self.deltas.append(delta)
+
+
+def request_of(prompt: Sequence[int], version: str | None = None, sampling: SamplingParams = GREEDY) -> EngineRequest:
+    return EngineRequest(f"request-{next(_ids)}", version, tuple(prompt), sampling)
+
+
+def greedy(max_tokens: int = 64, **settings: object) -> SamplingParams:
+    """Greedy decoding that nothing ends early."""
+    return SamplingParams.model_validate({**GREEDY.model_dump(), "max_tokens": max_tokens, **settings})
+
+
+async def ask(
+    worker: Worker, prompt: Sequence[int], version: str | None = None, sampling: SamplingParams = GREEDY
+) -> Answer:
+    """Read one stream to its end."""
+    answer = Answer()
+    async for delta in worker.generate(request_of(prompt, version, sampling)):
+        answer.add(delta)
+    return answer
+
+
+@asynccontextmanager
+async def open_worker(
+    shelf: Shelf,
+    *,
+    engine: EngineConfig = ENGINE,
+    pool: PoolConfig = POOL,
+    model: ModelConfig | None = None,
+    **engine_settings: object,
+) -> AsyncIterator[Worker]:
+    """A worker over the shelf's base; `engine_settings` replace fields of `engine`. Closed, and checked, at the end."""
+    worker = Worker(
+        worker_id="worker-0",
+        model=model or ModelConfig(id="base", source=str(shelf.base)),
+        engine=engine.model_copy(update=engine_settings),
+        pool=pool,
+        fetch=shelf.fetch,
+    )
+    try:
+        yield worker
+        worker.check_health()
+        await assert_idle(worker)
+    finally:
+        worker.close()
+
+
+async def assert_idle(worker: Worker) -> None:
+    """Nothing is left of any request: no sequence, no lease, no KV page."""
+    state = await worker.state()
+    assert (state.running, state.waiting, state.leases, state.kv_pages.used) == (0, 0, 0, 0), state
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Let the event loop run until `condition` holds."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not come to pass"
+        await asyncio.sleep(0.002)
