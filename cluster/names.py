@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from typing import Any, Protocol, TypeVar
 
 from lorafleet.adapter_store.errors import UnknownAdapter
 from lorafleet.adapter_store.manifest import NamedAdapter
+from lorafleet.adapter_store.service import NAME_PATTERN
 from lorafleet.cluster.errors import ModelNotFound, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 RETRY_AFTER_S = 2.0
 PROBE_S = 0.1
 """How often a store that is away is asked whether it is back."""

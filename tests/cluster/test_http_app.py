@@ -1,0 +1,95 @@
+"""The HTTP application around the routes: errors that nobody expected, and its own description."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from fastapi import APIRouter, Body, HTTPException
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from lorafleet.cluster.http_app import build_http_app
+from tests.cluster.serving import Service
+
+
+class Typed(BaseModel):
+    """A body that FastAPI parses."""
+
+    count: int
+
+
+def app_with_faults() -> httpx.ASGITransport:
+    router = APIRouter()
+
+    @router.get("/bug")
+    async def bug() -> None:
+        raise KeyError("/secret/path")
+
+    @router.get("/teapot")
+    async def teapot() -> None:
+        raise HTTPException(418, "short and stout", {"x-kind": "pot"})
+
+    @router.get("/half")
+    async def half() -> StreamingResponse:
+        async def events() -> object:
+            yield b"half"
+            raise KeyError("bug")
+
+        return StreamingResponse(events())  # type: ignore[arg-type]
+
+    @router.put("/typed")
+    async def typed(body: Typed = Body()) -> int:  # noqa: B008
+        return body.count
+
+    return httpx.ASGITransport(build_http_app([router]), raise_app_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status", "code", "param"),
+    [
+        ("GET", "/bug", "", 500, "internal_error", None),
+        ("GET", "/teapot", "", 418, "bad_request", None),
+        ("PUT", "/typed", "{", 400, "invalid_json", None),
+        ("PUT", "/typed", '{"count": "many"}', 400, "invalid_value", "count"),
+        ("PUT", "/typed", "{}", 400, "missing_parameter", "count"),
+        ("GET", "/typed", "", 405, "method_not_allowed", None),
+        ("GET", "/typed/", "", 404, "unknown_url", None),
+        ("GET", "/nowhere", "", 404, "unknown_url", None),
+    ],
+)
+async def test_errors(method: str, path: str, content: str, status: int, code: str, param: str | None) -> None:
+    async with httpx.AsyncClient(transport=app_with_faults(), base_url="http://x") as client:
+        response = await client.request(method, path, content=content, headers={"content-type": "application/json"})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (status, code, param)
+    assert "secret" not in response.text
+
+
+async def test_headers_of_errors_are_kept() -> None:
+    async with httpx.AsyncClient(transport=app_with_faults(), base_url="http://x") as client:
+        assert (await client.get("/teapot")).headers["x-kind"] == "pot"
+        assert (await client.get("/typed")).headers["allow"] == "PUT"
+
+
+async def test_a_bug_in_the_middle_of_a_reply_cuts_it() -> None:
+    async with httpx.AsyncClient(transport=app_with_faults(), base_url="http://x") as client:
+        with pytest.raises(KeyError):
+            await client.get("/half")
+
+
+async def test_the_api_describes_itself() -> None:
+    transport = httpx.ASGITransport(Service().app())
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        paths = (await client.get("/openapi.json")).json()["paths"]
+    body = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["required"] == ["model", "messages"]
+    assert "prompt_logprobs" not in body["properties"]
+    assert "$ref" not in str(body)
+    assert set(paths) == {
+        "/v1/models",
+        "/v1/models/{model}",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/healthz",
+        "/readyz",
+    }
