@@ -69,6 +69,7 @@ class Catalog:
         self.tombstones: dict[str, Tombstone] = {}
         self.manifests: dict[str, AdapterManifest] = {}
         self._damaged: set[str] = set()
+        self._folder_lock: int | None = None
         try:
             for path in (self._names, self._versions):
                 path.mkdir(parents=True, exist_ok=True)
@@ -77,13 +78,16 @@ class Catalog:
             sync(folder)
             self._load()
         except OSError as error:
+            self.close()
             raise StoreUnusable("store_not_writable", "the store's state folder cannot be written") from error
         known: list[NameRecord | Tombstone] = [*self.records.values(), *self.tombstones.values()]
         self.generation = max((entry.generation for entry in known), default=0)
 
     def close(self) -> None:
-        """Let another store have the folder."""
-        os.close(self._folder_lock)
+        """Let another store have the folder; closing twice is fine."""
+        if self._folder_lock is not None:
+            os.close(self._folder_lock)
+            self._folder_lock = None
 
     def check_writable(self) -> None:
         """Raises StoreUnusable `store_not_writable`."""

@@ -26,7 +26,10 @@ _MAX_PLAIN = 1024
 
 _CHILD = """
 import json, re, resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+try:
+    resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+except (OSError, ValueError):
+    pass  # not every system bounds a process's memory
 request = json.load(sys.stdin)
 answer = []
 for method, pattern in request["patterns"]:

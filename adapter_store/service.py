@@ -113,13 +113,13 @@ class AdapterStore:
         if len(set(names)) != len(names):
             raise ValueError(f"two sources have the same name: {sorted(names)}")
         self._reader = AdapterReader(geometry, max_rank, base_weights)
-        self._catalog = Catalog(state_dir / f"base-{_fingerprint(geometry)}")
         self._sources = {
             config.name: _OpenSource(
                 config, open_source(config), ThreadPoolExecutor(_SOURCE_THREADS, f"source-{config.name}")
             )
             for config in sources
         }
+        self._catalog = Catalog(state_dir / f"base-{_fingerprint(geometry)}")
         self._disk = ThreadPoolExecutor(_DISK_THREADS, "adapter-store")
         self._put = put
         self._clock = clock

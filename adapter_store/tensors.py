@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from lorafleet.adapter_store.manifest import Array, Dtype
 
@@ -48,8 +49,14 @@ class Tensor:
     def is_finite(self) -> bool:
         """Whether no element is NaN or infinite."""
         unsigned, exponent = _EXPONENT[self.tag]
-        bits = self.array.reshape(-1).view(unsigned)
-        return not bool(((bits & unsigned(exponent)) == unsigned(exponent)).any())
+        return int((self._bits() & unsigned(exponent)).max(initial=0)) != exponent
+
+    def has_bits_of(self, other: Tensor) -> bool:
+        """Whether both hold the same bits; they must be of one type and shape."""
+        return np.array_equal(self._bits(), other._bits())
+
+    def _bits(self) -> npt.NDArray[np.unsignedinteger]:
+        return self.array.reshape(-1).view(_EXPONENT[self.tag][0])
 
     def to(self, tag: FloatTag) -> Tensor:
         """The same values in another float type, rounded to nearest even; too large ones become infinite."""

@@ -124,9 +124,7 @@ def check_base_copy(copy: BaseCopy, saved: Tensor, base: BaseWeights | None, geo
         raise AdapterRefused("base_weights_unverified", message, copy.tensor)
     # Training may have held the base in a narrower type than its checkpoint, and saved it in a wider one.
     vias: tuple[FloatTag, ...] = (own.tag, "BF16", "F16")
-    if own.shape != saved.shape or not any(
-        own.to(via).to(saved.tag).array.tobytes() == saved.array.tobytes() for via in vias
-    ):
+    if own.shape != saved.shape or not any(own.to(via).to(saved.tag).has_bits_of(saved) for via in vias):
         message = f"tensor {copy.tensor} is a weight of the base and differs from the base's own"
         raise AdapterRefused("base_weights_changed", message, copy.tensor)
 

@@ -208,6 +208,7 @@ def test_only_one_store_has_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
         Catalog(tmp_path)
     assert caught.value.code == "store_locked"
     first.close()
+    first.close()
     Catalog(tmp_path).close()
 
 

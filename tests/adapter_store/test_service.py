@@ -35,7 +35,7 @@ from lorafleet.adapter_store.manifest import (
     NameTable,
     shared_module,
 )
-from lorafleet.adapter_store.service import GRACE_S, AdapterStore
+from lorafleet.adapter_store.service import GRACE_S, AdapterStore, StoreUsage
 from lorafleet.adapter_store.sources import DirectoryConfig, ObjectStoreConfig
 from tests.adapter_store.conftest import AdapterCopy, Base, Clock, staged_files
 
@@ -283,6 +283,15 @@ class TestHostMemory:
         for version in (one, two, one, three, one, two):
             await store.fetch(version)
         assert puts == [one, two, three, two]
+
+    async def test_usage(self, open_store: OpenStore, copy_of: CopyOf) -> None:
+        copy_of("rank4_qv")
+        store = open_store()
+        assert store.usage == StoreUsage(num_versions=0, num_cached=0, cached_bytes=0)
+        version = await load(store, "a")
+        size = (await store.manifest(version)).num_bytes
+        assert store.usage == StoreUsage(num_versions=1, num_cached=1, cached_bytes=size)
+        assert open_store().usage == StoreUsage(num_versions=1, num_cached=0, cached_bytes=0)
 
 
 class TestResolve:

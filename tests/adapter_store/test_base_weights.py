@@ -1,0 +1,60 @@
+"""The base's weights, wherever its checkpoint keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lorafleet.adapter_store.base_weights import CheckpointWeights
+from lorafleet.adapter_store.errors import SourceUnavailable
+from tests.support.bases import BaseKind
+
+
+def assert_reads(weights: CheckpointWeights, module: str, expected: torch.Tensor) -> None:
+    found = weights.read(module, "weight")
+    assert found is not None
+    torch.testing.assert_close(torch.from_numpy(found.array), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_tied", "gpt2"])
+@pytest.mark.parametrize("max_shard_size", ["50GB", "60KB"])
+def test_weights_of_the_model(
+    base_of: Callable[[BaseKind], Path], tmp_path: Path, kind: BaseKind, max_shard_size: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_of(kind))
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 or max_shard_size == "60KB"
+    weights = CheckpointWeights(tmp_path)
+    name, embedding = next((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding))
+    assert_reads(weights, name, embedding.weight.detach())
+    if kind == "llama":
+        assert_reads(weights, "lm_head", model.lm_head.weight.detach())
+    else:
+        assert weights.read("lm_head", "weight") is None
+    assert weights.read("lm_head", "bias") is None
+
+
+def test_checkpoint_of_a_bare_decoder(base_of: Callable[[BaseKind], Path], tmp_path: Path) -> None:
+    (whole,) = base_of("gpt2").glob("*.safetensors")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(whole).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert_reads(CheckpointWeights(tmp_path), "transformer.wte", tensors["wte.weight"])
+
+
+def test_checkpoint_in_another_format(tmp_path: Path) -> None:
+    assert CheckpointWeights(tmp_path).read("lm_head", "weight") is None
+
+
+def test_hub_that_cannot_be_reached_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    weights = CheckpointWeights("org/base")
+    for _ in range(2):
+        with pytest.raises(SourceUnavailable):
+            weights.read("lm_head", "weight")
