@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Before anything imports triton, which decides then: kernel tests run in its interpreter where there is no GPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.support.bases import BaseKind, make_base
 

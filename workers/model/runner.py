@@ -15,7 +15,7 @@ from lorafleet.workers.batch import StepBatch, StepInputs, blank_batch
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
-from lorafleet.workers.model import attention, lora_layers
+from lorafleet.workers.model import attention, fused_layers, lora_layers
 from lorafleet.workers.model.cuda_graphs import DecodeGraph, capture
 from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel
@@ -150,11 +150,13 @@ class ModelRunner:
                 lora_layers.substitute_embedding(model, name, self.pool.embedding_weights(name), self._lora)
                 counts[name.rpartition(".")[2]] += 1
         attention.install(model, self._attention)
+        why_not_fused = fused_layers.substitute(model, self._attention)
         logger.info(
-            "%s: substituted %s; attention reads pages of %d tokens",
+            "%s: substituted %s; attention reads pages of %d tokens; %s",
             type(model).__name__,
             ", ".join(f"{count} {name}" for name, count in counts.items()),
             self.cache.page_tokens,
+            "fused layers" if why_not_fused is None else f"transformers' own layers ({why_not_fused})",
         )
 
     @torch.inference_mode()

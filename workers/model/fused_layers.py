@@ -1,0 +1,140 @@
+"""Decoder layers of Llama's kind, run with one launch between every two products instead of transformers' own modules.
+
+`substitute` exchanges a model's body (Llama, Mistral, Qwen2, Qwen3) for a `FusedBody`. Weights, embedding, final norm,
+rotary module and head stay transformers' (or `lora_layers`'); a model of another kind is left as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from lorafleet.kernels import fused
+from lorafleet.kernels.fused import HeadNorm
+from lorafleet.workers.model.attention import AttentionContext, attend
+from lorafleet.workers.model.lora_layers import FusedProjection, ProjectionSlice
+
+_WINDOWS: dict[str, Callable[[Any], int | None]] = {
+    "llama.modeling_llama.Llama": lambda attention: None,
+    "mistral.modeling_mistral.Mistral": lambda attention: getattr(attention.config, "sliding_window", None),
+    "qwen2.modeling_qwen2.Qwen2": lambda attention: getattr(attention, "sliding_window", None),
+    "qwen3.modeling_qwen3.Qwen3": lambda attention: getattr(attention, "sliding_window", None),
+}
+"""Kinds of models whose layers are computed here -> the sliding window that such a kind's attention module uses."""
+
+
+class FusedLayer(nn.Module):
+    """One decoder layer. Its modules keep their names; those that the fused kernels replace give their weights only."""
+
+    def __init__(
+        self,
+        layer: Any,
+        projections: list[FusedProjection],
+        index: int,
+        window: int | None,
+        context: AttentionContext,
+    ) -> None:
+        """`projections`: q/k/v, o, gate/up and down."""
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.input_layernorm: nn.Module = layer.input_layernorm
+        self.self_attn: nn.Module = attention
+        self.post_attention_layernorm: nn.Module = layer.post_attention_layernorm
+        self.mlp: nn.Module = mlp
+        # Registered above already, under the names of their members.
+        self.__dict__["projections"] = projections
+        self.head_norm = None
+        if hasattr(attention, "q_norm"):
+            query_norm, key_norm = attention.q_norm, attention.k_norm
+            self.head_norm = HeadNorm(query_norm.weight, key_norm.weight, query_norm.variance_epsilon)
+        self.index = index
+        self.window = window
+        self.scaling: float = attention.scaling
+        self.context = context
+
+    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (rows, width), what the layer before left to be added to `residual`; None at the first layer.
+
+        Returns the same pair for the next layer; `residual` is changed in place.
+        """
+        qkv_proj, o_proj, gate_up_proj, down_proj = self.__dict__["projections"]
+        normed = _norm(self.input_layernorm, x, residual)
+        if residual is None:
+            residual = x
+        qkv = qkv_proj(normed)
+        query = fused.rotate_and_store(qkv, cos, sin, self.context.place(self.index), self.head_norm)
+        attended = attend(query, self.context, self.index, self.scaling, self.window)
+        x = o_proj(attended.flatten(1))
+        normed = _norm(self.post_attention_layernorm, x, residual)
+        x = down_proj(fused.silu_mul(gate_up_proj(normed)))
+        return x, residual
+
+
+class FusedBody(nn.Module):
+    """The model between token ids and the head; it takes the place of transformers' own body, under its names."""
+
+    def __init__(self, body: Any, layers: list[FusedLayer]) -> None:
+        super().__init__()
+        self.config = body.config
+        self.embed_tokens = body.embed_tokens
+        self.layers = nn.ModuleList(layers)
+        self.norm = body.norm
+        self.rotary_emb = body.rotary_emb
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, **_: object) -> BaseModelOutputWithPast:
+        """input_ids, position_ids: (1, rows); the rest of what transformers' heads pass on is not used."""
+        x: Tensor = self.embed_tokens(input_ids)[0]
+        cos, sin = (table[0] for table in self.rotary_emb(x[None], position_ids))
+        residual: Tensor | None = None
+        for layer in self.layers:
+            x, residual = layer(x, residual, cos, sin)
+        return BaseModelOutputWithPast(last_hidden_state=_norm(self.norm, x, residual)[None])
+
+
+def substitute(model: PreTrainedModel, context: AttentionContext) -> str | None:
+    """Let fused layers compute `model`, whose projections have been substituted already.
+
+    Returns None when that is done, and otherwise why it is not: the model is left as it was.
+    """
+    body: Any = model.base_model
+    kind = f"{type(body).__module__}.{type(body).__name__}".removeprefix("transformers.models.").removesuffix("Model")
+    if kind not in _WINDOWS or body is model:
+        return f"none are fused for {type(body).__name__}"
+    if body.config.hidden_act not in ("silu", "swish"):
+        return f"its activation is {body.config.hidden_act}"
+    layers = []
+    for index, layer in enumerate(body.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        projections = [
+            _fused_of(attention.q_proj, attention.k_proj, attention.v_proj),
+            _fused_of(attention.o_proj),
+            _fused_of(mlp.gate_proj, mlp.up_proj),
+            _fused_of(mlp.down_proj),
+        ]
+        fused_projections = [projection for projection in projections if projection is not None]
+        if len(fused_projections) < len(projections):
+            return f"projections of layer {index} are not plain linear ones"
+        layers.append(FusedLayer(layer, fused_projections, index, _WINDOWS[kind](attention), context))
+    model.set_submodule(model.base_model_prefix, FusedBody(body, layers))
+    return None
+
+
+def _norm(module: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+    weight, eps = module.weight, module.variance_epsilon
+    assert isinstance(weight, Tensor)
+    assert isinstance(eps, float)
+    return fused.rms_norm(x, weight, eps, residual)
+
+
+def _fused_of(*members: nn.Module) -> FusedProjection | None:
+    """The product of these modules, if they are all the members of one group, in order."""
+    fused_of = {id(member.fused) for member in members if isinstance(member, ProjectionSlice)}
+    first = members[0]
+    if len(fused_of) != 1 or not isinstance(first, ProjectionSlice) or len(first.fused.widths) != len(members):
+        return None
+    indices = [member.index for member in members if isinstance(member, ProjectionSlice)]
+    return first.fused if indices == list(range(len(members))) else None
