@@ -37,7 +37,15 @@ from typing import ClassVar
 from ray.exceptions import RayTaskError
 
 from lorafleet.adapter_store.errors import AdapterStoreError, ErrorKind
-from lorafleet.workers.errors import AdapterUnavailable, EngineFailed, NoRoomError, PromptTooLong, WorkerError
+from lorafleet.workers.errors import (
+    AdapterUnavailable,
+    EngineFailed,
+    InvalidTokenId,
+    NonFiniteOutput,
+    NoRoomError,
+    PromptTooLong,
+    WorkerError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +252,9 @@ _STORE_STATUS: Mapping[ErrorKind, int] = {
 
 _WORKER_STATUS: Mapping[type[WorkerError], int] = {
     PromptTooLong: 400,
+    InvalidTokenId: 400,
     NoRoomError: 409,
+    NonFiniteOutput: 500,
     AdapterUnavailable: 503,
     EngineFailed: 503,
 }

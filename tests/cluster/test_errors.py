@@ -52,6 +52,8 @@ def test_store_errors(kind: type[store_errors.AdapterStoreError]) -> None:
         (worker_errors.AdapterUnavailable("cold"), 503, "adapter_unavailable"),
         (worker_errors.EngineFailed("stopped"), 503, "engine_failed"),
         (worker_errors.PromptTooLong("too long"), 400, "context_length_exceeded"),
+        (worker_errors.InvalidTokenId("token id 9"), 400, "invalid_token_id"),
+        (worker_errors.NonFiniteOutput("overflow"), 500, worker_errors.NonFiniteOutput.code),
         (worker_errors.UnsupportedModel("/models/secret"), 500, "internal_error"),
         (KeyError("/models/secret"), 500, "internal_error"),
     ],
