@@ -236,7 +236,7 @@ def test_keys() -> None:
         (WorkerGone("died"), 503, "no_worker", "1"),
         (AdapterUnavailable("cold"), 503, "adapter_unavailable", "2"),
         (NoRoomError("ab" * 32, 5, 1, 3, 1, 5), 409, "no_room", None),
-        (ZeroDivisionError("/work/secret/path"), 500, "internal_error", None),
+        (ZeroDivisionError("/srv/secret/path"), 500, "internal_error", None),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
