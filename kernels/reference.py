@@ -8,7 +8,7 @@ accumulation (float64 for a float64 pool, which makes an oracle of it).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -68,7 +68,9 @@ class _Plan:
     a_rows: Tensor | None
     """(columns,) int64: A's rows, in `ROW_ALIGN` elements; None for an embedding, whose A is read by token."""
     scalings: Tensor
-    """(rows or 1, columns) float32: what h is multiplied with, zero in other adapters' columns."""
+    """(columns,) float32."""
+    foreign: Tensor | None
+    """(rows, columns) bool: columns of other adapters than the row's own; None: there are none."""
     parts: tuple[_PartPlan, ...]
 
 
@@ -100,8 +102,11 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments) -> Hidden:
         assert plan.a_rows is not None
         a = _gather_rows(weights.pool, plan.a_rows, weights.in_dim)
         inputs = x.index_select(0, group.rows) if group.span is None else x[group.span]
-        h = torch.mm(_accumulation(inputs), a.t())
-        hidden.append(_GroupHidden(group, plan, h.mul_(plan.scalings)))
+        h = torch.mm(_accumulation(inputs), a.t()).mul_(plan.scalings)
+        if plan.foreign is not None:
+            # Not by a factor of zero: what another adapter's A makes of this row may be infinite.
+            h.masked_fill_(plan.foreign, 0.0)
+        hidden.append(_GroupHidden(group, plan, h))
     return Hidden(tuple(hidden))
 
 
@@ -158,7 +163,7 @@ def expand(
 
 
 def _groups(segments: Segments) -> tuple[_Group, ...]:
-    """The groups of a batch: made at the first module, used by all, and by the next steps if they have the same rows."""
+    """The groups of a batch: made at the first module, used by all, and by later steps with the same rows."""
     return _groups_of(segments.host_row_slots.tobytes())
 
 
@@ -194,13 +199,13 @@ class _Plans:
     by_key: dict[bytes, _Plan | None]
 
 
-_plans_of = WeakIdKeyDictionary()
+_plans_of: MutableMapping[Tensor, _Plans] = WeakIdKeyDictionary()
 """By the module's `ranks`, which live as long as the module's weights."""
 
 
 def _plan(weights: LoraWeights | LoraEmbeddingWeights, group: _Group) -> _Plan | None:
     """The plan of a group, None when no adapter of it targets the module. Decoding asks for the same ones each step."""
-    plans: _Plans | None = _plans_of.get(weights.ranks)
+    plans = _plans_of.get(weights.ranks)
     # Torch counts the writes to a tensor and to its views: they tell whether an adapter came or went.
     stamp = (weights.ranks._version, weights.scalings._version, weights.b_rows._version)
     if plans is None or plans.stamp != stamp or len(plans.by_key) >= _MAX_PLANS:
@@ -216,14 +221,11 @@ def _make_plan(weights: LoraWeights | LoraEmbeddingWeights, group: _Group) -> _P
     if not used.any():
         return None
     slices, column_owners, _ = used.nonzero()
-    scalings = weights.scalings.numpy()[group.slots[column_owners], slices]
-    if len(group.slots) > 1:
-        scalings = scalings * (group.owners[:, None] == column_owners)
-    is_embedding = isinstance(weights, LoraEmbeddingWeights)
     return _Plan(
         used=used,
-        a_rows=None if is_embedding else _table_rows(weights.a_rows, group, used),
-        scalings=torch.from_numpy(scalings),
+        a_rows=_table_rows(weights.a_rows, group, used) if isinstance(weights, LoraWeights) else None,
+        scalings=torch.from_numpy(weights.scalings.numpy()[group.slots[column_owners], slices]),
+        foreign=torch.from_numpy(group.owners[:, None] != column_owners) if len(group.slots) > 1 else None,
         parts=tuple(_part_plans(weights, group, used)),
     )
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
-from lorafleet.workers.errors import AdapterUnavailable
+from lorafleet.workers.errors import AdapterUnavailable, EngineFailed
 from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation, StagedAdapter
 from lorafleet.workers.memory.residency import Residency
 from lorafleet.workers.sequence import AdapterReadiness, Sequence
@@ -26,6 +26,8 @@ NUM_THREADS = 4
 """Fetches and stagings at once."""
 REFRESH_S = 0.2
 """How old `resident_versions` may be."""
+FORGET_S = 60.0
+"""Fetched weights that nobody has asked for in this long are let go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,8 @@ class _Load:
     """A version on its way: being fetched, then waiting for room, then being staged."""
 
     wanted_s: float
+    asked_s: float
+    """When a request or a waiter last asked for it."""
     weights: AdapterWeights | None = None
     allocation: Allocation | None = None
     waiters: list[_Waiter] = field(default_factory=list)
@@ -92,7 +96,8 @@ class AdapterLoader:
         """Begin to fetch a version, unless it is here or on its way."""
         if version in self._residency or version in self._loads:
             return
-        self._loads[version] = _Load(wanted_s=self._clock())
+        now = self._clock()
+        self._loads[version] = _Load(wanted_s=now, asked_s=now)
         self._run(version, lambda: self._fetch(version))
 
     def try_ready(self, sequence: Sequence) -> AdapterReadiness:
@@ -106,6 +111,7 @@ class AdapterLoader:
             if load is None:
                 self.want(version)
                 return AdapterReadiness.LOADING
+            load.asked_s = self._clock()
             if load.weights is None:
                 return AdapterReadiness.LOADING
             if not self._try_stage(version, load):
@@ -131,12 +137,14 @@ class AdapterLoader:
     def make_resident(self, version: str, *, hold_s: float, pinned: bool) -> Future[None]:
         """Load a version whether or not a request wants it. Fails with NoRoomError at once if it cannot fit now."""
         waiter = _Waiter(Future(), hold_s, pinned)
+        waiter.future.set_running_or_notify_cancel()  # from here on a caller that gives up cannot cancel it
         state = self._residency.state(version)
         if state is not None and state != "loading" and version not in self._loads:
             self._settle(version, waiter)
             return waiter.future
         self.want(version)
         load = self._loads[version]
+        load.asked_s = self._clock()
         load.waiters.append(waiter)
         if load.weights is not None:
             self._stage_for_waiters(version, load)
@@ -155,7 +163,9 @@ class AdapterLoader:
         for use in self._residency.snapshot().adapters:
             pinned = named.get(use.version)
             if pinned is None:
-                if use.state != "retired" and use.holds == 0:
+                load = self._loads.get(use.version)
+                is_awaited = load is not None and bool(load.waiters)  # a roll-out names it once it is everywhere
+                if use.state != "retired" and use.holds == 0 and not is_awaited:
                     self._residency.retire(use.version)
                     self._on_gone(use.version)
                 continue
@@ -182,8 +192,7 @@ class AdapterLoader:
         """End the threads; loads under way are dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for load in self._loads.values():
-            for waiter in load.waiters:
-                waiter.future.cancel()
+            _fail_waiters(load, EngineFailed("the worker has ended"))
 
     # --- between steps ---
 
@@ -206,9 +215,17 @@ class AdapterLoader:
             self._residency.unhold(hold.version)
         if now - self._refreshed_s >= REFRESH_S:
             self._refreshed_s = now
+            self._forget_unasked(now)
             self.resident_versions = tuple(
                 use.version for use in self._residency.snapshot().adapters if use.state == "resident"
             )
+
+    def _forget_unasked(self, now: float) -> None:
+        """The requests that wanted them were aborted before there was room."""
+        for version, load in list(self._loads.items()):
+            is_idle = load.weights is not None and load.allocation is None and version not in self._failures
+            if is_idle and not load.waiters and now - load.asked_s > FORGET_S:
+                del self._loads[version]
 
     def _publish(self, version: str, load: _Load, staged: StagedAdapter) -> None:
         # The waiters' holds and pins come before the version could be found unused.
@@ -225,22 +242,19 @@ class AdapterLoader:
             self.want(version)
             self._loads[version].waiters.append(waiter)
             return
+        self._residency.restore(version)
         if waiter.pinned:
             self._residency.pin(version)
         if waiter.hold_s > 0:
             self._residency.hold(version)
             self._holds.append(_Hold(version, self._clock() + waiter.hold_s))
-        if not waiter.future.done():
-            waiter.future.set_result(None)
+        waiter.future.set_result(None)
 
     def _stage_for_waiters(self, version: str, load: _Load) -> None:
         if load.allocation is not None or self._try_stage(version, load):
             return
         assert load.weights is not None
-        error = self._residency.no_room(load.weights.manifest)
-        waiters, load.waiters = load.waiters, []
-        for waiter in waiters:
-            waiter.future.set_exception(error)
+        _fail_waiters(load, self._residency.no_room(load.weights.manifest))
 
     def _try_stage(self, version: str, load: _Load) -> bool:
         """Reserve pages and begin to write them; False when there is no room now."""
@@ -248,10 +262,9 @@ class AdapterLoader:
         assert weights is not None
         allocation = self._residency.try_reserve(weights.manifest)
         if allocation is None:
-            error = self._residency.no_room(weights.manifest)
-            if error.needed > error.total - error.pinned:
+            if not self._residency.fits_beside_pinned(weights.manifest):
                 # Waiting would not help: it fits only if something is unpinned or the pool grows.
-                self._fail(version, load, error)
+                self._fail(version, load, self._residency.no_room(weights.manifest))
             return False
         load.allocation = allocation
         self._run(version, lambda: self._pool.stage(allocation, weights))
@@ -259,9 +272,7 @@ class AdapterLoader:
 
     def _fail(self, version: str, load: _Load, error: Exception) -> None:
         self._failures[version] = error
-        waiters, load.waiters = load.waiters, []
-        for waiter in waiters:
-            waiter.future.set_exception(error)
+        _fail_waiters(load, error)
 
     def _run(self, version: str, work: Callable[[], AdapterWeights | StagedAdapter]) -> None:
         def run() -> None:
@@ -274,6 +285,12 @@ class AdapterLoader:
         self._threads.submit(run)
 
 
+def _fail_waiters(load: _Load, error: Exception) -> None:
+    waiters, load.waiters = load.waiters, []
+    for waiter in waiters:
+        waiter.future.set_exception(error)
+
+
 def _presentable(error: Exception) -> Exception:
     """Errors with a stable code as they are; others as what they mean for a request."""
     if hasattr(error, "code"):
@@ -283,5 +300,5 @@ def _presentable(error: Exception) -> Exception:
 
 
 def _log_failure(future: Future[None]) -> None:
-    if not future.cancelled() and future.exception() is not None:
+    if future.exception() is not None:
         logger.warning("a pinned adapter is not resident: %s", future.exception())

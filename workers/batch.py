@@ -25,6 +25,8 @@ _SETTINGS = np.dtype(
     [("temperature", "f4"), ("top_p", "f4"), ("top_k", "i8"), ("min_tokens", "i8"), ("num_logprobs", "i8")]
 )
 """What the sampler needs to know of a sequence."""
+MIN_TEMPERATURE = 1e-5
+"""Below it the likeliest token is taken: logits divided by less overflow."""
 
 
 GRAPH_CHUNK_LENGTH = 16
@@ -217,7 +219,7 @@ class BatchBuilder:
             sequence.num_tabled_pages = 0
             settings = sequence.request.sampling
             self._settings[line] = (
-                settings.temperature,
+                settings.temperature if settings.temperature >= MIN_TEMPERATURE else 0.0,
                 settings.top_p,
                 max(settings.top_k, 0),
                 settings.min_tokens,

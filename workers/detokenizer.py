@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"
 """What an unfinished multi-byte character decodes to."""
+LEFT_CONTEXT = 6
+"""Prompt tokens in front of the answer that are decoded with it: how a token reads depends on its left neighbours."""
+MAX_CONTEXT = 24
+"""Beyond it the context is cut, so that the cost of a token does not grow with the answer."""
+MAX_CHARACTER_TOKENS = 4
+"""A character has at most four bytes: so many tokens later it is finished, or broken for good."""
 
 
 @dataclass(slots=True)
@@ -15,15 +22,18 @@ class Detokenizer:
     """Settled text of one answer.
 
     Text is withheld while it may change: the bytes of an unfinished character, and a tail that may begin a stop string.
+    Special tokens have no text.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
     stop: tuple[str, ...]
     prompt_token_ids: tuple[int, ...]
-    """Decoded in front of the first tokens, since how a token reads depends on its left neighbours."""
     matched_stop: str | None = None
     _context: list[int] | None = None
     _num_settled: int = 0
+    """Tokens of the context whose text is settled."""
+    _settled: str = ""
+    """Their text."""
     _withheld: str = ""
 
     def append(self, token_ids: tuple[int, ...], *, check_stop: bool) -> str:
@@ -31,27 +41,47 @@ class Detokenizer:
         if self.tokenizer is None:
             return ""
         if self._context is None:
-            self._context = list(self.prompt_token_ids[-6:])
-            self._num_settled = len(self._context)
-        self._context.extend(token_ids)
-        settled = self._decode(self._context[: self._num_settled])
+            self._context = list(self.prompt_token_ids[-LEFT_CONTEXT:])
+            self._num_settled, self._settled = len(self._context), self._decode(self._context)
+        special = _special_ids(self.tokenizer)
+        self._context += [token_id for token_id in token_ids if token_id not in special]
         whole = self._decode(self._context)
-        if whole.endswith(REPLACEMENT) or len(whole) <= len(settled):
-            return ""
-        # Keep a short left context only: the cost of a token does not grow with the answer.
-        self._context = self._context[self._num_settled :] if self._num_settled else self._context
-        self._num_settled = len(self._context)
-        return self._release(whole[len(settled) :], check_stop)
+        text = ""
+        if not whole.endswith(REPLACEMENT):
+            if len(whole) > len(self._settled):
+                text = self._settle(self._context, len(self._context), whole)
+        elif len(self._context) - self._num_settled > 3 * MAX_CHARACTER_TOKENS:
+            text = self._settle_broken(self._context, whole)
+        return self._release(text, check_stop) if text else ""
 
     def flush(self) -> str:
         """What was withheld, once nothing more will come."""
         if self.tokenizer is None or self.matched_stop is not None:
             return ""
-        text = self._withheld
-        self._withheld = ""
-        if self._context and self._num_settled < len(self._context):
-            text += self._decode(self._context)[len(self._decode(self._context[: self._num_settled])) :]
+        text, self._withheld = self._withheld, ""
+        if self._context is not None:
+            text += self._decode(self._context)[len(self._settled) :]
         return text
+
+    def _settle(self, context: list[int], num_tokens: int, text: str) -> str:
+        """The first `num_tokens` of the context read `text`, whatever comes; return what of it is new."""
+        new, num_old = text[len(self._settled) :], self._num_settled
+        if num_tokens > MAX_CONTEXT:
+            # Where a text was settled a character begins, so the cut splits none.
+            self._context = context[num_old:]
+            num_tokens -= num_old
+            text = self._decode(self._context[:num_tokens])
+        self._num_settled, self._settled = num_tokens, text
+        return new
+
+    def _settle_broken(self, context: list[int], whole: str) -> str:
+        """Let go of bytes that are no characters, so that they do not pile up."""
+        last = len(context) - MAX_CHARACTER_TOKENS
+        for num_tokens in range(last, last - MAX_CHARACTER_TOKENS, -1):
+            text = self._decode(context[:num_tokens])
+            if whole.startswith(text) and len(text) > len(self._settled):
+                return self._settle(context, num_tokens, text)
+        return ""
 
     def _release(self, text: str, check_stop: bool) -> str:
         text = self._withheld + text
@@ -72,6 +102,12 @@ class Detokenizer:
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+
+@lru_cache(maxsize=8)
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    added: dict[int, AddedToken] = tokenizer.added_tokens_decoder
+    return frozenset(token_id for token_id, token in added.items() if token.special)
 
 
 def _overlap(text: str, stop: str) -> int:

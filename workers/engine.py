@@ -5,6 +5,7 @@ Scheduler, memory and adapters belong to this thread; others talk to it through 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
@@ -21,7 +22,7 @@ from lorafleet.workers.adapter_loader import AdapterLoader
 from lorafleet.workers.batch import BatchBuilder, ScheduledRows, StepBatch
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.detokenizer import Detokenizer
-from lorafleet.workers.errors import EngineFailed, PromptTooLong
+from lorafleet.workers.errors import EngineFailed, InvalidTokenId, NonFiniteOutput, PromptTooLong, WorkerError
 from lorafleet.workers.model.runner import ModelRunner, StepInFlight
 from lorafleet.workers.request import EngineRequest, FinishReason, GenerateDelta, TokenLogprobs
 from lorafleet.workers.scheduler import Scheduler
@@ -44,6 +45,8 @@ class _Commands:
 
     queue: deque[Callable[[], None]]
     wake: threading.Event
+    lock: threading.Lock
+    """Held to add a command and to end the loop: no command is added that would never run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._outbox: list[Delivery] = []
         self._in_flight: _LaunchedStep | None = None
-        self._commands = _Commands(deque(), threading.Event())
+        self._commands = _Commands(deque(), threading.Event(), threading.Lock())
         self._loop_alive_s = clock()
         self._failure: BaseException | None = None
         self._is_closing = False
@@ -137,7 +140,8 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request that nobody waits for; unknown and finished ids are fine. Takes effect before the next step."""
-        self._post(lambda: self._abort(request_id))
+        with contextlib.suppress(EngineFailed):  # then there is nothing to end
+            self._post(lambda: self._abort(request_id))
 
     def call(self, function: Callable[[], Result]) -> Future[Result]:
         """Run `function` on the engine's thread between two steps."""
@@ -175,9 +179,10 @@ class Engine:
             )
 
     def _post(self, command: Callable[[], None]) -> None:
-        if self._failure is not None or self._is_closing:
-            raise EngineFailed("the step loop has ended")
-        self._commands.queue.append(command)
+        with self._commands.lock:
+            if self._is_closing:
+                raise EngineFailed("the step loop has ended")
+            self._commands.queue.append(command)
         self._commands.wake.set()
 
     # --- on the engine's thread ---
@@ -198,12 +203,13 @@ class Engine:
             logger.exception("the step loop ended")
             self._failure = error
         finally:
-            self._is_closing = True
+            with self._commands.lock:
+                self._is_closing = True
+            while self._commands.queue:
+                self._commands.queue.popleft()()
             for sequence in list(self._sequences.values()):
                 self._end_with(sequence, EngineFailed("the worker's step loop ended"))
             self._flush()
-            while self._commands.queue:
-                self._commands.queue.popleft()()
 
     def _step(self) -> bool:
         """Launch the next step, then collect the one before it: on a GPU the host works while the device does."""
@@ -241,10 +247,14 @@ class Engine:
         chosen = launched.step.sampled
         if chosen is not None:
             token_ids = chosen.token_ids.tolist()
+            is_finite = chosen.peaks.isfinite().tolist()
             logprobs = None if chosen.logprobs is None else chosen.logprobs.tolist()
             for index, (sequence, place) in enumerate(zip(launched.batch.sampled, launched.places, strict=True)):
                 sequence.token_ids[place] = token_ids[index]
                 if sequence.is_over:  # it ended after this step was launched
+                    continue
+                if not is_finite[index]:
+                    self._end_unusable(sequence)
                     continue
                 token_logprobs = None
                 num_top = sequence.request.sampling.logprobs
@@ -278,8 +288,10 @@ class Engine:
         for sequence, start, count in launched.batch.prompts:
             num_top = sequence.request.sampling.logprobs or 0
             for position in range(start + 1, start + 1 + count):
-                found = TokenLogprobs(sequence.token_ids[position], logprobs[row], chosen.top(row, num_top))
-                sequence.prompt_logprobs.append(found)
+                # After a preemption positions come again; those that were noted stand.
+                if position == len(sequence.prompt_logprobs) + 1:
+                    found = TokenLogprobs(sequence.token_ids[position], logprobs[row], chosen.top(row, num_top))
+                    sequence.prompt_logprobs.append(found)
                 row += 1
 
     def _deliver_token(self, sequence: Sequence, place: int, logprobs: tuple[TokenLogprobs, ...] | None) -> None:
@@ -296,7 +308,9 @@ class Engine:
             sequence.finish_reason = "stop"
         elif num_made >= sequence.max_tokens:
             sequence.finish_reason = "length"
-        text = sequence.detokenizer.append((token_id,), check_stop=past_min)
+        # A token that ends the answer is no part of its text.
+        said = () if sequence.finish_reason == "stop" else (token_id,)
+        text = sequence.detokenizer.append(said, check_stop=past_min)
         if sequence.detokenizer.matched_stop is not None:
             sequence.finish_reason, sequence.stop_reason = "stop", sequence.detokenizer.matched_stop
         elif sequence.finish_reason is not None:
@@ -325,12 +339,18 @@ class Engine:
         num_prompt = len(request.prompt_token_ids)
         room = self._runner.base.max_model_len - num_prompt
         if not request.prompt_token_ids or room < 1:
-            error = PromptTooLong(
+            error: WorkerError = PromptTooLong(
                 f"the prompt has {num_prompt} tokens; it must have at least 1 and leave room for an answer "
                 f"within the model's {self._runner.base.max_model_len}"
             )
             self._outbox.append((request.request_id, error))
             return
+        vocab_size = self._runner.base.vocab_size
+        for token_id in (*request.prompt_token_ids, *request.sampling.stop_token_ids):
+            if not 0 <= token_id < vocab_size:
+                error = InvalidTokenId(f"token id {token_id} is not in the base's vocabulary of {vocab_size}")
+                self._outbox.append((request.request_id, error))
+                return
         assert request.request_id not in self._sequences, f"request id {request.request_id} is in use"
         sampling = request.sampling
         sequence = Sequence(
@@ -361,6 +381,14 @@ class Engine:
     def _end_with(self, sequence: Sequence, error: Exception) -> None:
         self._outbox.append((sequence.request.request_id, error))
         self._finish(sequence, "abort", sequence.num_made)
+
+    def _end_unusable(self, sequence: Sequence) -> None:
+        """Its numbers overflowed. They lie in its KV pages, which others must not inherit."""
+        self._runner.cache.taint(sequence.kv_pages)
+        error = NonFiniteOutput(
+            f"the logits are not finite: the base and this adapter overflow {self._runner.base.dtype} on this prompt"
+        )
+        self._end_with(sequence, error)
 
     def _fail_unloadable(self) -> None:
         """End the requests whose adapter turned out not to be loadable."""

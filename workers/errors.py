@@ -6,6 +6,8 @@ WorkerError
 |-- NoRoomError             an adapter does not fit beside those that must stay
 |-- AdapterUnavailable      an adapter's weights cannot be fetched now
 |-- PromptTooLong           a prompt that leaves no room for an answer
+|-- InvalidTokenId          a token id that the base does not have
+|-- NonFiniteOutput         logits that are no numbers
 `-- EngineFailed            the step loop ended or stands still
 """
 
@@ -70,3 +72,15 @@ class PromptTooLong(WorkerError):  # noqa: N818
     """A prompt that leaves no room for an answer."""
 
     code: ClassVar[str] = "context_length_exceeded"
+
+
+class InvalidTokenId(WorkerError):  # noqa: N818
+    """A request names a token id outside the base's vocabulary."""
+
+    code: ClassVar[str] = "invalid_token_id"
+
+
+class NonFiniteOutput(WorkerError):  # noqa: N818
+    """The logits of a request are infinite or no numbers, so there is no token to choose."""
+
+    code: ClassVar[str] = "non_finite_output"

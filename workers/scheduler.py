@@ -52,7 +52,8 @@ class Scheduler:
         self._cache = cache
         self._gate = gate
         self._max_batch_tokens = max_batch_tokens
-        self._max_running = max_running
+        # Every running sequence needs a token a step, or the last ones would stand still.
+        self._max_running = min(max_running, max_batch_tokens)
         self._max_logits_rows = max_logits_rows
         self._max_wait_s = max_wait_s
         self._clock = clock
@@ -181,7 +182,6 @@ class Scheduler:
         self._release_pages(sequence)
         sequence.is_admitted = False
         sequence.num_preemptions += 1
-        sequence.prompt_logprobs.clear()
         self.num_preemptions += 1
         self._waiting.appendleft(sequence)
 

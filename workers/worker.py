@@ -46,6 +46,7 @@ class Worker:
         self._fetch = fetch
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, asyncio.Queue[GenerateDelta | Exception]] = {}
+        self._fetches: set[Future[AdapterWeights]] = set()
         self._parts = assemble(
             worker_id=worker_id,
             model=model,
@@ -190,6 +191,8 @@ class Worker:
         """End the engine and its threads."""
         self._engine.close()
         self._loader.close()
+        for fetch in tuple(self._fetches):
+            fetch.cancel()
 
     # --- threads ---
 
@@ -202,7 +205,11 @@ class Worker:
         future: Future[AdapterWeights] = asyncio.run_coroutine_threadsafe(
             _await(self._fetch(version)), self._event_loop
         )
-        return future.result()
+        self._fetches.add(future)
+        try:
+            return future.result()
+        finally:
+            self._fetches.discard(future)
 
 
 _serials = itertools.count()

@@ -56,6 +56,7 @@ class KVCache:
         self._pages = PageAllocator(num_pages)
         self._num_holders = [0] * num_pages
         self._prefixes = PrefixCache(page_tokens) if prefix_cache else None
+        self._tainted: set[int] = set()
 
     def _zeros(self, layer: LayerKV, num_pages: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         shape = (num_pages, layer.num_kv_heads, self.page_tokens, layer.head_dim)
@@ -89,6 +90,8 @@ class KVCache:
         pages = self._pages.allocate(num_pages)
         for page in pages:
             self._num_holders[page] = 1
+        if self._tainted:
+            self._clean([page for page in pages if page in self._tainted])
         return pages
 
     def free(self, pages: Sequence[int]) -> None:
@@ -103,6 +106,13 @@ class KVCache:
                 else:
                     unused.append(page)
         self._pages.free(unused)
+
+    def taint(self, pages: Sequence[int]) -> None:
+        """Some of what lies in these pages is infinite or no number: they are zeroed before another sequence has them.
+
+        Zero times it would be no number either, where attention multiplies what lies beyond a sequence's end.
+        """
+        self._tainted.update(pages)
 
     def match(self, version: str | None, tokens: Tokens) -> list[int]:
         """Pages that `acquire_prefix` would hold, without holding them."""
@@ -134,6 +144,11 @@ class KVCache:
         """Forget the cached pages of an adapter version that is gone for good; live sequences keep theirs."""
         if self._prefixes is not None:
             self._pages.free(self._prefixes.drop(version))
+
+    def _clean(self, pages: list[int]) -> None:
+        for tensor in (*self.keys, *self.values):
+            tensor[pages] = 0
+        self._tainted.difference_update(pages)
 
     def _hold(self, page: int) -> None:
         if self._num_holders[page] == 0:

@@ -132,6 +132,14 @@ class Residency:
     def can_reserve(self, manifest: AdapterManifest) -> bool:
         return self.victims(manifest) is not None
 
+    def fits_beside_pinned(self, manifest: AdapterManifest) -> bool:
+        """Whether the version would fit if only the pinned ones stayed; if not, waiting for room is in vain."""
+        pinned = [entry for entry in self._entries.values() if entry.is_pinned]
+        num_pages = sum(len(entry.allocation.page_ids) for entry in pinned)
+        return len(pinned) < self._pool.num_slots and self._pool.num_pages(manifest) <= (
+            self._pool.num_pages_total - num_pages
+        )
+
     def victims(self, manifest: AdapterManifest) -> tuple[str, ...] | None:
         """Versions that `reserve` would evict now, least recently used first; None when even that makes no room."""
         missing_pages = self._pool.num_pages(manifest) - self._pool.num_pages_free

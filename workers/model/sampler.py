@@ -5,7 +5,7 @@ A row's choice depends on its own logits, settings, seed and position only, neve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,8 @@ class Chosen:
     """(rows, num_top) int64: the likeliest tokens, best first."""
     top_logprobs: Tensor | None
     """(rows, num_top) float32."""
+    peaks: Tensor
+    """(rows,) float32: the largest logit; where it is not finite the token means nothing."""
 
     def top(self, row: int, count: int) -> tuple[tuple[int, float], ...]:
         """The `count` likeliest tokens of a row. On the host."""
@@ -56,34 +58,39 @@ class Chosen:
 
     def to_host(self) -> Chosen:
         """Begin to copy to the host; complete once the device has caught up with an event recorded after this."""
-        parts = (self.token_ids, self.logprobs, self.top_ids, self.top_logprobs)
-        token_ids, logprobs, top_ids, top_logprobs = (
+        parts = (self.token_ids, self.logprobs, self.top_ids, self.top_logprobs, self.peaks)
+        token_ids, logprobs, top_ids, top_logprobs, peaks = (
             None if part is None else part.to("cpu", non_blocking=True) for part in parts
         )
         assert token_ids is not None
-        return Chosen(token_ids, logprobs, top_ids, top_logprobs)
+        assert peaks is not None
+        return Chosen(token_ids, logprobs, top_ids, top_logprobs, peaks)
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Chosen:
     """logits: (rows, vocab) any float dtype. Does not synchronise with the device."""
     logits = logits.float()
+    allowed = logits
     if batch.forbidden:
-        logits = logits.clone()
+        allowed = logits.clone()
         for row, banned in enumerate(batch.forbidden):
             if banned:
-                logits[row, list(banned)] = -torch.inf
-    token_ids = logits.argmax(dim=-1) if batch.is_greedy else _draw(logits, batch)
+                allowed[row, list(banned)] = -torch.inf
+    peaks, token_ids = allowed.max(dim=-1)
+    if not batch.is_greedy:
+        token_ids = _draw(allowed, batch)
     if batch.num_logprobs < 0:
-        return Chosen(token_ids, None, None, None)
-    return with_logprobs(logits, token_ids, batch.num_logprobs)
+        return Chosen(token_ids, None, None, None, peaks)
+    return replace(with_logprobs(logits, token_ids, batch.num_logprobs), peaks=peaks)
 
 
 def with_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Chosen:
     """`token_ids` (rows,) with their logprobs under logits (rows, vocab), and the `num_top` likeliest tokens."""
-    logprobs = logits.float().log_softmax(dim=-1)
+    logits = logits.float()
+    logprobs = logits.log_softmax(dim=-1)
     of_chosen = logprobs.gather(1, token_ids[:, None])[:, 0]
     top_logprobs, top_ids = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
-    return Chosen(token_ids, of_chosen, top_ids, top_logprobs)
+    return Chosen(token_ids, of_chosen, top_ids, top_logprobs, logits.amax(dim=-1))
 
 
 def _draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -105,7 +112,8 @@ def _draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
     mass = probabilities.cumsum(dim=-1)
     uniforms = torch.from_numpy(_uniforms(batch.seeds, batch.positions)).to(device)[:, None]
     drawn = torch.searchsorted(mass, uniforms * mass[:, -1:], right=True)
-    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    # At least 0, so that a row of logits that are no numbers yields some token; its peak says that it is none.
+    last = ((probabilities > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     drawn = torch.where(is_greedy, 0, torch.minimum(drawn, last))
     return order.gather(1, drawn)[:, 0]
 
