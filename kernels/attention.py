@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from lorafleet.kernels.tiling import dependent_launch
 
 MAX_HEAD_DIM = 256
 MAX_SPLITS = 64
@@ -94,6 +97,7 @@ def decode(
             )
     block_dim = max(16, triton.next_power_of_2(head_dim))
     block_tokens, num_warps, num_stages = _decode_tiling(block_dim, query.element_size())
+    pdl = dependent_launch(query)
     _decode_kernel[(num_kv_heads, num_sequences, num_splits)](
         query,
         keys,
@@ -122,7 +126,9 @@ def decode(
         PAGE_TOKENS=page_tokens,
         BLOCK_TOKENS=block_tokens,
         STAGES=num_stages,
+        PDL=pdl,
         num_warps=num_warps,
+        launch_pdl=pdl,
     )
 
 
@@ -324,8 +330,12 @@ def _decode_kernel(
     PAGE_TOKENS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program takes one part of a sequence's context for all query heads of one KV head."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     kv_head = tl.program_id(0)
     sequence = tl.program_id(1)
     split = tl.program_id(2)

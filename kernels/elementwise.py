@@ -1,4 +1,8 @@
-"""The Triton kernels of `fused`, which checks their arguments and documents them."""
+"""The Triton kernels of `fused`, which checks their arguments and documents them.
+
+With `PDL` a kernel comes up while the one ahead of it still runs, and waits for that one's end before it reads what
+others write.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lorafleet.kernels.fused import HeadNorm, KVPlace
+from lorafleet.kernels.tiling import dependent_launch
 
 _BLOCK_HEADS = 8
 _BLOCK_SILU = 1024
@@ -19,6 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
     num_rows, width = x.shape
     if num_rows:
         block = triton.next_power_of_2(width)
+        pdl = dependent_launch(x)
         _rms_norm_kernel[(num_rows,)](
             x,
             x if residual is None else residual,
@@ -30,7 +37,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
             eps,
             HAS_RESIDUAL=residual is not None,
             BLOCK=block,
+            PDL=pdl,
             num_warps=min(16, max(1, block // 512)),
+            launch_pdl=pdl,
         )
     return out
 
@@ -44,6 +53,7 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, place: KVPlace, norm
     query_blocks, kv_blocks = triton.cdiv(num_heads, block_heads), triton.cdiv(num_kv_heads, block_heads)
     if not num_rows:
         return
+    pdl = dependent_launch(qkv)
     _rotate_and_store_kernel[(num_rows, query_blocks + 2 * kv_blocks)](
         qkv,
         cos,
@@ -68,7 +78,9 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, place: KVPlace, norm
         BLOCK_HEADS=block_heads,
         HEAD_DIM=head_dim,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+        PDL=pdl,
         num_warps=4,
+        launch_pdl=pdl,
     )
 
 
@@ -103,21 +115,35 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if num_rows and width:
+        pdl = dependent_launch(gate_up)
         _silu_mul_kernel[(num_rows, triton.cdiv(width, _BLOCK_SILU))](
-            gate_up, out, gate_up.stride(0), width, BLOCK=_BLOCK_SILU, num_warps=4
+            gate_up, out, gate_up.stride(0), width, BLOCK=_BLOCK_SILU, PDL=pdl, num_warps=4, launch_pdl=pdl
         )
     return out
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x, residual, weight, out, x_stride, residual_stride, width, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    residual,
+    weight,
+    out,
+    x_stride,
+    residual_stride,
+    width,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0)
     scale = tl.load(weight + columns, mask=inside, other=0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         pointers = residual + row * residual_stride + columns
         before = tl.load(pointers, mask=inside, other=0.0)
@@ -155,7 +181,11 @@ def _rotate_and_store_kernel(
     BLOCK_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -240,7 +270,10 @@ def _store_kernel(
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, stride, width, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up, out, stride, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
