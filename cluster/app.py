@@ -1,10 +1,9 @@
 """Builds the Serve application: `import_path: lorafleet.cluster.app:build`.
 
 Three deployments of plain classes: `ingress` (HTTP, names, roll-outs), `worker` (one engine each) and `adapter_store`.
-What Serve is told of each of them is here and nowhere else.
+What Serve is told of each of them is here and nowhere else. No postponed annotations here: Serve reads the type of
+`build`'s argument at run time.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 from typing import Any

@@ -15,7 +15,9 @@ from ray.serve.handle import DeploymentHandle
 
 from lorafleet.adapter_store.manifest import AdapterManifest
 from lorafleet.cluster.errors import ServiceUnavailable, WorkerGone, unwrap
-from lorafleet.cluster.router import live_workers
+from lorafleet.cluster.outcome import result_of
+from lorafleet.cluster.whereabouts import live_workers
+from lorafleet.workers.errors import EngineFailed
 from lorafleet.workers.state import WorkerState
 
 CALL_S = 10.0
@@ -83,11 +85,12 @@ class ServeFleet:
         response = self._handle.options(method_name=method).remote(*args, worker_id=worker_id, **kwargs)
         try:
             async with asyncio.timeout(timeout_s):
-                return await response
+                return result_of(await response)
         except TimeoutError:
             response.cancel()
             raise ServiceUnavailable(f"worker {worker_id} does not answer", None, 5.0) from None
         except RayTaskError as error:
             raise unwrap(error) from error
-        except (RayActorError, DeploymentUnavailableError) as error:
+        except (RayActorError, DeploymentUnavailableError, EngineFailed) as error:
+            # A worker whose step loop has ended is about to be replaced.
             raise WorkerGone(f"worker {worker_id} is gone") from error

@@ -11,8 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-import weakref
-from collections import OrderedDict, defaultdict, deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,28 +19,12 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from lorafleet.cluster.errors import Overloaded, StoreUnavailable, WorkerGone
 from lorafleet.cluster.placement import Candidate, Placement
+from lorafleet.cluster.whereabouts import note_request, note_router
 
 RETRY_PAUSE_S = 0.02
 """Pause before a call that a replica rejected (it is shutting down, or full) is sent again."""
 START_PATIENCE_S = 5.0
 """How long a router that has never seen a replica waits for the first one."""
-
-MAX_TRACKED = 8192
-"""Latest requests of which `worker_of` knows the worker."""
-
-_worker_routers: weakref.WeakSet[WorkerRouter] = weakref.WeakSet()
-_workers_of: OrderedDict[str, str] = OrderedDict()
-
-
-def live_workers(deployment_id: Any) -> frozenset[str]:
-    """Ids of the workers that this process's handles of a deployment can reach now."""
-    routers = [router for router in _worker_routers if router.deployment_id == deployment_id]
-    return frozenset(replica_id.unique_id for router in routers for replica_id in tuple(router.curr_replicas))
-
-
-def worker_of(request_id: str) -> str | None:
-    """The worker that an EngineRequest of this process was sent to last; None before it was, and long after."""
-    return _workers_of.get(request_id)
 
 
 @dataclass(slots=True, eq=False)
@@ -55,13 +38,6 @@ class Waiter:
     chosen: asyncio.Future[RunningReplica] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
-def _note_worker(request_id: str | None, worker_id: str) -> None:
-    if request_id is not None:
-        _workers_of[request_id] = worker_id
-        if len(_workers_of) > MAX_TRACKED:
-            _workers_of.popitem(last=False)
-
-
 class WorkerRouter(RequestRouter):
     """Routes to workers by residency and load. Lives on the event loop of its handle's router."""
 
@@ -71,7 +47,7 @@ class WorkerRouter(RequestRouter):
         self._max_queued = max_queued
         self._waiting: deque[Waiter] = deque()
         self._in_flight: defaultdict[ReplicaID, int] = defaultdict(int)  # reserved or sent, and not completed
-        _worker_routers.add(self)
+        note_router(self)
 
     @property
     def deployment_id(self) -> Any:
@@ -136,7 +112,8 @@ class WorkerRouter(RequestRouter):
             if worker_id is None:
                 return
             self._waiting.popleft()
-            _note_worker(waiter.request_id, worker_id)
+            if waiter.request_id is not None:
+                note_request(waiter.request_id, worker_id)
             waiter.chosen.set_result(self._reserve(worker_id))
 
     def _candidate(self, replica: RunningReplica) -> Candidate:

@@ -15,6 +15,7 @@ from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, De
 from lorafleet.cluster.config import Warm
 from lorafleet.cluster.errors import StoreUnavailable, unwrap
 from lorafleet.cluster.names import NamedVersion, NamesAt
+from lorafleet.cluster.outcome import result_of
 
 CALL_S = 10.0
 """How long the store may take to answer from its catalogue."""
@@ -91,7 +92,7 @@ class StoreClient:
         response = self._handle.options(method_name=method).remote(*args, **kwargs)
         try:
             async with asyncio.timeout(timeout_s):
-                return await response
+                return result_of(await response)
         except TimeoutError:
             response.cancel()
             raise StoreUnavailable("the adapter store does not answer", None, 2.0) from None

@@ -19,6 +19,7 @@ from lorafleet.adapter_store.service import AdapterStore
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.metrics import StoreMetrics
 from lorafleet.cluster.names import NamedVersion, NamesAt, named_version
+from lorafleet.cluster.outcome import replying
 from lorafleet.cluster.store_client import StoredWeights
 from lorafleet.workers.model.geometry import read_geometry
 
@@ -52,12 +53,15 @@ class StoreReplica:
         self._metrics = StoreMetrics()
         self._reporting = asyncio.create_task(self._report())
 
+    @replying
     async def stage(self, source: str, key: str) -> AdapterManifest:
         return await self._store.stage(source, key)
 
+    @replying
     async def validate(self, source: str, key: str) -> AdapterManifest:
         return await self._store.validate(source, key)
 
+    @replying
     async def flip(
         self,
         name: str,
@@ -71,12 +75,15 @@ class StoreReplica:
     ) -> NamedAdapter:
         return await self._store.flip(name, version, source=source, key=key, pinned=pinned, warm=warm, origin=origin)
 
+    @replying
     async def delete(self, name: str, *, explicit: bool = True) -> NamedAdapter:
         return await self._store.delete(name, explicit=explicit)
 
+    @replying
     async def set_pinned(self, name: str, pinned: bool) -> NamedAdapter:
         return await self._store.set_pinned(name, pinned)
 
+    @replying
     async def resolve(self, name: str) -> NamedVersion:
         """What a request needs of a name: every request asks, and a manifest is thousands of times as long."""
         return named_version(await self._store.resolve(name))
@@ -96,9 +103,11 @@ class StoreReplica:
             await asyncio.sleep(0.05)
         return await self._store.generation()
 
+    @replying
     async def manifest(self, version: str) -> AdapterManifest:
         return await self._store.manifest(version)
 
+    @replying
     async def fetch(self, version: str) -> StoredWeights:
         stored: StoredWeights = await self._store.fetch(version)
         return stored

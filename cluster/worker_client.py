@@ -10,7 +10,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from lorafleet.cluster.errors import NoWorker, Overloaded, WorkerGone, unwrap
-from lorafleet.cluster.router import worker_of
+from lorafleet.cluster.outcome import result_of
+from lorafleet.cluster.whereabouts import worker_of
 from lorafleet.workers.request import EngineRequest, GenerateDelta
 
 _GONE = (RayActorError, WorkerCrashedError, ObjectLostError, TaskCancelledError)
@@ -42,7 +43,7 @@ class ServeStream:
     async def next(self) -> GenerateDelta:
         """The next delta. Raises WorkerGone, Overloaded, NoWorker, or what the worker raised."""
         try:
-            delta: GenerateDelta = await self._response.__anext__()
+            delta: GenerateDelta = result_of(await self._response.__anext__())
         except StopAsyncIteration:
             raise WorkerGone("the worker ended the stream before the answer") from None
         except asyncio.CancelledError:

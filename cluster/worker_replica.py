@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from lorafleet.adapter_store.manifest import AdapterManifest, Desired
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.metrics import WorkerMetrics
+from lorafleet.cluster.outcome import EXPECTED, Failure, replying
 from lorafleet.cluster.placement import VERSION_PREFIX
 from lorafleet.cluster.reconciler import Reconciler
 from lorafleet.cluster.store_client import StoreClient
@@ -55,32 +56,40 @@ class WorkerReplica:
 
     async def generate(
         self, request: EngineRequest, excluded: frozenset[str] = frozenset()
-    ) -> AsyncIterator[GenerateDelta]:
-        """Stream one answer. `excluded` are workers that the router is to avoid."""
-        async with aclosing(self._worker.generate(request)) as deltas:
-            async for delta in deltas:
-                yield delta
+    ) -> AsyncIterator[GenerateDelta | Failure]:
+        """Stream one answer, or what went wrong as the last item. `excluded` are workers that the router avoids."""
+        try:
+            async with aclosing(self._worker.generate(request)) as deltas:
+                async for delta in deltas:
+                    yield delta
+        except EXPECTED as error:
+            yield Failure(error)
 
+    @replying
     async def state(self, worker_id: str) -> WorkerState:
         """What this worker holds and does."""
         self._check(worker_id)
         return await self._worker.state()
 
+    @replying
     async def make_resident(self, version: str, *, hold_s: float, pinned: bool, worker_id: str) -> None:
         """Load a version and hold it. Raises NoRoomError, and what fetching raises."""
         self._check(worker_id)
         await self._worker.make_resident(version, hold_s=hold_s, pinned=pinned)
 
+    @replying
     async def release_hold(self, version: str, worker_id: str) -> None:
         """End the hold of one `make_resident`."""
         self._check(worker_id)
         await self._worker.release_hold(version)
 
+    @replying
     async def estimate(self, manifest: AdapterManifest, worker_id: str) -> tuple[int, tuple[str, ...]]:
         """Pages an adapter would take, and the versions it would evict. Raises NoRoomError."""
         self._check(worker_id)
         return await self._worker.estimate(manifest)
 
+    @replying
     async def reconcile(self, worker_id: str) -> None:
         """Ask the store, now, what to hold. Raises StoreUnavailable."""
         self._check(worker_id)

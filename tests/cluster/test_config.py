@@ -9,8 +9,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve._private.build_app import build_app
 from ray.serve.scripts import convert_args_to_dict
 
+from lorafleet.cluster.app import build
 from lorafleet.cluster.config import AppConfig, AuthConfig, UserConfig
 
 CONTRACT = """
@@ -104,16 +106,13 @@ def test_command_lines_override_a_serve_yaml(tmp_path: Path) -> None:
         from_command_line(f"config={path}")
 
 
-def test_serve_hands_the_builder_this_type() -> None:
-    seen: list[AppConfig] = []
-
-    def build(args: AppConfig) -> None:
-        seen.append(args)
-
-    build.__annotations__["args"] = AppConfig
-    with pytest.raises(TypeError, match="must return an `Application`"):
-        call_user_app_builder_with_args_if_necessary(build, contract())
-    assert seen[0].model.id == "demo"
+def test_serve_builds_three_deployments_of_a_mapping() -> None:
+    application = call_user_app_builder_with_args_if_necessary(build, contract())
+    built = build_app(application, name="lorafleet")
+    assert {deployment.name for deployment in built.deployments} == {"ingress", "worker", "adapter_store"}
+    assert built.ingress_deployment_name == "ingress"
+    with pytest.raises(ValidationError, match="nonsense"):
+        call_user_app_builder_with_args_if_necessary(build, contract(nonsense=1))
 
 
 def test_local_paths_become_absolute_and_hub_ids_stay(tmp_path: Path) -> None:
