@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--max-batch-tokens", type=int, default=8192)
     parser.add_argument("--max-running", type=int, default=256)
+    parser.add_argument("--profile", type=Path, help="also write where the device's time goes, a text file a case")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     rng = random.Random(0)
@@ -252,6 +253,13 @@ def main() -> None:
             bench.run(these_prompts, these_versions, min(16, num_output), f"warm-{case}")
             for _ in range(args.repeats):
                 emit(case, bench.run(these_prompts, these_versions, num_output, case))
+            if args.profile is not None:
+                with torch.profiler.profile() as profiler:
+                    bench.run(these_prompts, these_versions, min(16, num_output), f"profile-{case}")
+                table = profiler.key_averages().table(
+                    sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90
+                )
+                (args.profile / f"profile-{case}.txt").write_text(table)
     bench.parts.engine.close()
 
 
