@@ -15,7 +15,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a few minutes the first time"
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt --upgrade pip setuptools
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	PYTHONWARNINGS=ignore $(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 # mypy and import-linter do not follow the finder of an editable install: links show them the package as imported.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import logging
 import re
 import sys
 import textwrap
@@ -335,6 +336,7 @@ def filled(text: str) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the pages, or with `--check` name those that are behind the code; 1 if there are any."""
+    logging.disable()  # of errors that are made here to be described
     behind = []
     for page in sorted(DOCS.glob("*.md")):
         text = page.read_text()
