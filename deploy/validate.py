@@ -1,0 +1,140 @@
+"""Checks Serve configs without starting anything: `python -m lorafleet.deploy.validate FILE...`.
+
+Reads Serve YAMLs, and Kubernetes manifests that hold one in a RayService; checks Serve's own keys, `args` and the
+`user_config` of the ingress, and warns of what will only fail later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+
+from lorafleet.cluster.auth import is_loopback
+from lorafleet.cluster.config import AppConfig, UserConfig
+
+IMPORT_PATH = "lorafleet.cluster.app:build"
+DEPLOYMENTS = ("ingress", "worker", "adapter_store")
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class InvalidConfig(Exception):  # noqa: N818
+    """A file that would not deploy; the message has a line for each reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A file that deploys."""
+
+    applications: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def check_file(path: Path) -> Checked:
+    """Check all Serve configs in a YAML file. Raises InvalidConfig."""
+    try:
+        documents = list(yaml.safe_load_all(path.read_text()))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InvalidConfig(f"{path}: {error}") from error
+    configs = [config for document in documents for config in _serve_configs(document)]
+    if not configs:
+        raise InvalidConfig(f"{path}: no Serve config and no RayService in it")
+    checked = [check_config(config) for config in configs]
+    return Checked(
+        applications=tuple(name for each in checked for name in each.applications),
+        warnings=tuple(warning for each in checked for warning in each.warnings),
+    )
+
+
+def _serve_configs(document: object) -> Iterator[object]:
+    if not isinstance(document, Mapping):
+        return
+    if document.get("kind") == "RayService":
+        spec = document.get("spec")
+        text = spec.get("serveConfigV2") if isinstance(spec, Mapping) else None
+        if not isinstance(text, str):
+            raise InvalidConfig("RayService: spec.serveConfigV2 is not there")
+        yield yaml.safe_load(text)
+    elif "apiVersion" not in document:
+        yield document
+
+
+def check_config(config: Any) -> Checked:
+    """Check one Serve config. Raises InvalidConfig."""
+    schema = _valid(ServeDeploySchema, config, "")
+    host = schema.http_options.host
+    names: list[str] = []
+    warnings = _passed_over(ServeDeploySchema, config, "")
+    for i, application in enumerate(schema.applications):
+        where = f"applications.{i}."
+        if application.import_path != IMPORT_PATH:
+            continue
+        names.append(application.name)
+        warnings += _passed_over(ServeApplicationSchema, config["applications"][i], where)
+        args = _valid(AppConfig, application.args, f"{where}args.")
+        for j, deployment in enumerate(application.deployments):
+            if deployment.name not in DEPLOYMENTS:
+                raise InvalidConfig(
+                    f"{where}deployments.{j}.name: {deployment.name!r} is none of {', '.join(DEPLOYMENTS)}"
+                )
+            user_config = deployment.model_dump(exclude_unset=True).get("user_config")
+            if deployment.name == "ingress" and user_config is not None:
+                desired = _valid(UserConfig, user_config, f"{where}deployments.{j}.user_config.")
+                known = {source.name for source in args.adapters.sources}
+                warnings += [
+                    f"user_config wants {adapter.name!r} from {adapter.source!r}, which is no configured source"
+                    for adapter in desired.adapters
+                    if adapter.source not in known
+                ]
+        if host is not None and not is_loopback(host):
+            warnings.append(
+                f"HTTP is bound to {host}: the service starts only if {args.auth.admin_token_env} is set on the cluster"
+            )
+    if not names:
+        raise InvalidConfig(f"no application has import_path: {IMPORT_PATH}")
+    return Checked(tuple(names), tuple(warnings))
+
+
+def _passed_over(model: type[BaseModel], values: Mapping[str, object], where: str) -> list[str]:
+    """Serve says nothing of keys that it does not know."""
+    return [
+        f"{where}{key} is no key of Serve's, which passes over it" for key in values if key not in model.model_fields
+    ]
+
+
+def _valid(model: type[Model], values: Any, where: str) -> Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        reasons = (f"{where}{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors())
+        raise InvalidConfig("\n".join(reasons)) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the files; 0 if all of them would deploy."""
+    parser = argparse.ArgumentParser(description="Check Serve configs without starting anything.")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    num_invalid = 0
+    for path in parser.parse_args(arguments).files:
+        try:
+            checked = check_file(path)
+        except InvalidConfig as error:
+            num_invalid += 1
+            print(f"{path}: invalid\n  " + str(error).replace("\n", "\n  "), file=sys.stderr)
+        else:
+            print(f"{path}: valid ({', '.join(checked.applications)})")
+            for warning in checked.warnings:
+                print(f"  note: {warning}")
+    return min(num_invalid, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

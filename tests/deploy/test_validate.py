@@ -1,0 +1,75 @@
+"""The configs that we ship are valid, and what is wrong in a config is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lorafleet.deploy.validate import InvalidConfig, check_config, check_file, main
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted([*(ROOT / "deploy/serve").glob("*.yaml"), *(ROOT / "deploy/kuberay").glob("*.yaml")])
+
+
+def local(**application: Any) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((ROOT / "deploy/serve/local.yaml").read_text())
+    config["applications"][0] |= application
+    return config
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_what_we_ship_is_valid(path: Path) -> None:
+    assert check_file(path).applications == ("lorafleet",)
+
+
+def test_local_is_bound_to_loopback_and_needs_no_note() -> None:
+    assert check_file(ROOT / "deploy/serve/local.yaml").warnings == ()
+    config = local()
+    config["http_options"]["host"] = "0.0.0.0"
+    assert "LORAFLEET_ADMIN_TOKEN" in check_config(config).warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("application", "reason"),
+    [
+        ({"args": {}}, r"applications\.0\.args\.model: Field required"),
+        ({"args": {"model": {"id": "a", "source": "b"}, "x": 1}}, r"applications\.0\.args\.x: Extra inputs"),
+        ({"import_path": "other.app:build"}, "no application has import_path"),
+        ({"deployments": [{"name": "workers"}]}, r"deployments\.0\.name: 'workers' is none of ingress"),
+        ({"deployments": [{"name": "ingress", "user_config": {"a": 1}}]}, r"deployments\.0\.user_config\.a: Extra"),
+    ],
+)
+def test_what_is_wrong_is_named(application: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidConfig, match=reason):
+        check_config(local(**application))
+
+
+def test_keys_that_serve_passes_over_are_noted() -> None:
+    assert "applications.0.user_config" in check_config(local(user_config={})).warnings[0]
+    assert "nonsense" in check_config({**local(), "nonsense": 1}).warnings[0]
+
+
+def test_a_user_config_from_an_unknown_source_is_noted() -> None:
+    wanted = {"adapters": [{"name": "a", "source": "nowhere", "key": "k"}]}
+    config = local(deployments=[{"name": "ingress", "user_config": wanted}])
+    assert "'nowhere'" in check_config(config).warnings[0]
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "[]", "kind: RayService\nspec: {}", "apiVersion: v1\nkind: Secret"])
+def test_files_without_a_config_are_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(InvalidConfig):
+        check_file(path)
+
+
+def test_main_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("applications: []")
+    assert main([str(path) for path in SHIPPED]) == 0
+    assert "valid (lorafleet)" in capsys.readouterr().out
+    assert main([str(SHIPPED[0]), str(broken)]) == 1
+    assert "no application has import_path" in capsys.readouterr().err
