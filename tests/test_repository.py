@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+from lorafleet.deploy.validate import check_file
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -124,6 +126,13 @@ def test_dashboard_panels_do_not_overlap() -> None:
         assert not taken & cells
         assert max(x for x, _ in cells) < 24
         taken |= cells
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "deploy").rglob("*.yaml")), ids=lambda path: path.name)
+def test_serve_configs_deploy(path: Path) -> None:
+    checked = check_file(path)
+    assert checked.applications == ("lorafleet",)
+    assert all("is bound to" in warning for warning in checked.warnings)
 
 
 def kuberay() -> dict[str, dict[str, Any]]:
