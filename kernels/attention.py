@@ -17,11 +17,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from lorafleet.kernels.tiling import dependent_launch
 
 MAX_HEAD_DIM = 256
-MAX_SPLITS = 64
-MIN_SPLIT_TOKENS = 256
+MAX_SPLITS = 32
+PROGRAMS_PER_PROCESSOR = 2
+"""Decode splits contexts until this many programs a multiprocessor have work."""
+MAX_PROGRAMS_PER_PROCESSOR = 16
+"""Room for splitting long contexts further, so that a few of them among short ones do not hold up a launch."""
+MIN_PART_TOKENS = 256
 """Shorter parts of a context cost more to combine than they save."""
-PROGRAMS_PER_PROCESSOR = 4
-"""Decode splits contexts until this many programs a multiprocessor are there: enough to even out unequal lengths."""
+MAX_PART_TOKENS = 2048
+"""Longer parts are split where there is room."""
 
 _LOG2_E = 1.4426950408889634
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -31,33 +35,42 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class DecodeWorkspace:
     """Scratch memory of split decoding. The launches of one stream may share it; two streams may not."""
 
-    num_programs: int
-    """How many programs a launch should have at least; fewer (sequence, KV head) pairs than that are split."""
+    num_processors: int
+    """Multiprocessors to keep busy."""
     partials: Tensor
     """float32: unnormalised results of the parts, then their maxima and sums."""
     arrivals: Tensor
-    """(num_programs,) int32: parts that have arrived at each (sequence, KV head); zero between launches."""
+    """int32: parts that have arrived at each (sequence, KV head); zero between launches."""
 
     @classmethod
     def allocate(
-        cls, *, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device, num_programs: int | None = None
+        cls,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        num_processors: int | None = None,
     ) -> DecodeWorkspace:
-        """For any number of sequences of this shape. `num_programs`: default by the device's multiprocessors."""
-        if num_programs is None:
-            processors: int = torch.cuda.get_device_properties(device).multi_processor_count
-            num_programs = PROGRAMS_PER_PROCESSOR * processors
-        # Splits are a power of two, so there are less than twice as many programs as asked for.
-        elements = 2 * num_programs * (num_heads // num_kv_heads) * (head_dim + 2)
+        """For any number of sequences of this shape. `num_processors`: default what the device has."""
+        if num_processors is None:
+            num_processors = torch.cuda.get_device_properties(device).multi_processor_count
+        num_programs = MAX_PROGRAMS_PER_PROCESSOR * num_processors
+        elements = num_programs * (num_heads // num_kv_heads) * (head_dim + 2)
         return cls(
-            num_programs=num_programs,
+            num_processors=num_processors,
             partials=torch.empty(elements, dtype=torch.float32, device=device),
             arrivals=torch.zeros(num_programs, dtype=torch.int32, device=device),
         )
 
-    def num_splits(self, num_sequences: int, num_kv_heads: int) -> int:
-        """Into how many parts a launch cuts long contexts: a power of two."""
-        parts = -(-self.num_programs // max(1, num_sequences * num_kv_heads))
-        return min(MAX_SPLITS, 1 << (parts - 1).bit_length())
+    def splits(self, num_pairs: int) -> tuple[int, int]:
+        """(most parts, parts that keep the device busy) of a context, for so many (sequence, KV head) pairs.
+
+        Both are powers of two.
+        """
+        most = MAX_PROGRAMS_PER_PROCESSOR * self.num_processors // num_pairs
+        busy = PROGRAMS_PER_PROCESSOR * self.num_processors // num_pairs
+        return min(MAX_SPLITS, _floor_power_of_two(most)), min(MAX_SPLITS, _floor_power_of_two(busy))
 
 
 def decode(
@@ -87,7 +100,7 @@ def decode(
     num_heads, head_dim = query.shape[1:]
     num_kv_heads, page_tokens = keys.shape[1:3]
     group = num_heads // num_kv_heads
-    num_splits = workspace.num_splits(num_sequences, num_kv_heads)
+    num_splits, busy_splits = workspace.splits(num_sequences * num_kv_heads)
     if num_splits > 1:
         needed = num_sequences * num_kv_heads * num_splits * group * (head_dim + 2)
         if workspace.partials.numel() < needed or workspace.partials.device != query.device:
@@ -118,9 +131,13 @@ def decode(
         window or 0,
         HAS_WINDOW=window is not None,
         NUM_SPLITS=num_splits,
-        MIN_SPLIT=max(MIN_SPLIT_TOKENS, block_tokens),
+        BUSY_SPLITS=busy_splits,
+        MIN_PART=MIN_PART_TOKENS,
+        MAX_PART=MAX_PART_TOKENS,
         GROUP=group,
         BLOCK_GROUP=max(16, triton.next_power_of_2(group)),
+        # As many heads at once as 64 registers a thread hold.
+        COMBINED_HEADS=min(triton.next_power_of_2(group), max(1, 8192 // (num_splits * block_dim))),
         HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim,
         PAGE_TOKENS=page_tokens,
@@ -198,9 +215,15 @@ def extend(
 
 
 def _decode_tiling(block_dim: int, element_size: int) -> tuple[int, int, int]:
-    """(tokens a step, warps, pipeline stages): about 16 KiB of keys a step, three steps in flight."""
+    """(tokens a step, warps, pipeline stages): 16 KiB of keys a step. Several programs share a multiprocessor, which
+    hides more latency than deeper pipelines would.
+    """
     tokens = 16384 // (block_dim * element_size)
-    return max(16, min(tokens, 128)), 4, 4
+    return max(16, min(tokens, 128)), 4, 3
+
+
+def _floor_power_of_two(n: int) -> int:
+    return 1 << max(0, n.bit_length() - 1)
 
 
 def _extend_tiling(block_dim: int, element_size: int, mean_rows: int) -> tuple[int, int, int, int]:
@@ -322,9 +345,12 @@ def _decode_kernel(
     window,
     HAS_WINDOW: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    MIN_SPLIT: tl.constexpr,
+    BUSY_SPLITS: tl.constexpr,
+    MIN_PART: tl.constexpr,
+    MAX_PART: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
+    COMBINED_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
@@ -341,8 +367,9 @@ def _decode_kernel(
     split = tl.program_id(2)
     length = tl.load(context_lengths + sequence).to(tl.int32)
     first = tl.maximum(length - window, 0) if HAS_WINDOW else 0
-    part = tl.cdiv(length - first, NUM_SPLITS)
-    part = tl.maximum(tl.cdiv(part, BLOCK_TOKENS) * BLOCK_TOKENS, MIN_SPLIT)
+    part = tl.minimum(tl.maximum(tl.cdiv(length - first, BUSY_SPLITS), MIN_PART), MAX_PART)
+    part = tl.maximum(part, tl.cdiv(length - first, NUM_SPLITS))
+    part = tl.cdiv(part, BLOCK_TOKENS) * BLOCK_TOKENS
     # An empty context has one part, of no tokens, which writes zeros.
     num_parts = tl.maximum(tl.cdiv(length - first, part), 1)
     if split >= num_parts:
@@ -396,22 +423,28 @@ def _decode_kernel(
         tl.debug_barrier()
         num_arrived = tl.atomic_add(arrivals + pair, 1, sem="acq_rel", scope="gpu") + 1
         if num_arrived == num_parts:
-            parts = tl.arange(0, NUM_SPLITS)
-            is_part = parts < num_parts
-            for head in range(GROUP):
-                part_lines = (pair * GROUP + head) * NUM_SPLITS + parts
+            parts = tl.arange(0, NUM_SPLITS)[None, :]
+            for first_head in range(0, GROUP, COMBINED_HEADS):
+                some = first_head + tl.arange(0, COMBINED_HEADS)
+                part_lines = ((pair * GROUP + some) * NUM_SPLITS)[:, None] + parts
+                is_part = (some < GROUP)[:, None] & (parts < num_parts)
                 part_maxima = tl.load(maxima + part_lines, mask=is_part, other=float("-inf"), cache_modifier=".cg")
                 part_totals = tl.load(totals + part_lines, mask=is_part, other=0.0, cache_modifier=".cg")
                 part_results = tl.load(
-                    partials + (part_lines * HEAD_DIM)[:, None] + dims[None, :],
-                    mask=is_part[:, None] & (dims < HEAD_DIM)[None, :],
+                    partials + (part_lines * HEAD_DIM)[:, :, None] + dims[None, None, :],
+                    mask=is_part[:, :, None] & (dims < HEAD_DIM)[None, None, :],
                     other=0.0,
                     cache_modifier=".cg",
                 )
-                shares = tl.exp2(part_maxima - tl.max(part_maxima, 0))
-                combined = tl.sum(part_results * shares[:, None], 0) / tl.sum(part_totals * shares, 0)
+                # Heads beyond the group have no maximum and no total; what comes of them is not stored.
+                some_maxima = tl.where(some < GROUP, tl.max(part_maxima, 1), 0.0)
+                shares = tl.exp2(part_maxima - some_maxima[:, None])
+                some_totals = tl.where(some < GROUP, tl.sum(part_totals * shares, 1), 1.0)
+                combined = tl.sum(part_results * shares[:, :, None], 1) / some_totals[:, None]
                 tl.store(
-                    out_rows + head * out_head_stride + dims, combined.to(out.dtype.element_ty), mask=dims < HEAD_DIM
+                    out_rows + (some * out_head_stride)[:, None] + dims[None, :],
+                    combined.to(out.dtype.element_ty),
+                    mask=(some < GROUP)[:, None] & (dims < HEAD_DIM)[None, :],
                 )
             tl.store(arrivals + pair, 0)
 
