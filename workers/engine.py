@@ -383,8 +383,7 @@ class Engine:
         self._finish(sequence, "abort", sequence.num_made)
 
     def _end_unusable(self, sequence: Sequence) -> None:
-        """Its numbers overflowed. They lie in its KV pages, which others must not inherit."""
-        self._runner.cache.taint(sequence.kv_pages)
+        """Its numbers overflowed, which no other sequence notices."""
         error = NonFiniteOutput(
             f"the logits are not finite: the base and this adapter overflow {self._runner.base.dtype} on this prompt"
         )

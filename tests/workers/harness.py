@@ -7,8 +7,11 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from lorafleet.adapter_store.base_weights import CheckpointWeights
 from lorafleet.adapter_store.manifest import AdapterWeights
@@ -17,6 +20,7 @@ from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
 from lorafleet.workers.model.geometry import read_geometry
 from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams, TokenLogprobs
 from lorafleet.workers.worker import Worker
+from tests.support.bases import VOCAB_SIZE
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
 ENGINE = EngineConfig(device="cpu", max_batch_tokens=256, kv_bytes=8 << 20, kv_page_tokens=16)
@@ -43,6 +47,23 @@ class Shelf:
         self.weights[weights.manifest.version] = weights
         self.folders[weights.manifest.version] = folder
         return weights.manifest.version
+
+    def put_huge(self, version: str, factor: float) -> str:
+        """A copy of an adapter whose weights are finite, but so large that activations overflow."""
+        weights = self.weights[version]
+        manifest = replace(weights.manifest, version=f"huge-{version}")
+        tensors = {name: (a * np.float32(factor), b * np.float32(factor)) for name, (a, b) in weights.tensors.items()}
+        self.weights[manifest.version] = replace(weights, manifest=manifest, tensors=tensors)
+        return manifest.version
+
+    @property
+    def versions(self) -> list[str]:
+        """In the order in which they were put."""
+        return list(self.weights)
+
+    def version_of(self, name: str) -> str:
+        """The version that was read from a folder of that name."""
+        return next(version for version, folder in self.folders.items() if folder.name == name)
 
     async def fetch(self, version: str) -> AdapterWeights:
         self.num_fetches += 1
@@ -77,6 +98,12 @@ def request_of(prompt: Sequence[int], version: str | None = None, sampling: Samp
 def greedy(max_tokens: int = 64, **settings: object) -> SamplingParams:
     """Greedy decoding that nothing ends early."""
     return SamplingParams.model_validate({**GREEDY.model_dump(), "max_tokens": max_tokens, **settings})
+
+
+def random_prompt(length: int, seed: int) -> tuple[int, ...]:
+    """Tokens of the tiny bases, none of them special."""
+    tokens = torch.randint(3, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(seed))
+    return tuple(tokens.tolist())
 
 
 async def ask(

@@ -50,13 +50,14 @@ class KVCache:
         prefix_cache: bool = True,
     ) -> None:
         self.page_tokens = page_tokens
-        # Zeros, since attention may multiply what lies beyond a sequence's end by a probability of zero.
+        # Torch's attention multiplies what lies beyond a sequence's end by a probability of zero. Whoever had the page
+        # may have left an infinity there, and zero times that is no number. Our kernels do not read so far.
+        self._zeroes_pages = device.type == "cpu"
         self.keys: tuple[Tensor, ...] = tuple(self._zeros(layer, num_pages, dtype, device) for layer in layers)
         self.values: tuple[Tensor, ...] = tuple(self._zeros(layer, num_pages, dtype, device) for layer in layers)
         self._pages = PageAllocator(num_pages)
         self._num_holders = [0] * num_pages
         self._prefixes = PrefixCache(page_tokens) if prefix_cache else None
-        self._tainted: set[int] = set()
 
     def _zeros(self, layer: LayerKV, num_pages: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         shape = (num_pages, layer.num_kv_heads, self.page_tokens, layer.head_dim)
@@ -90,8 +91,8 @@ class KVCache:
         pages = self._pages.allocate(num_pages)
         for page in pages:
             self._num_holders[page] = 1
-        if self._tainted:
-            self._clean([page for page in pages if page in self._tainted])
+        if pages and self._zeroes_pages:
+            self._zero(pages)
         return pages
 
     def free(self, pages: Sequence[int]) -> None:
@@ -106,13 +107,6 @@ class KVCache:
                 else:
                     unused.append(page)
         self._pages.free(unused)
-
-    def taint(self, pages: Sequence[int]) -> None:
-        """Some of what lies in these pages is infinite or no number: they are zeroed before another sequence has them.
-
-        Zero times it would be no number either, where attention multiplies what lies beyond a sequence's end.
-        """
-        self._tainted.update(pages)
 
     def match(self, version: str | None, tokens: Tokens) -> list[int]:
         """Pages that `acquire_prefix` would hold, without holding them."""
@@ -145,10 +139,10 @@ class KVCache:
         if self._prefixes is not None:
             self._pages.free(self._prefixes.drop(version))
 
-    def _clean(self, pages: list[int]) -> None:
+    def _zero(self, pages: list[int]) -> None:
+        indices = torch.tensor(pages)
         for tensor in (*self.keys, *self.values):
-            tensor[pages] = 0
-        self._tainted.difference_update(pages)
+            tensor.index_fill_(0, indices, 0.0)
 
     def _hold(self, page: int) -> None:
         if self._num_holders[page] == 0:
