@@ -160,24 +160,33 @@ class Bench:
     adapters: RandomAdapters
 
     def run(
-        self, prompts: Sequence[Sequence[int]], versions: Sequence[str | None], num_output: int, tag: str
+        self,
+        prompts: Sequence[Sequence[int]],
+        versions: Sequence[str | None],
+        num_output: int,
+        tag: str,
+        per_second: float | None = None,
     ) -> dict[str, float]:
-        """Submit everything at once and wait for the last token."""
+        """Submit everything at once, or `per_second` requests a second, and wait for the last token."""
         ids = [f"{tag}-{i}-{time.monotonic_ns()}" for i in range(len(prompts))]
         sampling = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True)
         self.inbox.expect(ids)
         steps, loads = self.parts.engine.stats.num_steps, self.parts.residency.snapshot().loads
         gc.collect()
         start = time.perf_counter()
-        for request_id, prompt, version in zip(ids, prompts, versions, strict=True):
+        sent_s = {}
+        for i, (request_id, prompt, version) in enumerate(zip(ids, prompts, versions, strict=True)):
+            if per_second is not None:
+                time.sleep(max(0.0, start + i / per_second - time.perf_counter()))
+            sent_s[request_id] = time.perf_counter() if per_second is not None else start
             self.parts.engine.submit(EngineRequest(request_id, version, tuple(prompt), sampling))
         if not self.inbox.is_done.wait(300):
             raise TimeoutError(f"{tag}: {len(self.inbox.open_ids)} requests never ended; {self.inbox.errors[:3]}")
         seconds = time.perf_counter() - start
         if self.inbox.errors:
             raise RuntimeError(f"{tag}: {self.inbox.errors[:3]}")
-        first = sorted(times[0] - start for times in self.inbox.times_s.values())
-        gaps = np.concatenate([np.diff(times) for times in self.inbox.times_s.values()])
+        first = sorted(self.inbox.times_s[request_id][0] - sent_s[request_id] for request_id in ids)
+        gaps = np.concatenate([np.diff(self.inbox.times_s[request_id]) for request_id in ids])
         return {
             "seconds": seconds,
             "output_tokens": self.inbox.num_tokens,
@@ -186,8 +195,8 @@ class Bench:
             "loads": self.parts.residency.snapshot().loads - loads,
             "first_token_s_p50": first[len(first) // 2],
             "first_token_s_p99": first[min(len(first) - 1, int(len(first) * 0.99))],
-            "gap_ms_p50": float(np.median(gaps) * 1e3),
-            "gap_ms_p99": float(np.quantile(gaps, 0.99) * 1e3),
+            "gap_ms_p50": float(np.median(gaps) * 1e3) if gaps.size else 0.0,
+            "gap_ms_p99": float(np.quantile(gaps, 0.99) * 1e3) if gaps.size else 0.0,
         }
 
 
@@ -206,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--geometry", default="llama-8b", choices=GEOMETRIES)
-    parser.add_argument("--cases", default="base,one,lora64,decode_base,decode_lora64,zipf,cold,gsm8k")
+    parser.add_argument("--cases", default="base,one,lora64,decode_base,decode_lora64,cold,hot,zipf,gsm8k")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--max-batch-tokens", type=int, default=8192)
@@ -240,12 +249,13 @@ def main() -> None:
         print(case, json.dumps({k: round(v, 3) for k, v in figures.items()}), flush=True)
 
     emit("start", {"seconds": start_s})
+    num_few = min(64, args.requests)
     mixes: dict[str, tuple[list[list[int]], list[str | None], int]] = {
         "base": (prompts, [None] * args.requests, 128),
         "one": (prompts, [versions[0]] * args.requests, 128),
         "lora64": (prompts, [versions[i % 64] for i in range(args.requests)], 128),
-        "decode_base": ([p[:16] for p in prompts[:64]], [None] * min(64, args.requests), 256),
-        "decode_lora64": ([p[:16] for p in prompts[:64]], versions[: min(64, args.requests)], 256),
+        "decode_base": ([p[:16] for p in prompts[:num_few]], [None] * num_few, 256),
+        "decode_lora64": ([p[:16] for p in prompts[:num_few]], versions[:num_few], 256),
     }
     for case in args.cases.split(","):
         if case in mixes:
@@ -260,7 +270,113 @@ def main() -> None:
                     sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90
                 )
                 (args.profile / f"profile-{case}.txt").write_text(table)
+        elif case == "cold":
+            emit(case, cold_start(bench, prompts))
+        elif case == "hot":
+            emit(case, hot_beside_cold(bench, prompts))
     bench.parts.engine.close()
+    del bench
+    _free_memory()
+    if "zipf" in args.cases.split(","):
+        for case, figures in small_pool(base, adapters, prompts, args.max_running, args.max_batch_tokens).items():
+            emit(case, figures)
+    if "gsm8k" in args.cases.split(","):
+        emit("gsm8k", shared_prefix(folder, rng))
+
+
+def cold_start(bench: Bench, prompts: list[list[int]]) -> dict[str, float]:
+    """First token of an adapter of rank 16 that is in host memory only, against one that is resident."""
+    warm, cold = [], []
+    for i in range(12):
+        bench.run(prompts[:1], ["warm-r16"], 4, "settle")
+        warm.append(bench.run([prompts[i % len(prompts)][:64]], ["warm-r16"], 2, "warm")["first_token_s_p50"])
+        cold.append(bench.run([prompts[i % len(prompts)][:64]], [f"cold{i}-r16"], 2, "cold")["first_token_s_p50"])
+    warm, cold = sorted(warm[2:]), sorted(cold[2:])
+    middle = len(warm) // 2
+    return {
+        "warm_ms_p50": warm[middle] * 1e3,
+        "cold_ms_p50": cold[middle] * 1e3,
+        "cold_ms_max": cold[-1] * 1e3,
+        "over_warm_ms_p50": (cold[middle] - warm[middle]) * 1e3,
+    }
+
+
+def hot_beside_cold(bench: Bench, prompts: list[list[int]], per_second: float = 10.0) -> dict[str, float]:
+    """Inter-token times of 32 hot streams, alone and while cold adapters come in at `per_second`."""
+    hot_prompts, hot_versions = [p[:64] for p in prompts[:32]], [f"a{i}-r16" for i in range(32)]
+    bench.run(hot_prompts, hot_versions, 16, "warm-hot")
+    alone = bench.run(hot_prompts, hot_versions, 512, "hot-alone")
+    is_over = threading.Event()
+
+    def bring_cold() -> None:
+        for i in range(10_000):
+            if is_over.wait(1 / per_second):
+                return
+            sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+            version = f"stream{i}-r16"
+            bench.parts.engine.submit(EngineRequest(f"{version}-{time.monotonic_ns()}", version, (5, 6, 7), sampling))
+
+    bringer = threading.Thread(target=bring_cold)
+    bringer.start()
+    beside = bench.run(hot_prompts, hot_versions, 512, "hot-beside")
+    is_over.set()
+    bringer.join()
+    return {
+        "alone_gap_ms_p50": alone["gap_ms_p50"],
+        "alone_gap_ms_p99": alone["gap_ms_p99"],
+        "beside_gap_ms_p50": beside["gap_ms_p50"],
+        "beside_gap_ms_p99": beside["gap_ms_p99"],
+        "loads": beside["loads"],
+    }
+
+
+def small_pool(
+    base: Path, adapters: RandomAdapters, prompts: list[list[int]], max_running: int, max_batch_tokens: int
+) -> dict[str, dict[str, float]]:
+    """512 adapters of rank 8 to 64, Zipf 1.0: all resident, then through a pool that holds 64 of them."""
+    rng = np.random.default_rng(0)
+    versions = [f"z{i}-r{rank}" for i, rank in enumerate(rng.choice([8, 16, 32, 64], size=512))]
+    weights = 1.0 / np.arange(1, 513)
+    chosen = [versions[i] for i in rng.choice(512, size=1024, p=weights / weights.sum())]
+    several = [prompts[i % len(prompts)] for i in range(1024)]
+    used = sorted(set(chosen))
+    sizes = {version: adapters.fetch(version).manifest.num_bytes for version in versions}
+    mean_bytes = sum(sizes.values()) / len(sizes)
+    figures: dict[str, dict[str, float]] = {}
+    for case, num_held in (("zipf_resident", len(used) * 1.3), ("zipf_pool64", 64)):
+        engine = EngineConfig(
+            max_batch_tokens=max_batch_tokens, max_running=max_running, prefix_cache=False, kv_bytes=int(22e9)
+        )
+        pool = PoolConfig(max_rank=64, max_slots=512, pool_bytes=int(num_held * mean_bytes))
+        bench, _ = start(base, adapters, engine, pool)
+        bench.run([several[0][:32]] * len(used), used, 1, f"warm-{case}")
+        # Two requests in flight a slot of the batch would hide the queue; arrivals are spread instead.
+        figures[case] = bench.run(several, chosen, 64, case, per_second=60.0)
+        figures[case]["bytes_moved"] = figures[case]["loads"] * mean_bytes
+        figures[case]["loads_per_s"] = figures[case]["loads"] / figures[case]["seconds"]
+        bench.parts.engine.close()
+        del bench
+        _free_memory()
+    return figures
+
+
+def shared_prefix(folder: Path, rng: random.Random) -> dict[str, float]:
+    """200 requests of 800 tokens, 700 of them shared, 143 out; Llama-2-7B, one adapter with embeddings and head."""
+    base = write_base(folder / "base7b", "llama-7b")
+    adapters = RandomAdapters(base, embeddings=True)
+    engine = EngineConfig(max_batch_tokens=8192, max_running=200, prefix_cache=True)
+    bench, _ = start(base, adapters, engine, PoolConfig(max_rank=64, pool_bytes=int(2e9), max_slots=8))
+    shared = [rng.randrange(10, 31990) for _ in range(700)]
+    prompts = [shared + [rng.randrange(10, 31990) for _ in range(100)] for _ in range(200)]
+    bench.run(prompts[:2], ["e-r16"] * 2, 4, "warm-gsm8k")
+    figures = bench.run(prompts, ["e-r16"] * 200, 143, "gsm8k")
+    bench.parts.engine.close()
+    return figures
+
+
+def _free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _commit() -> str:
