@@ -1,20 +1,21 @@
 """LoRA on rows of one forward pass: the only entry points that model layers use.
 
-Checks the arguments, then runs the Triton kernels on CUDA and plain torch elsewhere. Nothing here synchronises with the
-device. Two forms give the same sum: add onto the base output (`accumulate=True`), or write the delta first, with zeros
+Checks the arguments, then runs the Triton kernels on CUDA and plain torch elsewhere. On CUDA nothing synchronises with
+the device, and a call can be captured in a graph: the launches cover `max_chunks`, whatever the replayed batch holds. Two forms give the same sum: add onto the base output (`accumulate=True`), or write the delta first, with zeros
 or the bias elsewhere, and let the base product accumulate onto it (`accumulate=False`), which moves half the bytes.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from lorafleet.kernels import reference
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
-from torch import Tensor
 
-Hidden = reference.Hidden
-"""What `shrink` leaves for `expand`."""
+Hidden = reference.Hidden | Tensor
+"""What `shrink` leaves for `expand`; its layout is the backend's own."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -22,11 +23,15 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def shrink(x: Tensor, weights: LoraWeights, segments: Segments) -> Hidden:
     """Compute h = x @ A^T for every slice of `weights`, each row with its own adapter's A.
 
-    x: (rows, in_dim) in the pool's dtype, unit stride along in_dim. Returns h for `expand`; its layout is the backend's
-    own. Raises ValueError for a wrong shape, stride, dtype or device, and for a slot that the row tables do not have.
+    x: (rows, in_dim) in the pool's dtype, unit stride along in_dim. Returns h for `expand`. Raises ValueError for a
+    wrong shape, stride, dtype or device, and for a slot that the row tables do not have.
     """
     _check_matrix("x", x, segments.num_rows, weights.in_dim, weights.pool, (weights.pool.dtype,))
     _check_slots(weights, segments)
+    if x.is_cuda:
+        from lorafleet.kernels import shrink as triton_shrink
+
+        return triton_shrink.shrink(x, weights, segments)
     return reference.shrink(x, weights, segments)
 
 
@@ -48,7 +53,7 @@ def expand(
     _check_matrix("y", y, segments.num_rows, weights.out_dim, weights.pool, (weights.pool.dtype, torch.float32))
     _check_bias(bias, accumulate, weights.out_dim, y)
     _check_slots(weights, segments)
-    reference.expand(h, weights, y, accumulate=accumulate, bias=bias)
+    _expand(h, weights, segments, y, accumulate, bias)
 
 
 def add_lora(x: Tensor, weights: LoraWeights, segments: Segments, y: Tensor) -> None:
@@ -69,12 +74,32 @@ def embed(token_ids: Tensor, weights: LoraEmbeddingWeights, segments: Segments, 
         raise ValueError(f"token_ids must be int32 or int64, got {token_ids.dtype}")
     _check_matrix("y", y, segments.num_rows, weights.out_dim, weights.pool, (weights.pool.dtype, torch.float32))
     _check_slots(weights, segments)
-    if not segments.has_lora:
-        return
-    low, high = (int(bound) for bound in token_ids.aminmax())
-    if low < 0 or high >= weights.num_embeddings:
-        raise ValueError(f"token ids must lie in [0, {weights.num_embeddings}), got {low} to {high}")
-    reference.expand(reference.shrink_embedding(token_ids, weights, segments), weights, y)
+    if token_ids.is_cuda:
+        from lorafleet.kernels import embedding as triton_embedding
+
+        _expand(triton_embedding.lookup(token_ids, weights, segments), weights, segments, y, True, None)
+    elif segments.has_lora:
+        low, high = (int(bound) for bound in token_ids.aminmax())
+        if low < 0 or high >= weights.num_embeddings:
+            raise ValueError(f"token ids must lie in [0, {weights.num_embeddings}), got {low} to {high}")
+        _expand(reference.shrink_embedding(token_ids, weights, segments), weights, segments, y, True, None)
+
+
+def _expand(
+    h: Hidden,
+    weights: LoraWeights | LoraEmbeddingWeights,
+    segments: Segments,
+    y: Tensor,
+    accumulate: bool,
+    bias: Tensor | None,
+) -> None:
+    if isinstance(h, Tensor):
+        # Triton exists on Linux alone, and takes a while to import.
+        from lorafleet.kernels import expand as triton_expand
+
+        triton_expand.expand(h, weights, segments, y, accumulate=accumulate, bias=bias)
+    else:
+        reference.expand(h, weights, y, accumulate=accumulate, bias=bias)
 
 
 def _check_matrix(

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from lorafleet.kernels.segments import BASE_SLOT, IntArray
 from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights
-from torch import Tensor
 
 POPULARITY: dict[str, Callable[[np.random.Generator, int, int], IntArray]] = {
     "identical": lambda rng, rows, slots: np.full(rows, slots // 2),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lorafleet.kernels import ops
-from lorafleet.kernels.segments import BASE_SLOT, build_segments
 from torch import Tensor
 
+from lorafleet.kernels import ops
+from lorafleet.kernels.segments import BASE_SLOT, build_segments
 from tests.kernels.paged import POPULARITY, paged_embedding, paged_linear
 
 CPU = torch.device("cpu")

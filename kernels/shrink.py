@@ -1,0 +1,260 @@
+"""Shrink: h = x @ A^T over the paged pool, each row with its own adapter's A.
+
+A program takes a tile of rows of one chunk and a split of the input width, for all slices at once: x is read once, and
+of A the ranks that the adapter has. h keeps the splits' sums apart; expand adds them up in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from lorafleet.kernels.segments import Segments
+from lorafleet.kernels.tiling import (
+    MAX_SPLITS,
+    VIEWS,
+    Shape,
+    ShrinkTiling,
+    dependent_launch,
+    power_of_two,
+    shrink_tiling,
+)
+from lorafleet.kernels.weights import ROW_ALIGN, LoraWeights
+
+MAX_SLICES = 4
+"""Slices that a program can take."""
+MAX_COLUMNS = 256
+"""Columns of h, over all slices, that a program accumulates at once."""
+
+
+def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTiling | None = None) -> Tensor:
+    """h[split, i, s, r] = sum over the split's k of x[row(i), k] * A[slot(i), s, r, k], for r below the adapter's rank.
+
+    x: (rows, in_dim). Returns (splits, rows, num_slices, max_rank) fp32, its rows in the order of
+    `segments.permutation`; what lies at base rows and beyond an adapter's rank is unspecified.
+    """
+    num_slices, in_dim, max_rank = weights.num_slices, weights.in_dim, weights.max_rank
+    if tiling is None:
+        shape = Shape(
+            num_slices, in_dim, max_rank, segments.chunk_length, segments.max_chunks, weights.pool.dtype, x.device
+        )
+        tiling = shrink_tiling(shape)
+    block_ranks = min(power_of_two(max(16, max_rank)), MAX_COLUMNS // power_of_two(num_slices))
+    steps = -(-min(max(tiling.split_width, -(-in_dim // MAX_SPLITS)), in_dim) // tiling.block_k)
+    num_splits = -(-in_dim // (steps * tiling.block_k))
+    h = torch.empty((num_splits, segments.num_rows, num_slices, max_rank), dtype=torch.float32, device=x.device)
+    row_tiles = -(-segments.chunk_length // tiling.block_rows)
+    programs = segments.max_chunks * row_tiles * num_splits
+    if programs == 0:
+        return h
+    pdl = dependent_launch(x)
+    _shrink_kernel[(programs,)](
+        x,
+        weights.pool,
+        weights.ranks,
+        weights.a_rows,
+        segments.permutation,
+        segments.chunk_indptr,
+        segments.chunk_slots,
+        h,
+        segments.num_rows,
+        in_dim,
+        x.stride(0),
+        weights.ranks.stride(0),
+        weights.a_rows.stride(0),
+        weights.a_rows.stride(1),
+        max_rank,
+        NUM_SLICES=num_slices,
+        ROW_ALIGN=ROW_ALIGN,
+        ROW_TILES=row_tiles,
+        NUM_SPLITS=num_splits,
+        BLOCK_ROWS=tiling.block_rows,
+        BLOCK_RANKS=block_ranks,
+        RANK_BLOCKS=-(-max_rank // block_ranks),
+        BLOCK_K=tiling.block_k,
+        STEPS=steps,
+        EVEN_K=in_dim % (steps * tiling.block_k) == 0,
+        PDL=pdl,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+        launch_pdl=pdl,
+    )
+    return h
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=VIEWS)
+def _shrink_kernel(
+    x,
+    pool,
+    ranks,
+    a_rows,
+    permutation,
+    chunk_indptr,
+    chunk_slots,
+    h,
+    num_rows,
+    in_dim,
+    x_stride,
+    ranks_stride,
+    a_slot_stride,
+    a_slice_stride,
+    max_rank,
+    NUM_SLICES: tl.constexpr,
+    ROW_ALIGN: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_RANKS: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        # Nothing is read before the kernel ahead has finished; expand may come up beside this one.
+        gdc_wait()
+        gdc_launch_dependents()
+    pid = tl.program_id(0)
+    split = pid % NUM_SPLITS
+    tile = pid // NUM_SPLITS
+    chunk = tile // ROW_TILES
+    slot = tl.load(chunk_slots + chunk)
+    start = tl.load(chunk_indptr + chunk) + tile % ROW_TILES * BLOCK_ROWS
+    end = tl.load(chunk_indptr + chunk + 1)
+    if (slot < 0) | (start >= end):
+        return
+    slot = slot.to(tl.int64)
+    slot_ranks = ranks + slot * ranks_stride
+    table = a_rows + slot * a_slot_stride
+    # All that the walk needs is asked for at once, before the rank is known: the loads wait for the slot alone.
+    i = start + tl.arange(0, BLOCK_ROWS)
+    rows = tl.load(permutation + i, mask=i < end, other=0).to(tl.int64)
+    LOW: tl.constexpr = min(NUM_SLICES, 2) * BLOCK_RANKS
+    HIGH: tl.constexpr = max(NUM_SLICES - 2, 1) * BLOCK_RANKS
+    low = tl.arange(0, LOW)
+    high = LOW + tl.arange(0, HIGH)
+    low_starts, low_ranks = _locate(slot_ranks, table, low, 0, a_slice_stride, max_rank, NUM_SLICES, BLOCK_RANKS)
+    high_starts, high_ranks = _locate(slot_ranks, table, high, 0, a_slice_stride, max_rank, NUM_SLICES, BLOCK_RANKS)
+    rank = tl.maximum(tl.max(low_ranks, axis=0), tl.max(high_ranks, axis=0))
+    k = split * (STEPS * BLOCK_K) + tl.arange(0, BLOCK_K)
+    x_pointers = x + rows[:, None] * x_stride + k[None, :]
+    h_rows = h + (split.to(tl.int64) * num_rows + i) * (NUM_SLICES * max_rank)
+    # A low-rank adapter takes a small tile also where the tables have room for high ranks.
+    SMALL: tl.constexpr = BLOCK_RANKS // 4 if BLOCK_RANKS >= 64 else 0
+    if rank > SMALL:
+        _walk(
+            x_pointers, pool, h_rows, low, low_starts, low_ranks, high, high_starts, high_ranks, 0, i < end, k, in_dim,
+            max_rank, NUM_SLICES, ROW_ALIGN, BLOCK_ROWS, BLOCK_RANKS, BLOCK_K, STEPS, EVEN_K,
+        )  # fmt: skip
+        if RANK_BLOCKS > 1:
+            for first in range(BLOCK_RANKS, rank, BLOCK_RANKS):
+                low_starts, low_ranks = _locate(
+                    slot_ranks, table, low, first, a_slice_stride, max_rank, NUM_SLICES, BLOCK_RANKS
+                )
+                high_starts, high_ranks = _locate(
+                    slot_ranks, table, high, first, a_slice_stride, max_rank, NUM_SLICES, BLOCK_RANKS
+                )
+                _walk(
+                    x_pointers, pool, h_rows, low, low_starts, low_ranks, high, high_starts, high_ranks, first, i < end,
+                    k, in_dim, max_rank, NUM_SLICES, ROW_ALIGN, BLOCK_ROWS, BLOCK_RANKS, BLOCK_K, STEPS, EVEN_K,
+                )  # fmt: skip
+    elif SMALL > 0:
+        if rank > 0:
+            few_low = tl.arange(0, LOW // 4)
+            few_high = LOW // 4 + tl.arange(0, HIGH // 4)
+            few_low_starts, few_low_ranks = _locate(
+                slot_ranks, table, few_low, 0, a_slice_stride, max_rank, NUM_SLICES, SMALL
+            )
+            few_high_starts, few_high_ranks = _locate(
+                slot_ranks, table, few_high, 0, a_slice_stride, max_rank, NUM_SLICES, SMALL
+            )
+            _walk(
+                x_pointers, pool, h_rows, few_low, few_low_starts, few_low_ranks, few_high, few_high_starts,
+                few_high_ranks, 0, i < end, k, in_dim, max_rank, NUM_SLICES, ROW_ALIGN, BLOCK_ROWS, SMALL, BLOCK_K,
+                STEPS, EVEN_K,
+            )  # fmt: skip
+
+
+@triton.jit
+def _locate(
+    slot_ranks,
+    table,
+    column,
+    first,
+    a_slice_stride,
+    max_rank,
+    NUM_SLICES: tl.constexpr,
+    BLOCK_RANKS: tl.constexpr,
+):
+    """Of each column, a (slice, rank) with the ranks from `first` on: where A's row starts, and the slice's own rank."""
+    slice_ = column // BLOCK_RANKS
+    r = first + column % BLOCK_RANKS
+    row_start = tl.load(table + slice_ * a_slice_stride + r, mask=(slice_ < NUM_SLICES) & (r < max_rank), other=0)
+    return row_start, tl.load(slot_ranks + slice_, mask=slice_ < NUM_SLICES, other=0)
+
+
+@triton.jit
+def _walk(
+    x_pointers,
+    pool,
+    h_rows,
+    low,
+    low_starts,
+    low_ranks,
+    high,
+    high_starts,
+    high_ranks,
+    first,
+    row_mask,
+    k,
+    in_dim,
+    max_rank,
+    NUM_SLICES: tl.constexpr,
+    ROW_ALIGN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_RANKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """Walk a split for one block of ranks: the first two slices in one product, the others in a second."""
+    low_used = (first + low % BLOCK_RANKS < low_ranks)[:, None]
+    low_pointers = pool + low_starts.to(tl.int64)[:, None] * ROW_ALIGN + k[None, :]
+    low_sums = tl.zeros((BLOCK_ROWS, low.shape[0]), dtype=tl.float32)
+    if NUM_SLICES > 2:
+        high_used = (first + high % BLOCK_RANKS < high_ranks)[:, None]
+        high_pointers = pool + high_starts.to(tl.int64)[:, None] * ROW_ALIGN + k[None, :]
+        high_sums = tl.zeros((BLOCK_ROWS, high.shape[0]), dtype=tl.float32)
+    for step in range(STEPS):
+        inside = ((k + step * BLOCK_K < in_dim) | EVEN_K)[None, :]
+        x_tile = tl.load(x_pointers + step * BLOCK_K, mask=row_mask[:, None] & inside, other=0.0)
+        low_a = tl.load(low_pointers + step * BLOCK_K, mask=low_used & inside, other=0.0)
+        low_sums = tl.dot(x_tile, tl.trans(low_a), low_sums, input_precision="ieee")
+        if NUM_SLICES > 2:
+            high_a = tl.load(high_pointers + step * BLOCK_K, mask=high_used & inside, other=0.0)
+            high_sums = tl.dot(x_tile, tl.trans(high_a), high_sums, input_precision="ieee")
+    _store(h_rows, low_sums, low, first, row_mask, max_rank, NUM_SLICES, BLOCK_RANKS)
+    if NUM_SLICES > 2:
+        _store(h_rows, high_sums, high, first, row_mask, max_rank, NUM_SLICES, BLOCK_RANKS)
+
+
+@triton.jit
+def _store(
+    h_rows,
+    sums,
+    column,
+    first,
+    row_mask,
+    max_rank,
+    NUM_SLICES: tl.constexpr,
+    BLOCK_RANKS: tl.constexpr,
+):
+    slice_ = column // BLOCK_RANKS
+    r = first + column % BLOCK_RANKS
+    # Not only the ranks in use, so that the stores stay wide.
+    mask = row_mask[:, None] & ((slice_ < NUM_SLICES) & (r < max_rank))[None, :]
+    tl.store(h_rows[:, None] + (slice_ * max_rank + r)[None, :], sums, mask=mask)

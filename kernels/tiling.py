@@ -1,0 +1,167 @@
+"""How each launch is cut into programs: measured tables for known GPUs, a rule for everything else.
+
+`kernels/tuned/<GPU>.json` holds what `lorafleet.kernels.tune` found best at sample points; a launch takes the nearest
+point of its kind, or the rule when none is near. A tiling is made of sizes that fit any width, so that a point serves
+its whole neighbourhood.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import log2
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+MAX_SPLITS = 32
+"""Bound of the splits of the input width; expand reads h once for each."""
+FEW_ROWS = 32
+"""Row tiles up to this size take the kernels' paths for few rows."""
+
+VIEWS = ("ranks", "scalings", "row_slots", "permutation", "chunk_indptr", "chunk_slots")
+"""Kernel arguments that are views into larger tensors: where they start must not make another kernel of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkTiling:
+    """How shrink is cut: see `kernels/shrink.py`."""
+
+    block_rows: int
+    block_k: int
+    split_width: int
+    """Columns of x that one program takes: a multiple of `block_k`."""
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpandTiling:
+    """How expand is cut: see `kernels/expand.py`."""
+
+    block_rows: int
+    block_columns: int
+    """Columns of one step, at most."""
+    block_elements: int
+    """Elements of B of one step: ranks times columns, at most."""
+    span: int
+    """Columns of one program."""
+    split_h: bool
+    """h goes into the product as two halves of the weights' dtype instead of being rounded to one."""
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a tiling depends on: all of it known on the host, none of it the adapters' own ranks."""
+
+    num_slices: int
+    width: int
+    """in_dim for shrink, out_dim for expand."""
+    max_rank: int
+    chunk_length: int
+    max_chunks: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+@cache
+def shrink_tiling(shape: Shape) -> ShrinkTiling:
+    return _nearest(_table(shape.device).shrink, shape) or _shrink_rule(shape)
+
+
+@cache
+def expand_tiling(shape: Shape) -> ExpandTiling:
+    return _nearest(_table(shape.device).expand, shape) or _expand_rule(shape)
+
+
+def dependent_launch(tensor: Tensor) -> bool:
+    """Whether kernels on the tensor's device may come up while the kernel ahead still runs."""
+    return tensor.is_cuda and _capability(tensor.device)[0] >= 9
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _shrink_rule(shape: Shape) -> ShrinkTiling:
+    if shape.dtype == torch.float32:
+        # No tensor cores: small tiles, for the sake of registers.
+        return ShrinkTiling(16, 32, max(32, power_of_two(shape.width) // 8), num_warps=4, num_stages=2)
+    if shape.chunk_length <= FEW_ROWS:
+        return ShrinkTiling(16, 128, max(128, power_of_two(shape.width) // 8), num_warps=4, num_stages=4)
+    return ShrinkTiling(64, 64, max(512, power_of_two(shape.width) // 4), num_warps=4, num_stages=4)
+
+
+def _expand_rule(shape: Shape) -> ExpandTiling:
+    if shape.dtype == torch.float32:
+        return ExpandTiling(16, 64, 1024, 256, split_h=False, num_warps=4, num_stages=2)
+    if shape.chunk_length <= FEW_ROWS:
+        return ExpandTiling(16, 256, 4096, 1024, split_h=True, num_warps=4, num_stages=3)
+    return ExpandTiling(64, 128, 16384, 512, split_h=False, num_warps=4, num_stages=2)
+
+
+_Tiling = TypeVar("_Tiling", ShrinkTiling, ExpandTiling)
+_Point = tuple[float, ...]
+_REACH = 3.0
+"""How many doublings, over all dimensions, a measured point reaches."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    shrink: Sequence[tuple[_Point, ShrinkTiling]]
+    expand: Sequence[tuple[_Point, ExpandTiling]]
+
+
+def table_path(device_name: str) -> Path:
+    """Where the table of a GPU lies."""
+    return Path(__file__).parent / "tuned" / f"{device_name.replace(' ', '_')}.json"
+
+
+def point(*, num_slices: int, width: int, max_rank: int, chunk_length: int, max_chunks: int) -> _Point:
+    """A shape as coordinates, in doublings."""
+    return tuple(map(log2, (num_slices, width, max(16, max_rank), chunk_length, max_chunks)))
+
+
+@cache
+def _table(device: torch.device) -> _Table:
+    if device.type != "cuda":
+        return _Table((), ())
+    path = table_path(torch.cuda.get_device_name(device))
+    entries: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {}
+    return _Table(
+        shrink=[(point(**entry["shape"]), ShrinkTiling(**entry["tiling"])) for entry in entries.get("shrink", ())],
+        expand=[(point(**entry["shape"]), ExpandTiling(**entry["tiling"])) for entry in entries.get("expand", ())],
+    )
+
+
+def _nearest(entries: Sequence[tuple[_Point, _Tiling]], shape: Shape) -> _Tiling | None:
+    if shape.dtype == torch.float32:
+        return None
+    wanted = point(
+        num_slices=shape.num_slices,
+        width=shape.width,
+        max_rank=shape.max_rank,
+        chunk_length=shape.chunk_length,
+        max_chunks=max(1, shape.max_chunks),
+    )
+    best, best_distance = None, _REACH
+    for position, tiling in entries:
+        # Tilings for few rows and for many do not stand in for each other.
+        if (position[3] <= log2(FEW_ROWS)) != (wanted[3] <= log2(FEW_ROWS)):
+            continue
+        distance = sum(abs(a - b) for a, b in zip(position, wanted, strict=True))
+        if distance < best_distance:
+            best, best_distance = tiling, distance
+    return best
