@@ -60,7 +60,7 @@ class _Hold:
 class AdapterLoader:
     """The adapter life of one worker. `fetch` may block; it is called on a thread of the loader's own.
 
-    `on_gone` is told of versions that lost their last name.
+    `on_gone` is told of versions that lost their last name and their last user.
     """
 
     def __init__(
@@ -88,6 +88,8 @@ class AdapterLoader:
         self._arrived: deque[tuple[str, AdapterWeights | StagedAdapter | Exception]] = deque()
         self._failures: dict[str, Exception] = {}
         self._holds: list[_Hold] = []
+        self._fading: set[str] = set()
+        """Versions without a name that may still be in use."""
         self._refreshed_s = -REFRESH_S
 
     # --- for requests ---
@@ -167,10 +169,11 @@ class AdapterLoader:
                 is_awaited = load is not None and bool(load.waiters)  # a roll-out names it once it is everywhere
                 if use.state != "retired" and use.holds == 0 and not is_awaited:
                     self._residency.retire(use.version)
-                    self._on_gone(use.version)
+                    self._fading.add(use.version)
                 continue
             if use.state == "retired":
                 self._residency.restore(use.version)
+                self._fading.discard(use.version)
             if pinned and not use.pinned:
                 self._residency.pin(use.version)
             elif use.pinned and not pinned:
@@ -216,6 +219,9 @@ class AdapterLoader:
         if now - self._refreshed_s >= REFRESH_S:
             self._refreshed_s = now
             self._forget_unasked(now)
+            for version in [version for version in self._fading if version not in self._residency]:
+                self._fading.remove(version)
+                self._on_gone(version)
             self.resident_versions = tuple(
                 use.version for use in self._residency.snapshot().adapters if use.state == "resident"
             )

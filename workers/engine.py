@@ -210,6 +210,7 @@ class Engine:
             for sequence in list(self._sequences.values()):
                 self._end_with(sequence, EngineFailed("the worker's step loop ended"))
             self._flush()
+            self._loader.close()
 
     def _step(self) -> bool:
         """Launch the next step, then collect the one before it: on a GPU the host works while the device does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -99,7 +100,8 @@ class Worker:
     def _deliver(self, deliveries: list[Delivery]) -> None:
         """On the engine's thread: one hand-over to the event loop a step, whatever the number of streams."""
         assert self._event_loop is not None
-        self._event_loop.call_soon_threadsafe(self._distribute, deliveries)
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, so nobody listens
+            self._event_loop.call_soon_threadsafe(self._distribute, deliveries)
 
     def _distribute(self, deliveries: list[Delivery]) -> None:
         for request_id, item in deliveries:
@@ -190,7 +192,6 @@ class Worker:
     def close(self) -> None:
         """End the engine and its threads."""
         self._engine.close()
-        self._loader.close()
         for fetch in tuple(self._fetches):
             fetch.cancel()
 
