@@ -19,9 +19,11 @@ MAX_HEAD_DIM = 256
 MAX_SPLITS = 32
 PROGRAMS_PER_PROCESSOR = 2
 """Decode splits contexts until this many programs a multiprocessor have work."""
+SPARE_SPLITS = 4
+"""Long contexts may be split this much further, so that a few of them among short ones do not hold up a launch."""
 MAX_PROGRAMS_PER_PROCESSOR = 16
-"""Room for splitting long contexts further, so that a few of them among short ones do not hold up a launch."""
-MIN_PART_TOKENS = 256
+"""Bound of that: programs without work are not free either."""
+MIN_PART_TOKENS = 128
 """Shorter parts of a context cost more to combine than they save."""
 MAX_PART_TOKENS = 2048
 """Longer parts are split where there is room."""
@@ -67,9 +69,9 @@ class DecodeWorkspace:
 
         Both are powers of two.
         """
-        most = MAX_PROGRAMS_PER_PROCESSOR * self.num_processors // num_pairs
-        busy = PROGRAMS_PER_PROCESSOR * self.num_processors // num_pairs
-        return min(MAX_SPLITS, _floor_power_of_two(most)), min(MAX_SPLITS, _floor_power_of_two(busy))
+        busy = min(MAX_SPLITS, _floor_power_of_two(PROGRAMS_PER_PROCESSOR * self.num_processors // num_pairs))
+        most = _floor_power_of_two(MAX_PROGRAMS_PER_PROCESSOR * self.num_processors // num_pairs)
+        return min(MAX_SPLITS, SPARE_SPLITS * busy, most), busy
 
 
 def decode(
@@ -175,8 +177,7 @@ def extend(
     num_kv_heads, page_tokens = keys.shape[1:3]
     group = num_heads // num_kv_heads
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    mean_rows = -(-num_rows // num_sequences) * group
-    block_rows, block_tokens, num_warps, num_stages = _extend_tiling(block_dim, query.element_size(), mean_rows)
+    block_rows, block_tokens, num_warps, num_stages = _extend_tiling(block_dim, query.element_size())
     block_rows = max(block_rows, triton.next_power_of_2(group))
     tile_rows = block_rows // group
     # Every sequence may end with a tile that is not full.
@@ -225,14 +226,15 @@ def _floor_power_of_two(n: int) -> int:
     return 1 << max(0, n.bit_length() - 1)
 
 
-def _extend_tiling(block_dim: int, element_size: int, mean_rows: int) -> tuple[int, int, int, int]:
-    """(rows a tile, tokens a step, warps, pipeline stages). Rows are (token, query head) pairs."""
+def _extend_tiling(block_dim: int, element_size: int) -> tuple[int, int, int, int]:
+    """(rows a tile, tokens a step, warps, pipeline stages). Rows are (token, query head) pairs.
+
+    Two programs of 64 rows on a multiprocessor, one's softmax beside the other's products, beat one of 128.
+    """
     if element_size == 4:
         # No tensor cores for exact fp32: small tiles, which fit the registers.
         return 16, 32 if block_dim <= 128 else 16, 4, 1
-    if mean_rows <= 64:
-        return 64, 64 if block_dim <= 128 else 32, 4, 3
-    return 128, 64, 8, 3 if block_dim <= 128 else 2
+    return 64, 64 if block_dim <= 128 else 32, 4, 3
 
 
 def _check(
