@@ -8,7 +8,9 @@ deleted; what the admin plane or a request brought is left alone, also where con
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,6 +21,8 @@ from lorafleet.cluster.rollout import Rollout
 
 logger = logging.getLogger(__name__)
 
+POLL_S = 0.5
+"""How often to look whether workers came or went."""
 RETRY_S = 1.0
 MAX_RETRY_S = 30.0
 START_S = 120.0
@@ -58,7 +62,7 @@ class DesiredAdapters:
 
     async def not_ready(self) -> str | None:
         """Why the service is not ready yet; None: it is."""
-        if not await self._rollout.num_workers():
+        if not await self._rollout.worker_ids():
             return "no worker is up"
         if not self._is_preloaded:
             problems = [problem for name, problem in sorted(self._problems.items()) if name in self._preload]
@@ -66,23 +70,20 @@ class DesiredAdapters:
         return None
 
     async def run(self) -> None:
-        """Apply what is wanted whenever it changes, until cancelled."""
+        """Apply what is wanted when it changes and when workers come and go, until cancelled."""
         await self._await_workers()
         retry_s = RETRY_S
         while True:
             self._changed.clear()
+            workers = await self._rollout.worker_ids()
             await self.apply()
-            if self._problems:
-                timeout_s: float | None = retry_s
-                retry_s = min(2 * retry_s, MAX_RETRY_S)
-            else:
-                timeout_s, retry_s = None, RETRY_S
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._changed.wait()
-            except TimeoutError:
-                continue
-            retry_s = RETRY_S
+            retry_s = min(2 * retry_s, MAX_RETRY_S) if self._problems else RETRY_S
+            again_s = self._clock() + (retry_s if self._problems else math.inf)
+            while self._clock() < again_s and not self._changed.is_set():
+                if await self._rollout.worker_ids() != workers:
+                    break
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), POLL_S)
 
     async def apply(self) -> None:
         """One round. What went wrong is logged and kept; it never raises."""
@@ -134,7 +135,7 @@ class DesiredAdapters:
 
     async def _await_workers(self) -> None:
         since_s: float | None = None
-        while (num_workers := await self._rollout.num_workers()) < self._num_workers:
+        while (num_workers := len(await self._rollout.worker_ids())) < self._num_workers:
             now_s = self._clock()
             since_s = since_s if since_s is not None or not num_workers else now_s
             if since_s is not None and now_s - since_s > START_S:

@@ -55,20 +55,28 @@ class Placement:
             return None
         if version is None:
             return self._lighter(open_).worker_id
-        version = version[:VERSION_PREFIX]
-        sent = self._recently_sent(version, now_s)
+        sent = self._recently_sent(version[:VERSION_PREFIX], now_s)
         warm: list[Candidate] = []
         cold: list[Candidate] = []
         for candidate in open_:
-            has_it = version in candidate.resident or candidate.worker_id in sent
+            has_it = version[:VERSION_PREFIX] in candidate.resident or candidate.worker_id in sent
             (warm if has_it else cold).append(candidate)
         chosen = self._lighter(warm or cold)
         if warm and cold:
             other = self._lighter(cold)
             if chosen.load - other.load > self.spill_gap:
                 chosen = other
-        self._remember(version, chosen.worker_id, now_s)
+        self.remember(version, chosen.worker_id, now_s)
         return chosen.worker_id
+
+    def remember(self, version: str, worker_id: str, now_s: float) -> None:
+        """A worker was sent the version in another way."""
+        version = version[:VERSION_PREFIX]
+        sent = self._sent.pop(version, {})
+        sent[worker_id] = now_s
+        self._sent[version] = sent  # last again, so that the first is what was sent longest ago
+        if len(self._sent) > MAX_REMEMBERED:
+            del self._sent[next(iter(self._sent))]
 
     def forget(self, worker_id: str) -> None:
         """A worker is gone, and with it what was sent there."""
@@ -79,13 +87,6 @@ class Placement:
         """Power of two choices: draw two, take the less loaded, then the one with more free pages."""
         drawn = self.rng.sample(candidates, min(2, len(candidates)))
         return min(drawn, key=lambda candidate: (candidate.load, -candidate.free_pages))
-
-    def _remember(self, version: str, worker_id: str, now_s: float) -> None:
-        sent = self._sent.pop(version, {})
-        sent[worker_id] = now_s
-        self._sent[version] = sent  # last again, so that the first is what was sent longest ago
-        if len(self._sent) > MAX_REMEMBERED:
-            del self._sent[next(iter(self._sent))]
 
     def _recently_sent(self, version: str, now_s: float) -> Collection[str]:
         sent = self._sent.get(version)

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -137,8 +137,7 @@ class Rollout:
             manifest = await self._store.stage(source, key)
             table, states = await asyncio.gather(self._store.table(), self._living())
             before = _find(table, name)
-            staging = Staging(self._fleet, name, manifest.version, pinned=pinned)
-            try:
+            async with self._staging(name, manifest.version, states, pinned) as staging:
                 if pinned or warm == "all":
                     must = states
                 else:
@@ -155,10 +154,6 @@ class Rollout:
                     name, manifest.version, source=source, key=key, pinned=pinned, warm=warm, origin=origin
                 )
                 self._observe(name, adapter.version)
-            finally:
-                # After a flip so that the version has its name when its hold ends; after a failure to undo the pins.
-                await self._reconcile(states)
-                await staging.release()
             return await self._placed(adapter)
 
     async def _delete(self, name: str) -> None:
@@ -177,24 +172,17 @@ class Rollout:
             if count <= 0:
                 return
             missing.sort(key=lambda state: _reluctance(state, adapter.manifest))
-            staging = Staging(self._fleet, name, adapter.version, pinned=adapter.pinned)
-            try:
+            async with self._staging(name, adapter.version, states, adapter.pinned) as staging:
                 await staging.extend([state.worker_id for state in missing], count)
-            finally:
-                await staging.release()
 
     async def _set_pinned(self, name: str, pinned: bool) -> Placed:
         async with self._lock(name):
             adapter = await self._named(name)
             states = await self._living() if pinned else await self._states()
-            staging = Staging(self._fleet, name, adapter.version, pinned=pinned)
-            try:
+            async with self._staging(name, adapter.version, states, pinned) as staging:
                 if pinned:
                     await staging.require([state.worker_id for state in states])
                 await self._store.set_pinned(name, pinned)
-            finally:
-                await self._reconcile(states)
-                await staging.release()
             return await self._placed(await self._named(name))
 
     # --- questions ---
@@ -215,9 +203,9 @@ class Rollout:
         table, states = await asyncio.gather(self._store.table(), self._states())
         return [Placed(adapter, tuple(states)) for adapter in table.adapters]
 
-    async def num_workers(self) -> int:
+    async def worker_ids(self) -> frozenset[str]:
         """Workers that take requests now."""
-        return len(await self._fleet.worker_ids())
+        return await self._fleet.worker_ids()
 
     async def table(self) -> NameTable:
         """What all names stand for. Raises StoreUnavailable."""
@@ -248,6 +236,23 @@ class Rollout:
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
         return await asyncio.shield(task)
+
+    @contextlib.asynccontextmanager
+    async def _staging(
+        self, name: str, version: str, states: Sequence[WorkerState], pinned: bool
+    ) -> AsyncIterator[Staging]:
+        """Let the body make a version resident; in the end workers follow the store, and nothing is held."""
+        staging = Staging(self._fleet, name, version, pinned=pinned)
+        try:
+            yield staging
+        except BaseException:
+            # Without its hold a version that got no name goes, pinned or not.
+            await staging.release()
+            await self._reconcile(states)
+            raise
+        # With its hold a version cannot go on an older word of the store's, which did not know its name.
+        await self._reconcile(states)
+        await staging.release()
 
     async def _named(self, name: str) -> NamedAdapter:
         adapter = _find(await self._store.table(), name)

@@ -67,7 +67,10 @@ class WorkerRouter(RequestRouter):
             await asyncio.sleep(RETRY_PAUSE_S)
         worker_id = pending_request.kwargs.get("worker_id")
         if worker_id is not None:
-            return self._reserve(worker_id)
+            replica = self._reserve(worker_id)
+            if pending_request.metadata.call_method == "make_resident":
+                self._placement.remember(pending_request.args[0], worker_id, time.monotonic())
+            return replica
         return await self._wait_for_worker(pending_request, is_retry)
 
     def _reserve(self, worker_id: str) -> RunningReplica:

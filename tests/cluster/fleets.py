@@ -176,15 +176,22 @@ class DictFleet:
 
     async def release_hold(self, worker_id: str, version: str) -> None:
         self._worker(worker_id, "release_hold").holds.remove(version)
-        await self.reconcile(worker_id)
 
     async def estimate(self, worker_id: str, manifest: AdapterManifest) -> tuple[int, tuple[str, ...]]:
         return manifest.rank, self._worker(worker_id, "estimate").victims(manifest)
 
     async def reconcile(self, worker_id: str) -> None:
+        """As a worker does it: what is held stays as it is until it has a name or is let go."""
         worker = self._worker(worker_id, "reconcile")
         named = {adapter.version: adapter.pinned for adapter in self.store.names.values()}
-        worker.pinned = {version for version in worker.resident if named.get(version)}
         for version in list(worker.resident):
-            if version not in named and version not in worker.holds and not worker.leases.get(version):
-                del worker.resident[version]
+            if version not in named:
+                if version in worker.holds:
+                    continue
+                worker.pinned.discard(version)
+                if not worker.leases.get(version):
+                    del worker.resident[version]
+            elif named[version]:
+                worker.pinned.add(version)
+            else:
+                worker.pinned.discard(version)

@@ -108,6 +108,21 @@ async def test_an_admins_replacement_survives_a_restart(world: World) -> None:
     assert world.names == {"x": "c", "y": "a"}
 
 
+async def test_what_a_dead_worker_had_is_made_resident_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorafleet.cluster.desired.POLL_S", 0.0)
+    task = asyncio.create_task(world.start(wanted("x", "a")).run())
+    try:
+        async with asyncio.timeout(5):
+            while not world.fleet.holders(world.store.keys["a"]):
+                await asyncio.sleep(0)
+            (holder,) = world.fleet.holders(world.store.keys["a"])
+            del world.fleet.workers[holder]
+            while not world.fleet.holders(world.store.keys["a"]):
+                await asyncio.sleep(0)
+    finally:
+        task.cancel()
+
+
 async def test_the_loop_follows_changes(world: World) -> None:
     desired = world.start()
     task = asyncio.create_task(desired.run())

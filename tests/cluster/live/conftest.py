@@ -26,15 +26,22 @@ def world(base_of: Callable[[BaseKind], Path], tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def live(world: Path) -> Iterator[LiveService]:
+def cluster() -> Iterator[None]:
+    """Ray, without a service."""
+    with ray_cluster(LORAFLEET_ADMIN_TOKEN=TOKEN):
+        yield
+
+
+@pytest.fixture(scope="session")
+def live(cluster: None, world: Path) -> Iterator[LiveService]:
     """Two workers, and one adapter preloaded."""
     args = args_for(world)
     args["adapters"]["preload"] = [{"name": "preloaded", "source": "demo", "key": "thin"}]
-    with ray_cluster(LORAFLEET_ADMIN_TOKEN=TOKEN), live_service(world, args) as service:
+    with live_service(world, args) as service:
         yield service
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def tidy(live: LiveService) -> Iterator[None]:
     """Tests begin with two workers and a store, and leave no names behind."""
     eventually(lambda: live.http.get("/admin/v1/adapters").status_code == 200 and len(live.workers()) == 2)

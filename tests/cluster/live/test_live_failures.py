@@ -13,7 +13,7 @@ import ray
 
 from tests.cluster.live.service import LiveService, eventually, served_by, version_of
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("tidy")]
 
 
 def texts(events: list[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from lorafleet.cluster.errors import WorkerGone
 from lorafleet.cluster.fleet import ServeFleet
 from tests.cluster.live.service import APP, LiveService, eventually, served_by, version_of
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("tidy")]
 
 
 def pages_used(live: LiveService) -> int:
@@ -98,15 +98,16 @@ def test_one_worker_without_room_stops_a_rollout_and_is_named(live: LiveService)
 
     asyncio.run(hold())
     old = live.adapter("shout")["version"]
-    refused = live.put("shout", "two", pinned=True)
-    total = live.workers()[0]["adapter_pages"]["total"]
-    assert refused.status_code == 409, (refused.text, total)
+    try:
+        refused = live.put("shout", "two", pinned=True)
+    finally:
+        asyncio.run(fleet.release_hold(victim, thick))
+    assert refused.status_code == 409, refused.text
     error = refused.json()["error"]
     assert error["code"] == "no_room"
     assert f"worker {victim} has no room for 'shout'" in error["message"]
     assert live.adapter("shout")["version"] == old
     assert all(not held["pinned"] for worker in live.workers() for held in worker["adapters"])
-    asyncio.run(fleet.release_hold(victim, thick))
 
 
 def test_calls_to_a_worker_reach_it_or_fail(live: LiveService) -> None:
