@@ -261,7 +261,7 @@ async def test_odd_settings_end_no_loop(llama: Shelf) -> None:
         odd = [
             SamplingParams(max_tokens=3, temperature=1e-45),
             SamplingParams(max_tokens=3, temperature=2.0, top_p=1e-45, top_k=10**12),
-            SamplingParams(max_tokens=3, seed=-(2**63)),
+            SamplingParams(max_tokens=3, seed=-(2**63), top_k=10**40),
             SamplingParams(max_tokens=3, seed=2**63 - 1, logprobs=20),
             SamplingParams(max_tokens=3, min_tokens=3, stop_token_ids=tuple(range(3, 300))),
         ]

@@ -1,0 +1,230 @@
+"""The arrays of a step against a loop that looks every row up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorafleet.kernels.segments import BASE_SLOT
+from lorafleet.workers.batch import BatchBuilder, ScheduledRows, StepBatch
+from lorafleet.workers.detokenizer import Detokenizer
+from lorafleet.workers.request import EngineRequest, SamplingParams
+from lorafleet.workers.sequence import Sequence, pending_token
+
+PAGE_TOKENS = 4
+MAX_PAGES = 12
+STOP_IDS = frozenset({2})
+
+
+@dataclass
+class FixedLease:
+    slot: int
+
+
+def sequence_of(
+    num_prompt: int, num_made: int, *, slot: int = BASE_SLOT, first: int = 100, sampling: SamplingParams | None = None
+) -> Sequence:
+    """Tokens count up from `first`."""
+    tokens = list(range(first, first + num_prompt + num_made))
+    request = EngineRequest(
+        "r", None if slot == BASE_SLOT else "v", tuple(tokens[:num_prompt]), sampling or SamplingParams()
+    )
+    sequence = Sequence(
+        request=request,
+        arrival_s=0.0,
+        max_tokens=100,
+        seed=first,
+        detokenizer=Detokenizer(None, (), ()),
+        token_ids=tokens,
+    )
+    if slot != BASE_SLOT:
+        sequence.lease = FixedLease(slot)  # type: ignore[assignment]
+    return sequence
+
+
+def builder(graph_sizes: tuple[int, ...] = ()) -> BatchBuilder:
+    return BatchBuilder(
+        page_tokens=PAGE_TOKENS, max_pages=MAX_PAGES, stop_token_ids=STOP_IDS, graph_sizes=graph_sizes, null_page=999
+    )
+
+
+def assert_lays_out(batch: StepBatch, scheduled: list[ScheduledRows]) -> None:
+    """Every row is its sequence's next token, and goes where its page table says."""
+    inputs = batch.view(torch.from_numpy(batch.packed))
+    attention = inputs.attention
+    assert set(map(id, (item.sequence for item in batch.rows))) == set(map(id, (item.sequence for item in scheduled)))
+    is_long = [item.num_rows > 1 for item in batch.rows]
+    assert is_long == sorted(is_long)
+    row, sampled_rows, prompt_rows = 0, [], []
+    for index, item in enumerate(batch.rows):
+        seq = item.sequence
+        slot = BASE_SLOT if seq.lease is None else seq.lease.slot
+        assert attention.query_lengths[index] == item.num_rows
+        assert int(attention.query_indptr[index]) == row
+        assert (
+            int(attention.context_lengths[index])
+            == attention.host_context_lengths[index]
+            == (seq.num_computed + item.num_rows)
+        )
+        num_pages = -(-(seq.num_computed + item.num_rows) // PAGE_TOKENS)
+        assert attention.block_tables[index, :num_pages].tolist() == seq.kv_pages[:num_pages]
+        for position in range(seq.num_computed, seq.num_computed + item.num_rows):
+            assert int(inputs.token_ids[row]) == seq.token_ids[position]
+            assert int(inputs.positions[row]) == position
+            assert int(attention.row_pages[row]) == seq.kv_pages[position // PAGE_TOKENS]
+            assert int(attention.row_offsets[row]) == position % PAGE_TOKENS
+            assert int(inputs.segments.host_row_slots[row]) == slot
+            if seq.wants_prompt_logprobs and position + 1 < seq.num_prompt:
+                prompt_rows.append(row)
+            row += 1
+        if item.num_rows == seq.num_uncomputed:
+            sampled_rows.append(row - 1)
+    assert row == batch.num_rows == len(inputs.token_ids)
+    assert attention.num_decodes == sum(item.num_rows == 1 for item in scheduled)
+    logits_rows = inputs.logits_rows.tolist()
+    assert logits_rows == prompt_rows + sampled_rows
+    assert [
+        inputs.segments.host_row_slots[row] for row in logits_rows
+    ] == inputs.logits_segments.host_row_slots.tolist()
+    assert sum(count for _, _, count in batch.prompts) == len(prompt_rows)
+    assert [seq.seed for seq in batch.sampled] == batch.sampling.seeds
+    assert batch.sampling.positions.tolist() == [seq.num_made for seq in batch.sampled]
+
+
+@st.composite
+def some_rows(draw: st.DrawFn) -> list[ScheduledRows]:
+    rows = []
+    next_page = 0
+    for number in range(draw(st.integers(1, 8))):
+        num_prompt, num_made = draw(st.integers(1, 30)), draw(st.integers(0, 10))
+        sampling = SamplingParams(
+            prompt_logprobs=draw(st.booleans()),
+            logprobs=draw(st.none() | st.integers(0, 5)),
+            temperature=draw(st.sampled_from([0.0, 1e-9, 0.5])),
+        )
+        slot = draw(st.sampled_from([BASE_SLOT, 0, 3, 4]))
+        sequence = sequence_of(num_prompt, num_made, slot=slot, first=1000 * number, sampling=sampling)
+        sequence.num_computed = draw(st.integers(0, len(sequence.token_ids) - 1))
+        num_pages = -(-len(sequence.token_ids) // PAGE_TOKENS)
+        sequence.kv_pages = list(range(next_page, next_page + num_pages))[::-1]
+        next_page += num_pages
+        rows.append(ScheduledRows(sequence, draw(st.integers(1, sequence.num_uncomputed))))
+    return rows
+
+
+@given(rows=some_rows())
+@settings(max_examples=200, deadline=None)
+def test_every_row_is_where_it_belongs(rows: list[ScheduledRows]) -> None:
+    batch = builder().build(rows)
+    assert_lays_out(batch, rows)
+    assert not batch.has_pending
+    wanted = [item.sequence.request.sampling for item in rows if item.samples]
+    assert batch.sampling.num_logprobs == max(
+        (-1 if one.logprobs is None else one.logprobs for one in wanted), default=-1
+    )
+    assert sorted(batch.sampling.temperatures.tolist()) == sorted(
+        0.5 if one.temperature == 0.5 else 0.0 for one in wanted
+    )
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_lines_follow_pages_that_come_and_change(data: st.DataObject) -> None:
+    """Over many steps, as sequences grow, have a page replaced by a shared one, are preempted and end."""
+    making = builder()
+    live: list[Sequence] = []
+    next_page = 0
+    for _ in range(data.draw(st.integers(1, 25))):
+        what = data.draw(st.sampled_from(["new", "end", "swap", "preempt", "step", "step", "step"]))
+        if what == "new" or not live:
+            live.append(sequence_of(data.draw(st.integers(1, 9)), 0, first=1000 * len(live)))
+            continue
+        sequence = data.draw(st.sampled_from(live))
+        if what == "end":
+            making.release(sequence)
+            live.remove(sequence)
+        elif what == "swap" and sequence.kv_pages:
+            sequence.kv_pages[data.draw(st.integers(0, len(sequence.kv_pages) - 1))] = (next_page := next_page + 1)
+            sequence.num_tabled_pages = 0
+        elif what == "preempt":
+            sequence.kv_pages, sequence.num_tabled_pages, sequence.num_computed = [], 0, 0
+        else:
+            rows = [ScheduledRows(one, one.num_uncomputed) for one in live]
+            for one in live:
+                while len(one.kv_pages) * PAGE_TOKENS < len(one.token_ids):
+                    one.kv_pages.append(next_page := next_page + 1)
+            assert_lays_out(making.build(rows), rows)
+            for one in live:
+                one.num_computed = len(one.token_ids)
+                one.token_ids.append(one.token_ids[-1] + 1)
+            live = [one for one in live if len(one.token_ids) < MAX_PAGES * PAGE_TOKENS]
+
+
+def test_rows_of_one_adapter_are_neighbours() -> None:
+    rows = []
+    for number, slot in enumerate([4, BASE_SLOT, 3, 4, BASE_SLOT, 3]):
+        sequence = sequence_of(4, 0, slot=slot)
+        sequence.num_computed = 3 if number < 4 else 0
+        sequence.kv_pages = [number]
+        rows.append(ScheduledRows(sequence, sequence.num_uncomputed))
+    batch = builder().build(rows)
+    assert_lays_out(batch, rows)
+    inputs = batch.view(torch.from_numpy(batch.packed))
+    assert inputs.segments.host_row_slots.tolist() == [-1, 3, 4, 4, *[-1] * 4, *[3] * 4]
+
+
+def test_stop_tokens_are_forbidden_before_min_tokens() -> None:
+    sampling = SamplingParams(min_tokens=2, stop_token_ids=(7, 9))
+    rows = []
+    for num_made in range(4):
+        sequence = sequence_of(3, num_made, sampling=sampling)
+        sequence.num_computed, sequence.kv_pages = len(sequence.token_ids) - 1, [0, 1]
+        rows.append(ScheduledRows(sequence, 1))
+    making = builder()
+    forbidden = making.build(rows).sampling.forbidden
+    assert [sorted(one) for one in forbidden] == [[2, 7, 9], [2, 7, 9], [], []]
+    assert making.build(rows[2:]).sampling.forbidden == ()
+
+
+def test_a_token_in_flight_is_a_placeholder() -> None:
+    sequence = sequence_of(3, 0)
+    sequence.token_ids.append(pending_token(5))
+    sequence.num_computed, sequence.kv_pages = 3, [0]
+    batch = builder().build([ScheduledRows(sequence, 1)])
+    assert batch.has_pending
+    assert batch.view(torch.from_numpy(batch.packed)).token_ids.tolist() == [-6]
+
+
+def test_decodes_are_padded_to_a_captured_size() -> None:
+    """Padding attends to nothing, has no adapter, and writes where nobody reads."""
+    rows = []
+    for number in range(3):
+        sequence = sequence_of(6, 0, slot=number)
+        sequence.num_computed, sequence.kv_pages = 5, [10 + number, 20 + number]
+        rows.append(ScheduledRows(sequence, 1))
+    making = builder(graph_sizes=(2, 4, 8))
+    batch = making.build(rows)
+    assert batch.graph_size == 4
+    inputs = batch.view(torch.from_numpy(batch.packed))
+    attention = inputs.attention
+    assert attention.row_pages.tolist() == [20, 21, 22, 999]
+    assert attention.context_lengths.tolist() == [6, 6, 6, 0]
+    assert attention.block_tables.shape == (4, MAX_PAGES)
+    assert inputs.segments.host_row_slots.tolist() == [0, 1, 2, BASE_SLOT]
+    assert inputs.logits_rows.tolist() == [0, 1, 2, 3]
+    assert len(batch.sampled) == 3
+    assert making.build(rows * 3).graph_size is None, "more than the largest size"
+
+
+def test_a_prefill_that_goes_on_has_no_logits() -> None:
+    sequence = sequence_of(9, 0)
+    sequence.kv_pages = [0, 1, 2]
+    batch = builder().build([ScheduledRows(sequence, 4)])
+    assert batch.num_logits == 0
+    assert batch.sampled == ()
+    assert batch.logits_segments.num_lora_chunks == 0
+    assert np.array_equal(batch.query_lengths, [4])
