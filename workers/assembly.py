@@ -66,7 +66,13 @@ def assemble(
     )
     residency = Residency(adapter_pool)
     loader = AdapterLoader(adapter_pool, residency, fetch, on_gone=cache.drop)
-    runner = ModelRunner(base, cache, adapter_pool, graph_sizes(engine.max_running))
+    runner = ModelRunner(
+        base,
+        cache,
+        adapter_pool,
+        graph_sizes=graph_sizes(engine.max_running, engine.max_batch_tokens),
+        max_batch_tokens=engine.max_batch_tokens,
+    )
     parts = WorkerParts(
         engine=Engine(runner, loader, load_tokenizer(model.source), engine, deliver, worker_id=worker_id),
         runner=runner,

@@ -27,8 +27,8 @@ _SETTINGS = np.dtype(
 """What the sampler needs to know of a sequence."""
 MIN_TEMPERATURE = 1e-5
 """Below it the likeliest token is taken: logits divided by less overflow."""
-
-
+MAX_COUNT = 1 << 31
+"""Requests may name any number; more than this means no more than this."""
 GRAPH_CHUNK_LENGTH = 16
 """Chunk length of captured batches, whatever their mix of adapters."""
 
@@ -83,7 +83,11 @@ class StepBatch:
     has_pending: bool
     """Whether any token is one that the step in flight chooses."""
     graph_size: int | None
-    """Rows that the batch is padded to, for a captured graph; None: not padded."""
+    """Rows that the batch is padded to, for a captured graph; None: not padded. Such a batch has every row as a
+    sequence of its own: all keys of a layer are written before it attends, so a prompt's token finds those before it
+    in the pages, as a decode does."""
+    wanted_rows: Ints | None
+    """Rows of a graph's logits that are wanted; None: the first ones."""
     sampled: tuple[Sequence, ...]
     """Sequences that get a token, in the order of the last `len(sampled)` logits rows (padding after them)."""
     prompts: tuple[tuple[Sequence, int, int], ...]
@@ -133,8 +137,8 @@ class BatchBuilder:
         graph_sizes: tuple[int, ...] = (),
         null_page: int = 0,
     ) -> None:
-        """`max_pages`: KV pages of the longest sequence. `graph_sizes`, rising: batches of decodes alone are padded to
-        one of these rows if they fit; padding rows write their keys and values to `null_page`.
+        """`max_pages`: KV pages of the longest sequence. `graph_sizes`, rising: batches that fit are padded to one of
+        these rows; padding rows write their keys and values to `null_page`.
         """
         self._page_tokens = page_tokens
         self._stop_token_ids = stop_token_ids
@@ -152,7 +156,7 @@ class BatchBuilder:
 
     def build(self, scheduled: Iterable[ScheduledRows]) -> StepBatch:
         """Lay out the scheduled rows. Sequences with an adapter hold a lease on it, which is resident."""
-        rows = tuple(sorted(scheduled, key=_has_several_rows))
+        rows = tuple(sorted(scheduled, key=_place))
         sequences = [item.sequence for item in rows]
         lines = np.array([self._line(seq) for seq in sequences])
         lengths = np.array([item.num_rows for item in rows])
@@ -164,7 +168,7 @@ class BatchBuilder:
         token_ids: list[int] = []
         for seq, start, end in zip(sequences, starts.tolist(), ends.tolist(), strict=True):
             token_ids += seq.token_ids[start:end]
-        slots = np.array([BASE_SLOT if seq.lease is None else seq.lease.slot for seq in sequences], dtype=np.int32)
+        slots = np.array([_slot(seq) for seq in sequences], dtype=np.int32)
         row_slots = slots[row_sequence]
 
         prompts = self._prompts(rows, starts, ends)
@@ -177,8 +181,7 @@ class BatchBuilder:
         ]
         logits_rows = np.concatenate([*prompt_rows, sampled_rows])
 
-        num_decodes = int(np.count_nonzero(lengths == 1))
-        graph_size = self._graph_size(len(rows), num_decodes, len(logits_rows))
+        graph_size = self._graph_size(len(positions))
         num_pages = self._tables.shape[1] if graph_size is not None else int(-(-ends.max() // self._page_tokens))
         tables = self._tables[lines, :num_pages]
         layout = _Layout(
@@ -192,22 +195,24 @@ class BatchBuilder:
             tables=tables,
             logits_rows=logits_rows,
         )
+        wanted_rows = None
         if graph_size is not None:
-            layout = layout.padded(graph_size, self._null_page)
+            layout = layout.by_rows(row_sequence).padded(graph_size, self._null_page)
+            if not np.array_equal(logits_rows, np.arange(len(logits_rows))):
+                wanted_rows = logits_rows
         return _assemble(
             layout,
             graph_size=graph_size,
+            wanted_rows=wanted_rows,
             rows=rows,
             sampled=sampled,
             prompts=tuple(prompt for _, prompt in prompts),
             sampling=self._sampling(sampled, lines[samples]),
         )
 
-    def _graph_size(self, num_sequences: int, num_decodes: int, num_logits: int) -> int | None:
-        """The captured size for these rows; None when they are no plain decode batch or too many."""
-        if num_decodes != num_sequences or num_logits != num_sequences:
-            return None
-        return next((size for size in self._graph_sizes if size >= num_sequences), None)
+    def _graph_size(self, num_rows: int) -> int | None:
+        """The smallest captured size that holds so many rows; None when there is none."""
+        return next((size for size in self._graph_sizes if size >= num_rows), None)
 
     def _line(self, sequence: Sequence) -> int:
         """The sequence's line, its page table brought up to date."""
@@ -221,8 +226,8 @@ class BatchBuilder:
             self._settings[line] = (
                 settings.temperature if settings.temperature >= MIN_TEMPERATURE else 0.0,
                 settings.top_p,
-                max(settings.top_k, 0),
-                settings.min_tokens,
+                min(max(settings.top_k, 0), MAX_COUNT),
+                min(settings.min_tokens, MAX_COUNT),
                 -1 if settings.logprobs is None else settings.logprobs,
             )
         pages = sequence.kv_pages
@@ -273,8 +278,13 @@ class BatchBuilder:
         )
 
 
-def _has_several_rows(item: ScheduledRows) -> bool:
-    return item.num_rows > 1
+def _place(item: ScheduledRows) -> tuple[bool, int]:
+    """Sequences with one row come first, and those of one adapter stand together, so that its rows are neighbours."""
+    return item.num_rows > 1, _slot(item.sequence)
+
+
+def _slot(sequence: Sequence) -> int:
+    return BASE_SLOT if sequence.lease is None else sequence.lease.slot
 
 
 def blank_batch(graph_size: int, *, max_pages: int, null_page: int, has_lora: bool) -> StepBatch:
@@ -282,20 +292,46 @@ def blank_batch(graph_size: int, *, max_pages: int, null_page: int, has_lora: bo
     none = np.zeros(0, dtype=np.int64)
     tables = np.zeros((0, max_pages), dtype=np.int32)
     layout = _Layout(none, none, none, none, none.astype(np.int32), none, none, tables, none)
+    return _blank(layout.padded(graph_size, null_page), graph_size=graph_size, has_lora=has_lora)
+
+
+def _blank(layout: _Layout, *, graph_size: int | None, has_lora: bool) -> StepBatch:
+    none = np.zeros(0, dtype=np.int64)
     batch = _assemble(
-        layout.padded(graph_size, null_page),
+        layout,
         graph_size=graph_size,
+        wanted_rows=None,
         rows=(),
         sampled=(),
         prompts=(),
         sampling=SamplingBatch(np.zeros(0, np.float32), np.zeros(0, np.float32), none, [], none, (), -1),
     )
-    num_lora_chunks = graph_size if has_lora else 0
+    num_lora_chunks = (graph_size or 1) if has_lora else 0
     return replace(
         batch,
         segments=replace(batch.segments, num_lora_chunks=num_lora_chunks),
         logits_segments=replace(batch.logits_segments, num_lora_chunks=num_lora_chunks),
     )
+
+
+def blank_prompt(num_rows: int, *, page_tokens: int, null_page: int, has_lora: bool, chunk_length: int) -> StepBatch:
+    """One prompt of `num_rows` tokens that leaves nothing behind, to compile and warm up with."""
+    positions = np.arange(num_rows)
+    num_pages = -(-num_rows // page_tokens)
+    layout = _Layout(
+        token_ids=np.zeros_like(positions),
+        positions=positions,
+        row_pages=np.full_like(positions, null_page),
+        row_offsets=positions % page_tokens,
+        row_slots=np.full(num_rows, BASE_SLOT, dtype=np.int32),
+        query_lengths=np.array([num_rows]),
+        context_lengths=np.array([num_rows]),
+        tables=np.full((1, num_pages), null_page, dtype=np.int32),
+        logits_rows=positions[-1:],
+    )
+    batch = _blank(layout, graph_size=None, has_lora=has_lora)
+    segments = plan_segments(layout.row_slots, chunk_length=chunk_length)
+    return replace(batch, segments=replace(segments, num_lora_chunks=segments.num_chunks if has_lora else 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +347,15 @@ class _Layout:
     context_lengths: Ints
     tables: Ints
     logits_rows: Ints
+
+    def by_rows(self, row_sequence: Ints) -> _Layout:
+        """The same work with every row as a sequence of its own."""
+        return replace(
+            self,
+            query_lengths=np.ones_like(self.positions),
+            context_lengths=self.positions + 1,
+            tables=self.tables[row_sequence],
+        )
 
     def padded(self, size: int, null_page: int) -> _Layout:
         """As many one-row sequences as make `size` rows: they attend to nothing and write to `null_page`."""
@@ -333,6 +378,7 @@ def _assemble(
     layout: _Layout,
     *,
     graph_size: int | None,
+    wanted_rows: Ints | None,
     rows: tuple[ScheduledRows, ...],
     sampled: tuple[Sequence, ...],
     prompts: tuple[tuple[Sequence, int, int], ...],
@@ -368,6 +414,7 @@ def _assemble(
         logits_segments=logits_segments,
         has_pending=bool((layout.token_ids < 0).any()),
         graph_size=graph_size,
+        wanted_rows=wanted_rows,
         sampled=sampled,
         prompts=prompts,
         sampling=sampling,

@@ -6,6 +6,7 @@ Owns no policy: `Residency` says who comes and goes. One engine thread calls it;
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,11 +18,12 @@ from torch import Tensor
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Array
 from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights
 from lorafleet.workers.errors import WorkerConfigError
-from lorafleet.workers.memory.page_plan import count_adapter_pages, pack
+from lorafleet.workers.memory.page_plan import NUM_SHARES, PagePlan, count_adapter_pages, pack
 from lorafleet.workers.memory.pages import PageAllocator
 from lorafleet.workers.memory.pool_layout import PoolLayout, parts_of
 
 _MAX_REMEMBERED_COUNTS = 1 << 16
+_MAX_REMEMBERED_PLANS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,10 +78,12 @@ class AdapterPool:
         self._pages = PageAllocator(num_pages)
         self._slots = PageAllocator(self.num_slots)
         self._page_counts: dict[str, int] = {}
+        self._plans: dict[tuple[tuple[str, int], ...], PagePlan] = {}
         self._ideal_bytes = 0
         # Some releases of torch leave the constructor untyped.
         make_stream = cast(Callable[[torch.device], torch.cuda.Stream], torch.cuda.Stream)
         self._stream = make_stream(device) if device.type == "cuda" else None
+        self._copiers = ThreadPoolExecutor(NUM_SHARES, "lorafleet-copy") if device.type == "cuda" else None
 
     @property
     def num_pages_total(self) -> int:
@@ -141,7 +145,7 @@ class AdapterPool:
         assert weights.manifest.version == allocation.manifest.version, weights.manifest.version
         assert weights.dtype == self.layout.dtype, (weights.dtype, self.layout.dtype)
         layout = self.layout
-        plan = pack(weights.manifest, layout)
+        plan = self._plan(weights.manifest)
         assert plan.num_pages == len(allocation.page_ids), "packing is not what it was when the pages were counted"
         page_ids = np.array(allocation.page_ids, dtype=np.int64)
         tables = self._host((layout.num_tables, layout.max_rank), torch.int32).zero_()
@@ -157,7 +161,7 @@ class AdapterPool:
             plan.write(weights, _as_numpy(self._elements), page_ids)
             return StagedAdapter(allocation, tables, ranks, scalings, None)
         image = self._host((plan.num_pages * layout.page_elements,), self._elements.dtype)
-        plan.write(weights, _as_numpy(image), np.arange(plan.num_pages))
+        plan.write(weights, _as_numpy(image), np.arange(plan.num_pages), self._copiers)
         assert allocation.is_free_of_readers is not None
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(allocation.is_free_of_readers)
@@ -165,6 +169,16 @@ class AdapterPool:
             tables, ranks, scalings = (host.to(self.device, non_blocking=True) for host in (tables, ranks, scalings))
             is_copied = self._stream.record_event()
         return StagedAdapter(allocation, tables, ranks, scalings, is_copied)
+
+    def _plan(self, manifest: AdapterManifest) -> PagePlan:
+        """The adapter's packing; remembered, since adapters of a fleet tend to have the same modules and ranks."""
+        key = tuple((module.name, module.rank) for module in manifest.modules)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _MAX_REMEMBERED_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = pack(manifest, self.layout)
+        return plan
 
     def publish(self, staged: StagedAdapter) -> None:
         """Make the slot live, between two steps: kernels that are launched from now on see the adapter.

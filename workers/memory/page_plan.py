@@ -5,6 +5,8 @@ The plan knows the adapter's pages as `0 .. num_pages - 1`; the pool maps them t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +14,9 @@ import numpy as np
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Array
 from lorafleet.workers.memory.packing import Ints, pack_rows
 from lorafleet.workers.memory.pool_layout import Piece, PoolLayout, aligned, count_piece_pages
+
+NUM_SHARES = 4
+"""Parts that the copying of one adapter is cut into when threads share it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +38,32 @@ class PagePlan:
         pages, within = np.divmod(self.offsets, self.page_elements)
         return page_ids[pages] * self.page_elements + within
 
-    def write(self, weights: AdapterWeights, target: Array, page_ids: Ints) -> None:
+    def write(self, weights: AdapterWeights, target: Array, page_ids: Ints, threads: Executor | None = None) -> None:
         """Copy the weights into pages `page_ids` of `target`, which is flat, and zero what no row covers in them.
 
-        Rows that are neighbours in both places are one copy.
+        Rows that are neighbours in both places are one copy. `threads` share the copying.
         """
         pages = target.reshape(-1, self.page_elements)
         for end in np.unique(self.page_ends[self.page_ends < self.page_elements]).tolist():
             pages[page_ids[self.page_ends == end], end:] = 0
         starts = self.starts(page_ids)
-        row = 0
-        for piece in self.pieces:
+        counts = np.array([piece.count for piece in self.pieces])
+        first_rows = np.cumsum(counts) - counts
+        if threads is None:
+            self._write_pieces(weights, target, starts, range(len(self.pieces)), first_rows)
+            return
+        # Pieces are of few kinds that take turns, so every share gets about as much to copy.
+        shares = [range(first, len(self.pieces), NUM_SHARES) for first in range(NUM_SHARES)]
+        list(threads.map(lambda share: self._write_pieces(weights, target, starts, share, first_rows), shares))
+
+    def _write_pieces(
+        self, weights: AdapterWeights, target: Array, starts: Ints, indices: Iterable[int], first_rows: Ints
+    ) -> None:
+        for index in indices:
+            piece = self.pieces[index]
             source = _rows(piece, weights)
             pitch = aligned(piece.width)
-            piece_starts = starts[row : row + piece.count]
-            row += piece.count
+            piece_starts = starts[first_rows[index] : first_rows[index] + piece.count]
             breaks = (np.flatnonzero(np.diff(piece_starts) != pitch) + 1).tolist()
             for first, last in zip([0, *breaks], [*breaks, piece.count], strict=True):
                 start = int(piece_starts[first])

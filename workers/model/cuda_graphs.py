@@ -1,4 +1,4 @@
-"""Captured decode steps: one graph a batch size, replayed with whatever mix of adapters the batch has.
+"""Captured steps: one graph a number of rows, replayed with whatever mix of adapters the batch has.
 
 The host's part of a replay is one copy into the graph's own input buffer. Batches without adapters have graphs of their
 own, which contain no LoRA work.
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from lorafleet.workers.batch import StepBatch, StepInputs
 
+MAX_ROWS = 512
+
 
 @dataclass(frozen=True, slots=True)
-class DecodeGraph:
+class StepGraph:
     """A captured step of a fixed number of rows."""
 
     graph: torch.cuda.CUDAGraph
@@ -34,7 +36,7 @@ class DecodeGraph:
         return self.logits
 
 
-def capture(forward: Callable[[StepInputs], Tensor], blank: StepBatch, device: torch.device, pool: Any) -> DecodeGraph:
+def capture(forward: Callable[[StepInputs], Tensor], blank: StepBatch, device: torch.device, pool: Any) -> StepGraph:
     """Capture `forward` over a batch of padding. `pool` is shared by all graphs, which never run at once."""
     packed = torch.from_numpy(blank.packed).to(device)
     inputs = blank.view(packed)
@@ -47,10 +49,15 @@ def capture(forward: Callable[[StepInputs], Tensor], blank: StepBatch, device: t
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         logits = forward(inputs)
-    return DecodeGraph(graph, packed, inputs, logits)
+    return StepGraph(graph, packed, inputs, logits)
 
 
-def graph_sizes(max_running: int) -> tuple[int, ...]:
-    """Batch sizes worth a graph: dense where padding would cost most, up to `max_running`."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(288, 1025, 32)]
-    return (*(size for size in sizes if size < max_running), max_running)
+def graph_sizes(max_running: int, max_batch_tokens: int) -> tuple[int, ...]:
+    """Numbers of rows worth a graph: dense where padding would cost most.
+
+    They go beyond `max_running` so that decodes with a short prompt or two beside them have one: below `MAX_ROWS` a
+    step without a graph takes longer to launch than to compute.
+    """
+    largest = min(max(max_running, MAX_ROWS), max(max_batch_tokens, max_running))
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 4096, 64)]
+    return (*(size for size in sizes if size < largest), largest)

@@ -6,16 +6,20 @@ import logging
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lorafleet.kernels.segments import Segments
-from lorafleet.workers.batch import StepBatch, StepInputs, blank_batch
-from lorafleet.workers.errors import UnsupportedModel
+from lorafleet.workers.batch import StepBatch, StepInputs, blank_batch, blank_prompt
+from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.model import attention, fused_layers, lora_layers
-from lorafleet.workers.model.cuda_graphs import DecodeGraph, capture
+from lorafleet.workers.model.cuda_graphs import StepGraph, capture
 from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel
 from lorafleet.workers.model.sampler import Chosen, sample, with_logprobs
@@ -48,14 +52,22 @@ class StepInFlight:
 class ModelRunner:
     """A base model whose leaves know about adapters and whose attention knows about pages."""
 
-    def __init__(self, base: BaseModel, cache: KVCache, pool: AdapterPool, graph_sizes: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        cache: KVCache,
+        pool: AdapterPool,
+        *,
+        graph_sizes: tuple[int, ...] = (),
+        max_batch_tokens: int = 2048,
+    ) -> None:
         """`graph_sizes`, rising: rows of the decode batches to capture; none on a CPU."""
         self.base = base
         self.cache = cache
         self.pool = pool
         self._lora = lora_layers.LoraContext()
         self._attention = attention.AttentionContext(cache)
-        self._graphs: dict[tuple[int, bool], DecodeGraph] = {}
+        self._graphs: dict[tuple[int, bool], StepGraph] = {}
         self.max_pages = -(-(base.max_model_len + 1) // cache.page_tokens)
         """KV pages of the longest sequence."""
         self.graph_sizes = graph_sizes if base.device.type == "cuda" else ()
@@ -64,6 +76,7 @@ class ModelRunner:
         self._substitute()
         self._probe()
         if self.graph_sizes:
+            self._warm_up(max_batch_tokens)
             self._capture_graphs()
 
     @property
@@ -74,9 +87,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, batch: StepBatch, previous: StepInFlight | None) -> StepInFlight:
         """Begin one step. Placeholder tokens of the batch are taken from `previous`, which may be in flight."""
-        packed = torch.from_numpy(batch.packed)
-        if self.base.device.type == "cuda":
-            packed = packed.pin_memory()
+        packed = self._pinned(batch.packed)
         if batch.graph_size is None:
             inputs = batch.view(packed.to(self.base.device, non_blocking=True))
             self._fill_pending(inputs, batch, previous)
@@ -86,6 +97,8 @@ class ModelRunner:
             graph.packed.copy_(packed, non_blocking=True)
             self._fill_pending(graph.inputs, batch, previous)
             logits = graph.replay()
+            if batch.wanted_rows is not None:
+                logits = logits[self._pinned(batch.wanted_rows).to(self.base.device, non_blocking=True)]
         num_prompt_rows = sum(count for _, _, count in batch.prompts)
         prompts = None
         if num_prompt_rows:
@@ -110,6 +123,11 @@ class ModelRunner:
         if step.is_done is not None:
             step.is_done.record()
         return step
+
+    def _pinned(self, array: npt.NDArray[np.integer[Any]]) -> torch.Tensor:
+        """The array as a host tensor from which a copy to the device need not wait."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.base.device.type == "cuda" else tensor
 
     def _fill_pending(self, inputs: StepInputs, batch: StepBatch, previous: StepInFlight | None) -> None:
         """Put the tokens that the step in flight chooses in the places of their placeholders."""
@@ -160,6 +178,34 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
+    def _warm_up(self, max_batch_tokens: int) -> None:
+        """Run prompts of the lengths that no graph serves, so that no request waits for a kernel to be compiled.
+
+        Raises WorkerConfigError when the largest does not fit the memory that is left.
+        """
+        started_s = time.monotonic()
+        sizes = [n for n in (self.graph_sizes[-1] + 1, 1024, 2048, 4096) if n < max_batch_tokens] + [max_batch_tokens]
+        variants = [(n, 128, has_lora) for n in sizes for has_lora in (False, True)]
+        variants += [(sizes[0], chunk_length, True) for chunk_length in (16, 32, 64)]
+        for num_rows, chunk_length, has_lora in variants:
+            batch = blank_prompt(
+                num_rows,
+                page_tokens=self.cache.page_tokens,
+                null_page=self.null_pages[0],
+                has_lora=has_lora,
+                chunk_length=chunk_length,
+            )
+            try:
+                self._forward(batch.view(torch.from_numpy(batch.packed).to(self.base.device)))
+                torch.cuda.synchronize(self.base.device)
+            except torch.OutOfMemoryError as error:
+                raise WorkerConfigError(
+                    f"no memory is left for a step of {num_rows} tokens: lower worker.max_batch_tokens "
+                    f"({max_batch_tokens}), worker.kv_bytes, adapters.pool_bytes or worker.gpu_memory_utilization"
+                ) from error
+        logger.info("warmed up with prompts of %s tokens, %.1f s", sizes, time.monotonic() - started_s)
+
+    @torch.inference_mode()
     def _capture_graphs(self) -> None:
         """Capture decode steps of every size, largest first, so that the smaller ones reuse its memory."""
         started_s = time.monotonic()
@@ -172,38 +218,52 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """Refuse a base that the substituted model does not compute as transformers does."""
-        num_tokens = self.base.probe_token_ids.shape[0]
-        device = self.base.device
+        """Refuse a base that the substituted model does not compute as transformers does.
+
+        It computes the prompt in parts, the last one token long, so that what came before must come from the cache.
+        """
+        name, num_tokens = type(self.base.model).__name__, len(self.base.probe_token_ids)
         pages = self.cache.allocate(-(-num_tokens // self.cache.page_tokens))
-        positions = torch.arange(num_tokens, dtype=torch.int32, device=device)
-        table = torch.tensor([pages], dtype=torch.int32, device=device)
-        self._attention.batch = attention.AttentionBatch(
-            row_pages=table[0][positions // self.cache.page_tokens],
-            row_offsets=positions % self.cache.page_tokens,
-            query_indptr=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
-            query_lengths=[num_tokens],
-            context_lengths=torch.tensor([num_tokens], dtype=torch.int32, device=device),
-            host_context_lengths=[num_tokens],
-            block_tables=table,
-            num_decodes=0,
-        )
+        bounds = (0, num_tokens // 2, num_tokens - 1, num_tokens)
         try:
-            output = self.base.model(
-                input_ids=self.base.probe_token_ids[None], position_ids=positions[None], use_cache=False
-            )
+            parts = [self._probe_part(pages, start, end) for start, end in pairwise(bounds)]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UnsupportedModel(f"{name} cannot be computed on pages: {error}") from error
         finally:
             self._attention.batch = None
             self.cache.free(pages)
-        got, wanted = output.logits[0].float().log_softmax(-1), self.base.probe_logits.log_softmax(-1)
+        got, wanted = torch.cat(parts).float().log_softmax(-1), self.base.probe_logits.log_softmax(-1)
         likely = wanted.topk(min(PROBE_TOP, wanted.shape[-1]), dim=-1).indices
         difference = float((got - wanted).abs().gather(-1, likely).mean())
         tolerance = PROBE_TOLERANCE[self.base.dtype]
         if not difference <= tolerance:
             raise UnsupportedModel(
-                f"{type(self.base.model).__name__} computes something that is not supported: a probe's logprobs are "
-                f"{difference:.2g} off transformers' own in the mean, more than {tolerance:g}"
+                f"{name} computes something that is not supported: a probe's logprobs are {difference:.2g} off "
+                f"transformers' own in the mean, more than {tolerance:g}"
             )
+
+    def _probe_part(self, pages: list[int], start: int, end: int) -> torch.Tensor:
+        """(end - start, vocab) logits of a part of the probe, whose earlier tokens are in the cache."""
+        device, num_rows = self.base.device, end - start
+        positions = torch.arange(start, end, dtype=torch.int32, device=device)
+        table = torch.tensor([pages], dtype=torch.int32, device=device)
+        self._attention.batch = attention.AttentionBatch(
+            row_pages=table[0][positions // self.cache.page_tokens],
+            row_offsets=positions % self.cache.page_tokens,
+            query_indptr=torch.tensor([0, num_rows], dtype=torch.int32, device=device),
+            query_lengths=[num_rows],
+            context_lengths=torch.tensor([end], dtype=torch.int32, device=device),
+            host_context_lengths=[end],
+            block_tables=table,
+            num_decodes=int(num_rows == 1),
+        )
+        output = self.base.model(
+            input_ids=self.base.probe_token_ids[None, start:end], position_ids=positions[None], use_cache=False
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
 
 def _if_lora(segments: Segments) -> Segments | None:
