@@ -29,7 +29,7 @@ class AdminPlane:
         observe: Callable[[str, str | None], None],
     ) -> None:
         """observe: told of every name that was flipped (and its version) or deleted (None), before the reply."""
-        self.rollout = Rollout(StoreClient(store), ServeFleet(workers), observe=observe)
+        self.rollout = Rollout(StoreClient(store), ServeFleet(workers), observe=observe, reserved={config.model.id})
         self.router = build_router(self.rollout, keys, config.adapters.sources)
         self._desired = DesiredAdapters(self.rollout, config.adapters.preload, num_workers=config.worker.num_replicas)
         self._applying: asyncio.Task[None] | None = None

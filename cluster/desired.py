@@ -47,6 +47,7 @@ class DesiredAdapters:
         self._clock = clock
         self._user: dict[str, DesiredAdapter] = {}
         self._news: set[str] = set()
+        self._done: dict[str, DesiredAdapter] = {}
         self._changed = asyncio.Event()
         self._has_applied = False
         self._is_preloaded = False
@@ -86,7 +87,10 @@ class DesiredAdapters:
                     await asyncio.wait_for(self._changed.wait(), POLL_S)
 
     async def apply(self) -> None:
-        """One round. What went wrong is logged and kept; it never raises."""
+        """One round. What went wrong is logged and kept; it never raises.
+
+        What has been in place once is only made resident again: an admin may have changed or deleted it since.
+        """
         self._has_applied = True
         wanted = self._preload | self._user
         try:
@@ -96,7 +100,7 @@ class DesiredAdapters:
             return
         stale = [name for name, adapter in current.items() if adapter.origin == "config" and name not in wanted]
         due = [adapter for adapter in wanted.values() if self._is_due(adapter, current)]
-        kept = [adapter for adapter in wanted.values() if adapter not in due]
+        kept = [adapter for adapter in wanted.values() if adapter not in due and adapter.name in current]
         limit = asyncio.Semaphore(MAX_AT_ONCE)
         self._problems = {}
         await asyncio.gather(
@@ -104,11 +108,14 @@ class DesiredAdapters:
             *(self._try(limit, adapter.name, self._put, adapter) for adapter in due),
             *(self._try(limit, adapter.name, self._rollout.warm, adapter.name, adapter.warm) for adapter in kept),
         )
+        self._done = {name: adapter for name, adapter in wanted.items() if name not in self._problems}
         self._news &= set(self._problems)
         if not any(name in self._problems for name in self._preload):
             self._is_preloaded = True
 
     def _is_due(self, adapter: DesiredAdapter, current: Mapping[str, NamedAdapter]) -> bool:
+        if self._done.get(adapter.name) == adapter:
+            return False
         named = current.get(adapter.name)
         if named is None:
             return True

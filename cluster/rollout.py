@@ -11,14 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from lorafleet.adapter_store.errors import UnknownAdapter
+from lorafleet.adapter_store.errors import InvalidName, UnknownAdapter
 from lorafleet.adapter_store.manifest import AdapterManifest, NamedAdapter, NameTable, Origin
-from lorafleet.cluster.config import Warm
+from lorafleet.cluster.config import NAME_PATTERN, Warm
 from lorafleet.cluster.errors import AdapterDoesNotFit, NoWorker, ServiceUnavailable, StoreUnavailable, WorkerGone
 from lorafleet.cluster.fleet import Fleet
 from lorafleet.cluster.staging import Staging
@@ -98,8 +99,19 @@ class Validation:
 class Rollout:
     """The one place that changes what names stand for."""
 
-    def __init__(self, store: Store, fleet: Fleet, *, observe: Callable[[str, str | None], None]) -> None:
-        """observe: told of every name that was flipped (and its version) or deleted (None), before the reply."""
+    def __init__(
+        self,
+        store: Store,
+        fleet: Fleet,
+        *,
+        observe: Callable[[str, str | None], None],
+        reserved: Collection[str] = (),
+    ) -> None:
+        """observe: told of every name that was flipped (and its version) or deleted (None), before the reply.
+
+        reserved: names that requests understand otherwise: the base's.
+        """
+        self._reserved = reserved
         self._store = store
         self._fleet = fleet
         self._observe = observe
@@ -113,8 +125,10 @@ class Rollout:
     ) -> Placed:
         """Publish what `source` has under `key` and flip `name` to it.
 
-        Raises what the store refuses the adapter for, AdapterDoesNotFit, RolloutFailed, NoWorker, StoreUnavailable.
+        Raises InvalidName, what the store refuses the adapter for, AdapterDoesNotFit, RolloutFailed, NoWorker and
+        StoreUnavailable.
         """
+        self._check_name(name)
         return await self._to_the_end(self._put(name, source, key, pinned, warm, origin))
 
     async def delete(self, name: str) -> None:
@@ -226,6 +240,12 @@ class Rollout:
         ]
 
     # --- parts ---
+
+    def _check_name(self, name: str) -> None:
+        if re.fullmatch(NAME_PATTERN, name) is None:
+            raise InvalidName("invalid_name", f"name {name[:140]!r} does not match {NAME_PATTERN}", "name")
+        if name in self._reserved:
+            raise InvalidName("name_reserved", f"{name!r} is the base model's name", "name")
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())

@@ -23,6 +23,7 @@ from lorafleet.cluster.whereabouts import note_request, note_router
 
 RETRY_PAUSE_S = 0.02
 """Pause before a call that a replica rejected (it is shutting down, or full) is sent again."""
+_NO_REPORT: tuple[frozenset[str], int] = (frozenset(), 0)
 START_PATIENCE_S = 5.0
 """How long a router that has never seen a replica waits for the first one."""
 
@@ -47,6 +48,7 @@ class WorkerRouter(RequestRouter):
         self._max_queued = max_queued
         self._waiting: deque[Waiter] = deque()
         self._in_flight: defaultdict[ReplicaID, int] = defaultdict(int)  # reserved or sent, and not completed
+        self._reports: dict[ReplicaID, tuple[frozenset[str], int]] = {}  # resident versions and free pages
         note_router(self)
 
     @property
@@ -107,26 +109,22 @@ class WorkerRouter(RequestRouter):
 
     def _place_waiting(self) -> None:
         """Give workers to those that wait, in order, until all workers are full."""
-        while self._waiting:
-            waiter = self._waiting[0]
-            candidates = [self._candidate(replica) for replica in self._replicas.values()]
+        for waiter in tuple(self._waiting):
+            candidates = [self._candidate(replica_id) for replica_id in self._replicas]
             candidates = [c for c in candidates if c.worker_id not in waiter.excluded] or candidates
             worker_id = self._placement.choose(waiter.version, candidates, time.monotonic())
             if worker_id is None:
+                if waiter.excluded:
+                    continue  # others may take a worker that this one had better not
                 return
-            self._waiting.popleft()
+            self._waiting.remove(waiter)
             if waiter.request_id is not None:
                 note_request(waiter.request_id, worker_id)
             waiter.chosen.set_result(self._reserve(worker_id))
 
-    def _candidate(self, replica: RunningReplica) -> Candidate:
-        stats = replica.routing_stats or {}
-        return Candidate(
-            worker_id=replica.replica_id.unique_id,
-            load=self._in_flight[replica.replica_id],
-            resident=stats.get("resident", ()),
-            free_pages=stats.get("free_pages", 0),
-        )
+    def _candidate(self, replica_id: ReplicaID) -> Candidate:
+        resident, free_pages = self._reports.get(replica_id, _NO_REPORT)
+        return Candidate(replica_id.unique_id, self._in_flight[replica_id], resident, free_pages)
 
     def _release(self, replica_id: ReplicaID) -> None:
         self._in_flight[replica_id] = max(0, self._in_flight[replica_id] - 1)
@@ -149,10 +147,14 @@ class WorkerRouter(RequestRouter):
         super().update_replicas(replicas)
         for replica_id in before - set(self._replicas):
             self._forget(replica_id)
+        for replica_id, replica in self._replicas.items():
+            stats = replica.routing_stats or {}
+            self._reports[replica_id] = frozenset(stats.get("resident", ())), stats.get("free_pages", 0)
         self._place_waiting()
 
     def _forget(self, replica_id: ReplicaID) -> None:
         self._in_flight.pop(replica_id, None)
+        self._reports.pop(replica_id, None)
         self._placement.forget(replica_id.unique_id)
 
 

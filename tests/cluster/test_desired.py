@@ -108,6 +108,19 @@ async def test_an_admins_replacement_survives_a_restart(world: World) -> None:
     assert world.names == {"x": "c", "y": "a"}
 
 
+async def test_what_an_admin_deleted_or_pinned_since_stays_so(world: World) -> None:
+    desired = world.start(wanted("x", "a"), wanted("y", "b"))
+    await desired.apply()
+    await world.rollout.delete("x")
+    await world.rollout.set_pinned("y", True)
+    await desired.apply()
+    assert world.names == {"y": "b"}
+    assert world.store.names["y"].pinned
+    desired.set_user_config(user(wanted("x", "c")))
+    await desired.apply()
+    assert world.names == {"x": "c", "y": "b"}
+
+
 async def test_what_a_dead_worker_had_is_made_resident_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorafleet.cluster.desired.POLL_S", 0.0)
     task = asyncio.create_task(world.start(wanted("x", "a")).run())

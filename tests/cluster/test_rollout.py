@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from lorafleet.adapter_store.errors import UnknownAdapter, UnknownKey
+from lorafleet.adapter_store.errors import InvalidName, UnknownAdapter, UnknownKey
 from lorafleet.cluster.errors import AdapterDoesNotFit, NoWorker, RolloutFailed, StoreUnavailable
 from lorafleet.cluster.rollout import Rollout
 from lorafleet.workers.errors import AdapterUnavailable
@@ -40,7 +40,8 @@ def world() -> World:
     store = DictStore(keys={"old": OLD, "new": NEW, "big": BIG, "big2": manifest_of("big2", rank=60)})
     fleet = DictFleet(store)
     observed: list[tuple[str, str | None]] = []
-    return World(store, fleet, Rollout(store, fleet, observe=lambda n, v: observed.append((n, v))), observed)
+    rollout = Rollout(store, fleet, observe=lambda name, version: observed.append((name, version)), reserved={"tiny"})
+    return World(store, fleet, rollout, observed)
 
 
 @pytest.mark.parametrize(("warm", "count"), [(0, 0), (1, 1), (2, 2), (9, 3), ("all", 3)])
@@ -222,6 +223,15 @@ async def test_delete_observes_and_frees(world: World) -> None:
         await world.rollout.set_pinned("shout", True)
     with pytest.raises(UnknownAdapter):
         await world.rollout.adapter("shout")
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a/b", "a:b", "a b", "a\n", "ä", "a" * 129, "tiny"])
+async def test_names_outside_the_grammar_and_the_bases_are_refused_before_anything_happens(
+    world: World, name: str
+) -> None:
+    with pytest.raises(InvalidName):
+        await world.put(name, "old")
+    assert world.store.num_staged == 0
 
 
 async def test_a_source_that_has_nothing_changes_nothing(world: World) -> None:

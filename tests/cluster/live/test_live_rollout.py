@@ -38,7 +38,7 @@ def test_put_answers_with_what_is_there(live: LiveService) -> None:
 
 
 def test_an_adapter_stays_on_its_worker_until_it_is_hot(live: LiveService) -> None:
-    live.put("shout", "one", warm=1)
+    live.put("shout", "two", warm=1)
     (holder,) = [w for w, state in live.adapter("shout")["workers"].items() if state == "resident"]
     assert served_by([live.complete("shout") for _ in range(12)]) == {holder}
     assert served_by(live.complete_many("shout", 40, max_tokens=24)) == live.worker_ids()
