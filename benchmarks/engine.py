@@ -14,6 +14,7 @@ import json
 import logging
 import random
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -63,6 +64,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_MODEL_LEN = 2048
+ALONE = ("zipf_resident", "zipf_pool64", "gsm8k")
+"""Cases that need an engine of another shape."""
 
 
 def write_base(folder: Path, geometry: str) -> Path:
@@ -215,11 +218,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--geometry", default="llama-8b", choices=GEOMETRIES)
-    parser.add_argument("--cases", default="base,one,lora64,decode_base,decode_lora64,cold,hot,zipf,gsm8k")
+    parser.add_argument(
+        "--cases", default="base,one,lora64,decode_base,decode_lora64,cold,hot,zipf_resident,zipf_pool64,gsm8k"
+    )
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--max-batch-tokens", type=int, default=8192)
     parser.add_argument("--max-running", type=int, default=256)
+    parser.add_argument("--commit", default="", help="what is measured, where git cannot say")
     parser.add_argument("--profile", type=Path, help="also write where the device's time goes, a text file a case")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -227,8 +233,6 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="lorafleet-bench-"))
     base = write_base(folder / "base", args.geometry)
     adapters = RandomAdapters(base)
-    engine = EngineConfig(max_batch_tokens=args.max_batch_tokens, max_running=args.max_running, prefix_cache=False)
-    bench, start_s = start(base, adapters, engine, PoolConfig(max_rank=64, max_slots=256))
     vocab = GEOMETRIES[args.geometry]["vocab_size"]
     prompts = [[rng.randrange(10, vocab - 10) for _ in range(512)] for _ in range(args.requests)]
     versions = [f"a{i}-r16" for i in range(64)]
@@ -237,7 +241,7 @@ def main() -> None:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "transformers": transformers.__version__,
-        "commit": _commit(),
+        "commit": args.commit or _commit(),
         "geometry": args.geometry,
         "max_batch_tokens": args.max_batch_tokens,
     }
@@ -248,6 +252,20 @@ def main() -> None:
             out.write(json.dumps(line) + "\n")
         print(case, json.dumps({k: round(v, 3) for k, v in figures.items()}), flush=True)
 
+    cases = args.cases.split(",")
+    alone = [case for case in cases if case in ALONE]
+    if alone and len(cases) > 1:
+        # Each of these fills the device with an engine of its own shape.
+        for case in alone:
+            subprocess.run([sys.executable, *sys.argv, "--cases", case], check=True)
+    elif cases == ["gsm8k"]:
+        emit("gsm8k", shared_prefix(folder, rng))
+        return
+    elif alone:
+        emit(cases[0], many_adapters(cases[0], base, adapters, prompts, args.max_running, args.max_batch_tokens))
+        return
+    engine = EngineConfig(max_batch_tokens=args.max_batch_tokens, max_running=args.max_running, prefix_cache=False)
+    bench, start_s = start(base, adapters, engine, PoolConfig(max_rank=64, max_slots=256))
     emit("start", {"seconds": start_s})
     num_few = min(64, args.requests)
     mixes: dict[str, tuple[list[list[int]], list[str | None], int]] = {
@@ -257,7 +275,7 @@ def main() -> None:
         "decode_base": ([p[:16] for p in prompts[:num_few]], [None] * num_few, 256),
         "decode_lora64": ([p[:16] for p in prompts[:num_few]], versions[:num_few], 256),
     }
-    for case in args.cases.split(","):
+    for case in cases:
         if case in mixes:
             these_prompts, these_versions, num_output = mixes[case]
             bench.run(these_prompts, these_versions, min(16, num_output), f"warm-{case}")
@@ -275,13 +293,6 @@ def main() -> None:
         elif case == "hot":
             emit(case, hot_beside_cold(bench, prompts))
     bench.parts.engine.close()
-    del bench
-    _free_memory()
-    if "zipf" in args.cases.split(","):
-        for case, figures in small_pool(base, adapters, prompts, args.max_running, args.max_batch_tokens).items():
-            emit(case, figures)
-    if "gsm8k" in args.cases.split(","):
-        emit("gsm8k", shared_prefix(folder, rng))
 
 
 def cold_start(bench: Bench, prompts: list[list[int]]) -> dict[str, float]:
@@ -330,10 +341,10 @@ def hot_beside_cold(bench: Bench, prompts: list[list[int]], per_second: float = 
     }
 
 
-def small_pool(
-    base: Path, adapters: RandomAdapters, prompts: list[list[int]], max_running: int, max_batch_tokens: int
-) -> dict[str, dict[str, float]]:
-    """512 adapters of rank 8 to 64, Zipf 1.0: all resident, then through a pool that holds 64 of them."""
+def many_adapters(
+    case: str, base: Path, adapters: RandomAdapters, prompts: list[list[int]], max_running: int, max_batch_tokens: int
+) -> dict[str, float]:
+    """512 adapters of rank 8 to 64, Zipf 1.0, 60 requests a second: all resident, or in a pool that holds 64 of them."""
     rng = np.random.default_rng(0)
     versions = [f"z{i}-r{rank}" for i, rank in enumerate(rng.choice([8, 16, 32, 64], size=512))]
     weights = 1.0 / np.arange(1, 513)
@@ -342,21 +353,17 @@ def small_pool(
     used = sorted(set(chosen))
     sizes = {version: adapters.fetch(version).manifest.num_bytes for version in versions}
     mean_bytes = sum(sizes.values()) / len(sizes)
-    figures: dict[str, dict[str, float]] = {}
-    for case, num_held in (("zipf_resident", len(used) * 1.3), ("zipf_pool64", 64)):
-        engine = EngineConfig(
-            max_batch_tokens=max_batch_tokens, max_running=max_running, prefix_cache=False, kv_bytes=int(22e9)
-        )
-        pool = PoolConfig(max_rank=64, max_slots=512, pool_bytes=int(num_held * mean_bytes))
-        bench, _ = start(base, adapters, engine, pool)
-        bench.run([several[0][:32]] * len(used), used, 1, f"warm-{case}")
-        # Two requests in flight a slot of the batch would hide the queue; arrivals are spread instead.
-        figures[case] = bench.run(several, chosen, 64, case, per_second=60.0)
-        figures[case]["bytes_moved"] = figures[case]["loads"] * mean_bytes
-        figures[case]["loads_per_s"] = figures[case]["loads"] / figures[case]["seconds"]
-        bench.parts.engine.close()
-        del bench
-        _free_memory()
+    pool_bytes = 1.02 * sum(sizes[version] for version in used) if case == "zipf_resident" else 64 * mean_bytes
+    engine = EngineConfig(
+        max_batch_tokens=max_batch_tokens, max_running=max_running, prefix_cache=False, kv_bytes=int(22e9)
+    )
+    bench, _ = start(base, adapters, engine, PoolConfig(max_rank=64, max_slots=512, pool_bytes=int(pool_bytes)))
+    bench.run([several[0][:32]] * len(used), used, 1, f"warm-{case}")
+    figures = bench.run(several, chosen, 64, case, per_second=60.0)
+    figures["adapters"] = len(used)
+    figures["bytes_moved"] = figures["loads"] * mean_bytes
+    figures["loads_per_s"] = figures["loads"] / figures["seconds"]
+    bench.parts.engine.close()
     return figures
 
 
@@ -372,11 +379,6 @@ def shared_prefix(folder: Path, rng: random.Random) -> dict[str, float]:
     figures = bench.run(prompts, ["e-r16"] * 200, 143, "gsm8k")
     bench.parts.engine.close()
     return figures
-
-
-def _free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def _commit() -> str:

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorafleet.workers.adapter_loader import AdapterLoader
@@ -189,6 +190,8 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            if self._runner.base.device.type == "cuda":
+                torch.cuda.set_device(self._runner.base.device)  # a thread starts on the first GPU
             while not self._is_closing:
                 self._loop_alive_s = self._clock()
                 self._commands.wake.clear()
