@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafleet.adapter_store.manifest import BaseGeometry, Dtype, ModuleShape
 from lorafleet.workers.config import ModelConfig
-from lorafleet.workers.errors import UnsupportedModel
+from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 
 TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -27,10 +27,17 @@ SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` takes a GPU if there is one."""
+    """`auto` takes a GPU if there is one. Raises WorkerConfigError for a device that is not here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise WorkerConfigError(f"worker.device: {device!r} is none of auto, cpu, cuda and cuda:N") from error
+    num_gpus = torch.cuda.device_count() if resolved.type == "cuda" else 0
+    if resolved.type != "cpu" and (resolved.index or 0) >= num_gpus:
+        raise WorkerConfigError(f"worker.device: there is no {device!r} here; {num_gpus} GPUs can be seen")
+    return resolved
 
 
 def resolve_dtype(model: ModelConfig, config: PretrainedConfig, device: torch.device) -> Dtype:

@@ -6,11 +6,19 @@ import inspect
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lorafleet.adapter_store.manifest import BaseGeometry, Dtype
 from lorafleet.workers.config import ModelConfig
-from lorafleet.workers.errors import UnsupportedModel
+from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.kv_cache import LayerKV
 from lorafleet.workers.model.geometry import TORCH_DTYPES, empty_model, geometry_of, read_config, resolve_dtype
 
@@ -39,11 +47,13 @@ class BaseModel:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    """The base's tokenizer; None when the folder has none (benchmarks send token ids)."""
+    """The base's tokenizer; None when the folder has none (benchmarks send token ids). Raises WorkerConfigError."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError):
         return None
+    except ImportError as error:
+        raise WorkerConfigError(f"the tokenizer of model.source {source!r} lacks a package: {error}") from error
     return tokenizer
 
 
@@ -64,9 +74,7 @@ def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
         if model.load == "dummy":
             loaded = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[dtype])
         else:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                model.source, config=config, dtype=TORCH_DTYPES[dtype], use_safetensors=True, device_map=str(device)
-            )
+            loaded = _load_weights(model.source, config, TORCH_DTYPES[dtype], device)
     loaded.eval().requires_grad_(False)
     if "logits_to_keep" not in inspect.signature(loaded.forward).parameters:
         raise UnsupportedModel(f"{type(loaded).__name__} cannot give the logits of chosen rows only")
@@ -85,6 +93,27 @@ def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
         probe_token_ids=probe,
         probe_logits=probe_logits,
     )
+
+
+def _load_weights(source: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    try:
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            device_map=str(device),
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UnsupportedModel(f"the weights of model.source {source!r} cannot be loaded: {error}") from error
+    if found["missing_keys"]:
+        # Transformers would make them up.
+        raise UnsupportedModel(f"model.source {source!r} lacks the weights {', '.join(sorted(found['missing_keys']))}")
+    model: PreTrainedModel = loaded
+    return model
 
 
 def _stop_token_ids(loaded: PreTrainedModel) -> frozenset[int]:
@@ -106,8 +135,8 @@ def _layers(loaded: PreTrainedModel) -> tuple[LayerKV, ...]:
     }
     if attending != set(range(num_layers)):
         raise UnsupportedModel(
-            f"{type(loaded).__name__} keeps other state than attention's keys and values in layers "
-            f"{sorted(set(range(num_layers)) - attending)}; only models that attend in every layer are served"
+            f"{type(loaded).__name__} has layers that do not attend through transformers' attention functions: "
+            f"{sorted(set(range(num_layers)) - attending)}; their state cannot be kept on pages"
         )
     num_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
