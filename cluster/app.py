@@ -26,7 +26,7 @@ STATS_PERIOD_S = 1.0
 """How often workers tell the routers what they hold."""
 MEMORY_S = 5.0
 """How long the router believes that an adapter is where it sent it, before the worker has said so."""
-HEALTH_PERIOD_S = 2.0
+HEALTH_PERIOD_S = 1.0
 """How soon a dead replica is found and replaced."""
 HEALTH_TIMEOUT_S = 30.0
 

@@ -171,22 +171,15 @@ def args_for(root: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def deployed(root: Path, args: dict[str, Any], *, host: str = "127.0.0.1") -> Iterator[LiveService]:
-    """Deploy on the running Ray cluster, without waiting, and take it down afterwards."""
+def live_service(root: Path, args: dict[str, Any]) -> Iterator[LiveService]:
+    """Deploy on the running Ray cluster, and take it down afterwards."""
     port = free_port()
-    serve.start(http_options={"host": host, "port": port})
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
     service = LiveService(f"http://127.0.0.1:{port}", root, args)
     try:
         service.deploy()
+        service.await_ready()
         yield service
     finally:
         service.http.close()
         serve.shutdown()
-
-
-@contextmanager
-def live_service(root: Path, args: dict[str, Any]) -> Iterator[LiveService]:
-    """As `deployed`, ready."""
-    with deployed(root, args) as service:
-        service.await_ready()
-        yield service
