@@ -203,7 +203,7 @@ class ChatMessage(BaseModel):
 class ChatBody(SharedBody):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, description="The conversation so far.")
     max_completion_tokens: int | None = Field(
         default=None, ge=1, description="Most tokens to make; None: as many as fit. Goes before max_tokens."
     )

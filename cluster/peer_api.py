@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from lorafleet.adapter_store.errors import InvalidKey, UnknownAdapter, UnknownKey
 from lorafleet.adapter_store.manifest import NameTable
@@ -23,8 +23,11 @@ from lorafleet.cluster.rollout import Rollout
 class LoadAdapter(BaseModel):
     """What both servers take to load; fields of theirs that say nothing here are passed over."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     lora_name: str = ""
     lora_path: str = ""
+    """The folder's path, which lies in a configured source, or a key of one."""
     load_inplace: bool = False
     """vLLM: replace an adapter that has this name."""
     pinned: bool = False

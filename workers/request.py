@@ -22,14 +22,21 @@ class SamplingParams(BaseModel):
         default=0, ge=0, description="Stop tokens and stop strings do not count before this many tokens."
     )
     temperature: float = Field(default=1.0, ge=0.0, le=2.0, description="0 takes the likeliest token.")
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int = Field(default=0, ge=-1, description="0 or -1: all tokens.")
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    top_p: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="Only the likeliest tokens that together have this share are drawn from.",
+    )
+    top_k: int = Field(default=0, ge=-1, description="Only so many of the likeliest tokens; 0 or -1: all.")
+    seed: int | None = Field(
+        default=None, ge=-(2**63), le=2**63 - 1, description="The same seed draws the same answer, whatever else runs."
+    )
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), max_length=16, description="Strings that end the text; they are not part of it."
     )
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = Field(default=(), description="Token ids that end the answer.")
+    ignore_eos: bool = Field(default=False, description="Go on over the base's own end tokens.")
     logprobs: int | None = Field(
         default=None, ge=0, le=20, description="Alternatives to report beside each token; None: no logprobs."
     )
@@ -51,8 +58,10 @@ class GenerateRequest(SamplingParams):
     """
 
     model: str = Field(min_length=1, description="A base id, an adapter name, or base:adapter.")
-    prompt: str | tuple[int, ...] | None = None
-    messages: tuple[dict[str, Any], ...] | None = None
+    prompt: str | tuple[int, ...] | None = Field(default=None, description="Text or token ids.")
+    messages: tuple[dict[str, Any], ...] | None = Field(
+        default=None, description="A conversation, for the chat template."
+    )
     n: int = Field(default=1, ge=1, le=16, description="Independent answers to make.")
 
     @model_validator(mode="after")
