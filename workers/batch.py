@@ -203,6 +203,8 @@ class BatchBuilder:
         return _assemble(
             layout,
             graph_size=graph_size,
+            # A graph is captured for the most chunks that its rows could make.
+            chunk_length=None if graph_size is None else GRAPH_CHUNK_LENGTH,
             wanted_rows=wanted_rows,
             rows=rows,
             sampled=sampled,
@@ -292,26 +294,29 @@ def blank_batch(graph_size: int, *, max_pages: int, null_page: int, has_lora: bo
     none = np.zeros(0, dtype=np.int64)
     tables = np.zeros((0, max_pages), dtype=np.int32)
     layout = _Layout(none, none, none, none, none.astype(np.int32), none, none, tables, none)
-    return _blank(layout.padded(graph_size, null_page), graph_size=graph_size, has_lora=has_lora)
+    return _blank(
+        layout.padded(graph_size, null_page), graph_size=graph_size, chunk_length=GRAPH_CHUNK_LENGTH, has_lora=has_lora
+    )
 
 
-def _blank(layout: _Layout, *, graph_size: int | None, has_lora: bool) -> StepBatch:
+def _blank(layout: _Layout, *, graph_size: int | None, chunk_length: int, has_lora: bool) -> StepBatch:
     none = np.zeros(0, dtype=np.int64)
     batch = _assemble(
         layout,
         graph_size=graph_size,
+        chunk_length=chunk_length,
         wanted_rows=None,
         rows=(),
         sampled=(),
         prompts=(),
         sampling=SamplingBatch(np.zeros(0, np.float32), np.zeros(0, np.float32), none, [], none, (), -1),
     )
-    num_lora_chunks = (graph_size or 1) if has_lora else 0
-    return replace(
-        batch,
-        segments=replace(batch.segments, num_lora_chunks=num_lora_chunks),
-        logits_segments=replace(batch.logits_segments, num_lora_chunks=num_lora_chunks),
+    if not has_lora:
+        return batch
+    segments, logits_segments = (
+        replace(plan, num_lora_chunks=plan.max_chunks) for plan in (batch.segments, batch.logits_segments)
     )
+    return replace(batch, segments=segments, logits_segments=logits_segments)
 
 
 def blank_prompt(num_rows: int, *, page_tokens: int, null_page: int, has_lora: bool, chunk_length: int) -> StepBatch:
@@ -329,9 +334,7 @@ def blank_prompt(num_rows: int, *, page_tokens: int, null_page: int, has_lora: b
         tables=np.full((1, num_pages), null_page, dtype=np.int32),
         logits_rows=positions[-1:],
     )
-    batch = _blank(layout, graph_size=None, has_lora=has_lora)
-    segments = plan_segments(layout.row_slots, chunk_length=chunk_length)
-    return replace(batch, segments=replace(segments, num_lora_chunks=segments.num_chunks if has_lora else 0))
+    return _blank(layout, graph_size=None, chunk_length=chunk_length, has_lora=has_lora)
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,14 +381,13 @@ def _assemble(
     layout: _Layout,
     *,
     graph_size: int | None,
+    chunk_length: int | None,
     wanted_rows: Ints | None,
     rows: tuple[ScheduledRows, ...],
     sampled: tuple[Sequence, ...],
     prompts: tuple[tuple[Sequence, int, int], ...],
     sampling: SamplingBatch,
 ) -> StepBatch:
-    # A graph is captured for the most chunks that its rows could make.
-    chunk_length = None if graph_size is None else GRAPH_CHUNK_LENGTH
     segments = plan_segments(layout.row_slots, chunk_length=chunk_length, max_chunks=graph_size)
     logits_slots = layout.row_slots[layout.logits_rows]
     logits_segments = plan_segments(logits_slots, chunk_length=chunk_length, max_chunks=graph_size)
