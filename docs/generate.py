@@ -223,7 +223,7 @@ def service_errors() -> str:
             rows.append((str(error.status), error.type, f"`{error.code}`", first_paragraph(error)))
     for kind in _descendants(worker_errors.WorkerError):
         reply = errors.describe(kind("0" * 64, 1, 0, 1, 0, 1) if kind is worker_errors.NoRoomError else kind("message"))
-        if reply.status != 500:  # what keeps a service from starting reaches no client
+        if reply.code == kind.code:  # what keeps a service from starting reaches no client
             rows.append((str(reply.status), reply.type, f"`{reply.code}`", first_paragraph(kind)))
     for error in _descendants(store_errors.AdapterStoreError):
         codes, _, meaning = first_paragraph(error).partition(": ")
