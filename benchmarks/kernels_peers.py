@@ -7,11 +7,11 @@ holds what the wheels hold under `sglang/kernels/ops/lora/dense` and `vllm/lora/
 from __future__ import annotations
 
 import importlib
-import logging
 import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -141,10 +141,12 @@ class _SglangInfo:
         )
 
 
-def _dense(case: DenseCase, shape: tuple[int, ...]) -> list[torch.Tensor]:
-    scale = shape[-1] ** -0.5
+@lru_cache(maxsize=2)
+def _stacks(shapes: tuple[tuple[int, ...], ...], num_sets: int) -> list[list[torch.Tensor]]:
+    """Random weights, [set][stack]: kept while the batches change."""
     return [
-        torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).mul_(scale) for _ in range(case.num_sets)
+        [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).mul_(shape[-1] ** -0.5) for shape in shapes]
+        for _ in range(num_sets)
     ]
 
 
@@ -153,16 +155,25 @@ def _sglang(case: DenseCase, max_chunk: int) -> Call:
     expand = importlib.import_module("sglang.kernels.ops.lora.dense.chunked_sgmv_expand")
     info = _SglangInfo.of(case.row_slots, case.ranks, max_chunk)
     num_slices, out_dim = len(case.widths), sum(case.widths)
-    a = _dense(case, (len(case.ranks), num_slices * case.max_rank, case.in_dim))
-    b = _dense(case, (len(case.ranks), out_dim, case.max_rank))
+    slots, rank = len(case.ranks), case.max_rank
+    stacks = _stacks(((slots, num_slices * rank, case.in_dim), (slots, out_dim, rank)), case.num_sets)
     offsets = torch.tensor([0, *accumulate(case.widths)], dtype=torch.int32)
     device_offsets = offsets.to(DEVICE)
 
     def call(i: int) -> None:
-        h = shrink.chunked_sgmv_lora_shrink_forward(case.x, a[i], info, num_slices)
-        expand.chunked_sgmv_lora_expand_forward(h, b[i], info, device_offsets, max(case.widths), case.y, offsets)
+        h = shrink.chunked_sgmv_lora_shrink_forward(case.x, stacks[i][0], info, num_slices)
+        expand.chunked_sgmv_lora_expand_forward(
+            h, stacks[i][1], info, device_offsets, max(case.widths), case.y, offsets
+        )
 
     return call
+
+
+class _Silence:
+    """A logger of any methods."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 class _Environment:
@@ -179,7 +190,7 @@ def _import_vllm(folder: Path) -> None:
     for name in ("vllm.lora", "vllm.lora.ops"):
         _package(name, folder)
     _stub("vllm.envs")
-    _stub("vllm.logger", init_logger=logging.getLogger)
+    _stub("vllm.logger", init_logger=lambda name: _Silence())
     platform = types.SimpleNamespace(
         is_cuda=lambda: True,
         has_device_capability=lambda capability: torch.cuda.get_device_capability() >= divmod(capability, 10),
@@ -206,19 +217,19 @@ def _import_vllm(folder: Path) -> None:
 
 def _vllm(case: DenseCase) -> Call:
     ops = importlib.import_module("vllm.lora.ops.triton_ops")
+    utils = importlib.import_module("vllm.lora.ops.triton_ops.utils")
+    # It remembers strides by address, and addresses come back.
+    utils._LORA_A_PTR_DICT.clear()
+    utils._LORA_B_PTR_DICT.clear()
     slots, rows, num_slices = len(case.ranks), len(case.row_slots), len(case.widths)
-    a = [tuple(_dense_one((slots, case.max_rank, case.in_dim)) for _ in case.widths) for _ in range(case.num_sets)]
-    b = [tuple(_dense_one((slots, width, case.max_rank)) for width in case.widths) for _ in range(case.num_sets)]
+    shapes = [(slots, case.max_rank, case.in_dim)] * num_slices + [(slots, w, case.max_rank) for w in case.widths]
+    stacks = _stacks(tuple(shapes), case.num_sets)
     meta = ops.LoRAKernelMeta.make(slots, rows, DEVICE)
     meta.prepare_tensors(case.row_slots.to(torch.int32))
 
     def call(i: int) -> None:
         h = torch.empty(num_slices, rows, case.max_rank, dtype=torch.float32, device=DEVICE)
-        ops.lora_shrink(case.x, list(a[i]), h, *meta.meta_args(rows, True), 1.0)
-        ops.lora_expand(h, list(b[i]), case.y, *meta.meta_args(rows, True), offset_start=0, add_inputs=True)
+        ops.lora_shrink(case.x, stacks[i][:num_slices], h, *meta.meta_args(rows, True), 1.0)
+        ops.lora_expand(h, stacks[i][num_slices:], case.y, *meta.meta_args(rows, True), offset_start=0, add_inputs=True)
 
     return call
-
-
-def _dense_one(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).mul_(shape[-1] ** -0.5)

@@ -1,6 +1,6 @@
 """Embedding's shrink: h = A[:, token] over the paged pool, each row with its own adapter's A.
 
-A is stored token-major, so a token's ranks are one short run. Programs are parallel over rows; no row waits for another.
+A is stored token-major: a token's ranks are one short run. Programs are parallel over rows; none waits for another.
 """
 
 from __future__ import annotations

@@ -159,9 +159,14 @@ def _expand_kernel(
     slot = tl.load(chunk_slots + chunk)
     start = tl.load(chunk_indptr + chunk) + tile % ROW_TILES * BLOCK_ROWS
     end = tl.load(chunk_indptr + chunk + 1)
+    if start >= end:
+        if PDL:
+            # Every program ends after shrink: who waits for this kernel relies on that.
+            gdc_wait()
+        return
     rank = 0
     scaling = 0.0
-    if (slot >= 0) & (start < end):
+    if slot >= 0:
         rank = tl.load(ranks + slot.to(tl.int64) * ranks_stride + slice_)
         scaling = tl.load(scalings + slot.to(tl.int64) * scalings_stride + slice_)
     i = start + tl.arange(0, BLOCK_ROWS)
@@ -173,7 +178,6 @@ def _expand_kernel(
     column_end = tl.minimum(column + SPAN, part_width)
     if rank == 0:
         if PDL:
-            # Programs that need nothing of shrink end after it too: who waits for this kernel relies on that.
             gdc_wait()
         if not ACCUMULATE:
             for offset in range(0, tl.minimum(SPAN, part_width - column), BLOCK_COLUMNS):

@@ -1,8 +1,9 @@
 """LoRA on rows of one forward pass: the only entry points that model layers use.
 
 Checks the arguments, then runs the Triton kernels on CUDA and plain torch elsewhere. On CUDA nothing synchronises with
-the device, and a call can be captured in a graph: the launches cover `max_chunks`, whatever the replayed batch holds. Two forms give the same sum: add onto the base output (`accumulate=True`), or write the delta first, with zeros
-or the bias elsewhere, and let the base product accumulate onto it (`accumulate=False`), which moves half the bytes.
+the device, and a call can be captured in a graph: the launches cover `max_chunks`, whatever a replayed batch holds.
+Two forms give the same sum: add onto the base output (`accumulate=True`), or write the delta first, with zeros or the
+bias elsewhere, and let the base product accumulate onto it (`accumulate=False`), which moves half the bytes.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from lorafleet.kernels.tiling import (
 from lorafleet.kernels.weights import ROW_ALIGN, LoraWeights
 
 MAX_SLICES = 4
-"""Slices that a program can take."""
+"""Slices that may share an input."""
 MAX_COLUMNS = 256
 """Columns of h, over all slices, that a program accumulates at once."""
 
@@ -37,6 +37,8 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
     `segments.permutation`; what lies at base rows and beyond an adapter's rank is unspecified.
     """
     num_slices, in_dim, max_rank = weights.num_slices, weights.in_dim, weights.max_rank
+    if num_slices > MAX_SLICES:
+        raise ValueError(f"{num_slices} slices share an input; at most {MAX_SLICES} can")
     if tiling is None:
         shape = Shape(
             num_slices, in_dim, max_rank, segments.chunk_length, segments.max_chunks, weights.pool.dtype, x.device
@@ -78,6 +80,7 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
         STEPS=steps,
         EVEN_K=in_dim % (steps * tiling.block_k) == 0,
         PDL=pdl,
+        EARLY=pdl and tiling.early,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
         launch_pdl=pdl,
@@ -113,10 +116,12 @@ def _shrink_kernel(
     STEPS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     if PDL:
-        # Nothing is read before the kernel ahead has finished; expand may come up beside this one.
+        # Nothing is read before the kernel ahead has finished, nor by who comes up beside this one.
         gdc_wait()
+    if EARLY:
         gdc_launch_dependents()
     pid = tl.program_id(0)
     split = pid % NUM_SPLITS
@@ -162,7 +167,7 @@ def _shrink_kernel(
                     x_pointers, pool, h_rows, low, low_starts, low_ranks, high, high_starts, high_ranks, first, i < end,
                     k, in_dim, max_rank, NUM_SLICES, ROW_ALIGN, BLOCK_ROWS, BLOCK_RANKS, BLOCK_K, STEPS, EVEN_K,
                 )  # fmt: skip
-    elif SMALL > 0:
+    elif SMALL > 0:  # noqa: SIM102 (one is known when compiling, the other is not)
         if rank > 0:
             few_low = tl.arange(0, LOW // 4)
             few_high = LOW // 4 + tl.arange(0, HIGH // 4)
@@ -190,7 +195,7 @@ def _locate(
     NUM_SLICES: tl.constexpr,
     BLOCK_RANKS: tl.constexpr,
 ):
-    """Of each column, a (slice, rank) with the ranks from `first` on: where A's row starts, and the slice's own rank."""
+    """Where A's row starts and what rank its slice has, for columns (slice, rank) with the ranks from `first` on."""
     slice_ = column // BLOCK_RANKS
     r = first + column % BLOCK_RANKS
     row_start = tl.load(table + slice_ * a_slice_stride + r, mask=(slice_ < NUM_SLICES) & (r < max_rank), other=0)

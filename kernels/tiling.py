@@ -37,6 +37,8 @@ class ShrinkTiling:
     """Columns of x that one program takes: a multiple of `block_k`."""
     num_warps: int
     num_stages: int
+    early: bool = True
+    """Expand's programs may come up while this kernel's still run: hides its start, but takes their room."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,7 @@ def test_interpreted_embedding(interpreter: None) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("popularity", POPULARITY)
-@pytest.mark.parametrize("rows", (1, 33, 2049))
+@pytest.mark.parametrize("rows", [1, 33, 2049])
 def test_embedding_matches_float64(cuda: torch.device, rows: int, popularity: str, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(rows)
     _check_embedding(rng, POPULARITY[popularity](rng, rows, 4).astype(np.int32), dtype, cuda)

@@ -1,0 +1,455 @@
+"""The csgmv kernels on a GPU against the bytes they must move, beside other servers' kernels.
+
+    python benchmarks/kernels.py --out benchmarks/results/kernels.jsonl --peers FOLDER
+    python benchmarks/kernels.py --out benchmarks/results/kernels.jsonl --report
+
+Microseconds a layer, by CUDA-graph replay over eight weight sets in turn. The floor counts each byte once, y read and
+written, over the copy bandwidth measured in the same run, or the products over the measured bf16 rate if that is more.
+Each case is checked against float32 before it is timed. A line of JSON a case; `--report` draws the plot beside it and
+prints the means. FOLDER: see `kernels_peers.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import kernels_peers
+import numpy as np
+import torch
+import triton
+
+from lorafleet.kernels import ops
+from lorafleet.kernels.embedding import lookup
+from lorafleet.kernels.segments import Segments
+from lorafleet.kernels.tune import Workload, random_weights, time_in_graph
+from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights
+
+SLOTS = 64
+VOCABULARY = 128256
+ROWS_CHECKED = 12
+TOLERANCE = 1e-2
+
+Modules = dict[str, tuple[int, tuple[int, ...]]]
+MODELS: dict[str, Modules] = {
+    "llama-3.1-8b": {
+        "qkv": (4096, (4096, 1024, 1024)),
+        "o": (4096, (4096,)),
+        "gate_up": (4096, (14336, 14336)),
+        "down": (14336, (4096,)),
+    },
+    "qwen2.5-0.5b": {
+        "qkv": (896, (896, 128, 128)),
+        "o": (896, (896,)),
+        "gate_up": (896, (4864, 4864)),
+        "down": (4864, (896,)),
+    },
+    "llama-3.1-70b-shard": {
+        "qkv": (8192, (1024, 128, 128)),
+        "o": (1024, (8192,)),
+        "gate_up": (8192, (3584, 3584)),
+        "down": (3584, (8192,)),
+    },
+    "llama-2-7b": {
+        "qkv": (4096, (4096, 4096, 4096)),
+        "o": (4096, (4096,)),
+        "gate_up": (4096, (11008, 11008)),
+        "down": (11008, (4096,)),
+    },
+}
+
+
+def batches() -> dict[str, list[int]]:
+    """Name -> adapter of each row."""
+    draw = random.Random(0)
+    weights = [1 / (i + 1) ** 1.5 for i in range(SLOTS)]
+    return {
+        "decode_1": [3],
+        "decode_16_distinct": list(range(16)),
+        "decode_64_distinct": list(range(64)),
+        "decode_64_same": [5] * 64,
+        "decode_256_zipf": draw.choices(range(SLOTS), weights, k=256),
+        "decode_256_round": [i % SLOTS for i in range(256)],
+        "prefill_2048_one": [7] * 2048,
+        "prefill_2048_x8": np.repeat(range(8), 256).tolist(),
+        "prefill_8192_x16": np.repeat(range(16), 512).tolist(),
+    }
+
+
+def rank_sets() -> dict[str, tuple[int, ...]]:
+    mixed = np.random.default_rng(0).choice([8, 16, 32, 64], SLOTS)
+    return {**{str(rank): (rank,) * SLOTS for rank in (16, 64)}, "8-64": tuple(mixed.tolist())} | {
+        str(rank): (rank,) * SLOTS for rank in (32, 8, 128)
+    }
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cases that share their weights."""
+
+    model: str
+    module: str
+    rank: str
+
+    def workload(self, row_slots: Sequence[int]) -> Workload:
+        in_dim, widths = MODELS[self.model][self.module]
+        return Workload(in_dim, widths, rank_sets()[self.rank], tuple(row_slots))
+
+
+def groups() -> Iterator[Group]:
+    for rank in rank_sets():
+        for module in MODELS["llama-3.1-8b"]:
+            yield Group("llama-3.1-8b", module, rank)
+    for model in list(MODELS)[1:]:
+        for module in MODELS[model]:
+            yield Group(model, module, "16")
+
+
+def ours(
+    workload: Workload, weights: list[LoraWeights], x: torch.Tensor, y: torch.Tensor, accumulate: bool
+) -> kernels_peers.Call:
+    segments = workload.segments(x.device)
+
+    def call(i: int) -> None:
+        ops.expand(ops.shrink(x, weights[i], segments), weights[i], segments, y, accumulate=accumulate)
+
+    return call
+
+
+def error(workload: Workload, weights: LoraWeights, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Relative error of the norm of some rows of the delta y."""
+    rows = np.unique(np.linspace(0, workload.num_rows - 1, ROWS_CHECKED).astype(int))
+    expected = []
+    for row in rows.tolist():
+        slot = workload.row_slots[row]
+        rank = workload.ranks[slot]
+        deltas = []
+        for part, width in enumerate(weights.part_widths):
+            a = _rows(weights.pool, weights.a_rows[slot, part, :rank], weights.in_dim)
+            b = _rows(weights.pool, weights.b_rows[slot, part, :rank], width)
+            deltas.append(x[row].float() @ a.T @ b)
+        expected.append(torch.cat(deltas))
+    exact = torch.stack(expected)
+    return ((y[rows.tolist()].float() - exact).norm() / exact.norm()).item()
+
+
+def _rows(pool: torch.Tensor, starts: torch.Tensor, width: int) -> torch.Tensor:
+    places = starts.long()[:, None] * ROW_ALIGN + torch.arange(width, device=pool.device)
+    return pool[places].float()
+
+
+def ceilings() -> tuple[float, float]:
+    """Bytes a second of a large copy, read and written, and bf16 operations a second of a large product."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy_us = time_in_graph(lambda i: target.copy_(source))[1]
+    a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    product_us = time_in_graph(lambda i: torch.mm(a, a), replays=5)[1]
+    return 2 * (1 << 30) / copy_us * 1e6, 2 * 8192**3 / product_us * 1e6
+
+
+def floor(workload: Workload, bandwidth: float, rate: float) -> float:
+    out_dim, num_slices = sum(workload.widths), len(workload.widths)
+    a_row = num_slices * workload.in_dim + out_dim
+    rank_rows = sum(workload.ranks[slot] for slot in set(workload.row_slots))
+    num_bytes = 2 * (rank_rows * a_row + workload.num_rows * (workload.in_dim + 2 * out_dim))
+    flop = 2 * a_row * sum(workload.ranks[slot] for slot in workload.row_slots)
+    return max(num_bytes / bandwidth, flop / rate) * 1e6
+
+
+def calls_of(
+    group: Group, batch: str, weights: list[LoraWeights], peers: dict[str, kernels_peers.Contender], check: bool
+) -> Iterator[tuple[str, kernels_peers.Call]]:
+    """Each contender's name and call; ours are checked first if told so."""
+    workload = group.workload(batches()[batch])
+    x = torch.randn(workload.num_rows, workload.in_dim, dtype=torch.bfloat16, device="cuda")
+    y = torch.full((workload.num_rows, sum(workload.widths)), float("nan"), dtype=torch.bfloat16, device="cuda")
+    call = ours(workload, weights, x, y, accumulate=False)
+    call(0)
+    if check and not (off := error(workload, weights[0], x, y)) < TOLERANCE:
+        raise SystemExit(f"wrong result: {group} {batch}: relative error {off}")
+    yield "ours", call
+    yield "ours_accumulating", ours(workload, weights, x, y, accumulate=True)
+    row_slots = torch.tensor(workload.row_slots)
+    for name, peer in peers.items():
+        if name == "sglang128" and workload.num_rows < 64:
+            continue  # its chunks are the same as with 16
+        case = kernels_peers.DenseCase(workload.in_dim, workload.widths, workload.ranks, row_slots, x, y, len(weights))
+        yield name, peer(case)
+
+
+def compile_group(group: Group, folder: Path | None) -> None:
+    """Run everything once, so that Triton's cache has it."""
+    peers = kernels_peers.contenders(folder) if folder else {}
+    weights = random_weights(group.workload([0]), torch.device("cuda"), num_sets=1)
+    for batch in batches():
+        for name, call in calls_of(group, batch, weights, peers, check=False):
+            try:
+                call(0)
+            except Exception:
+                if name.startswith("ours"):
+                    raise
+    torch.cuda.synchronize()
+
+
+def measure(
+    group: Group, peers: dict[str, kernels_peers.Contender], ceiling: tuple[float, float]
+) -> Iterator[dict[str, Any]]:
+    weights = random_weights(group.workload([0]), torch.device("cuda"))
+    for batch in batches():
+        workload = group.workload(batches()[batch])
+        row: dict[str, Any] = {
+            "model": group.model,
+            "module": group.module,
+            "rank": group.rank,
+            "batch": batch,
+            "rows": workload.num_rows,
+            "adapters": len(set(workload.row_slots)),
+            "floor_us": floor(workload, *ceiling),
+        }
+        for name, call in calls_of(group, batch, weights, peers, check=True):
+            try:
+                started = time.perf_counter()
+                call(0)
+                torch.cuda.synchronize()
+                slow = time.perf_counter() - started > 1e-3
+                row[f"{name}_us"] = time_in_graph(call, replays=7 if slow else 15)
+            except Exception as failure:
+                if name.startswith("ours"):
+                    raise
+                row[f"{name}_failure"] = repr(failure)[:200]
+        yield row
+
+
+def measure_embedding(rank: int, has_sglang: bool) -> Iterator[dict[str, Any]]:
+    """The embedding's A alone, beside torch's gather over the same layout; and with B behind it."""
+    slots, page_elements, width, num_sets = 16, 8 * 14336, 4096, 4
+    tokens_a_page = page_elements // rank
+    pages = -(-VOCABULARY // tokens_a_page)
+    device = torch.device("cuda")
+    units = slots * pages * page_elements // ROW_ALIGN
+    b_units = slots * rank * width // ROW_ALIGN
+    pool = torch.randn(num_sets * (units + b_units) * ROW_ALIGN, dtype=torch.bfloat16, device=device)
+    a_places = torch.randperm(num_sets * slots * pages, device=device) * (page_elements // ROW_ALIGN)
+    b_places = num_sets * units + torch.randperm(num_sets * slots * rank, device=device) * (width // ROW_ALIGN)
+    a_pages, b_rows = a_places.int().view(num_sets, slots, pages), b_places.int().view(num_sets, slots, 1, rank)
+    sets = [
+        LoraEmbeddingWeights(
+            pool=pool,
+            ranks=torch.full((slots, 1), rank, dtype=torch.int32, device=device),
+            scalings=torch.ones(slots, 1, device=device),
+            a_pages=a_pages[i],
+            b_rows=b_rows[i],
+            num_embeddings=VOCABULARY,
+            page_elements=page_elements,
+            part_slices=(0,),
+            part_starts=(0,),
+            part_widths=(width,),
+        )
+        for i in range(num_sets)
+    ]
+    flat = [torch.randn(slots, VOCABULARY, rank, dtype=torch.bfloat16, device=device) for _ in range(num_sets)]
+    dense = [a.transpose(1, 2).contiguous() for a in flat] if has_sglang else []
+    for batch, adapters in batches().items():
+        row_slots = [slot % slots for slot in adapters]
+        workload = Workload(1, (width,), (rank,) * slots, tuple(row_slots))
+        segments = workload.segments(device)
+        tokens = torch.randint(0, VOCABULARY, (len(row_slots),), device=device)
+        slot_of = torch.tensor(row_slots, device=device)
+        y = torch.zeros(len(row_slots), width, dtype=torch.bfloat16, device=device)
+        row: dict[str, Any] = {"model": "llama-3.1-8b", "module": "embedding", "rank": str(rank), "batch": batch}
+        row["rows"], row["adapters"] = len(row_slots), len(set(row_slots))
+        calls = _embedding_calls(tokens, slot_of, segments, sets, flat, y)
+        if has_sglang:
+            for chunk in (16, 128):
+                calls[f"sglang{chunk}"] = kernels_peers.sglang_embedding(tokens, dense, torch.tensor(row_slots), chunk)
+        for name, call in calls.items():
+            row[f"{name}_us"] = time_in_graph(call, num_sets)
+        yield row
+
+
+def _embedding_calls(
+    tokens: torch.Tensor,
+    slots: torch.Tensor,
+    segments: Segments,
+    sets: list[LoraEmbeddingWeights],
+    flat: list[torch.Tensor],
+    y: torch.Tensor,
+) -> dict[str, kernels_peers.Call]:
+    return {
+        "ours": lambda i: lookup(tokens, sets[i], segments),
+        "gather": lambda i: flat[i][slots, tokens],
+        "ours_with_b": lambda i: ops.embed(tokens, sets[i], segments, y),
+    }
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def run(out: Path, folder: Path | None, processes: int, first: int | None, seconds: float, revision: str) -> None:
+    began = time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"[{time.monotonic() - began:4.0f} s] {what}", file=sys.stderr, flush=True)
+
+    todo = list(groups())[:first]
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(compile_group, group, folder) for group in todo]
+        for done, job in enumerate(as_completed(jobs), 1):
+            job.result()
+            say(f"compiled {done}/{len(jobs)} groups")
+    peers = kernels_peers.contenders(folder) if folder else {}
+    bandwidth, rate = ceilings()
+    common = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": revision,
+        "copy_tb_s": bandwidth / 1e12,
+        "bf16_tflop_s": rate / 1e12,
+    }
+    with out.open("w") as lines:
+
+        def write(row: dict[str, Any]) -> None:
+            lines.write(json.dumps({**common, **row}) + "\n")
+            lines.flush()
+
+        for embedding_rank in (16, 64):
+            for row in measure_embedding(embedding_rank, "sglang16" in peers):
+                write(row)
+            say(f"embedding of rank {embedding_rank}")
+        for done, group in enumerate(todo, 1):
+            if time.monotonic() - began > seconds:
+                say(f"out of time: {len(todo) - done + 1} groups were not measured")
+                break
+            for row in measure(group, peers, (bandwidth, rate)):
+                write(row)
+            torch.cuda.empty_cache()
+            say(f"{done}/{len(todo)} {group}")
+
+
+def report(out: Path) -> None:
+    """Print the means and the worst cases; draw every case."""
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    linear = [row for row in rows if row["module"] != "embedding"]
+
+    def of(row: dict[str, Any], *names: str) -> float:
+        return min((row[f"{name}_us"][1] for name in names if f"{name}_us" in row), default=float("nan"))
+
+    def mean(values: Sequence[float]) -> float:
+        return statistics.geometric_mean(values) if values else float("nan")
+
+    def line(name: str, chosen: list[dict[str, Any]]) -> None:
+        large = [row for row in chosen if row["floor_us"] >= 10]
+        print(
+            f"{name:34} {len(chosen):4} cases;"
+            f" over the floor {mean([of(row, 'ours') / row['floor_us'] for row in large]):.2f}"
+            f" ({len(large)} of 10 us or more);"
+            f" SGLang's best {mean([of(row, 'sglang16', 'sglang128') / of(row, 'ours') for row in chosen]):.2f} x,"
+            f" vLLM {mean([of(row, 'vllm') / of(row, 'ours') for row in chosen]):.2f} x,"
+            f" better {mean([of(row, 'sglang16', 'sglang128', 'vllm') / of(row, 'ours') for row in chosen]):.2f} x"
+        )
+
+    line("all", linear)
+    for phase in ("decode", "prefill"):
+        line(phase, [row for row in linear if row["batch"].startswith(phase)])
+    for model in MODELS:
+        for rank in dict.fromkeys(row["rank"] for row in linear if row["model"] == model):
+            line(f"{model} rank {rank}", [row for row in linear if (row["model"], row["rank"]) == (model, rank)])
+    print("\nslower than the better of both:")
+    for row in linear:
+        if of(row, "sglang16", "sglang128", "vllm") < of(row, "ours"):
+            print("  ", _title(row), of(row, "ours"), of(row, "sglang16", "sglang128"), of(row, "vllm"))
+    print("furthest over a floor of 10 us or more:")
+    large = [row for row in linear if row["floor_us"] >= 10]
+    for row in sorted(large, key=lambda row: -of(row, "ours") / row["floor_us"])[:8]:
+        print(
+            f"   {_title(row)} {of(row, 'ours'):.1f} / {row['floor_us']:.1f} = {of(row, 'ours') / row['floor_us']:.2f}"
+        )
+    small = [of(row, "ours") for row in linear if row["floor_us"] < 1]
+    print(f"floor under 1 us: {len(small)} cases, {min(small):.1f} to {max(small):.1f} us")
+    for row in rows:
+        if row["module"] == "embedding":
+            figures = {
+                name: round(of(row, name), 2) for name in ("ours", "gather", "sglang16", "sglang128", "ours_with_b")
+            }
+            print(f"embedding rank {row['rank']} {row['batch']}: {figures}")
+    _draw(linear, out.with_suffix(".png"))
+
+
+def _title(row: dict[str, Any]) -> str:
+    return f"{row['model']} rank {row['rank']} {row['module']} {row['batch']}"
+
+
+def _draw(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys((row["model"], row["rank"]) for row in rows))
+    columns = 3
+    figure, axes = pyplot.subplots(
+        -(-len(panels) // columns), columns, figsize=(21, 7.2 * -(-len(panels) // columns)), squeeze=False
+    )
+    marks = {
+        "floor": ("_", "black"),
+        "ours": ("o", "tab:green"),
+        "sglang16": ("^", "tab:orange"),
+        "sglang128": ("v", "tab:red"),
+        "vllm": ("s", "tab:blue"),
+    }
+    for axis, (model, rank) in zip(axes.flat, panels, strict=False):
+        cases = [row for row in rows if (row["model"], row["rank"]) == (model, rank)]
+        for name, (mark, color) in marks.items():
+            points = [row["floor_us"] if name == "floor" else row.get(f"{name}_us", (0, None))[1] for row in cases]
+            axis.plot(range(len(cases)), points, mark, color=color, label=name, markersize=9 if name == "floor" else 5)
+        axis.set_yscale("log")
+        axis.set_title(f"{model}, rank {rank}")
+        axis.set_ylabel("us a layer, shrink and expand")
+        axis.set_xticks(
+            range(len(cases)), [f"{row['module']} {row['batch']}" for row in cases], rotation=90, fontsize=6
+        )
+        axis.grid(axis="y", alpha=0.3)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.remove()
+    axes.flat[0].legend()
+    figure.suptitle(f"csgmv on {rows[0]['gpu']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}")
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
+    figure.savefig(path, dpi=70)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the csgmv kernels.")
+    parser.add_argument("--out", type=Path, required=True, help="the results, a line of JSON a case")
+    parser.add_argument("--peers", type=Path, help="folder with other servers' kernels")
+    parser.add_argument("--processes", type=int, default=8, help="processes that compile")
+    parser.add_argument("--first", type=int, help="only so many groups of cases (a module and a rank)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long")
+    parser.add_argument("--commit", default=commit(), help="what the results say they are of")
+    parser.add_argument("--report", action="store_true", help="only print and draw what `--out` holds")
+    arguments = parser.parse_args()
+    if not arguments.report:
+        run(
+            arguments.out,
+            arguments.peers,
+            arguments.processes,
+            arguments.first,
+            arguments.seconds,
+            arguments.commit,
+        )
+    report(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
