@@ -51,7 +51,7 @@ class AdapterReply(Settings):
     rank: int = Field(description="Largest rank of any module.")
     targets: tuple[str, ...] = Field(description="Modules that it changes, by the last part of their names.")
     bytes: int = Field(description="Size of its weights as they are served.")
-    pages: int | None = Field(description="Pages of a worker's pool that it takes; null while no worker has it.")
+    pages: int | None = Field(description="Pages of a worker's pool that it takes; null where that is not known.")
     pinned: bool
     state: Literal["resident", "loading", "stored"] = Field(description="The best that any worker has.")
     workers: dict[str, Literal["resident", "loading", "retired", "absent"]] = Field(

@@ -14,7 +14,7 @@ import logging
 import re
 import weakref
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from lorafleet.adapter_store.errors import InvalidName, UnknownAdapter
@@ -58,15 +58,17 @@ class Placed:
 
     adapter: NamedAdapter
     workers: tuple[WorkerState, ...]
+    estimated_pages: int | None = None
+    """Pages that it would take where no worker has it, if one was asked."""
 
     @property
     def pages(self) -> int | None:
-        """Pages that it takes in a worker's pool; None while no worker has it."""
+        """Pages that it takes in a worker's pool; None if that is not known."""
         for worker in self.workers:
             for held in worker.adapters:
                 if held.version == self.adapter.version:
                     return held.pages
-        return None
+        return self.estimated_pages
 
     def state_on(self, worker: WorkerState) -> str:
         """`resident`, `loading`, `retired` or `absent`."""
@@ -254,8 +256,15 @@ class Rollout:
         """Run a change in a task of its own, which outlives whoever waits for it."""
         task = asyncio.create_task(change)
         self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        task.add_done_callback(self._ended)
         return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.discard(task)
+        # Taken here too, for who asked may be gone.
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            logger.info("a change was not made: %s", error)
 
     @contextlib.asynccontextmanager
     async def _staging(
@@ -281,7 +290,12 @@ class Rollout:
         return adapter
 
     async def _placed(self, adapter: NamedAdapter) -> Placed:
-        return Placed(adapter, tuple(await self._states()))
+        placed = Placed(adapter, tuple(await self._states()))
+        if placed.pages is None and placed.workers:
+            estimate = await self._estimate(placed.workers[0].worker_id, adapter.manifest)
+            if estimate is not None:
+                placed = replace(placed, estimated_pages=estimate.pages)
+        return placed
 
     async def _states(self) -> list[WorkerState]:
         """The states of all workers that answer, by id."""

@@ -16,7 +16,7 @@ from lorafleet.workers.errors import NoRoomError, WorkerError
 
 logger = logging.getLogger(__name__)
 
-HOLD_S = 900.0
+HOLD_S = 300.0
 """How long a staged version stays without a name, should nobody come back to it."""
 
 

@@ -102,7 +102,7 @@ async def test_put_get_list_and_delete(api: Api) -> None:
 
 async def test_warm_0_stores_without_loading(api: Api) -> None:
     reply = (await api.load(warm=0)).json()
-    assert (reply["state"], reply["pages"], reply["workers"]) == ("stored", None, {"w0": "absent", "w1": "absent"})
+    assert (reply["state"], reply["pages"], reply["workers"]) == ("stored", 4, {"w0": "absent", "w1": "absent"})
 
 
 async def test_pin_and_unpin(api: Api) -> None:
