@@ -27,9 +27,9 @@ SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` takes a GPU if there is one. Raises WorkerConfigError for a device that is not here."""
+    """`auto` takes a GPU if there is one, `cuda` the first. Raises WorkerConfigError for a device that is not here."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
@@ -37,7 +37,8 @@ def resolve_device(device: str) -> torch.device:
     num_gpus = torch.cuda.device_count() if resolved.type == "cuda" else 0
     if resolved.type != "cpu" and (resolved.index or 0) >= num_gpus:
         raise WorkerConfigError(f"worker.device: there is no {device!r} here; {num_gpus} GPUs can be seen")
-    return resolved
+    # With its number: what a thread is to make its current device must have one.
+    return torch.device("cuda", resolved.index or 0) if resolved.type == "cuda" else resolved
 
 
 def resolve_dtype(model: ModelConfig, config: PretrainedConfig, device: torch.device) -> Dtype:
