@@ -20,6 +20,7 @@ from lorafleet.kernels.tiling import (
     ShrinkTiling,
     dependent_launch,
     power_of_two,
+    shared_bytes,
     shrink_tiling,
 )
 from lorafleet.kernels.weights import ROW_ALIGN, LoraWeights
@@ -53,6 +54,9 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
     if programs == 0:
         return h
     pdl = dependent_launch(x)
+    columns = block_ranks * power_of_two(num_slices)
+    stage_bytes = (tiling.block_rows + columns) * tiling.block_k * x.element_size()
+    num_stages = max(1, min(tiling.num_stages, shared_bytes(x) // stage_bytes))
     _shrink_kernel[(programs,)](
         x,
         weights.pool,
@@ -82,7 +86,7 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
         PDL=pdl,
         EARLY=pdl and tiling.early,
         num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
+        num_stages=num_stages,
         launch_pdl=pdl,
     )
     return h

@@ -92,6 +92,18 @@ def dependent_launch(tensor: Tensor) -> bool:
     return tensor.is_cuda and _capability(tensor.device)[0] >= 9
 
 
+def shared_bytes(tensor: Tensor) -> int:
+    """Shared memory that one program may use for tiles in flight, on the tensor's device."""
+    return _shared_bytes(tensor.device) if tensor.is_cuda else 1 << 20
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    # A little is the compiler's own, for reductions and layouts.
+    return int(properties.shared_memory_per_block_optin) - 8192
+
+
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
