@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import triton
 from torch import Tensor
 
 MAX_SPLITS = 32
@@ -99,9 +100,9 @@ def shared_bytes(tensor: Tensor) -> int:
 
 @cache
 def _shared_bytes(device: torch.device) -> int:
-    properties = torch.cuda.get_device_properties(device)
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
     # A little is the compiler's own, for reductions and layouts.
-    return int(properties.shared_memory_per_block_optin) - 8192
+    return int(properties["max_shared_mem"]) - 8192
 
 
 @cache
