@@ -64,6 +64,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_MODEL_LEN = 2048
+MIXES = ("base", "one", "lora64", "decode_base", "decode_lora64")
 ALONE = ("zipf_resident", "zipf_pool64", "gsm8k")
 """Cases that need an engine of another shape."""
 
@@ -227,7 +228,11 @@ def main() -> None:
     parser.add_argument("--max-running", type=int, default=256)
     parser.add_argument("--commit", default="", help="what is measured, where git cannot say")
     parser.add_argument("--profile", type=Path, help="also write where the device's time goes, a text file a case")
+    parser.add_argument("--report", action="store_true", help="only draw what `--out` holds")
     args = parser.parse_args()
+    if args.report:
+        report(args.out)
+        return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     rng = random.Random(0)
     folder = Path(tempfile.mkdtemp(prefix="lorafleet-bench-"))
@@ -344,7 +349,7 @@ def hot_beside_cold(bench: Bench, prompts: list[list[int]], per_second: float = 
 def many_adapters(
     case: str, base: Path, adapters: RandomAdapters, prompts: list[list[int]], max_running: int, max_batch_tokens: int
 ) -> dict[str, float]:
-    """512 adapters of rank 8 to 64, Zipf 1.0, 60 requests a second: all resident, or in a pool that holds 64 of them."""
+    """512 adapters of rank 8 to 64, Zipf 1.0, 60 requests a second: all resident, or in a pool that holds 64."""
     rng = np.random.default_rng(0)
     versions = [f"z{i}-r{rank}" for i, rank in enumerate(rng.choice([8, 16, 32, 64], size=512))]
     weights = 1.0 / np.arange(1, 513)
@@ -379,6 +384,27 @@ def shared_prefix(folder: Path, rng: random.Random) -> dict[str, float]:
     figures = bench.run(prompts, ["e-r16"] * 200, 143, "gsm8k")
     bench.parts.engine.close()
     return figures
+
+
+def report(results: Path) -> None:
+    """Draw the last line of each case beside the results."""
+    import matplotlib.pyplot as plt  # the machine that measures need not have it
+
+    lines = {line["case"]: line for line in map(json.loads, results.read_text().splitlines())}
+    figure, (throughput, step) = plt.subplots(1, 2, figsize=(9, 3.6))
+    for axes, cases, key, scale, title in (
+        (throughput, ("base", "one", "lora64"), "output_tokens_per_s", 1.0, "output tokens/s"),
+        (step, ("decode_base", "decode_lora64"), "gap_ms_p50", 1.0, "decode step of 64 sequences, ms"),
+    ):
+        shown = [case for case in cases if case in lines]
+        bars = axes.bar(shown, [lines[case][key] * scale for case in shown], color=["0.6", "C0", "C1"][: len(shown)])
+        axes.bar_label(bars, fmt="{:,.1f}" if axes is step else "{:,.0f}")
+        axes.set_title(title)
+        axes.spines[["top", "right"]].set_visible(False)
+    any_line = next(iter(lines.values()))
+    figure.suptitle(f"{any_line['geometry']}, {any_line['gpu']}, torch {any_line['torch']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(results.with_suffix(".png"), dpi=130)
 
 
 def _commit() -> str:
