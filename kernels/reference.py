@@ -25,8 +25,10 @@ _GROUP_ADAPTERS = 8
 """Adapters of one group: beyond it, products with other adapters' columns cost more than another few operations."""
 _GROUP_ROWS = 32
 """An adapter with more rows has a group of its own: its products are exact."""
-_MAX_PLANS = 64
+_MAX_PLANS = 8
 """Plans that a module remembers."""
+_MAX_KEPT = 1 << 16
+"""Elements of a gathered matrix that is kept with its plan: a larger one costs less to gather than to multiply with."""
 
 IndexArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -46,6 +48,27 @@ class _Group:
     """The same for groups of the same adapters whose rows belong to them in the same order."""
 
 
+@dataclass(slots=True)
+class _Rows:
+    """Rows of the pool, which make a matrix."""
+
+    starts: Tensor
+    """(rows,) int64, in `ROW_ALIGN` elements."""
+    width: int
+    kept: Tensor | None = None
+
+    def read(self, pool: Tensor) -> Tensor:
+        """(rows, width); what the pool holds of resident adapters does not change, so a small one is kept."""
+        if self.kept is not None:
+            return self.kept
+        # Rows start at any multiple of ROW_ALIGN, so the pool is read as overlapping windows.
+        windows = pool.as_strided(((pool.shape[0] - self.width) // ROW_ALIGN + 1, self.width), (ROW_ALIGN, 1))
+        matrix = _accumulation(windows.index_select(0, self.starts))
+        if matrix.numel() <= _MAX_KEPT:
+            self.kept = matrix
+        return matrix
+
+
 @dataclass(frozen=True, slots=True)
 class _PartPlan:
     start: int
@@ -53,8 +76,8 @@ class _PartPlan:
     width: int
     columns: slice
     """Of h."""
-    b_rows: Tensor
-    """(columns,) int64: B's rows, in `ROW_ALIGN` elements."""
+    b: _Rows
+    """(columns, width)"""
     targeted: Tensor | None
     """(rows,) int64: which of the group's rows have this part; None: all."""
 
@@ -65,8 +88,8 @@ class _Plan:
 
     used: BoolArray
     """(num_slices, adapters, ranks): which entries of the row tables are in use; h's columns, in this order."""
-    a_rows: Tensor | None
-    """(columns,) int64: A's rows, in `ROW_ALIGN` elements; None for an embedding, whose A is read by token."""
+    a: _Rows | None
+    """(columns, in_dim); None for an embedding, whose A is read by token."""
     scalings: Tensor
     """(columns,) float32."""
     foreign: Tensor | None
@@ -99,8 +122,8 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments) -> Hidden:
         plan = _plan(weights, group)
         if plan is None:
             continue
-        assert plan.a_rows is not None
-        a = _gather_rows(weights.pool, plan.a_rows, weights.in_dim)
+        assert plan.a is not None
+        a = plan.a.read(weights.pool)
         inputs = x.index_select(0, group.rows) if group.span is None else x[group.span]
         h = torch.mm(_accumulation(inputs), a.t()).mul_(plan.scalings)
         if plan.foreign is not None:
@@ -157,7 +180,7 @@ def expand(
             y.copy_(bias)
     for group_hidden in hidden.groups:
         for part in group_hidden.plan.parts:
-            b = _gather_rows(weights.pool, part.b_rows, part.width)
+            b = part.b.read(weights.pool)
             columns = y[:, part.start : part.start + part.width]
             _add_product(columns, group_hidden.h[:, part.columns], b, group_hidden.group, part.targeted)
 
@@ -223,7 +246,7 @@ def _make_plan(weights: LoraWeights | LoraEmbeddingWeights, group: _Group) -> _P
     slices, column_owners, _ = used.nonzero()
     return _Plan(
         used=used,
-        a_rows=_table_rows(weights.a_rows, group, used) if isinstance(weights, LoraWeights) else None,
+        a=_rows(weights.a_rows, weights.in_dim, group, used) if isinstance(weights, LoraWeights) else None,
         scalings=torch.from_numpy(weights.scalings.numpy()[group.slots[column_owners], slices]),
         foreign=torch.from_numpy(group.owners[:, None] != column_owners) if len(group.slots) > 1 else None,
         parts=tuple(_part_plans(weights, group, used)),
@@ -241,26 +264,19 @@ def _part_plans(weights: LoraWeights | LoraEmbeddingWeights, group: _Group, used
             start=weights.part_starts[part],
             width=weights.part_widths[part],
             columns=columns,
-            b_rows=_table_rows(weights.b_rows[:, part : part + 1], group, used[slice_ : slice_ + 1]),
+            b=_rows(weights.b_rows[:, part : part + 1], weights.part_widths[part], group, used[slice_ : slice_ + 1]),
             targeted=None if targeted.all() else torch.from_numpy(targeted[group.owners].nonzero()[0]),
         )
 
 
-def _table_rows(table: Tensor, group: _Group, used: BoolArray) -> Tensor:
-    """The entries of a row table (slots, slices, ranks) that the group uses; (columns,) int64."""
-    rows = table.numpy()[group.slots].transpose(1, 0, 2)[:, :, : used.shape[2]][used]
-    return torch.from_numpy(rows.astype(np.int64))
+def _rows(table: Tensor, width: int, group: _Group, used: BoolArray) -> _Rows:
+    """The entries of a row table (slots, slices, ranks) that the group uses."""
+    starts = table.numpy()[group.slots].transpose(1, 0, 2)[:, :, : used.shape[2]][used]
+    return _Rows(torch.from_numpy(starts.astype(np.int64)), width)
 
 
 def _accumulation(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
-
-
-def _gather_rows(pool: Tensor, rows: Tensor, width: int) -> Tensor:
-    """(len(rows), width) rows of the pool that start at `rows`, in `ROW_ALIGN` elements."""
-    # Rows start at any multiple of ROW_ALIGN, so the pool is read as overlapping windows.
-    windows = pool.as_strided(((pool.shape[0] - width) // ROW_ALIGN + 1, width), (ROW_ALIGN, 1))
-    return _accumulation(windows.index_select(0, rows))
 
 
 def _add_product(y: Tensor, h: Tensor, b: Tensor, group: _Group, targeted: Tensor | None) -> None:

@@ -48,8 +48,11 @@ class AttentionBatch:
     """(num_sequences, max_pages) int32: KV pages of each sequence; the tail is unused."""
     num_decodes: int
     """The first sequences, which have exactly one row each."""
-    decode_masks: dict[int | None, Tensor] = field(default_factory=dict)
-    """Sliding window -> mask of the decodes; made by the first layer that needs it, used by the others."""
+    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    """(sequence, sliding window) -> mask on the CPU, the decodes' under sequence -1. Made by the first layer that needs
+    it, used by the others."""
+    gathers: dict[int, Tensor] = field(default_factory=dict)
+    """Likewise: sequence -> which rows of the cache to gather."""
 
 
 @dataclass(slots=True)
@@ -181,17 +184,18 @@ def _decode(
         return
     num_pages = -(-max(batch.host_context_lengths[:num]) // keys.shape[2])
     table = batch.block_tables[:num, :num_pages]
-    mask = batch.decode_masks.get(window)
+    mask = batch.masks.get((-1, window))
     if mask is None:
         lengths = batch.context_lengths[:num, None]
         positions = torch.arange(num_pages * keys.shape[2], device=query.device)
         mask = positions < lengths
         if window is not None:
             mask &= positions >= lengths - window
-        batch.decode_masks[window] = mask = mask[:, None, None, :]
+        batch.masks[-1, window] = mask = mask[:, None, None, :]
     grouped = query[:num].reshape(num, keys.shape[1], -1, query.shape[-1])
+    rows = _rows_to_gather(batch, -1, keys, table)
     attended = F.scaled_dot_product_attention(
-        grouped, _gather(keys, table), _gather(values, table), attn_mask=mask, scale=scaling
+        grouped, _gather(keys, rows, num), _gather(values, rows, num), attn_mask=mask, scale=scaling
     )
     out[:num] = attended.reshape(num, query.shape[1], -1)
 
@@ -205,15 +209,19 @@ def _prefill(
     for index in range(batch.num_decodes, len(batch.query_lengths)):
         num_rows, length = batch.query_lengths[index], batch.host_context_lengths[index]
         table = batch.block_tables[index : index + 1, : -(-length // page_tokens)]
-        rows = torch.arange(length - num_rows, length, device=query.device)[:, None]
-        positions = torch.arange(length, device=query.device)
-        mask = positions <= rows
-        if window is not None:
-            mask &= positions > rows - window
+        mask = batch.masks.get((index, window))
+        if mask is None:
+            own = torch.arange(length - num_rows, length, device=query.device)[:, None]
+            positions = torch.arange(length, device=query.device)
+            mask = positions <= own
+            if window is not None:
+                mask &= positions > own - window
+            batch.masks[index, window] = mask
+        rows = _rows_to_gather(batch, index, keys, table)
         attended = F.scaled_dot_product_attention(
             query[None, start : start + num_rows].transpose(1, 2),
-            _gather(keys, table)[:, :, :length],
-            _gather(values, table)[:, :, :length],
+            _gather(keys, rows, 1)[:, :, :length],
+            _gather(values, rows, 1)[:, :, :length],
             attn_mask=mask,
             scale=scaling,
             enable_gqa=query.shape[1] != keys.shape[1],
@@ -222,10 +230,18 @@ def _prefill(
         start += num_rows
 
 
-def _gather(cache: Tensor, table: Tensor) -> Tensor:
-    """(pages, kv_heads, page_tokens, head_dim) by (sequences, pages) -> (sequences, kv_heads, tokens, head_dim)."""
+def _rows_to_gather(batch: AttentionBatch, index: int, cache: Tensor, table: Tensor) -> Tensor:
+    """Of a cache as rows of one head of one page: those of the table's pages, by sequence, head and page."""
+    rows = batch.gathers.get(index)
+    if rows is None:
+        num_heads = cache.shape[1]
+        heads = torch.arange(num_heads, device=table.device)[:, None]
+        rows = batch.gathers[index] = (table[:, None, :] * num_heads + heads).flatten()
+    return rows
+
+
+def _gather(cache: Tensor, rows: Tensor, num_sequences: int) -> Tensor:
+    """(pages, kv_heads, page_tokens, head_dim) -> (sequences, kv_heads, tokens, head_dim), copied once."""
     num_heads, page_tokens, head_dim = cache.shape[1:]
-    # The rows of one head of one page are neighbours: taken one by one they need no second copy to be put in order.
-    rows = table[:, None, :] * num_heads + torch.arange(num_heads, device=table.device)[:, None]
-    gathered = cache.view(-1, page_tokens * head_dim).index_select(0, rows.flatten())
-    return gathered.view(table.shape[0], num_heads, -1, head_dim)
+    gathered = cache.view(-1, page_tokens * head_dim).index_select(0, rows)
+    return gathered.view(num_sequences, num_heads, -1, head_dim)
