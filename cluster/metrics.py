@@ -145,6 +145,20 @@ class RequestTimer:
             self._metrics.record(self, outcome, self._clock())
 
 
+class QueueMetrics:
+    """The requests that found every worker full."""
+
+    def __init__(self) -> None:
+        self._queued = Gauge("lorafleet_num_requests_queued", "Requests that wait for a worker with room.")
+        self._num_queued = 0
+
+    def publish(self, num_queued: int) -> None:
+        """Set the gauge, if it has changed."""
+        if num_queued != self._num_queued:
+            self._num_queued = num_queued
+            self._queued.set(num_queued)
+
+
 class WorkerMetrics:
     """One worker, published about once a second."""
 

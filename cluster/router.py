@@ -18,12 +18,15 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from lorafleet.cluster.errors import Overloaded, StoreUnavailable, WorkerGone
+from lorafleet.cluster.metrics import QueueMetrics
 from lorafleet.cluster.placement import Candidate, Placement
 from lorafleet.cluster.whereabouts import note_request, note_router
 
 RETRY_PAUSE_S = 0.02
 """Pause before a call that a replica rejected (it is shutting down, or full) is sent again."""
 _NO_REPORT: tuple[frozenset[str], int] = (frozenset(), 0)
+PROBE_S = 5.0
+"""How long a new replica may take to answer Serve's question for its queue length, of which nothing depends here."""
 START_PATIENCE_S = 5.0
 """How long a router that has never seen a replica waits for the first one."""
 
@@ -42,6 +45,8 @@ class Waiter:
 class WorkerRouter(RequestRouter):
     """Routes to workers by residency and load. Lives on the event loop of its handle's router."""
 
+    queue_len_response_deadline_s = max_queue_len_response_deadline_s = PROBE_S
+
     def initialize_state(self, *, max_load: int, max_queued: int, spill_gap: int, memory_s: float, **_: Any) -> None:
         """Take `request_router_kwargs`: see `Placement`; `max_queued` bounds the requests that wait here."""
         self._placement = Placement(max_load=max_load, spill_gap=spill_gap, memory_s=memory_s)
@@ -49,6 +54,7 @@ class WorkerRouter(RequestRouter):
         self._waiting: deque[Waiter] = deque()
         self._in_flight: defaultdict[ReplicaID, int] = defaultdict(int)  # reserved or sent, and not completed
         self._reports: dict[ReplicaID, tuple[frozenset[str], int]] = {}  # resident versions and free pages
+        self._metrics = QueueMetrics()
         note_router(self)
 
     @property
@@ -109,6 +115,10 @@ class WorkerRouter(RequestRouter):
 
     def _place_waiting(self) -> None:
         """Give workers to those that wait, in order, until all workers are full."""
+        self._place_in_order()
+        self._metrics.publish(len(self._waiting))
+
+    def _place_in_order(self) -> None:
         for waiter in tuple(self._waiting):
             candidates = [self._candidate(replica_id) for replica_id in self._replicas]
             candidates = [c for c in candidates if c.worker_id not in waiter.excluded] or candidates
@@ -160,6 +170,8 @@ class WorkerRouter(RequestRouter):
 
 class StoreRouter(RequestRouter):
     """Routes to the one replica of the adapter store; raises StoreUnavailable at once while there is none."""
+
+    queue_len_response_deadline_s = max_queue_len_response_deadline_s = PROBE_S
 
     def initialize_state(self, **_: Any) -> None:
         """Take `request_router_kwargs`: there are none."""

@@ -297,7 +297,7 @@ def _attributes(kind: type) -> str:
 
 def metric_names() -> dict[str, Metric]:
     """Every metric of the service by its name in Prometheus."""
-    owners = (metrics.RequestMetrics(), metrics.WorkerMetrics(""), metrics.StoreMetrics())
+    owners = (metrics.RequestMetrics(), metrics.QueueMetrics(), metrics.WorkerMetrics(""), metrics.StoreMetrics())
     found = {}
     for owner in owners:
         for metric in vars(owner).values():

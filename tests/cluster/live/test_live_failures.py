@@ -125,6 +125,7 @@ def test_everything_is_measured(live: LiveService) -> None:
         "e2e_request_latency_seconds",
         "num_requests_running",
         "num_requests_waiting",
+        "num_requests_queued",
         "batch_sequences",
         "kv_pages",
         "adapter_pages",
