@@ -9,8 +9,10 @@ loading an adapter changes only their contents.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 ROW_ALIGN = 16
@@ -41,6 +43,11 @@ class LoraWeights:
     part_starts: tuple[int, ...]
     """First output column of each part, over the slices' concatenated outputs."""
     part_widths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        num_slots, num_slices = self.ranks.shape
+        _check_table("a_rows", self.a_rows, (num_slots, num_slices, self.max_rank))
+        _check_common(self)
 
     @property
     def num_slices(self) -> int:
@@ -85,6 +92,10 @@ class LoraEmbeddingWeights:
     part_starts: tuple[int, ...]
     part_widths: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        _check_table("a_pages", self.a_pages, (self.ranks.shape[0], self.a_pages.shape[1]))
+        _check_common(self)
+
     @property
     def max_rank(self) -> int:
         return self.b_rows.shape[2]
@@ -96,3 +107,24 @@ class LoraEmbeddingWeights:
     @property
     def out_dim(self) -> int:
         return self.part_starts[-1] + self.part_widths[-1]
+
+
+def _check_common(weights: LoraWeights | LoraEmbeddingWeights) -> None:
+    num_slots, num_slices = weights.ranks.shape
+    _check_table("ranks", weights.ranks, (num_slots, num_slices))
+    _check_table("scalings", weights.scalings, (num_slots, num_slices), torch.float32)
+    _check_table("b_rows", weights.b_rows, (num_slots, len(weights.part_widths), weights.max_rank))
+    if weights.pool.dim() != 1 or not weights.pool.is_contiguous():
+        raise ValueError(f"pool must be flat and contiguous, got shape {tuple(weights.pool.shape)}")
+    if not len(weights.part_slices) == len(weights.part_starts) == len(weights.part_widths):
+        raise ValueError("part_slices, part_starts and part_widths must have an entry for each part")
+    if not all(0 <= slice_ < num_slices for slice_ in weights.part_slices):
+        raise ValueError(f"part_slices must lie below {num_slices}, got {weights.part_slices}")
+
+
+def _check_table(name: str, table: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.int32) -> None:
+    if tuple(table.shape) != tuple(shape) or table.dtype != dtype or (table.shape[-1] > 1 and table.stride(-1) != 1):
+        raise ValueError(
+            f"{name} must be {dtype} of shape {tuple(shape)} with unit stride along its last dimension,"
+            f" got {table.dtype} of shape {tuple(table.shape)} with strides {table.stride()}"
+        )
