@@ -11,7 +11,13 @@ from tests.cluster.live.service import TOKEN, LiveService, args_for, eventually,
 from tests.support.adapters import make_adapter
 from tests.support.bases import BaseKind
 
-ADAPTERS = {"one": ("rank16", 1), "two": ("rank16", 2), "thin": ("rank4_qv", 1), "thick": ("rank64", 1)}
+ADAPTERS = {
+    "one": ("rank16", 1),
+    "two": ("rank16", 2),
+    "thin": ("rank4_qv", 1),
+    "thick": ("rank64", 1),
+    **{f"many{i}": ("rank16", 10 + i) for i in range(10)},
+}
 """Keys of the source: kind and seed of each adapter."""
 
 
