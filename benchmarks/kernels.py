@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -349,19 +350,23 @@ def report(out: Path) -> None:
     def of(row: dict[str, Any], *names: str) -> float:
         return min((row[f"{name}_us"][1] for name in names if f"{name}_us" in row), default=float("nan"))
 
-    def mean(values: Sequence[float]) -> float:
-        return statistics.geometric_mean(values) if values else float("nan")
+    mean = statistics.geometric_mean
 
     def line(name: str, chosen: list[dict[str, Any]]) -> None:
         large = [row for row in chosen if row["floor_us"] >= 10]
-        print(
-            f"{name:34} {len(chosen):4} cases;"
-            f" over the floor {mean([of(row, 'ours') / row['floor_us'] for row in large]):.2f}"
-            f" ({len(large)} of 10 us or more);"
-            f" SGLang's best {mean([of(row, 'sglang16', 'sglang128') / of(row, 'ours') for row in chosen]):.2f} x,"
-            f" vLLM {mean([of(row, 'vllm') / of(row, 'ours') for row in chosen]):.2f} x,"
-            f" better {mean([of(row, 'sglang16', 'sglang128', 'vllm') / of(row, 'ours') for row in chosen]):.2f} x"
-        )
+        text = f"{name:32} {len(chosen):4} cases"
+        if large:
+            over = mean([of(row, "ours") / row["floor_us"] for row in large])
+            text += f"; {over:.2f} times the floor ({len(large)} of 10 us or more)"
+        for peer, names in {
+            "SGLang's best": ("sglang16", "sglang128"),
+            "vLLM": ("vllm",),
+            "the better": ("sglang16", "sglang128", "vllm"),
+        }.items():
+            compared = [row for row in chosen if not isnan(of(row, *names))]
+            if compared:
+                text += f"; {mean([of(row, *names) / of(row, 'ours') for row in compared]):.2f} x {peer}"
+        print(text)
 
     line("all", linear)
     for phase in ("decode", "prefill"):
@@ -369,10 +374,15 @@ def report(out: Path) -> None:
     for model in MODELS:
         for rank in dict.fromkeys(row["rank"] for row in linear if row["model"] == model):
             line(f"{model} rank {rank}", [row for row in linear if (row["model"], row["rank"]) == (model, rank)])
-    print("\nslower than the better of both:")
     for row in linear:
         if of(row, "sglang16", "sglang128", "vllm") < of(row, "ours"):
-            print("  ", _title(row), of(row, "ours"), of(row, "sglang16", "sglang128"), of(row, "vllm"))
+            print(
+                "slower than the better of both:",
+                _title(row),
+                of(row, "ours"),
+                of(row, "sglang16", "sglang128"),
+                of(row, "vllm"),
+            )
     print("furthest over a floor of 10 us or more:")
     large = [row for row in linear if row["floor_us"] >= 10]
     for row in sorted(large, key=lambda row: -of(row, "ours") / row["floor_us"])[:8]:
@@ -398,9 +408,9 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     panels = list(dict.fromkeys((row["model"], row["rank"]) for row in rows))
-    columns = 3
+    columns = min(3, len(panels))
     figure, axes = pyplot.subplots(
-        -(-len(panels) // columns), columns, figsize=(21, 7.2 * -(-len(panels) // columns)), squeeze=False
+        -(-len(panels) // columns), columns, figsize=(7 * columns, 7.2 * -(-len(panels) // columns)), squeeze=False
     )
     marks = {
         "floor": ("_", "black"),
@@ -412,6 +422,8 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, (model, rank) in zip(axes.flat, panels, strict=False):
         cases = [row for row in rows if (row["model"], row["rank"]) == (model, rank)]
         for name, (mark, color) in marks.items():
+            if name != "floor" and not any(f"{name}_us" in row for row in rows):
+                continue
             points = [row["floor_us"] if name == "floor" else row.get(f"{name}_us", (0, None))[1] for row in cases]
             axis.plot(range(len(cases)), points, mark, color=color, label=name, markersize=9 if name == "floor" else 5)
         axis.set_yscale("log")

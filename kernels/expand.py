@@ -16,7 +16,15 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from lorafleet.kernels.segments import Segments
-from lorafleet.kernels.tiling import VIEWS, ExpandTiling, Shape, dependent_launch, expand_tiling, power_of_two
+from lorafleet.kernels.tiling import (
+    VIEWS,
+    ExpandTiling,
+    Shape,
+    dependent_launch,
+    expand_tiling,
+    power_of_two,
+    stages_that_fit,
+)
 from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights
 
 MAX_BLOCK_RANKS = 128
@@ -52,6 +60,7 @@ def expand(
     programs = segments.max_chunks * row_tiles * sum(spans)
     if programs == 0:
         return
+    tile_bytes = tiling.block_elements * weights.pool.element_size()
     pdl = dependent_launch(y)
     _expand_kernel[(programs,)](
         h,
@@ -90,7 +99,7 @@ def expand(
         ACCUMULATE=accumulate,
         PDL=pdl,
         num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
+        num_stages=stages_that_fit(tiling.num_stages, tile_bytes, y),
         launch_pdl=pdl,
     )
 

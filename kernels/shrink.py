@@ -20,8 +20,8 @@ from lorafleet.kernels.tiling import (
     ShrinkTiling,
     dependent_launch,
     power_of_two,
-    shared_bytes,
     shrink_tiling,
+    stages_that_fit,
 )
 from lorafleet.kernels.weights import ROW_ALIGN, LoraWeights
 
@@ -53,10 +53,8 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
     programs = segments.max_chunks * row_tiles * num_splits
     if programs == 0:
         return h
+    tile_bytes = (tiling.block_rows + num_slices * block_ranks) * tiling.block_k * x.element_size()
     pdl = dependent_launch(x)
-    columns = block_ranks * power_of_two(num_slices)
-    stage_bytes = (tiling.block_rows + columns) * tiling.block_k * x.element_size()
-    num_stages = max(1, min(tiling.num_stages, shared_bytes(x) // stage_bytes))
     _shrink_kernel[(programs,)](
         x,
         weights.pool,
@@ -86,7 +84,7 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
         PDL=pdl,
         EARLY=pdl and tiling.early,
         num_warps=tiling.num_warps,
-        num_stages=num_stages,
+        num_stages=stages_that_fit(tiling.num_stages, tile_bytes, x),
         launch_pdl=pdl,
     )
     return h

@@ -80,12 +80,12 @@ def power_of_two(n: int) -> int:
 
 @cache
 def shrink_tiling(shape: Shape) -> ShrinkTiling:
-    return _nearest(_table(shape.device).shrink, shape) or _shrink_rule(shape)
+    return nearest(_table(shape.device).shrink, shape) or _shrink_rule(shape)
 
 
 @cache
 def expand_tiling(shape: Shape) -> ExpandTiling:
-    return _nearest(_table(shape.device).expand, shape) or _expand_rule(shape)
+    return nearest(_table(shape.device).expand, shape) or _expand_rule(shape)
 
 
 def dependent_launch(tensor: Tensor) -> bool:
@@ -93,15 +93,15 @@ def dependent_launch(tensor: Tensor) -> bool:
     return tensor.is_cuda and _capability(tensor.device)[0] >= 9
 
 
-def shared_bytes(tensor: Tensor) -> int:
-    """Shared memory that one program may use for tiles in flight, on the tensor's device."""
-    return _shared_bytes(tensor.device) if tensor.is_cuda else 1 << 20
+def stages_that_fit(wanted: int, tile_bytes: int, tensor: Tensor) -> int:
+    """As many of the wanted stages as the shared memory of a program holds, each with its tiles in flight."""
+    return max(1, min(wanted, _shared_bytes(tensor.device) // tile_bytes)) if tensor.is_cuda else wanted
 
 
 @cache
 def _shared_bytes(device: torch.device) -> int:
     properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
-    # A little is the compiler's own, for reductions and layouts.
+    # Some is the compiler's own, for reductions and layouts.
     return int(properties["max_shared_mem"]) - 8192
 
 
@@ -111,20 +111,29 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _shrink_rule(shape: Shape) -> ShrinkTiling:
+    """Enough splits to fill the GPU with the rows that there are."""
     if shape.dtype == torch.float32:
         # No tensor cores: small tiles, for the sake of registers.
         return ShrinkTiling(16, 32, max(32, power_of_two(shape.width) // 8), num_warps=4, num_stages=2)
     if shape.chunk_length <= FEW_ROWS:
-        return ShrinkTiling(16, 128, max(128, power_of_two(shape.width) // 8), num_warps=4, num_stages=4)
-    return ShrinkTiling(64, 64, max(512, power_of_two(shape.width) // 4), num_warps=4, num_stages=4)
+        split_width = min(2048, power_of_two(max(128, shape.width * shape.max_chunks // 512)))
+        return ShrinkTiling(16, 128, split_width, num_warps=4, num_stages=min(4, split_width // 128))
+    split_width = power_of_two(max(512, shape.width * shape.max_chunks * shape.chunk_length // 16384))
+    many_columns = shape.num_slices * shape.max_rank > 128
+    return ShrinkTiling(64, 64, split_width, num_warps=8 if many_columns else 4, num_stages=4)
 
 
 def _expand_rule(shape: Shape) -> ExpandTiling:
+    """A span a program as long as there are programs enough."""
     if shape.dtype == torch.float32:
         return ExpandTiling(16, 64, 1024, 256, split_h=False, num_warps=4, num_stages=2)
     if shape.chunk_length <= FEW_ROWS:
+        if shape.max_chunks <= 16:
+            return ExpandTiling(16, 256, 4096, 256, split_h=True, num_warps=4, num_stages=1)
         return ExpandTiling(16, 256, 4096, 1024, split_h=True, num_warps=4, num_stages=3)
-    return ExpandTiling(64, 128, 16384, 512, split_h=False, num_warps=4, num_stages=2)
+    if shape.max_chunks <= 4:
+        return ExpandTiling(64, 128, 16384, 128, split_h=False, num_warps=4, num_stages=1)
+    return ExpandTiling(64, 128, 16384, 512, split_h=False, num_warps=4, num_stages=3)
 
 
 _Tiling = TypeVar("_Tiling", ShrinkTiling, ExpandTiling)
@@ -134,7 +143,9 @@ _REACH = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Table:
+class Table:
+    """Measured points and the best tiling at each."""
+
     shrink: Sequence[tuple[_Point, ShrinkTiling]]
     expand: Sequence[tuple[_Point, ExpandTiling]]
 
@@ -150,18 +161,22 @@ def point(*, num_slices: int, width: int, max_rank: int, chunk_length: int, max_
 
 
 @cache
-def _table(device: torch.device) -> _Table:
-    if device.type != "cuda":
-        return _Table((), ())
-    path = table_path(torch.cuda.get_device_name(device))
-    entries: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path.exists() else {}
-    return _Table(
-        shrink=[(point(**entry["shape"]), ShrinkTiling(**entry["tiling"])) for entry in entries.get("shrink", ())],
-        expand=[(point(**entry["shape"]), ExpandTiling(**entry["tiling"])) for entry in entries.get("expand", ())],
+def _table(device: torch.device) -> Table:
+    path = table_path(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return read_table(path) if path is not None and path.exists() else Table((), ())
+
+
+def read_table(path: Path) -> Table:
+    """A table as `lorafleet.kernels.tune` writes it."""
+    entries: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())
+    return Table(
+        shrink=[(point(**entry["shape"]), ShrinkTiling(**entry["tiling"])) for entry in entries["shrink"]],
+        expand=[(point(**entry["shape"]), ExpandTiling(**entry["tiling"])) for entry in entries["expand"]],
     )
 
 
-def _nearest(entries: Sequence[tuple[_Point, _Tiling]], shape: Shape) -> _Tiling | None:
+def nearest(entries: Sequence[tuple[_Point, _Tiling]], shape: Shape) -> _Tiling | None:
+    """The tiling of the point next to the shape, None if none reaches it."""
     if shape.dtype == torch.float32:
         return None
     wanted = point(

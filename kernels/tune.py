@@ -259,8 +259,11 @@ def tune(workloads: Sequence[Workload], processes: int) -> dict[str, Any]:
             "chunk_length": segments.chunk_length,
             "max_chunks": segments.max_chunks,
         }
-        entries["shrink"].append({"shape": {"width": workload.in_dim, **shape}, "tiling": asdict(shrink_tiling)})
-        entries["expand"].append({"shape": {"width": sum(workload.widths), **shape}, "tiling": asdict(expand_tiling)})
+        for kind, width, tiling in (
+            ("shrink", workload.in_dim, shrink_tiling),
+            ("expand", sum(workload.widths), expand_tiling),
+        ):
+            entries[kind].append({"shape": {"width": width, **shape}, "tiling": asdict(tiling)})
         module = f"{workload.in_dim} -> {workload.widths}"
         say(f"{done}/{len(workloads)} {module}, {workload.num_rows} rows, {shape}: {us:.1f} us")
     versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
