@@ -4,7 +4,8 @@
 
 PEFT serves the same requests in two ways: one after another, switching adapters, and as one batch in which every row
 names its adapter (`adapter_names`). All decode greedily in fp32, and must say the same: the run fails otherwise. Each
-round times all three, one after another; medians count. A line of JSON each, and a picture of the newest run.
+round times all three, one after another; medians count. Seconds of CPU are told beside: they say the same where other
+programs want the machine too. A line of JSON each, and a picture of the newest run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -176,25 +177,38 @@ class Lorafleet:
         self._loop.close()
 
 
-def measure(
-    ways: dict[str, Callable[[Work], Answers]], work: Work, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each way in each round, after a warm-up; and how many of its answers are those of the first way."""
+@dataclass(slots=True)
+class Runs:
+    """One way's rounds."""
+
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Of this process."""
+    num_same: int = 0
+    """Answers that are those of the first way."""
+
+    def rate(self, num_tokens: int) -> float:
+        """Tokens per second, of the median round."""
+        return num_tokens / statistics.median(self.seconds)
+
+
+def measure(ways: dict[str, Callable[[Work], Answers]], work: Work, rounds: int) -> dict[str, Runs]:
+    """Every way in every round, after a warm-up."""
     short = Work(work.prompts, work.adapters, 4)
     for way in ways.values():
         way(short)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    same: dict[str, int] = {}
+    runs = {name: Runs() for name in ways}
     for number in range(rounds):
         expected: Answers = []
         for name, way in ways.items():
-            started_s = time.perf_counter()
+            started_s, started_cpu_s = time.perf_counter(), time.process_time()
             answers = way(work)
-            seconds[name].append(time.perf_counter() - started_s)
+            runs[name].seconds.append(time.perf_counter() - started_s)
+            runs[name].cpu_seconds.append(time.process_time() - started_cpu_s)
             expected = expected or answers
-            same[name] = sum(mine == theirs for mine, theirs in zip(answers, expected, strict=True))
-        print(f"round {number}: " + ", ".join(f"{name} {seconds[name][-1]:.2f} s" for name in ways), flush=True)
-    return seconds, same
+            runs[name].num_same = sum(mine == theirs for mine, theirs in zip(answers, expected, strict=True))
+        print(f"round {number}: " + ", ".join(f"{name} {runs[name].seconds[-1]:.2f} s" for name in ways), flush=True)
+    return runs
 
 
 def draw(path: Path, rates: dict[str, float]) -> None:
@@ -235,35 +249,41 @@ def main() -> int:
     parser.add_argument("--base", type=Path, default=HERE.parent / "examples" / "demo" / "base")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64, help="that each request makes")
-    parser.add_argument("--threads", type=int, help="of torch; default its own choice")
+    parser.add_argument("--threads", type=int, default=1, help="of torch: one, as Ray gives a replica by default")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu_vs_peft.jsonl")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # PEFT's advice
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
 
     work = make_work(options.base, options.tokens)
     with tempfile.TemporaryDirectory() as root:
         folders = make_adapters(options.base, Path(root))
         ours, peft = Lorafleet(options.base, folders), Peft(options.base, folders)
         ways = {"lorafleet": ours.batched, "peft_mixed": peft.mixed, "peft_switching": peft.switching}
-        seconds, same = measure(ways, work, options.rounds)
+        runs = measure(ways, work, options.rounds)
         ours.close()
 
     num_tokens = NUM_REQUESTS * options.tokens
-    rates = {name: num_tokens / statistics.median(values) for name, values in seconds.items()}
+    rates = {name: run.rate(num_tokens) for name, run in runs.items()}
     about = {"commit": _commit(), "base": options.base.parent.name, "tokens": num_tokens, **_machine()}
     with options.out.open("a") as file:
-        for name, rate in rates.items():
-            runs = [round(value, 3) for value in seconds[name]]
-            line = {"way": name, "tokens_per_s": round(rate, 1), "seconds": runs, "same_answers": same[name], **about}
-            file.write(json.dumps(line) + "\n")
+        for name, run in runs.items():
+            figures = {
+                "way": name,
+                "tokens_per_s": round(rates[name], 1),
+                "seconds": [round(value, 3) for value in run.seconds],
+                "cpu_seconds": [round(value, 3) for value in run.cpu_seconds],
+                "same_answers": run.num_same,
+            }
+            file.write(json.dumps(figures | about) + "\n")
     draw(options.out.with_suffix(".png"), rates)
 
-    print(f"\n{'':36} {'tokens/s':>9} {'lorafleet is':>13} {'same answers':>13}")
-    for name, rate in rates.items():
-        print(f"{TITLES[name]:36} {rate:9.0f} {rates['lorafleet'] / rate:12.1f}x {same[name]:10}/{NUM_REQUESTS}")
-    if same["peft_switching"] != NUM_REQUESTS:
+    print(f"\n{'':36} {'tokens/s':>9} {'lorafleet is':>13} {'CPU s':>7} {'same answers':>13}")
+    for name, run in runs.items():
+        cpu_s = statistics.median(run.cpu_seconds)
+        ratio = rates["lorafleet"] / rates[name]
+        print(f"{TITLES[name]:36} {rates[name]:9.0f} {ratio:12.1f}x {cpu_s:7.1f} {run.num_same:10}/{NUM_REQUESTS}")
+    if runs["peft_switching"].num_same != NUM_REQUESTS:
         print("the answers differ from PEFT's, so the times mean nothing")
         return 1
     missed = [name for name, bar in BARS.items() if rates["lorafleet"] < bar * rates[name]]

@@ -110,12 +110,13 @@ class Scheduler:
         if num_rows == 0:
             return
         missing = self._missing_pages(sequence, sequence.num_computed + num_rows)
-        while not self._cache.can_allocate(missing):
-            victim = next(running for running in reversed(self._running) if running not in scheduled)
-            self._preempt(victim)
-            if victim is sequence:
-                return
-        sequence.kv_pages += self._cache.allocate(missing)
+        if missing:
+            while not self._cache.can_allocate(missing):
+                victim = next(running for running in reversed(self._running) if running not in scheduled)
+                self._preempt(victim)
+                if victim is sequence:
+                    return
+            sequence.kv_pages += self._cache.allocate(missing)
         self._take(sequence, num_rows, scheduled, budget)
 
     def _admit(self, scheduled: dict[Sequence, int], budget: _Budget) -> None:

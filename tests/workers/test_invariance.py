@@ -120,9 +120,8 @@ async def test_prompt_logprobs_survive_preemption(llama: Shelf, version: str | N
         )
 
 
-async def test_after_eviction_and_reload(llama: Shelf, version: str | None, alone: Answer) -> None:
-    if version is None:
-        pytest.skip("the base is never evicted")
+@pytest.mark.parametrize("recipe", RECIPES[1:], indirect=True)
+async def test_after_eviction_and_reload(llama: Shelf, version: str, alone: Answer) -> None:
     async with open_worker(llama) as worker:
         pages = [worker._parts.pool.num_pages(llama.weights[one].manifest) for one in llama.versions]
         pool_bytes = max(pages) * worker._parts.pool.layout.page_bytes
