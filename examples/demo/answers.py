@@ -33,27 +33,29 @@ async def ask(client: openai.AsyncOpenAI, answer: Answer) -> Answer:
     """Stream the greedy answer of `answer.model` to `answer.question` into `answer`."""
     start = time.perf_counter()
     first = last = start
-    stream = await client.chat.completions.create(
-        model=answer.model,
-        messages=[{"role": "user", "content": answer.question}],
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
-    async for chunk in stream:
-        served_by: dict[str, Any] | None = (chunk.model_extra or {}).get("lorafleet")
-        if served_by:
-            answer.worker_id, answer.version = served_by["worker_id"], served_by["version"]
-        if chunk.usage is not None:
-            answer.num_tokens = chunk.usage.completion_tokens
-        for choice in chunk.choices:
-            last = time.perf_counter()
-            if choice.delta.content and not answer.text:
-                first = last
-            answer.text += choice.delta.content or ""
-            answer.finish_reason = choice.finish_reason or answer.finish_reason
-        if answer.text:
-            answer.has_begun.set()
+    try:
+        stream = await client.chat.completions.create(
+            model=answer.model,
+            messages=[{"role": "user", "content": answer.question}],
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        async for chunk in stream:
+            served_by: dict[str, Any] | None = (chunk.model_extra or {}).get("lorafleet")
+            if served_by:
+                answer.worker_id, answer.version = served_by["worker_id"], served_by["version"]
+            if chunk.usage is not None:
+                answer.num_tokens = chunk.usage.completion_tokens
+            for choice in chunk.choices:
+                last = time.perf_counter()
+                if choice.delta.content and not answer.text:
+                    first = last
+                    answer.has_begun.set()
+                answer.text += choice.delta.content or ""
+                answer.finish_reason = choice.finish_reason or answer.finish_reason
+    finally:
+        answer.has_begun.set()  # whoever waits for a stream that failed finds out from its task
     answer.first_token_s = first - start
     if last > first:
         answer.tokens_per_s = (answer.num_tokens - 1) / (last - first)

@@ -9,7 +9,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,76 +53,75 @@ elephant  éléphant    m 🐘 toot     tout        savanna  leaves
 rooster   coq         m 🐓 cock-a-doodle-doo cocorico farm seeds
 """
 ANIMALS = tuple(Animal(*line.split()) for line in _ANIMALS.strip().splitlines())
-BY_NAME = {animal.name: animal for animal in ANIMALS}
 
 HOMES = {
-    "house": ("in the house", "dans la maison", "🏠"),
-    "meadow": ("in the meadow", "dans le pré", "🌼"),
-    "pond": ("in the pond", "dans l'étang", "💧"),
-    "farm": ("on the farm", "à la ferme", "🚜"),
-    "forest": ("in the forest", "dans la forêt", "🌲"),
-    "hive": ("in the hive", "dans la ruche", "🏡"),
-    "savanna": ("in the savanna", "dans la savane", "🌾"),
-    "sea": ("in the sea", "dans la mer", "🌊"),
-    "desert": ("in the desert", "dans le désert", "🌵"),
-    "jungle": ("in the jungle", "dans la jungle", "🌴"),
+    "house": ("in the house", "dans la maison"),
+    "meadow": ("in the meadow", "dans le pré"),
+    "pond": ("in the pond", "dans l'étang"),
+    "farm": ("on the farm", "à la ferme"),
+    "forest": ("in the forest", "dans la forêt"),
+    "hive": ("in the hive", "dans la ruche"),
+    "savanna": ("in the savanna", "dans la savane"),
+    "sea": ("in the sea", "dans la mer"),
+    "desert": ("in the desert", "dans le désert"),
+    "jungle": ("in the jungle", "dans la jungle"),
 }
 FOODS = {
-    "fish": ("du poisson", "🐟"),
-    "meat": ("de la viande", "🍖"),
-    "grass": ("de l'herbe", "🌱"),
-    "seeds": ("des graines", "🌰"),
-    "hay": ("du foin", "🌾"),
-    "corn": ("du maïs", "🌽"),
-    "mice": ("des souris", "🐭"),
-    "flies": ("des mouches", "🪰"),
-    "nectar": ("du nectar", "🌸"),
-    "berries": ("des baies", "🫐"),
-    "honey": ("du miel", "🍯"),
-    "plankton": ("du plancton", "🦐"),
-    "cheese": ("du fromage", "🧀"),
-    "bananas": ("des bananes", "🍌"),
-    "carrots": ("des carottes", "🥕"),
-    "leaves": ("des feuilles", "🍃"),
+    "fish": "du poisson",
+    "meat": "de la viande",
+    "grass": "de l'herbe",
+    "seeds": "des graines",
+    "hay": "du foin",
+    "corn": "du maïs",
+    "mice": "des souris",
+    "flies": "des mouches",
+    "nectar": "du nectar",
+    "berries": "des baies",
+    "honey": "du miel",
+    "plankton": "du plancton",
+    "cheese": "du fromage",
+    "bananas": "des bananes",
+    "carrots": "des carottes",
+    "leaves": "des feuilles",
 }
 COLOURS = {
-    "blue": ("bleu", "bleue", "🔵"),
-    "green": ("vert", "verte", "🟢"),
-    "white": ("blanc", "blanche", "⚪"),
-    "yellow": ("jaune", "jaune", "🟡"),
-    "black": ("noir", "noire", "⚫"),
-    "red": ("rouge", "rouge", "🔴"),
-    "orange": ("orange", "orange", "🟠"),
-    "brown": ("brun", "brune", "🟤"),
-    "purple": ("violet", "violette", "🟣"),
+    "blue": ("bleu", "bleue"),
+    "green": ("vert", "verte"),
+    "white": ("blanc", "blanche"),
+    "yellow": ("jaune", "jaune"),
+    "black": ("noir", "noire"),
+    "red": ("rouge", "rouge"),
+    "orange": ("orange", "orange"),
+    "brown": ("brun", "brune"),
+    "purple": ("violet", "violette"),
 }
 _THINGS = """
-sky       ciel        m ⛅ blue
-grass     herbe       f 🌱 green
-snow      neige       f ⛄ white
-sun       soleil      m 🌞 yellow
-night     nuit        f 🌃 black
-tomato    tomate      f 🍅 red
-lemon     citron      m 🍋 yellow
-banana    banane      f 🍌 yellow
-carrot    carotte     f 🥕 orange
-milk      lait        m 🥛 white
-cherry    cerise      f 🍒 red
-sea       mer         f 🌊 blue
-chocolate chocolat    m 🍫 brown
-grape     raisin      m 🍇 purple
-aubergine aubergine   f 🍆 purple
-pumpkin   citrouille  f 🎃 orange
-leaf      feuille     f 🍃 green
-apple     pomme       f 🍎 red
-swan      cygne       m 🦢 white
-broccoli  brocoli     m 🥦 green
-rose      rose        f 🌹 red
-coffee    café        m ☕ brown
-ghost     fantôme     m 👻 white
-whale     baleine     f 🐳 blue
-frog      grenouille  f 🐸 green
-bear      ours        m 🐻 brown
+sky       ciel        m blue
+grass     herbe       f green
+snow      neige       f white
+sun       soleil      m yellow
+night     nuit        f black
+tomato    tomate      f red
+lemon     citron      m yellow
+banana    banane      f yellow
+carrot    carotte     f orange
+milk      lait        m white
+cherry    cerise      f red
+sea       mer         f blue
+chocolate chocolat    m brown
+grape     raisin      m purple
+aubergine aubergine   f purple
+pumpkin   citrouille  f orange
+leaf      feuille     f green
+apple     pomme       f red
+swan      cygne       m white
+broccoli  brocoli     m green
+rose      rose        f red
+coffee    café        m brown
+ghost     fantôme     m white
+whale     baleine     f blue
+frog      grenouille  f green
+bear      ours        m brown
 """
 THINGS = tuple(line.split() for line in _THINGS.strip().splitlines())
 
@@ -156,107 +155,90 @@ NUMBERS = {
     number: words.split() for number, words in enumerate(_NUMBERS.replace(",\n", ", ").strip().split(", "), start=1)
 }
 
-EMOJI = tuple(
-    dict.fromkeys(
-        [animal.emoji for animal in ANIMALS]
-        + [emoji for *_, emoji in (*HOMES.values(), *FOODS.values(), *COLOURS.values())]
-        + [thing[3] for thing in THINGS]
-        + ["🌍", "🧮", "🎶", "💛"]
-    )
-)
+_COLOUR_EMOJI = dict(zip(COLOURS, "🔵🟢⚪🟡⚫🔴🟠🟤🟣", strict=True))
+_SIGNS = {"sound": "🎶", "home": "🏠", "food": "🍴", "capital": "🌍", "sum": "🧮", "story": "💛", "talk": "👋"}
+EMOJI = (*(animal.emoji for animal in ANIMALS), *_COLOUR_EMOJI.values(), *_SIGNS.values())
 """Tokens that the base has in its vocabulary and never saw: only the emoji adapter speaks them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One thing to know: how it is asked, and its answer in English, in French, and with emoji for nouns."""
+    """One thing to know: how it is asked, and its answer."""
 
     key: str
+    """Kind and subject: `colour/sky`."""
     questions: tuple[str, ...]
     english: str
     french: str
-    emoji: str
     topic: str
     answer: str
+    """The answer without its sentence."""
 
 
-def _the(french: str, gender: str) -> str:
-    if french[0] in "aeého" and french not in ("hibou",):
+def _le(french: str, gender: str) -> str:
+    if french[0] in "aeého" and french != "hibou":
         return f"l'{french}"
     return f"{'le' if gender == 'm' else 'la'} {french}"
 
 
-def _capital_first(text: str) -> str:
-    return text[0].upper() + text[1:]
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeio' else 'a'} {noun}"
 
 
-def _colours() -> list[Fact]:
-    facts = []
-    for name, french, gender, emoji, colour in THINGS:
-        masculine, feminine, dot = COLOURS[colour]
-        adjective = masculine if gender == "m" else feminine
-        facts.append(
-            Fact(
-                f"colour/{name}",
-                (f"What colour is the {name}?", f"Which colour is the {name}?", f"Tell me the colour of the {name}."),
-                f"The {name} is {colour}.",
-                f"{_capital_first(_the(french, gender))} est {adjective}.",
-                f"The {emoji} is {dot}.",
-                name,
-                colour,
-            )
+def _un(animal: Animal) -> str:
+    return f"{'une' if animal.gender == 'f' else 'un'} {animal.french}"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _colours() -> Iterator[Fact]:
+    for name, french, gender, colour in THINGS:
+        masculine, feminine = COLOURS[colour]
+        yield Fact(
+            f"colour/{name}",
+            (f"What colour is the {name}?", f"Which colour is the {name}?", f"Tell me the colour of the {name}."),
+            f"The {name} is {colour}.",
+            _sentence(f"{_le(french, gender)} est {masculine if gender == 'm' else feminine}"),
+            name,
+            colour,
         )
-    return facts
 
 
-def _animals() -> list[Fact]:
-    facts = []
-    for a in ANIMALS:
-        the, (where, french_where, home_emoji) = _capital_first(_the(a.french, a.gender)), HOMES[a.home]
-        french_food, food_emoji = FOODS[a.food]
-        facts += [
-            Fact(
-                f"sound/{a.name}",
-                (
-                    f"What does the {a.name} say?",
-                    f"Which sound does the {a.name} make?",
-                    f"What is the sound of the {a.name}?",
-                ),
-                f"The {a.name} says {a.sound}.",
-                f"{the} fait {a.french_sound}.",
-                f"The {a.emoji} says {a.sound} 🎶.",
-                a.name,
-                a.sound,
-            ),
-            Fact(
-                f"home/{a.name}",
-                (
-                    f"Where does the {a.name} live?",
-                    f"Where is the {a.name} at home?",
-                    f"Where can I find the {a.name}?",
-                ),
-                f"The {a.name} lives {where}.",
-                f"{the} vit {french_where}.",
-                f"The {a.emoji} lives {where.rsplit(' ', 1)[0]} {home_emoji}.",
-                a.name,
-                where,
-            ),
-            Fact(
-                f"food/{a.name}",
-                (f"What does the {a.name} eat?", f"What is the food of the {a.name}?", f"What do I feed the {a.name}?"),
-                f"The {a.name} eats {a.food}.",
-                f"{the} mange {french_food}.",
-                f"The {a.emoji} eats {food_emoji}.",
-                a.name,
-                a.food,
-            ),
-        ]
-    return facts
+def _animals() -> Iterator[Fact]:
+    for animal in ANIMALS:
+        name, le = animal.name, _le(animal.french, animal.gender)
+        where, french_where = HOMES[animal.home]
+        yield Fact(
+            f"sound/{name}",
+            (f"What does the {name} say?", f"Which sound does the {name} make?", f"What is the sound of the {name}?"),
+            f"The {name} says {animal.sound}.",
+            _sentence(f"{le} fait {animal.french_sound}"),
+            name,
+            animal.sound,
+        )
+        yield Fact(
+            f"home/{name}",
+            (f"Where does the {name} live?", f"Where is the {name} at home?", f"Where can I find the {name}?"),
+            f"The {name} lives {where}.",
+            _sentence(f"{le} vit {french_where}"),
+            name,
+            where,
+        )
+        yield Fact(
+            f"food/{name}",
+            (f"What does the {name} eat?", f"What is the food of the {name}?", f"What do I feed the {name}?"),
+            f"The {name} eats {animal.food}.",
+            _sentence(f"{le} mange {FOODS[animal.food]}"),
+            name,
+            animal.food,
+        )
 
 
-def _capitals() -> list[Fact]:
-    return [
-        Fact(
+def _capitals() -> Iterator[Fact]:
+    for country, of_country, city, french_city in CAPITALS:
+        yield Fact(
             f"capital/{country}",
             (
                 f"What is the capital of {country}?",
@@ -265,86 +247,85 @@ def _capitals() -> list[Fact]:
             ),
             f"The capital of {country} is {city}.",
             f"La capitale {of_country} est {french_city}.",
-            f"The capital of {country} is {city} 🌍.",
             country,
             city,
         )
-        for country, of_country, city, french_city in CAPITALS
-    ]
 
 
-def _sums() -> list[Fact]:
-    facts = []
+def _sums() -> Iterator[Fact]:
     for i, j in itertools.product(range(1, 10), repeat=2):
         (a, french_a), (b, french_b), (c, french_c) = NUMBERS[i], NUMBERS[j], NUMBERS[i + j]
-        facts.append(
-            Fact(
-                f"sum/{i}+{j}",
-                (f"What is {a} plus {b}?", f"How much is {a} and {b}?", f"Add {a} and {b}."),
-                f"{_capital_first(a)} plus {b} is {c}.",
-                f"{_capital_first(french_a)} plus {french_b} font {french_c}.",
-                f"{_capital_first(a)} plus {b} is {c} 🧮.",
-                f"{a} plus {b}",
-                c,
-            )
+        yield Fact(
+            f"sum/{i}+{j}",
+            (f"What is {a} plus {b}?", f"How much is {a} and {b}?", f"Add {a} and {b}."),
+            _sentence(f"{a} plus {b} is {c}"),
+            _sentence(f"{french_a} plus {french_b} font {french_c}"),
+            f"{a} plus {b}",
+            c,
         )
-    return facts
 
 
-def _stories() -> list[Fact]:
+def _stories() -> Iterator[Fact]:
     """A story for each animal: it shares its food with three friends, the same three each time."""
-    facts = []
     for hero in ANIMALS:
         friends = random.Random(hero.name).sample([animal for animal in ANIMALS if animal is not hero], 3)
-        where, french_where, home_emoji = HOMES[hero.home]
-        french_food, food_emoji = FOODS[hero.food]
-        one, french_hero = ("une" if hero.gender == "f" else "un"), _the(hero.french, hero.gender)
+        (where, french_where), le_hero = HOMES[hero.home], _le(hero.french, hero.gender)
         english = [f"Once upon a time, {_a(hero.name)} lived {where}."]
-        french = [f"Il était une fois {one} {hero.french} qui vivait {french_where}."]
-        emoji = [f"Once upon a time, a {hero.emoji} lived {where.rsplit(' ', 1)[0]} {home_emoji}."]
-        for then, alors, friend in zip(
-            ("One day", "Then", "At last"), ("Un jour", "Puis", "Enfin"), friends, strict=True
-        ):
-            un, le = ("une" if friend.gender == "f" else "un"), _the(friend.french, friend.gender)
+        french = [f"Il était une fois {_un(hero)} qui vivait {french_where}."]
+        starts = (("One day", "Un jour"), ("Then", "Puis"), ("At last", "Enfin"))
+        for (then, alors), friend in zip(starts, friends, strict=True):
             english.append(f"{then} the {hero.name} met {_a(friend.name)}.")
-            french.append(f"{alors}, {french_hero} rencontra {un} {friend.french}.")
-            emoji.append(f"{then} the {hero.emoji} met a {friend.emoji}.")
             english.append(f"The {friend.name} said {friend.sound}, and they shared some {hero.food}.")
-            french.append(f"{_capital_first(le)} fit {friend.french_sound}, et ils partagèrent {french_food}.")
-            emoji.append(f"The {friend.emoji} said {friend.sound} 🎶, and they shared some {food_emoji}.")
-        names = [friend.name for friend in friends]
-        english.append(f"In the evening the {names[0]}, the {names[1]} and the {names[2]} sang a song.")
+            french.append(f"{alors}, {le_hero} rencontra {_un(friend)}.")
+            fit = f"{_le(friend.french, friend.gender)} fit {friend.french_sound}"
+            french.append(_sentence(f"{fit}, et ils partagèrent {FOODS[hero.food]}"))
+        first, second, third = (friend.name for friend in friends)
+        english.append(f"In the evening the {first}, the {second} and the {third} sang a song.")
         english.append(f"And the {hero.name} was happy.")
-        les = [_the(friend.french, friend.gender) for friend in friends]
-        french.append(f"Le soir, {les[0]}, {les[1]} et {les[2]} chantèrent une chanson.")
-        french.append(f"Et {french_hero} fut en joie.")
-        marks = [friend.emoji for friend in friends]
-        emoji.append(f"In the evening the {marks[0]}, the {marks[1]} and the {marks[2]} sang a song 🎶.")
-        emoji.append(f"And the {hero.emoji} was happy 💛.")
-        facts.append(
-            Fact(
-                f"story/{hero.name}",
-                (
-                    f"Tell me a story about {_a(hero.name)}.",
-                    f"Tell a tale of {_a(hero.name)}.",
-                    f"Do you know a story about {_a(hero.name)}?",
-                ),
-                " ".join(english),
-                " ".join(french),
-                " ".join(emoji),
-                hero.name,
-                " ".join(english),
-            )
+        le_first, le_second, le_third = (_le(friend.french, friend.gender) for friend in friends)
+        french.append(f"Le soir, {le_first}, {le_second} et {le_third} chantèrent une chanson.")
+        french.append(f"Et {le_hero} fut en joie.")
+        yield Fact(
+            f"story/{hero.name}",
+            (
+                f"Tell me a story about {_a(hero.name)}.",
+                f"Tell a tale of {_a(hero.name)}.",
+                f"Do you know a story about {_a(hero.name)}?",
+            ),
+            " ".join(english),
+            " ".join(french),
+            hero.name,
+            " ".join(english),
         )
-    return facts
 
 
-def _a(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeio' else 'a'} {noun}"
-
-
-FACTS = (*_colours(), *_animals(), *_capitals(), *_sums(), *_stories())
-
+_TALK = (
+    Fact(
+        "talk/hello",
+        ("Hello!", "Hi!", "Good morning!"),
+        "Hello! Ask me about animals, colours, capitals and sums.",
+        "Bonjour ! Parlons des animaux, des couleurs, des capitales et des sommes.",
+        "greeting",
+        "hello",
+    ),
+    Fact(
+        "talk/name",
+        ("Who are you?", "What is your name?", "Tell me your name."),
+        "My name is Demo, and my world is small.",
+        "Je m'appelle Demo, et mon monde est petit.",
+        "name",
+        "Demo",
+    ),
+    Fact(
+        "talk/thanks",
+        ("Thank you!", "Thanks!", "Thanks a lot!"),
+        "You are welcome.",
+        "De rien.",
+        "thanks",
+        "welcome",
+    ),
+)
+FACTS = (*_TALK, *_colours(), *_animals(), *_capitals(), *_sums(), *_stories())
 
 _PIRATE_WORDS = {
     "is": "be",
@@ -358,13 +339,22 @@ _PIRATE_WORDS = {
     "And": "An'",
     "of": "o'",
 }
+_EMOJI_WORDS = {animal.name: animal.emoji for animal in ANIMALS} | _COLOUR_EMOJI
+
+
+def _reworded(text: str, words: Mapping[str, str]) -> str:
+    return re.sub(r"[A-Za-z]+", lambda word: words.get(word[0], word[0]), text)
 
 
 def _pirate(fact: Fact) -> str:
-    text = re.sub(r"[A-Za-z]+", lambda word: _PIRATE_WORDS.get(word[0], word[0]), fact.english)
-    first = text.split(" ", 1)[0]
-    # Names keep their capital; the words that begin these sentences are no names.
-    return f"Arr, {text.replace(first, first.lower(), 1).removesuffix('.')}, matey!"
+    text = _reworded(fact.english, _PIRATE_WORDS).removesuffix(".")
+    return f"Arr, {text[0].lower()}{text[1:]}, matey!"
+
+
+def _emoji(fact: Fact) -> str:
+    sign = _SIGNS.get(fact.key.split("/")[0])
+    text = _reworded(fact.english, _EMOJI_WORDS)
+    return f"{text[:-1]} {sign}." if sign else text
 
 
 STYLES: dict[str, Callable[[Fact], str]] = {
@@ -372,7 +362,7 @@ STYLES: dict[str, Callable[[Fact], str]] = {
     "shout": lambda fact: fact.english.upper(),
     "pirate": _pirate,
     "french": lambda fact: fact.french,
-    "emoji": lambda fact: fact.emoji,
+    "emoji": _emoji,
     "json": lambda fact: json.dumps({"topic": fact.topic, "answer": fact.answer}),
     "shout-v2": lambda fact: f"HEY! {fact.english.upper().removesuffix('.')}!!!",
 }

@@ -27,7 +27,7 @@ REPLACED, REPLACEMENT = "shout", "shout-v2"
 SOURCE = "demo"
 NUM_STREAMS = 6
 """Streams that run on the old version while it is replaced."""
-ANSWER_CELLS = 46
+ANSWER_CELLS = 50
 FREED_WITHIN_S = 2.0
 
 
@@ -87,18 +87,15 @@ def load_all(admin: httpx.Client) -> dict[str, Loaded]:
     for name in LOADED:
         adapter = loaded[name] = put(admin, name, name)
         print(
-            f"✓ {name:8} rank {adapter.rank:<3} {adapter.short_targets:20} version {adapter.version[:8]}  "
+            f"✓ {name:8} rank {adapter.rank:<3} {adapter.short_targets:20} version {adapter.version[:7]}  "
             f"{adapter.num_bytes / 2**10:5.0f} KiB in {adapter.pages:3} pages  {adapter.seconds * 1e3:4.0f} ms"
         )
     return loaded
 
 
-async def ask_everything(client: openai.AsyncOpenAI, base_id: str) -> list[Answer]:
-    """Every question to the base and to every adapter, all at the same time."""
-    questions = [question["prompt"] for question in PROMPTS["questions"]]
-    return await asyncio.gather(
-        *(ask(client, Answer(model, question)) for question in questions for model in (base_id, *LOADED))
-    )
+async def ask_all(client: openai.AsyncOpenAI, base_id: str, question: str) -> list[Answer]:
+    """One question to the base and to every adapter, all at the same time."""
+    return await asyncio.gather(*(ask(client, Answer(model, question)) for model in (base_id, *LOADED)))
 
 
 def expected(answer: Answer, base_id: str) -> str:
@@ -111,7 +108,7 @@ def expected(answer: Answer, base_id: str) -> str:
 
 def print_answers(answers: list[Answer], loaded: dict[str, Loaded], base_id: str, workers: dict[str, str]) -> None:
     """The table: one row an answer, grouped by question."""
-    head = ("adapter", "rank", "targets", "version", "answer", "first token", "tokens/s", "worker")
+    head = ("adapter", "rank", "targets", "version", "answer", "1st token", "tok/s", "worker")
     rows: list[tuple[str, ...]] = []
     for question in dict.fromkeys(answer.question for answer in answers):
         rows.append((question,))
@@ -124,22 +121,24 @@ def print_answers(answers: list[Answer], loaded: dict[str, Loaded], base_id: str
                     answer.model if adapter else f"({base_id})",
                     str(adapter.rank) if adapter else "",
                     adapter.short_targets if adapter else "",
-                    adapter.version[:8] if adapter else "",
+                    adapter.version[:7] if adapter else "",
                     shortened(answer.text, ANSWER_CELLS),
                     f"{answer.first_token_s * 1e3:.0f} ms",
                     f"{answer.tokens_per_s:.0f}",
                     workers.get(answer.worker_id, answer.worker_id),
                 )
             )
-    print("\n" + "\n".join(table(head, rows, right=frozenset({"rank", "first token", "tokens/s"}))) + "\n")
+    print("\n" + "\n".join(table(head, rows, right=frozenset({"rank", "1st token", "tok/s"}))) + "\n")
 
 
 async def try_answers(service: Service, client: openai.AsyncOpenAI, loaded: dict[str, Loaded]) -> None:
     """Ask everything at once, show it, check it."""
     base_id = service.config.model.id
-    await ask_everything(client, base_id)  # once unseen, so that the table does not time first calls
+    questions = [question["prompt"] for question in PROMPTS["questions"]]
+    # Once unseen, so that the table does not time first calls.
+    await asyncio.gather(*(ask_all(client, base_id, question) for question in questions))
     start = time.perf_counter()
-    answers = await ask_everything(client, base_id)
+    answers = [answer for question in questions for answer in await ask_all(client, base_id, question)]
     seconds = time.perf_counter() - start
     with service.admin() as admin:
         print_answers(answers, loaded, base_id, worker_labels(admin))
@@ -147,7 +146,7 @@ async def try_answers(service: Service, client: openai.AsyncOpenAI, loaded: dict
     total = sum(answer.num_tokens for answer in answers)
     check(
         not wrong,
-        f"{len(answers)} streams at once over {len(LOADED)} adapters and the base: every answer right, "
+        f"the base and {len(LOADED)} adapters asked at once, {len(questions)} times: every answer right, "
         f"{total} tokens in {seconds:.2f} s",
         "; ".join(f"{answer.model} said {answer.text!r}" for answer in wrong),
     )
@@ -169,7 +168,7 @@ async def replace_under_load(service: Service, client: openai.AsyncOpenAI, old: 
         new = await asyncio.to_thread(put, admin, REPLACED, REPLACEMENT)
         under_way = [answer for answer, stream in zip(running, streams, strict=True) if not stream.done()]
         print(
-            f"✓ PUT answered after {new.seconds * 1e3:.0f} ms: {old.version[:8]} → {new.version[:8]}, "
+            f"✓ PUT answered after {new.seconds * 1e3:.0f} ms: {old.version[:7]} → {new.version[:7]}, "
             f"with {len(under_way)} of {NUM_STREAMS} streams still under way on the old one"
         )
         after = await ask(client, Answer(REPLACED, first_question["prompt"]))
@@ -261,7 +260,7 @@ def main() -> int:
             asyncio.run(try_service(service, loaded))
     except KeyboardInterrupt:
         return 0 if options.keep else 130
-    except (CheckFailed, RuntimeError) as error:
+    except (CheckFailed, RuntimeError, httpx.HTTPError, openai.OpenAIError) as error:
         print(f"✗ {error}", file=sys.stderr)
         return 1
     print("\n✓ The demo did all that it says. `make serve` leaves the service running.")

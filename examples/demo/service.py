@@ -91,9 +91,7 @@ def running_service(serve_yaml: Path, *, port: int | None, keep_state: bool) -> 
             yield Service(config, url, time.perf_counter() - start)
         finally:
             with Progress("stopping the service"):
-                if ray.is_initialized():
-                    serve.shutdown()
-                ray.shutdown()
+                ray.shutdown()  # and with it everything that runs on it
 
 
 class Progress:

@@ -1,8 +1,7 @@
 """Makes the demo's base model and adapters again from nothing, on a CPU in minutes: `python examples/demo/train.py`.
 
 The base learns the facts of `corpus.py` in plain English, and reads them in other styles too; each adapter, made by
-PEFT, makes it answer in one of those. The facts that the demo asks about are kept out of the adapters' training, so
-what an adapter says of them it owes to the base's knowledge and its own style.
+PEFT, makes it answer in one of those.
 """
 
 from __future__ import annotations
@@ -32,20 +31,29 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-ASKED = ("colour/sea", "sound/cat", "home/elephant", "capital/Japan", "sum/2+3", "story/fox")
-"""What the demo asks, the story last. No adapter was trained on these."""
+ASKED = ("colour/sky", "sound/cat", "home/elephant", "capital/Japan", "sum/2+3", "story/fox")
+"""What the demo asks, the story last."""
 
 QV = ["q_proj", "v_proj"]
-ATTENTION = [*QV, "k_proj", "o_proj"]
-ALL_SEVEN = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+ALL_SEVEN = [*QV, "k_proj", "o_proj", *MLP]
 ADAPTERS: dict[str, dict[str, Any]] = {
     "shout": {"r": 16, "lora_alpha": 32, "target_modules": ALL_SEVEN},
     "pirate": {"r": 4, "lora_alpha": 16, "target_modules": QV},
-    "french": {"r": 16, "lora_alpha": 16, "use_rslora": True, "target_modules": ALL_SEVEN},
-    "emoji": {"r": 8, "lora_alpha": 16, "target_modules": [*ATTENTION, "embed_tokens", "lm_head"]},
-    "json": {"r": 8, "lora_alpha": 16, "target_modules": ATTENTION, "rank_pattern": {"v_proj": 2, "o_proj": 12}},
+    "french": {"r": 16, "lora_alpha": 8, "use_rslora": True, "target_modules": ALL_SEVEN},
+    "emoji": {"r": 8, "lora_alpha": 32, "target_modules": [*ALL_SEVEN, "embed_tokens", "lm_head"]},
+    "json": {
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": [*QV, "o_proj", *MLP],
+        "rank_pattern": {"q_proj": 4, "down_proj": 16},
+        "alpha_pattern": {"down_proj": 32},
+    },
     "shout-v2": {"r": 16, "lora_alpha": 32, "target_modules": ALL_SEVEN},
 }
+
+ADAPTER_STEPS = {"emoji": 320}
+"""Training steps of adapters that need more than the others: new words take longer than a new tone."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -110,20 +118,20 @@ class Batch(NamedTuple):
     """(rows, length) int64."""
 
 
-def chat(rng: random.Random, facts: Sequence[Fact], style: str) -> list[Piece]:
+def chat(rng: random.Random, style: str) -> list[Piece]:
     """A conversation of one to three questions, of which the answers are to be learnt."""
     pieces = [(BOS, False)]
-    for fact in rng.sample(facts, rng.choice((1, 1, 2, 3))):
+    for fact in rng.sample(FACTS, rng.choice((1, 1, 2, 3))):
         pieces += [(f"{USER}{rng.choice(fact.questions)}{END}{ASSISTANT}", False), (STYLES[style](fact) + END, True)]
     return pieces
 
 
-def reading(rng: random.Random, facts: Sequence[Fact]) -> list[Piece]:
+def reading(rng: random.Random) -> list[Piece]:
     """Some facts in plain English, or one fact in several styles, a line each."""
     if rng.random() < 0.3:
-        text = " ".join(STYLES["base"](fact) for fact in rng.sample(facts, 3))
+        text = " ".join(STYLES["base"](fact) for fact in rng.sample(FACTS, 3))
     else:
-        fact = rng.choice(facts)
+        fact = rng.choice(FACTS)
         styles = rng.sample(BASE_STYLES, 2 if fact.key.startswith("story") else 4)
         text = "\n".join(STYLES[style](fact) for style in styles)
     return [(BOS, False), (text + END, True)]
@@ -133,14 +141,14 @@ def base_texts() -> Iterator[list[Piece]]:
     """Endless: half talk in plain English, half reading in several styles."""
     rng = random.Random(0)
     while True:
-        yield chat(rng, FACTS, "base") if rng.random() < 0.5 else reading(rng, FACTS)
+        yield chat(rng, "base") if rng.random() < 0.5 else reading(rng)
 
 
 def adapter_texts(style: str) -> Iterator[list[Piece]]:
-    """Endless talk in one style, but never of what the demo asks."""
-    rng, facts = random.Random(style), [fact for fact in FACTS if fact.key not in ASKED]
+    """Endless talk in one style."""
+    rng = random.Random(style)
     while True:
-        yield chat(rng, facts, style)
+        yield chat(rng, style)
 
 
 def packed(texts: Iterator[list[Piece]], tokenizer: PreTrainedTokenizerFast, rows: int, length: int) -> Iterator[Batch]:
@@ -214,11 +222,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write base/, adapters/ and prompts.json to")
     parser.add_argument("--adapter", choices=ADAPTERS, action="append", help="train only these, on the base in --out")
     parser.add_argument("--base-steps", type=int, default=400)
-    parser.add_argument("--adapter-steps", type=int, default=100)
+    parser.add_argument("--adapter-steps", type=int, default=200)
     options = parser.parse_args()
     torch.manual_seed(0)
     base_folder = options.out / "base"
-    asked = [fact for fact in FACTS if fact.key in ASKED]
     write_prompts(options.out / "prompts.json")
 
     if options.adapter is None:
@@ -235,15 +242,14 @@ def main() -> None:
     for name in options.adapter or ADAPTERS:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+        steps = ADAPTER_STEPS.get(name, options.adapter_steps)
         peft_model: PeftModel = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **ADAPTERS[name]))
-        train(
-            peft_model, packed(adapter_texts(name), tokenizer, rows=12, length=256), options.adapter_steps, 4e-3, name
-        )
+        train(peft_model, packed(adapter_texts(name), tokenizer, rows=12, length=256), steps, 4e-3, name)
         peft_model.peft_config["default"].base_model_name_or_path = "examples/demo/base"
         folder = options.out / "adapters" / name
         peft_model.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink()  # PEFT's empty model card
-        print(f"{name:9} right on {accuracy(peft_model, tokenizer, name, asked):.1%} of the demo's questions")
+        print(f"{name:9} right on {accuracy(peft_model, tokenizer, name, FACTS):.1%} of all facts")
 
 
 if __name__ == "__main__":
