@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import pickle
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
 
@@ -307,20 +308,20 @@ async def test_a_step_that_fails_ends_all_streams_and_shows(llama: Shelf, monkey
             await worker.state()
 
 
-async def test_a_loop_that_stands_still_shows(llama: Shelf) -> None:
-    async with open_worker(llama, stall_s=0.3) as worker:
+async def test_a_loop_that_stands_still_shows(llama: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_worker(llama, stall_s=30.0) as worker:
         worker.check_health()
-        await asyncio.sleep(0.5)
-        worker.check_health()  # idle is not still
-        may_go = threading.Event()
-        worker._engine.call(may_go.wait)
-        await asyncio.sleep(0.5)
-        try:
-            with pytest.raises(EngineFailed, match="stood still"):
-                worker.check_health()
-        finally:
-            may_go.set()
-        await assert_idle(worker)
+        is_held, may_go = threading.Event(), threading.Event()
+        call = worker._engine.call(lambda: is_held.set() or may_go.wait(10))
+        await until(is_held.is_set)
+        worker.check_health()
+        monkeypatch.setattr(worker._engine, "_clock", lambda: time.monotonic() + 31.0)
+        with pytest.raises(EngineFailed, match="has stood still for 31 s, more than 30"):
+            worker.check_health()
+        may_go.set()
+        await asyncio.wrap_future(call)
+        await worker.state()
+        worker.check_health()
 
 
 async def test_close_ends_streams(llama: Shelf) -> None:
