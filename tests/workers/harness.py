@@ -52,7 +52,10 @@ class Shelf:
         """A copy of an adapter whose weights are finite, but so large that activations overflow."""
         weights = self.weights[version]
         manifest = replace(weights.manifest, version=f"huge-{version}")
-        tensors = {name: (a * np.float32(factor), b * np.float32(factor)) for name, (a, b) in weights.tensors.items()}
+        tensors = {
+            name: (np.multiply(a, factor, dtype=a.dtype), np.multiply(b, factor, dtype=b.dtype))
+            for name, (a, b) in weights.tensors.items()
+        }
         self.weights[manifest.version] = replace(weights, manifest=manifest, tensors=tensors)
         return manifest.version
 

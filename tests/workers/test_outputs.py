@@ -45,14 +45,14 @@ async def test_a_mixed_batch_equals_peft_one_by_one(kind: BaseKind, shelf_of: Ca
             )
         )
         assert worker.stats.num_steps < 80, "they were not computed together"
-    for prompt, version, answer in zip(prompts, versions, answers, strict=True):
-        expected = generate_with_peft(shelf.base, shelf.folders[version] if version else None, prompt, 64)
+    for prompt, used, answer in zip(prompts, versions, answers, strict=True):
+        expected = generate_with_peft(shelf.base, shelf.folders[used] if used else None, prompt, 64)
         assert answer.tokens == expected.tokens
         logprobs = torch.tensor([entry.logprob for entry in answer.logprobs])
         torch.testing.assert_close(logprobs, expected.chosen_logprobs, atol=TOLERANCE, rtol=0)
         assert_tops(answer.logprobs, expected.logprobs, 3)
         assert answer.last.finish_reason == "length"
-        assert {delta.version for delta in answer.deltas} == {version}
+        assert {delta.version for delta in answer.deltas} == {used}
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen3"])

@@ -196,7 +196,7 @@ async def test_devices_that_are_not_here(base_of: Callable[[BaseKind], Path]) ->
     [
         (lambda: EngineConfig(max_batch_tokens=0), "max_batch_tokens"),
         (lambda: EngineConfig(kv_bytes="a lot"), "kv_bytes"),
-        (lambda: EngineConfig(max_runing=3), "max_runing"),
+        (lambda: EngineConfig.model_validate({"max_runing": 3}), "max_runing"),
         (lambda: PoolConfig(max_rank=0), "max_rank"),
         (lambda: PoolConfig(pool_bytes="12 parsecs"), "pool_bytes"),
         (lambda: ModelConfig(id="", source="x"), "id"),

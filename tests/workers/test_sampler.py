@@ -45,7 +45,8 @@ def reference(logits: Tensor, temperature: float, top_p: float, top_k: int) -> n
     kept = kept[: int(np.searchsorted(mass, top_p) + 1)]
     result = np.zeros(VOCAB)
     result[kept] = probabilities[kept]
-    return result / result.sum()
+    normalised: npt.NDArray[np.float64] = result / result.sum()
+    return normalised
 
 
 @pytest.mark.parametrize(

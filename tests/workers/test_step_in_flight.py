@@ -10,7 +10,7 @@ import pytest
 from lorafleet.workers.config import EngineConfig, ModelConfig
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.request import SamplingParams
-from tests.workers.harness import Answer, Shelf, ask, greedy, open_worker, random_prompt, request_of
+from tests.workers.harness import ENGINE, Answer, Shelf, ask, greedy, open_worker, random_prompt, request_of
 
 PAGE_BYTES = 8192
 """KV of 16 tokens of the tiny Llama."""
@@ -37,10 +37,10 @@ def requests(shelf: Shelf) -> list[tuple[tuple[int, ...], str | None, SamplingPa
     return several
 
 
-async def ask_all(shelf: Shelf, **settings: object) -> tuple[list[Answer], int]:
+async def ask_all(shelf: Shelf, engine: EngineConfig = ENGINE, **settings: object) -> tuple[list[Answer], int]:
     """All requests at once; how often one was preempted."""
     model = ModelConfig(id="base", source=str(shelf.base), max_model_len=128)
-    async with open_worker(shelf, model=model, **settings) as worker:
+    async with open_worker(shelf, model=model, engine=engine.model_copy(update=settings)) as worker:
         answers = await asyncio.gather(*(ask(worker, *request) for request in requests(shelf)))
         return answers, worker._engine._scheduler.num_preemptions
 

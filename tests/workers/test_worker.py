@@ -27,7 +27,7 @@ from lorafleet.workers.errors import (
 )
 from lorafleet.workers.request import EngineRequest, SamplingParams
 from lorafleet.workers.worker import Worker
-from tests.workers.harness import Answer, Shelf, ask, assert_idle, greedy, open_worker, random_prompt, request_of, until
+from tests.workers.harness import Answer, Shelf, ask, greedy, open_worker, random_prompt, request_of, until
 
 PROMPT = random_prompt(6, 3)
 
@@ -312,7 +312,12 @@ async def test_a_loop_that_stands_still_shows(llama: Shelf, monkeypatch: pytest.
     async with open_worker(llama, stall_s=30.0) as worker:
         worker.check_health()
         is_held, may_go = threading.Event(), threading.Event()
-        call = worker._engine.call(lambda: is_held.set() or may_go.wait(10))
+
+        def stand_still() -> None:
+            is_held.set()
+            may_go.wait(10)
+
+        call = worker._engine.call(stand_still)
         await until(is_held.is_set)
         worker.check_health()
         monkeypatch.setattr(worker._engine, "_clock", lambda: time.monotonic() + 31.0)
