@@ -1,7 +1,8 @@
-"""Draws a terminal's text as a picture: `make demo | .venv/bin/python docs/picture.py > docs/demo.svg`."""
+"""Draws the demo's output as a picture: `make -s demo | .venv/bin/python docs/picture.py > docs/demo.svg`."""
 
 from __future__ import annotations
 
+import re
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -21,25 +22,21 @@ def cells(char: str) -> int:
 
 
 def runs(line: str) -> Iterator[tuple[int, int, str]]:
-    """Column, width in cells and text of pieces without a wide character inside, so that columns stay in line."""
-    column, start, piece = 0, 0, ""
-    for char in line:
-        width = cells(char)
-        if width == 2:
-            if piece.strip():
-                yield start, column - start, piece
-            yield column, 2, char
-            piece, start = "", column + 2
-        else:
-            piece += char
-        column += width
-    if piece.strip():
-        yield start, column - start, piece
+    """Column, width in cells and text of pieces that any font keeps in line: no wide character and no gap inside."""
+    column = 0
+    for piece in re.findall(r" +|[^ ]+(?: [^ ]+)*", line):
+        words = "".join(f"\0{char}\0" if cells(char) == 2 else char for char in piece).split("\0")
+        for word in words:
+            width = sum(map(cells, word))
+            if word.strip():
+                lead = len(word) - len(word.lstrip())
+                yield column + lead, width - lead - len(word) + len(word.rstrip()), word.strip()
+            column += width
 
 
 def kind_of(line: str) -> str:
     """The line's class in `STYLE`."""
-    for lead, kind in (("$", "command"), ("✓", "good"), ("✗", "bad"), ("─", "faint"), ("  starting", "faint")):
+    for lead, kind in (("$", "command"), ("✓", "good"), ("✗", "bad"), ("─", "faint")):
         if line.startswith(lead):
             return kind
     return "text"
@@ -53,11 +50,9 @@ def picture(lines: list[str]) -> str:
     for number, line in enumerate(lines):
         y = BAR + LINE_HEIGHT * (number + 1)
         for column, num_cells, piece in runs(line):
-            lead, trail = len(piece) - len(piece.lstrip()), len(piece) - len(piece.rstrip())
-            x, length = MARGIN + CELL_WIDTH * (column + lead), CELL_WIDTH * (num_cells - lead - trail)
+            x, length = MARGIN + CELL_WIDTH * column, CELL_WIDTH * num_cells
             texts.append(
-                f'<text class="{kind_of(line)}" x="{x:.1f}" y="{y}" textLength="{length:.1f}">'
-                f"{escape(piece.strip())}</text>"
+                f'<text class="{kind_of(line)}" x="{x:.1f}" y="{y}" textLength="{length:.1f}">{escape(piece)}</text>'
             )
     dots = "".join(
         f'<circle cx="{MARGIN + 16 * i}" cy="16" r="5" fill="{fill}"/>'
@@ -73,4 +68,6 @@ def picture(lines: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(picture(["$ make demo", *sys.stdin.read().rstrip().splitlines()]))
+    said = sys.stdin.read().rstrip().splitlines()
+    # A terminal shows progress on one line that the next takes the place of.
+    sys.stdout.write(picture(["$ make demo", *(line for line in said if not line.startswith("  starting"))]))
