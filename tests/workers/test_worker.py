@@ -323,9 +323,10 @@ async def test_a_loop_that_stands_still_shows(llama: Shelf, monkeypatch: pytest.
         monkeypatch.setattr(worker._engine, "_clock", lambda: time.monotonic() + 31.0)
         with pytest.raises(EngineFailed, match="has stood still for 31 s, more than 30"):
             worker.check_health()
+        stood_since_s = worker._engine._loop_alive_s
         may_go.set()
         await asyncio.wrap_future(call)
-        await worker.state()
+        await until(lambda: worker._engine._loop_alive_s > stood_since_s)
         worker.check_health()
 
 

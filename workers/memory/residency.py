@@ -54,6 +54,9 @@ class _Entry:
     is_loaded: bool = False
     is_pinned: bool = False
     is_retired: bool = False
+    counts_as_evictable: bool = False
+    """In the residency's totals; `_recount` keeps it."""
+    counts_as_pinned: bool = False
 
     @property
     def state(self) -> ResidencyState:
@@ -83,6 +86,7 @@ class AdapterLease:
         self._residency = residency
         self._entry: _Entry | None = entry
         entry.num_leases += 1
+        residency._recount(entry)
 
     @property
     def is_ready(self) -> bool:
@@ -111,6 +115,9 @@ class Residency:
         self._pool = pool
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._evicted: set[str] = set()
+        # Totals, so that asking for room takes no look at every entry: waiting requests ask in every step.
+        self._num_evictable = self._evictable_pages = 0
+        self._num_pinned = self._pinned_pages = 0
         self._num_loads = 0
         self._num_evictions = 0
         self._num_reloads = 0
@@ -134,16 +141,15 @@ class Residency:
 
     def fits_beside_pinned(self, manifest: AdapterManifest) -> bool:
         """Whether the version would fit if only the pinned ones stayed; if not, waiting for room is in vain."""
-        pinned = [entry for entry in self._entries.values() if entry.is_pinned]
-        num_pages = sum(len(entry.allocation.page_ids) for entry in pinned)
-        return len(pinned) < self._pool.num_slots and self._pool.num_pages(manifest) <= (
-            self._pool.num_pages_total - num_pages
-        )
+        room = self._pool.num_pages_total - self._pinned_pages
+        return self._num_pinned < self._pool.num_slots and self._pool.num_pages(manifest) <= room
 
     def victims(self, manifest: AdapterManifest) -> tuple[str, ...] | None:
         """Versions that `reserve` would evict now, least recently used first; None when even that makes no room."""
         missing_pages = self._pool.num_pages(manifest) - self._pool.num_pages_free
         missing_slots = 1 - self._pool.num_slots_free
+        if missing_pages > self._evictable_pages or missing_slots > self._num_evictable:
+            return None
         candidates: list[tuple[str, int]] = []
         for version, entry in self._entries.items():
             if missing_pages <= 0 and missing_slots <= 0:
@@ -152,8 +158,8 @@ class Residency:
                 candidates.append((version, len(entry.allocation.page_ids)))
                 missing_pages -= candidates[-1][1]
                 missing_slots -= 1
-        if missing_pages > 0 or missing_slots > 0:
-            return None
+        assert missing_pages <= 0, "the totals are not those of the entries"
+        assert missing_slots <= 0, "the totals are not those of the entries"
         # What was taken before a larger one made it needless stays.
         victims = []
         for version, num_pages in reversed(candidates):
@@ -242,6 +248,7 @@ class Residency:
         entry = self._entries[version]
         entry.num_holds += 1
         entry.is_retired = False
+        self._recount(entry)
 
     def unhold(self, version: str) -> None:
         entry = self._entries[version]
@@ -254,9 +261,12 @@ class Residency:
         entry = self._entries[version]
         entry.is_pinned = True
         entry.is_retired = False
+        self._recount(entry)
 
     def unpin(self, version: str) -> None:
-        self._entries[version].is_pinned = False
+        entry = self._entries[version]
+        entry.is_pinned = False
+        self._recount(entry)
 
     # Going.
 
@@ -267,6 +277,7 @@ class Residency:
         if entry is not None:
             entry.is_pinned = False
             entry.is_retired = True
+            self._recount(entry)
             self._drop_if_done(entry)
 
     def restore(self, version: str) -> None:
@@ -299,6 +310,7 @@ class Residency:
     def _touch(self, entry: _Entry) -> None:
         """A use ended: the version is the most recently used one, or gone if it was retired."""
         self._entries.move_to_end(entry.allocation.manifest.version)
+        self._recount(entry)
         self._drop_if_done(entry)
 
     def _drop_if_done(self, entry: _Entry) -> None:
@@ -306,4 +318,18 @@ class Residency:
             self._remove(entry.allocation.manifest.version)
 
     def _remove(self, version: str) -> None:
-        self._pool.free(self._entries.pop(version).allocation)
+        entry = self._entries.pop(version)
+        self._recount(entry)
+        self._pool.free(entry.allocation)
+
+    def _recount(self, entry: _Entry) -> None:
+        """Bring the totals up to date after a change to an entry."""
+        is_here = entry.allocation.manifest.version in self._entries
+        is_evictable, is_pinned = is_here and entry.is_evictable, is_here and entry.is_pinned
+        evictable_more, pinned_more = is_evictable - entry.counts_as_evictable, is_pinned - entry.counts_as_pinned
+        entry.counts_as_evictable, entry.counts_as_pinned = is_evictable, is_pinned
+        num_pages = len(entry.allocation.page_ids)
+        self._num_evictable += evictable_more
+        self._evictable_pages += evictable_more * num_pages
+        self._num_pinned += pinned_more
+        self._pinned_pages += pinned_more * num_pages
