@@ -245,7 +245,9 @@ def main() -> None:
         steps = ADAPTER_STEPS.get(name, options.adapter_steps)
         peft_model: PeftModel = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **ADAPTERS[name]))
         train(peft_model, packed(adapter_texts(name), tokenizer, rows=12, length=256), steps, 4e-3, name)
-        peft_model.peft_config["default"].base_model_name_or_path = "examples/demo/base"
+        config = peft_model.peft_config["default"]
+        config.base_model_name_or_path = "examples/demo/base"
+        config.target_modules = sorted(config.target_modules)  # PEFT's set has another order in each process
         folder = options.out / "adapters" / name
         peft_model.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink()  # PEFT's empty model card

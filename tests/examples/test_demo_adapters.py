@@ -22,7 +22,7 @@ PROMISED: dict[str, tuple[int, set[str]]] = {
     "pirate": (4, {"q_proj", "v_proj"}),
     "french": (16, ALL_SEVEN),
     "emoji": (8, ALL_SEVEN | {"embed_tokens", "lm_head"}),
-    "json": (8, ATTENTION | {"down_proj"}),
+    "json": (8, ALL_SEVEN - {"k_proj"}),
     "shout-v2": (16, ALL_SEVEN),
 }
 
