@@ -27,6 +27,8 @@ _GROUP_ROWS = 32
 """An adapter with more rows has a group of its own: its products are exact."""
 _MAX_PLANS = 8
 """Plans that a module remembers."""
+_MAX_RUNS = 3
+"""Runs of rows that are multiplied one by one, where no copy is needed; more are gathered and scattered."""
 _MAX_KEPT = 1 << 16
 """Elements of a gathered matrix that is kept with its plan: a larger one costs less to gather than to multiply with."""
 
@@ -80,6 +82,8 @@ class _PartPlan:
     """(columns, width)"""
     targeted: Tensor | None
     """(rows,) int64: which of the group's rows have this part; None: all."""
+    runs: tuple[slice, ...]
+    """The same as runs of neighbours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +186,7 @@ def expand(
         for part in group_hidden.plan.parts:
             b = part.b.read(weights.pool)
             columns = y[:, part.start : part.start + part.width]
-            _add_product(columns, group_hidden.h[:, part.columns], b, group_hidden.group, part.targeted)
+            _add_product(columns, group_hidden.h[:, part.columns], b, group_hidden.group, part)
 
 
 def _groups(segments: Segments) -> tuple[_Group, ...]:
@@ -259,13 +263,15 @@ def _part_plans(weights: LoraWeights | LoraEmbeddingWeights, group: _Group, used
         columns = slice(ends[slice_ - 1] if slice_ else 0, ends[slice_])
         if columns.start == columns.stop:
             continue
-        targeted = used[slice_, :, 0]
+        targeted = used[slice_, group.owners, 0]
+        edges = np.flatnonzero(np.diff(targeted, prepend=False, append=False)).tolist()
         yield _PartPlan(
             start=weights.part_starts[part],
             width=weights.part_widths[part],
             columns=columns,
             b=_rows(weights.b_rows[:, part : part + 1], weights.part_widths[part], group, used[slice_ : slice_ + 1]),
-            targeted=None if targeted.all() else torch.from_numpy(targeted[group.owners].nonzero()[0]),
+            targeted=None if targeted.all() else torch.from_numpy(targeted.nonzero()[0]),
+            runs=tuple(slice(first, last) for first, last in zip(edges[::2], edges[1::2], strict=True)),
         )
 
 
@@ -279,14 +285,20 @@ def _accumulation(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _add_product(y: Tensor, h: Tensor, b: Tensor, group: _Group, targeted: Tensor | None) -> None:
-    """y[rows of the group] += h @ b, rounded once; `targeted` restricts the group's rows."""
-    if group.span is not None and targeted is None and y.dtype == h.dtype:
-        y[group.span].addmm_(h, b)
-        return
+def _add_product(y: Tensor, h: Tensor, b: Tensor, group: _Group, part: _PartPlan) -> None:
+    """y[rows of the group that have the part] += h @ b, rounded once."""
+    if group.span is not None and y.dtype == h.dtype:
+        if part.targeted is None:
+            y[group.span].addmm_(h, b)
+            return
+        if len(part.runs) <= _MAX_RUNS:
+            own = y[group.span]
+            for run in part.runs:
+                own[run].addmm_(h[run], b)
+            return
     rows = group.rows
-    if targeted is not None:
-        h, rows = h.index_select(0, targeted), rows.index_select(0, targeted)
+    if part.targeted is not None:
+        h, rows = h.index_select(0, part.targeted), rows.index_select(0, part.targeted)
     delta = torch.mm(h, b)
     if y.dtype == delta.dtype:
         y.index_add_(0, rows, delta)
