@@ -57,9 +57,10 @@ class Loaded:
     @property
     def short_targets(self) -> str:
         names = [target.removesuffix("_proj").removesuffix("_tokens").removeprefix("lm_") for target in self.targets]
-        is_all = {"q", "k", "v", "o", "gate", "up", "down"} <= set(names)
-        order = ("embed", "head", "q", "k", "v", "o", "gate", "up", "down")
-        return "all seven" if is_all else " ".join(name for name in order if name in names)
+        seven, others = ("q", "k", "v", "o", "gate", "up", "down"), ("embed", "head")
+        if set(seven) <= set(names):
+            return " + ".join(["all seven", *(name for name in others if name in names)])
+        return " ".join(name for name in (*seven, *others) if name in names)
 
 
 def put(admin: httpx.Client, name: str, key: str, warm: int | str = 1) -> Loaded:
@@ -87,7 +88,7 @@ def load_all(admin: httpx.Client) -> dict[str, Loaded]:
     for name in LOADED:
         adapter = loaded[name] = put(admin, name, name)
         print(
-            f"✓ {name:8} rank {adapter.rank:<3} {adapter.short_targets:20} version {adapter.version[:7]}  "
+            f"✓ {name:8} rank {adapter.rank:<3} {adapter.short_targets:24} version {adapter.version[:7]}  "
             f"{adapter.num_bytes / 2**10:5.0f} KiB in {adapter.pages:3} pages  {adapter.seconds * 1e3:4.0f} ms"
         )
     return loaded

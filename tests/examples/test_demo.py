@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def test_the_demo_holds_its_checks_and_cleans_up(tmp_path: Path) -> None:
             time.sleep(0.2)
         assert not list(folder.iterdir())
     finally:
-        folder.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.timeout(400)
@@ -64,11 +65,11 @@ def test_an_interrupt_while_it_starts_stops_all_of_it(tmp_path: Path) -> None:
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(120) == 130
         deadline = time.monotonic() + 20
         while left := processes_of(folder):
             assert time.monotonic() < deadline, left
             time.sleep(0.2)
     finally:
         process.kill()
-        folder.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
