@@ -61,7 +61,7 @@ def running_service(serve_yaml: Path, *, port: int | None, keep_state: bool) -> 
 
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    port = port or _free_port()
+    port = _bindable(port or 0)
     url = f"http://127.0.0.1:{port}"
     # Sockets lie in this folder, and their paths must be short.
     with tempfile.TemporaryDirectory(prefix="lorafleet-", ignore_cleanup_errors=True) as folder:
@@ -149,8 +149,13 @@ def _await_ready(url: str, progress: Progress) -> None:
             time.sleep(0.1)
 
 
-def _free_port() -> int:
+def _bindable(port: int) -> int:
+    """`port`, or a free one for 0. Raises RuntimeError when it is taken."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise RuntimeError(f"port {port} is taken: choose another with --port") from error
+        bound: int = probe.getsockname()[1]
+        return bound
