@@ -244,8 +244,9 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=ROOT / "deploy/serve/local.yaml", help="the Serve YAML to start")
     parser.add_argument("--port", type=int, help="port on loopback; default a free one, with --keep 8000")
     options = parser.parse_args()
-    # A plain kill cleans up like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A plain kill cleans up like Ctrl-C, which a shell may have set to be ignored for what it runs in the background.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     port = options.port or (8000 if options.keep else None)
     try:
         with running_service(options.config, port=port, keep_state=options.keep) as service:
