@@ -39,7 +39,7 @@ class LiveService:
     def __post_init__(self) -> None:
         limits = httpx.Limits(max_connections=256)
         headers = {"authorization": f"Bearer {TOKEN}"}
-        self.http = httpx.Client(base_url=self.url, timeout=60, headers=headers, limits=limits)
+        self.http = httpx.Client(base_url=self.url, timeout=150, headers=headers, limits=limits)
 
     def deploy(self, user_config: dict[str, Any] | None = None) -> None:
         """Deploy, or change the `user_config` of what is deployed."""
@@ -55,7 +55,7 @@ class LiveService:
         assert client is not None
         client.deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
 
-    def await_ready(self, timeout_s: float = 120.0) -> None:
+    def await_ready(self, timeout_s: float = 240.0) -> None:
         def is_ready() -> bool:
             application = serve.status().applications[APP]
             assert application.status != ApplicationStatus.DEPLOY_FAILED, application
