@@ -21,19 +21,39 @@ def bash_commands() -> list[str]:
     return [command.strip() for block in blocks for command in re.split(r"(?<!\\)\n", block) if command.strip()]
 
 
-@pytest.fixture(scope="module")
-def served_at(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """The port of the demo's service with its adapters, and the address of its Ray."""
-    sys.path.insert(0, str(ROOT / "examples/demo"))
-    import demo
-    import ray
-    from service import running_service
+SERVE = """
+import sys
 
-    with running_service(ROOT / "deploy/serve/local.yaml", port=None, keep_state=False) as service:
-        with service.admin() as admin:
-            demo.load_all(admin)
-        yield service.url.rpartition(":")[2], ray.get_runtime_context().gcs_address
-    sys.path.remove(str(ROOT / "examples/demo"))
+sys.path.insert(0, "examples/demo")
+import demo, ray
+from service import ROOT, running_service
+
+with running_service(ROOT / "deploy/serve/local.yaml", port=None, keep_state=False) as service:
+    with service.admin() as admin:
+        demo.load_all(admin)
+    print("READY", service.url.rpartition(":")[2], ray.get_runtime_context().gcs_address, flush=True)
+    sys.stdin.read()
+"""
+"""Like `make serve`, on a free port, until its standard input ends."""
+
+
+@pytest.fixture(scope="module")
+def served_at() -> Iterator[tuple[str, str]]:
+    """The port of the demo's service with its adapters, and the address of its Ray, which is a process's own."""
+    command = [sys.executable, "-c", SERVE]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        said = ""
+        for line in process.stdout:
+            said += line
+            if line.startswith("READY"):
+                break
+        assert process.poll() is None, said
+        _, port, ray_address = line.split()
+        yield port, ray_address
+        process.stdin.close()
+        process.stdout.read()
 
 
 @pytest.mark.ray
