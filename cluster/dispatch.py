@@ -70,6 +70,16 @@ class PreparedRequest:
     """Measures from the request's arrival."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """One of the answers to what a client sent."""
+
+    index: int
+    sequence: EngineRequest
+    timer: RequestTimer
+    is_whole: bool
+
+
 class Dispatcher:
     """Serves requests for one base and all its adapters."""
 
@@ -124,21 +134,22 @@ class Dispatcher:
         """The adapter's name in `model`, which may come with its base in front."""
         return model.removeprefix(f"{self.base_id}:")
 
-    async def stream(self, prepared: Sequence[PreparedRequest]) -> AsyncGenerator[GenerateDelta, None]:
+    async def stream(
+        self, prepared: Sequence[PreparedRequest], *, is_whole: bool = False
+    ) -> AsyncGenerator[GenerateDelta, None]:
         """Deltas of all answers of all requests, merged; `index` counts the answers through.
 
-        Raises Overloaded, NoWorker, StreamBroken, or a worker's own error. Whatever ends it ends every answer.
+        is_whole: nobody sees an answer before its end, so its deltas come all at its end, and a worker that is lost
+        before is made up for by another. Raises Overloaded, NoWorker, StreamBroken, or a worker's own error. Whatever
+        ends it ends every answer.
         """
-        requests = [request for request in prepared for _ in request.sequences]
-        sequences = [sequence for request in prepared for sequence in request.sequences]
+        pairs = ((sequence, request.timer) for request in prepared for sequence in request.sequences)
+        answers = [_Answer(i, sequence, timer, is_whole) for i, (sequence, timer) in enumerate(pairs)]
         outcome = "disconnect"
         try:
-            async with aclosing(self._merged(sequences)) as deltas:
+            async with aclosing(self._merged(answers)) as deltas:
                 async for delta in deltas:
-                    timer = requests[delta.index].timer
-                    timer.note_tokens(len(delta.token_ids))
                     if delta.finish_reason is not None:
-                        timer.note_prompt(delta.num_prompt_tokens, delta.num_cached_tokens)
                         outcome = delta.finish_reason
                     yield delta
         except Exception as error:
@@ -148,13 +159,13 @@ class Dispatcher:
             for request in prepared:
                 request.timer.end(outcome)
 
-    def _merged(self, sequences: Sequence[EngineRequest]) -> AsyncGenerator[GenerateDelta, None]:
-        return self._sequence(sequences[0], 0) if len(sequences) == 1 else self._interleaved(sequences)
+    def _merged(self, answers: Sequence[_Answer]) -> AsyncGenerator[GenerateDelta, None]:
+        return self._deltas(answers[0]) if len(answers) == 1 else self._interleaved(answers)
 
-    async def _interleaved(self, sequences: Sequence[EngineRequest]) -> AsyncGenerator[GenerateDelta, None]:
+    async def _interleaved(self, answers: Sequence[_Answer]) -> AsyncGenerator[GenerateDelta, None]:
         """Deltas of several answers, in the order in which they come. An error of one ends all."""
         merged: asyncio.Queue[GenerateDelta | Exception | None] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._pump(sequence, i, merged)) for i, sequence in enumerate(sequences)]
+        tasks = [asyncio.create_task(self._pump(answer, merged)) for answer in answers]
         try:
             num_running = len(tasks)
             while num_running:
@@ -170,11 +181,9 @@ class Dispatcher:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _pump(
-        self, sequence: EngineRequest, index: int, merged: asyncio.Queue[GenerateDelta | Exception | None]
-    ) -> None:
+    async def _pump(self, answer: _Answer, merged: asyncio.Queue[GenerateDelta | Exception | None]) -> None:
         try:
-            async with aclosing(self._sequence(sequence, index)) as deltas:
+            async with aclosing(self._deltas(answer)) as deltas:
                 async for delta in deltas:
                     merged.put_nowait(delta)
         except Exception as error:
@@ -182,24 +191,36 @@ class Dispatcher:
         else:
             merged.put_nowait(None)
 
-    async def _sequence(self, sequence: EngineRequest, index: int) -> AsyncGenerator[GenerateDelta, None]:
-        """Deltas of one answer; another worker is tried when one fails it before its first delta."""
+    async def _deltas(self, answer: _Answer) -> AsyncGenerator[GenerateDelta, None]:
+        """Deltas of one answer; another worker is tried when one fails it before anybody has seen of it."""
+        sequence, timer = answer.sequence, answer.timer
         excluded: frozenset[str] = frozenset()
         for attempt in range(1, MAX_ATTEMPTS + 1):
             # A worker that is tried again may not have let go of the former try yet.
             request = replace(sequence, request_id=f"{sequence.request_id}.{attempt}")
             stream = self._workers.generate(request, excluded)
-            has_begun = is_finished = False
+            unseen: list[GenerateDelta] = []
+            is_seen = is_finished = False
             try:
                 while not is_finished:
                     delta = await stream.next()
-                    has_begun = True
+                    timer.note_tokens(len(delta.token_ids))
+                    if delta.index != answer.index:
+                        delta = replace(delta, index=answer.index)
                     is_finished = delta.finish_reason is not None
-                    yield delta if delta.index == index else replace(delta, index=index)
+                    if is_finished:
+                        timer.note_prompt(delta.num_prompt_tokens, delta.num_cached_tokens)
+                    unseen.append(delta)
+                    if is_finished or not answer.is_whole:
+                        is_seen = True
+                        for each in unseen:
+                            yield each
+                        unseen.clear()
                 return
             except WORTH_ANOTHER_WORKER as error:
-                if has_begun:
+                if is_seen:
                     raise StreamBroken("the worker was lost in the middle of the answer") from error
+                timer.forget_tokens(sum(len(delta.token_ids) for delta in unseen))
                 failure = error
                 if stream.worker_id is not None:
                     excluded |= {stream.worker_id}

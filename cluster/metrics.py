@@ -133,6 +133,10 @@ class RequestTimer:
             self.num_first_tokens = num_tokens
         self.num_tokens += num_tokens
 
+    def forget_tokens(self, num_tokens: int) -> None:
+        """A worker was lost with this many tokens, which nobody has seen; another makes them again."""
+        self.num_tokens -= num_tokens
+
     def note_prompt(self, num_prompt_tokens: int, num_cached_tokens: int) -> None:
         """How long the prompt was, and how much of it was cached."""
         self.num_prompt_tokens = num_prompt_tokens

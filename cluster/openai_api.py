@@ -6,7 +6,7 @@ gives it a status; after that it becomes one last event here.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
 from lorafleet.cluster.auth import Keys
-from lorafleet.cluster.dispatch import Dispatcher
+from lorafleet.cluster.dispatch import Dispatcher, PreparedRequest
 from lorafleet.cluster.errors import BodyTooLarge, ModelNotFound, describe
 from lorafleet.cluster.names import NamedVersion
 from lorafleet.cluster.openai_replies import ChatReply, CompletionReply, Reply
@@ -59,14 +59,14 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
         body = parse_body(CompletionBody, await read_body(request))
         prepared = [await dispatcher.prepare(each, default_max_tokens=DEFAULT_MAX_TOKENS) for each in body.requests()]
         reply = CompletionReply(body, prepared, dispatcher.prompts)
-        return await _answer(request, dispatcher.stream(prepared), reply, is_stream=body.stream)
+        return await _answer(request, dispatcher, prepared, reply, is_stream=body.stream)
 
     @router.post("/chat/completions", summary="Answer a conversation", openapi_extra=_body_schema(ChatBody))
     async def chat(request: Request) -> Response:
         body = parse_body(ChatBody, await read_body(request))
         prepared = [await dispatcher.prepare(body.request())]
         reply = ChatReply(body, prepared, dispatcher.prompts)
-        return await _answer(request, dispatcher.stream(prepared), reply, is_stream=body.stream)
+        return await _answer(request, dispatcher, prepared, reply, is_stream=body.stream)
 
     return router
 
@@ -105,12 +105,13 @@ async def read_body(request: Request) -> bytes:
 
 
 async def _answer(
-    request: Request, deltas: AsyncGenerator[GenerateDelta, None], reply: Reply, *, is_stream: bool
+    request: Request, dispatcher: Dispatcher, prepared: Sequence[PreparedRequest], reply: Reply, *, is_stream: bool
 ) -> Response:
     """Run the requests and answer, whole or as a stream.
 
     A stream begins with its first delta, so that what fails before it still has a status of its own.
     """
+    deltas = dispatcher.stream(prepared, is_whole=not is_stream)
     try:
         if not is_stream:
             await while_connected(request.receive, _feed_all(reply, deltas))

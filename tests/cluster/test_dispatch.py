@@ -98,6 +98,24 @@ async def test_no_other_worker_after_the_first_delta(dispatcher: Dispatcher, wor
     assert workers.num_open == 0
 
 
+@pytest.mark.parametrize("n", [1, 3])
+async def test_an_answer_that_nobody_has_seen_of_is_made_again(
+    dispatcher: Dispatcher, workers: FakeWorkers, n: int
+) -> None:
+    request = REQUEST.model_copy(update={"n": n})
+    prepared = await dispatcher.prepare(request)
+    want = await collect(dispatcher.stream([prepared], is_whole=True))
+    assert len(want[0]) > 3
+    workers.fail = lambda worker_id, num_sent: WorkerGone("died") if worker_id == "w0" and num_sent == 3 else None
+    prepared = await dispatcher.prepare(request)
+    got = await collect(dispatcher.stream([prepared], is_whole=True))
+    for index in range(n):
+        assert [delta.token_ids for delta in got[index]] == [delta.token_ids for delta in want[index]]
+        assert {delta.worker_id for delta in got[index]} == {"w1"}
+    assert prepared.timer.num_tokens == sum(len(deltas) for deltas in want.values())
+    assert workers.num_open == 0
+
+
 async def test_an_end_without_a_finish_reason_is_a_loss(
     dispatcher: Dispatcher, workers: FakeWorkers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -274,11 +274,18 @@ def test_an_error_after_the_first_token_is_one_last_event(service: Service, n: i
             pass
 
 
-def test_a_lost_answer_is_an_error_when_whole(service: Service) -> None:
+def test_a_whole_answer_is_made_again_when_its_worker_is_lost(service: Service) -> None:
+    want = service.client().completions.create(model=BASE_ID, prompt="Hello", n=3, seed=1)
+    service.workers.fail = lambda worker_id, num_sent: (
+        WorkerGone("died") if worker_id == "w0" and num_sent == 2 else None
+    )
+    got = service.client().completions.create(model=BASE_ID, prompt="Hello", n=3, seed=1)
+    assert [choice.text for choice in got.choices] == [choice.text for choice in want.choices]
+    assert got.usage == want.usage
     service.workers.fail = lambda worker_id, num_sent: WorkerGone("died") if num_sent == 2 else None
     with pytest.raises(openai.InternalServerError) as caught:
         service.client().completions.create(model=BASE_ID, prompt="Hello")
-    assert (caught.value.status_code, caught.value.code) == (502, "stream_broken")
+    assert (caught.value.status_code, caught.value.code) == (503, "no_worker")
 
 
 FIELDS = st.sampled_from([*sorted({*CompletionBody.model_fields, *ChatBody.model_fields}), "tools", "best_of", "x"])
