@@ -78,8 +78,10 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 async def _on_invalid_request(request: Request, error: Exception) -> Response:
     """What FastAPI finds wrong in the bodies and parameters of typed routes."""
     assert isinstance(error, RequestValidationError)
-    first = dict(error.errors()[0])
-    if first["type"] == "json_invalid":
+    found = [dict(each, loc=tuple(each["loc"])[1:]) for each in error.errors()]  # without "body" or "query"
+    if found[0]["type"] == "json_invalid":
         return _response(describe(BadRequest("the body is no valid JSON", None, "invalid_json")))
-    first["loc"] = tuple(first["loc"])[1:]  # without "body" or "query"
-    return _response(describe(refusal_of(first)))
+    if not found[0]["loc"] and found[0]["type"] in ("missing", "model_attributes_type"):
+        message = "the body must be a JSON object, sent with content-type: application/json"
+        return _response(describe(BadRequest(message, None, "invalid_json")))
+    return _response(describe(refusal_of(found)))

@@ -6,7 +6,7 @@ Turns the bytes of a body into `GenerateRequest`s. A field that is null counts a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -255,11 +255,12 @@ def parse_body(kind: type[Body], raw: bytes) -> Body:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise refusal_of(error.errors(include_url=False)[0]) from None
+        raise refusal_of(error.errors(include_url=False)) from None
 
 
-def refusal_of(error: Mapping[str, Any]) -> BadRequest:
-    """One thing that pydantic found wrong (an item of `ValidationError.errors()`), as an error that names the field."""
+def refusal_of(found: Sequence[Mapping[str, Any]]) -> BadRequest:
+    """The first thing that pydantic found wrong (`ValidationError.errors()`), as an error that names the field."""
+    error = found[0]
     param = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
@@ -269,6 +270,12 @@ def refusal_of(error: Mapping[str, Any]) -> BadRequest:
     if not param:
         name = _LEADING_NAME.match(message)
         return BadRequest(message, name[1] if name else None)
+    *place, last = error["loc"]
+    if "[" in str(last):
+        # Each member of a union refuses a value by itself, with the member (`literal['all']`) at the end of the place.
+        param = ".".join(str(part) for part in place)
+        others = [other["msg"] for other in found[1:] if other["loc"][:-1] == error["loc"][:-1]]
+        message = " or ".join([message, *(other.removeprefix("Input should be ") for other in others)])
     return BadRequest(f"{param}: {message}; it is {_shortened(error.get('input'))}", param)
 
 
@@ -276,7 +283,7 @@ def _request(**values: Any) -> GenerateRequest:
     try:
         return GenerateRequest(**values)
     except ValidationError as error:
-        raise refusal_of(error.errors(include_url=False)[0]) from None
+        raise refusal_of(error.errors(include_url=False)) from None
 
 
 def _spellings(neutral: tuple[object, ...]) -> list[object]:

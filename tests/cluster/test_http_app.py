@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import httpx
 import pytest
 from fastapi import APIRouter, Body, HTTPException
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from lorafleet.cluster.http_app import build_http_app
 from tests.cluster.serving import Service
@@ -16,6 +18,7 @@ class Typed(BaseModel):
     """A body that FastAPI parses."""
 
     count: int
+    warm: Literal["all"] | Annotated[int, Field(ge=0)] = 1
 
 
 def app_with_faults() -> httpx.ASGITransport:
@@ -52,6 +55,9 @@ def app_with_faults() -> httpx.ASGITransport:
         ("PUT", "/typed", "{", 400, "invalid_json", None),
         ("PUT", "/typed", '{"count": "many"}', 400, "invalid_value", "count"),
         ("PUT", "/typed", "{}", 400, "missing_parameter", "count"),
+        ("PUT", "/typed", "null", 400, "invalid_json", None),
+        ("PUT", "/typed", "[]", 400, "invalid_json", None),
+        ("PUT", "/typed", '{"count": 1, "warm": -1}', 400, "invalid_value", "warm"),
         ("GET", "/typed", "", 405, "method_not_allowed", None),
         ("GET", "/typed/", "", 404, "unknown_url", None),
         ("GET", "/nowhere", "", 404, "unknown_url", None),
@@ -63,6 +69,15 @@ async def test_errors(method: str, path: str, content: str, status: int, code: s
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["param"]) == (status, code, param)
     assert "secret" not in response.text
+
+
+async def test_what_is_wrong_is_said_in_one_sentence() -> None:
+    async with httpx.AsyncClient(transport=app_with_faults(), base_url="http://x") as client:
+        union = await client.put("/typed", json={"count": 1, "warm": "some"})
+        form = await client.put("/typed", content='{"count": 1}', headers={"content-type": "text/plain"})
+    assert union.json()["error"]["message"].startswith("warm: Input should be 'all' or a valid integer")
+    assert union.json()["error"]["message"].endswith("it is 'some'")
+    assert "content-type: application/json" in form.json()["error"]["message"]
 
 
 async def test_headers_of_errors_are_kept() -> None:
