@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from lorafleet.cluster.admin_api import build_router
 from lorafleet.cluster.auth import Keys
-from lorafleet.cluster.config import AppConfig, UserConfig
+from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.desired import DesiredAdapters
 from lorafleet.cluster.fleet import ServeFleet
 from lorafleet.cluster.rollout import Rollout
@@ -40,8 +40,8 @@ class AdminPlane:
         self._applying = asyncio.create_task(self._desired.run())
 
     def apply(self, user_config: object) -> None:
-        """Take Serve's `user_config`; it is applied in the background. Raises pydantic's ValidationError."""
-        self._desired.set_user_config(UserConfig.model_validate(user_config or {}))
+        """Take Serve's `user_config`; it is applied in the background, or logged as refused."""
+        self._desired.take_user_config(user_config or {})
 
     async def not_ready(self) -> str | None:
         """Why the service is not ready yet; None: it is."""

@@ -2,7 +2,7 @@
 
 Applied in the background and again until it holds. Names that came from configuration and are no longer in it are
 deleted; what the admin plane or a request brought is left alone, also where configuration names it too, until the
-`user_config` of a running service says something new of it.
+`user_config` of a running service says something new of it. A `user_config` that is refused changes nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from pydantic import ValidationError
+
 from lorafleet.adapter_store.manifest import NamedAdapter
 from lorafleet.cluster.config import DesiredAdapter, UserConfig
 from lorafleet.cluster.errors import describe
+from lorafleet.cluster.openai_requests import refusal_of
 from lorafleet.cluster.rollout import Rollout
 
 logger = logging.getLogger(__name__)
@@ -46,12 +49,28 @@ class DesiredAdapters:
         self._num_workers = num_workers
         self._clock = clock
         self._user: dict[str, DesiredAdapter] = {}
+        self._has_user_config = False
+        self._refusal: str | None = None
         self._news: set[str] = set()
         self._done: dict[str, DesiredAdapter] = {}
         self._changed = asyncio.Event()
         self._has_applied = False
         self._is_preloaded = False
         self._problems: dict[str, str] = {}
+
+    def take_user_config(self, user_config: object) -> None:
+        """Take a `user_config` as Serve brings it. One that is refused is logged, and what was wanted before stays:
+        Serve would take the service down for an error, and requests have no part in it.
+        """
+        try:
+            config = UserConfig.model_validate(user_config)
+        except ValidationError as error:
+            self._refusal = refusal_of(error.errors(include_url=False)).message
+            logger.error("user_config is refused and changes nothing: %s", self._refusal)
+        else:
+            self._refusal = None
+            self._has_user_config = True
+            self.set_user_config(config)
 
     def set_user_config(self, config: UserConfig) -> None:
         """Take a `user_config`; it is applied soon. The one that a service starts with says nothing new."""
@@ -65,10 +84,17 @@ class DesiredAdapters:
         """Why the service is not ready yet; None: it is."""
         if not await self._rollout.worker_ids():
             return "no worker is up"
+        if self._is_at_a_loss:
+            return f"user_config is refused: {self._refusal}"
         if not self._is_preloaded:
             problems = [problem for name, problem in sorted(self._problems.items()) if name in self._preload]
             return problems[0] if problems else "adapters are being loaded"
         return None
+
+    @property
+    def _is_at_a_loss(self) -> bool:
+        """Whether the service started with a `user_config` that says nothing."""
+        return self._refusal is not None and not self._has_user_config
 
     async def run(self) -> None:
         """Apply what is wanted when it changes and when workers come and go, until cancelled."""
@@ -99,6 +125,8 @@ class DesiredAdapters:
             self._problems = {"": _explain("the adapter store", error)}
             return
         stale = [name for name, adapter in current.items() if adapter.origin == "config" and name not in wanted]
+        if self._is_at_a_loss:
+            stale = []  # who knows whether they are
         due = [adapter for adapter in wanted.values() if self._is_due(adapter, current)]
         kept = [adapter for adapter in wanted.values() if adapter not in due and adapter.name in current]
         limit = asyncio.Semaphore(MAX_AT_ONCE)

@@ -69,7 +69,7 @@ class Ingress:
                 yield delta
 
     def reconfigure(self, user_config: object) -> None:
-        """Take the desired adapters; they are applied in the background. Raises pydantic's ValidationError."""
+        """Take the desired adapters, in the background. A refused `user_config` is logged and changes nothing."""
         self._admin.apply(user_config)
 
     def check_health(self) -> None:

@@ -147,3 +147,33 @@ async def test_the_loop_follows_changes(world: World) -> None:
                     await asyncio.sleep(0)
     finally:
         task.cancel()
+
+
+async def test_a_user_config_that_is_refused_changes_nothing(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    desired = world.start()
+    desired.take_user_config({"adapters": [wanted("x", "a").model_dump()]})
+    await desired.apply()
+    for refused in ({"adapters": [{"name": "x", "bogus": 1}]}, {"adaptors": []}, [], {"adapters": "x"}):
+        desired.take_user_config(refused)
+        await desired.apply()
+        assert world.names == {"x": "a"}
+        assert await desired.not_ready() is None
+        assert "user_config is refused" in caplog.messages[-1]
+    desired.take_user_config({})
+    await desired.apply()
+    assert world.names == {}
+
+
+async def test_a_service_that_starts_with_a_refused_user_config_says_so_and_deletes_nothing(world: World) -> None:
+    former = world.start()
+    former.take_user_config({"adapters": [wanted("x", "a").model_dump()]})
+    await former.apply()
+    desired = world.start(wanted("y", "b"))
+    desired.take_user_config({"adapters": [{"name": "x", "source": "demo", "key": "a", "pined": True}]})
+    await desired.apply()
+    assert world.names == {"x": "a", "y": "b"}
+    assert await desired.not_ready() == "user_config is refused: adapters.0.pined is no known field"
+    desired.take_user_config({"adapters": []})
+    await desired.apply()
+    assert world.names == {"y": "b"}
+    assert await desired.not_ready() is None
