@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 from ray.exceptions import ObjectLostError, RayActorError, TaskCancelledError, WorkerCrashedError
@@ -69,4 +70,5 @@ class ServeStream:
 
     def cancel(self) -> None:
         """Stop the worker, or the wait for one."""
-        self._response.cancel()
+        with contextlib.suppress(Exception):  # Serve raises once more what kept the request from any worker
+            self._response.cancel()

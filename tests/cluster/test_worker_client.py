@@ -35,6 +35,8 @@ class Response:
 
     def cancel(self) -> None:
         self.is_cancelled = True
+        if isinstance(self._outcome, BackPressureError):
+            raise self._outcome  # as Serve does with whatever kept a request from its replica
 
 
 def stream_of(outcome: Any) -> ServeStream:
@@ -85,6 +87,10 @@ def test_where_a_request_went_and_how_it_is_cancelled() -> None:
     assert stream.worker_id == "w7"
     stream.cancel()
     assert response.is_cancelled
+
+
+def test_cancelling_what_was_refused_raises_nothing() -> None:
+    stream_of(BackPressureError(5, 4)).cancel()
 
 
 async def test_the_router_is_told_whom_to_avoid() -> None:
