@@ -237,8 +237,10 @@ def service_errors() -> str:
 
 
 def _descendants(error: type[Exception]) -> Iterator[Any]:
+    """The service's own: Ray derives a class from each error that it carries to a caller."""
     for child in error.__subclasses__():
-        yield child
+        if child.__module__.startswith("lorafleet."):
+            yield child
         yield from _descendants(child)
 
 

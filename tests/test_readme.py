@@ -41,7 +41,11 @@ with running_service(ROOT / "deploy/serve/local.yaml", port=None, keep_state=Fal
 def served_at() -> Iterator[tuple[str, str]]:
     """The port of the demo's service with its adapters, and the address of its Ray, which is a process's own."""
     command = [sys.executable, "-c", SERVE]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    # Without the secrets of a service that other tests may keep in this process.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LORAFLEET_")}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         said = ""
