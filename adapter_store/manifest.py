@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
@@ -34,6 +34,8 @@ class BaseGeometry:
     """`model.layers.0.self_attn.q_proj` -> its shape."""
     dtype: Dtype
     """The dtype that adapters are served in, which is the model's."""
+    vectors: Mapping[str, int] = field(default_factory=dict)
+    """Parameters of the base's norms, by name (`model.norm.weight`), and their width: an adapter may replace them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,21 @@ def shared_module(name: str, rank: int, scaling: float) -> ModuleManifest:
 
 
 @dataclass(frozen=True, slots=True)
+class ExtraManifest:
+    """What an adapter version brings beside low-rank factors: `num_rows` rows of `width` elements.
+
+    `replaced`: a parameter that takes the place of the base's for the adapter's rows, `name` is the parameter's: a
+    norm's (`model.norm.weight`, one row), or the matrix of the embedding or of the head (a row a token). `added`: one
+    row that is added to the output of the linear module `name`, a trained bias less the base's.
+    """
+
+    name: str
+    kind: Literal["replaced", "added"]
+    num_rows: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterManifest:
     """An adapter version. Two adapters with the same `version` are the same in every bit that is served."""
 
@@ -64,7 +81,9 @@ class AdapterManifest:
     """Last parts of the targeted modules' names, sorted: ("k_proj", "q_proj")."""
     modules: tuple[ModuleManifest, ...]
     num_bytes: int
-    """Bytes of the weights in the served dtype."""
+    """Bytes of the weights in the served dtype, extras included."""
+    extras: tuple[ExtraManifest, ...] = ()
+    """Sorted by name. Most adapters have none, and only those that have any pay for them."""
 
 
 Array = npt.NDArray[np.generic]
@@ -82,6 +101,8 @@ class AdapterWeights:
     dtype: Dtype
     tensors: Mapping[str, tuple[Array, Array]]
     """Module name -> (a, b); dtypes as in `NUMPY_DTYPES`."""
+    extras: Mapping[str, Array] = field(default_factory=dict)
+    """Name of an extra -> (num_rows, width)."""
 
 
 Origin = Literal["admin", "config", "resolve"]
