@@ -29,7 +29,7 @@ class PagePlan:
     offsets: Ints
     """(num_rows,) first element of each row in the adapter's pages laid end to end; the rows of the pieces in order."""
     entries: Ints
-    """(num_rows,) entry of each row in the slot's row tables, flattened."""
+    """(num_table_rows,) entry of each row in the slot's row tables, flattened; the rows after them are of extras."""
     page_ends: Ints
     """(num_pages,) elements of each page in use; they are its first."""
 
@@ -37,6 +37,16 @@ class PagePlan:
         """(num_rows,) first element of each row when the plan's pages lie at `page_ids`."""
         pages, within = np.divmod(self.offsets, self.page_elements)
         return page_ids[pages] * self.page_elements + within
+
+    def extra_starts(self, starts: Ints) -> dict[str, list[Ints]]:
+        """Of each extra, by part: (num_rows,) those of `starts` that are its rows'."""
+        found: dict[str, list[Ints]] = {}
+        first = len(self.entries)
+        for piece in self.pieces:
+            if piece.kind == "extra":
+                found.setdefault(piece.name, []).append(starts[first : first + piece.count])
+                first += piece.count
+        return found
 
     def write(self, weights: AdapterWeights, target: Array, page_ids: Ints, threads: Executor | None = None) -> None:
         """Copy the weights into pages `page_ids` of `target`, which is flat, and zero what no row covers in them.
@@ -82,8 +92,11 @@ def pack(manifest: AdapterManifest, layout: PoolLayout) -> PagePlan:
     pieces = layout.pieces(manifest)
     widths = np.array([aligned(piece.width) for piece in pieces], dtype=np.int64)
     counts = np.array([piece.count for piece in pieces], dtype=np.int64)
-    first_entries = np.array([_first_entry(piece, layout) for piece in pieces], dtype=np.int64)
     packing = pack_rows(widths, counts, layout.page_elements)
+    in_tables = [piece for piece in pieces if piece.kind != "extra"]
+    assert in_tables == pieces[: len(in_tables)], "extras come last"
+    first_entries = np.array([_first_entry(piece, layout) for piece in in_tables], dtype=np.int64)
+    counts = counts[: len(in_tables)]
     within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     return PagePlan(
         num_pages=packing.num_pages,
@@ -96,15 +109,19 @@ def pack(manifest: AdapterManifest, layout: PoolLayout) -> PagePlan:
 
 
 def _first_entry(piece: Piece, layout: PoolLayout) -> int:
-    place = layout.places[piece.module]
-    table = place.b_table + piece.part if piece.half else place.a_table
+    place = layout.places[piece.name]
+    table = place.b_table + piece.part if piece.kind == "b" else place.a_table
     return table * layout.max_rank + piece.entry
 
 
 def _rows(piece: Piece, weights: AdapterWeights) -> Array:
     """(count, width) view of the piece's rows."""
-    flat = weights.tensors[piece.module][piece.half].reshape(-1)
-    rows = flat[piece.start :]
+    if piece.kind == "extra":
+        array = weights.extras[piece.name]
+    else:
+        a, b = weights.tensors[piece.name]
+        array = a if piece.kind == "a" else b
+    rows = array.reshape(-1)[piece.start :]
     if piece.stride == piece.width:
         return rows[: piece.count * piece.width].reshape(piece.count, piece.width)
     strides = (piece.stride * rows.itemsize, rows.itemsize)
