@@ -95,17 +95,17 @@ def _norm_parameters(model: PreTrainedModel) -> dict[str, int]:
 
     Those are norms of the hidden state, and Qwen3's norms of heads, which come after rows: others may come before.
     """
-    hidden = model.config.hidden_size
+    hidden = getattr(model.config, "hidden_size", None)
     found: dict[str, int] = {}
     for name, module in model.named_modules():
-        kind, parameters = type(module).__name__, dict(module.named_parameters())
-        if (
-            "Norm" in kind
-            and parameters.keys() <= {"weight", "bias"}
-            and all(parameter.dtype == model.dtype for parameter in parameters.values())
-            and all(kind == "Qwen3RMSNorm" or parameter.shape == (hidden,) for parameter in parameters.values())
-            and len(inspect.signature(module.forward).parameters) == 1
-        ):
+        kind = type(module).__name__
+        # What is called with more than the row itself may need more of the row.
+        if "Norm" not in kind or len(inspect.signature(module.forward).parameters) != 1:
+            continue
+        parameters = dict(module.named_parameters())
+        is_of_rows = all(kind == "Qwen3RMSNorm" or value.shape == (hidden,) for value in parameters.values())
+        is_served_dtype = all(value.dtype == model.dtype for value in parameters.values())
+        if parameters.keys() <= {"weight", "bias"} and is_of_rows and is_served_dtype:
             found |= {f"{name}.{parameter}": value.numel() for parameter, value in parameters.items()}
     return found
 

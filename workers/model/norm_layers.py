@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -37,12 +37,11 @@ class AdapterNorm(nn.Module):
             y.index_copy_(axis, rows, own.to(y.dtype))
         return y
 
-    def replaced(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    def replaced(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
         """Rows of the running pass, int64, and the parameters that they have instead of the base's, by name."""
-        for owner in self.context.owners(self.context.segments):
-            parameters = self.parameters_of(owner)
-            if parameters:
-                yield owner.rows, parameters
+        owners = self.context.owners(self.context.segments)
+        found = [(owner.rows, self.parameters_of(owner)) for owner in owners]
+        return [(rows, parameters) for rows, parameters in found if parameters]
 
     def parameters_of(self, owner: Owner) -> dict[str, Tensor]:
         """The parameters of this norm that the owner replaces, by name."""
