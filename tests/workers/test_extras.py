@@ -100,18 +100,18 @@ class Cases:
                 setattr(module, last, nn.Parameter(values[0] if len(values) == 1 else values))
         return model
 
-    async def check(self, case: Case, prompt: Sequence[int], answer: Answer) -> None:
+    def check(self, case: Case, prompt: Sequence[int], answer: Answer, tolerance: float = 1e-4) -> None:
         """Greedy tokens are the oracle's likeliest, and every logprob, the prompt's too, is the oracle's."""
         tokens = torch.tensor([[*prompt, *answer.tokens]])
         with torch.no_grad():
             logprobs: Tensor = self.oracle(case)(input_ids=tokens, use_cache=False).logits[0].log_softmax(-1)
         assert len(answer.tokens) == LENGTH
-        assert logprobs[len(prompt) - 1 : -1].argmax(-1).tolist() == list(answer.tokens), case[:2]
         expected = logprobs[:-1].gather(1, tokens[0, 1:, None])[:, 0]
+        assert (logprobs[:-1].max(-1).values - expected)[len(prompt) - 1 :].max() <= tolerance, case[:2]
         given = answer.deltas[0].prompt_logprobs
         assert given is not None
         got = torch.tensor([entry.logprob for entry in [*given[1:], *answer.logprobs]])
-        assert (got - expected).abs().max() < 1e-4, case[:2]
+        assert (got - expected).abs().max() < tolerance, case[:2]
 
 
 def _nothing() -> AdapterWeights:
@@ -133,7 +133,7 @@ def cases_of(
     return of
 
 
-async def ask_all(cases: Cases, **settings: object) -> None:
+async def ask_all(cases: Cases, tolerance: float = 1e-4, **settings: object) -> None:
     """Every case in one mixed batch, twice, and what the oracle says of it."""
     prompts = [random_prompt(3 + 4 * number, number) for number in range(len(cases.all))]
     sampling = greedy(LENGTH, logprobs=0, prompt_logprobs=True)
@@ -141,12 +141,20 @@ async def ask_all(cases: Cases, **settings: object) -> None:
     async with open_worker(cases.shelf, **settings) as worker:  # type: ignore[arg-type]
         answers = await asyncio.gather(*(ask(worker, prompt, case[0], sampling) for case, prompt in asked))
     for (case, prompt), answer in zip(asked, answers, strict=True):
-        await cases.check(case, prompt, answer)
+        cases.check(case, prompt, answer, tolerance)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen2", "qwen3", "gpt2"])
 async def test_a_mixed_batch(kind: BaseKind, cases_of: Callable[[BaseKind], Cases]) -> None:
     await ask_all(cases_of(kind))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen2", "qwen3", "gpt2"])
+async def test_a_mixed_batch_on_a_gpu(kind: BaseKind, cases_of: Callable[[BaseKind], Cases]) -> None:
+    cases = cases_of(kind)
+    model = ModelConfig(id="base", source=str(cases.shelf.base), dtype="float32")
+    await ask_all(cases, 0.1, model=model, device="cuda")
 
 
 async def test_in_chunks_beside_decodes(cases_of: Callable[[BaseKind], Cases]) -> None:
@@ -176,7 +184,7 @@ async def test_after_eviction_and_reload(cases_of: Callable[[BaseKind], Cases]) 
         await worker.reconcile({})
         assert (pool.num_pages_used, pool.ideal_bytes, dict(pool.extras)) == (0, 0, {})
     for case, answer in answers:
-        await cases.check(case, prompt, answer)
+        cases.check(case, prompt, answer)
 
 
 async def test_from_a_cached_prefix(cases_of: Callable[[BaseKind], Cases]) -> None:
