@@ -5,31 +5,27 @@ Owns no policy: `Residency` says who comes and goes. One engine thread calls it;
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Array
+from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
 from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.extras import Extra, ExtraMatrix, ExtraVector
 from lorafleet.workers.memory.packing import Ints
-from lorafleet.workers.memory.page_plan import NUM_SHARES, PagePlan, count_adapter_pages, pack
+from lorafleet.workers.memory.page_plan import PagePlan, count_adapter_pages, pack, pages_of_block
 from lorafleet.workers.memory.pages import PageAllocator
 from lorafleet.workers.memory.pool_layout import PoolLayout, parts_of
+from lorafleet.workers.memory.staging import Stager
 
 _MAX_REMEMBERED_COUNTS = 1 << 16
 _MAX_REMEMBERED_PLANS = 64
-_MAX_PINNED_BYTES = 256 << 20
-"""Torch never gives pinned memory back: an adapter with matrices of its own is copied from plain memory instead."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,10 +87,8 @@ class AdapterPool:
         self._plans: dict[Hashable, PagePlan] = {}
         self._extras: dict[int, Mapping[str, Extra]] = {}
         self._ideal_bytes = 0
-        # Some releases of torch leave the constructor untyped.
-        make_stream = cast(Callable[[torch.device], torch.cuda.Stream], torch.cuda.Stream)
-        self._stream = make_stream(device) if device.type == "cuda" else None
-        self._copiers = ThreadPoolExecutor(NUM_SHARES, "lorafleet-copy") if device.type == "cuda" else None
+        block_pages = min(num_pages, pages_of_block(layout))
+        self._stager = Stager(self._elements, page_elements=layout.page_elements, block_pages=block_pages)
 
     @property
     def num_pages_total(self) -> int:
@@ -149,14 +143,14 @@ class AdapterPool:
         (slot,) = self._slots.allocate(1)
         page_ids = tuple(self._pages.allocate(self.num_pages(manifest)))
         self._ideal_bytes += manifest.num_bytes
-        event = torch.cuda.current_stream(self.device).record_event() if self._stream else None
+        event = torch.cuda.current_stream(self.device).record_event() if self._stager.stream else None
         return Allocation(manifest, slot, page_ids, event)
 
     def stage(self, allocation: Allocation, weights: AdapterWeights) -> StagedAdapter:
         """Lay the weights into the allocated pages and make the slot's table rows.
 
         May run in another thread than the engine's: it touches only the allocation's own pages. On CUDA the copies go
-        over a side stream, from pinned memory unless there is a lot of it, and it returns before they are done.
+        from pinned memory over a side stream, and it returns before they are done.
         """
         assert weights.manifest.version == allocation.manifest.version, weights.manifest.version
         assert weights.dtype == self.layout.dtype, (weights.dtype, self.layout.dtype)
@@ -174,18 +168,17 @@ class AdapterPool:
         scalings = self._host((layout.num_modules,), torch.float32).zero_()
         scalings.numpy()[columns] = [module.scaling for module in modules]
 
-        if self._stream is None:
-            plan.write(weights, _as_numpy(self._elements), page_ids)
+        stream = self._stager.stream
+        if stream is None:
+            self._stager.write(plan, weights, page_ids)
             return StagedAdapter(allocation, tables, ranks, scalings, self._find_extras(weights, plan, starts), None)
-        image = self._host((plan.num_pages * layout.page_elements,), self._elements.dtype)
-        plan.write(weights, _as_numpy(image), np.arange(plan.num_pages), self._copiers)
         assert allocation.is_free_of_readers is not None
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(allocation.is_free_of_readers)
-            self._copy_pages(image, page_ids)
+        stream.wait_event(allocation.is_free_of_readers)
+        self._stager.write(plan, weights, page_ids)
+        with torch.cuda.stream(stream):
             tables, ranks, scalings = (host.to(self.device, non_blocking=True) for host in (tables, ranks, scalings))
             extras = self._find_extras(weights, plan, starts)
-            is_copied = self._stream.record_event()
+            is_copied = stream.record_event()
         return StagedAdapter(allocation, tables, ranks, scalings, extras, is_copied)
 
     def _plan(self, manifest: AdapterManifest) -> PagePlan:
@@ -270,8 +263,7 @@ class AdapterPool:
         )
 
     def _host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        pin_memory = self._stream is not None and math.prod(shape) * dtype.itemsize <= _MAX_PINNED_BYTES
-        return torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
+        return torch.empty(shape, dtype=dtype, pin_memory=self._stager.stream is not None)
 
     def _find_extras(self, weights: AdapterWeights, plan: PagePlan, starts: Ints) -> dict[str, Extra]:
         """The adapter's extras as they will lie in the pool. `starts` are the plan's rows'."""
@@ -290,19 +282,3 @@ class AdapterPool:
                 starts_there = host.to(self.device, non_blocking=True)
                 found[extra.name] = ExtraMatrix(self._elements, starts_there, extra.width)
         return found
-
-    def _copy_pages(self, image: Tensor, page_ids: npt.NDArray[np.int64]) -> None:
-        """One copy for each run of neighbouring pages."""
-        size = self.layout.page_elements
-        breaks = (np.flatnonzero(np.diff(page_ids) != 1) + 1).tolist()
-        for first, last in zip([0, *breaks], [*breaks, len(page_ids)], strict=True):
-            start = int(page_ids[first]) * size
-            target = self._elements[start : start + (last - first) * size]
-            target.copy_(image[first * size : last * size], non_blocking=True)
-
-
-def _as_numpy(tensor: Tensor) -> Array:
-    """The tensor's memory as numpy has it: bfloat16 bits are uint16."""
-    if tensor.dtype == torch.bfloat16:
-        return cast(Array, tensor.view(torch.uint16).numpy())
-    return cast(Array, tensor.numpy())

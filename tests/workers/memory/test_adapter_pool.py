@@ -9,6 +9,7 @@ import torch
 from lorafleet.adapter_store.manifest import NUMPY_DTYPES, AdapterManifest, AdapterWeights, BaseGeometry, ModuleShape
 from lorafleet.kernels.weights import ROW_ALIGN
 from lorafleet.workers.errors import WorkerConfigError
+from lorafleet.workers.memory import page_plan
 from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation
 from lorafleet.workers.memory.page_plan import pack
 from lorafleet.workers.memory.pool_layout import MAX_PAGE_ROWS, PoolLayout, aligned
@@ -242,17 +243,33 @@ def test_packing_depends_on_nothing_else() -> None:
     np.testing.assert_array_equal(first.entries, second.entries)
 
 
+@pytest.mark.parametrize("block_pages", [1, 3, 1000])
 @pytest.mark.parametrize("geometry", [TINY, ODD], ids=["tiny", "odd"])
-def test_every_element_of_a_written_page_is_defined(geometry: BaseGeometry) -> None:
+def test_every_element_of_a_written_page_is_defined(
+    geometry: BaseGeometry, block_pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layout = PoolLayout.of(geometry, groups_of(geometry), 8)
+    monkeypatch.setattr(page_plan, "BLOCK_BYTES", block_pages * layout.page_bytes)
     weights = weights_of(geometry, manifest_of(geometry, "v", 5, EVERYTHING, extras=EXTRAS))
     plan = pack(weights.manifest, layout)
-    pages = np.full((2 * plan.num_pages, layout.page_elements), np.nan, NUMPY_DTYPES[geometry.dtype])
-    page_ids = np.arange(0, 2 * plan.num_pages, 2)[::-1].copy()
-    plan.write(weights, pages.reshape(-1), page_ids)
-    assert np.isfinite(pages[::2]).all()
-    assert np.isnan(pages[1::2]).all()
-    assert weights.manifest.num_bytes == np.count_nonzero(pages[::2]) * pages.itemsize
+    num_blocks = -(-plan.num_pages // block_pages)
+    assert len(plan.blocks) == num_blocks
+    assert [block.first_page for block in plan.blocks] == [block_pages * i for i in range(num_blocks)]
+    pages = np.full((plan.num_pages + 1, layout.page_elements), np.nan, NUMPY_DTYPES[geometry.dtype])
+    for block in plan.blocks:
+        block.write(weights, pages[block.first_page :].reshape(-1))
+    assert np.isfinite(pages[:-1]).all()
+    assert np.isnan(pages[-1]).all()
+    assert weights.manifest.num_bytes == np.count_nonzero(pages[:-1]) * pages.itemsize
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("block_pages", [1, 2, 1000])
+def test_blocks_make_the_same_pool(block_pages: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_plan, "BLOCK_BYTES", block_pages * make_pool(TINY).layout.page_bytes)
+    pool = make_pool(TINY, device=device)
+    weights = weights_of(TINY, manifest_of(TINY, "v", 5, EVERYTHING, extras=EXTRAS))
+    assert_serves(pool, groups_of(TINY), load(pool, weights).slot, weights)
 
 
 def test_wide_outputs_are_split_into_parts() -> None:
