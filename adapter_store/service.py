@@ -129,7 +129,8 @@ class AdapterStore:
         self._absent = AbsentNames(clock)
         for version, manifest in self._catalog.manifests.items():
             # The served dtype may have changed since it was published.
-            self._catalog.manifests[version] = replace(manifest, num_bytes=self._reader.num_bytes(manifest.modules))
+            num_bytes = self._reader.num_bytes(manifest.modules, manifest.extras)
+            self._catalog.manifests[version] = replace(manifest, num_bytes=num_bytes)
         self._touched = dict.fromkeys(self._catalog.manifests, clock())
         self._holdings: dict[str, _Holding] = {}
         self._collected_at = clock()
