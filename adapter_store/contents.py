@@ -20,8 +20,10 @@ _BASE_ENDS = (
     ".weight",
     ".bias",
 )
-_IDLE_ENDS = (".lora_velora_embed", ".original_module.bias", ".modules_to_save.bias")
-"""Training's own state, and second copies of biases under `bias: all`: PEFT computes nothing with them."""
+_IDLE_OF_LORA = (".lora_velora_embed", ".lora_monteclora_sampler.")
+"""Begin what VeLoRA and MonteCLoRA keep for training on; PEFT answers without it."""
+_IDLE_OF_MODULES = (".original_module.bias", ".modules_to_save.bias")
+"""Second copies, under `bias: all`, of the biases of modules that were trained as a whole; PEFT reads neither."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,11 +183,13 @@ class _Matching:
     def _left_over(self, tensor: str) -> Iterator[BaseCopy]:
         """A copy of the base's, or nothing that is computed with."""
         name = tensor.removeprefix(self._prefix)
-        for end in (*_IDLE_ENDS, *_BASE_ENDS) if tensor.startswith(self._prefix) else ():
+        if any(part in name and name.partition(part)[0] in self._lora for part in _IDLE_OF_LORA):
+            return
+        if any(name.removesuffix(end) in self._trained.modules for end in _IDLE_OF_MODULES):
+            return
+        for end in _BASE_ENDS if tensor.startswith(self._prefix) else ():
             module = name.removesuffix(end)
-            if module != name and end in _IDLE_ENDS and module in self._lora | self._trained.modules:
-                return
-            if module != name and end in _BASE_ENDS and module in self._geometry.modules:
+            if module != name and module in self._geometry.modules:
                 if end.endswith(".weight"):
                     self._refuse_resized(tensor, self._matrix(module))
                 yield BaseCopy(tensor, module, end.rpartition(".")[2])

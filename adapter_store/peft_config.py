@@ -62,14 +62,14 @@ FIELDS: Mapping[str, FieldRule] = {
     "lora_bias": FieldRule("served", "the bias on B is added, scaled as B is; PEFT has none for embeddings"),
     "lora_dropout": FieldRule("harmless", "training only"),
     "lora_ga_config": FieldRule("harmless", _OWN_INIT),
-    "megatron_config": FieldRule("refused", "Megatron's layers are others than the base's", _EMPTY_IS_OFF),
+    "megatron_config": FieldRule("refused", "it is for Megatron's layers, which no base here has", _EMPTY_IS_OFF),
     "megatron_core": FieldRule("harmless", "read with `megatron_config` only"),
     "modules_to_save": FieldRule(
         "served",
         "the embedding, the output (`lm_head`) and norms, by the end of their names; refused where it names other "
         "modules, or none",
     ),
-    "monteclora_config": FieldRule("refused", "MonteCLoRA draws its weights at random"),
+    "monteclora_config": FieldRule("harmless", "MonteCLoRA perturbs A in training only"),
     "peft_type": FieldRule("served", "`LORA`"),
     "peft_version": FieldRule("harmless", "a file means what PEFT 0.21 makes of it"),
     "qalora_group_size": FieldRule("harmless", "read with `use_qalora` only"),
