@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,9 +21,9 @@ _BASE_ENDS = (
     ".weight",
     ".bias",
 )
-_IDLE_OF_LORA = (".lora_velora_embed", ".lora_monteclora_sampler.")
-"""Begin what VeLoRA and MonteCLoRA keep for training on; PEFT answers without it."""
-_IDLE_OF_MODULES = (".original_module.bias", ".modules_to_save.bias")
+_IDLE_OF_LORA = re.compile(r"(.+)\.lora_(?:velora_embed|monteclora_sampler\.\w+)")
+"""What VeLoRA and MonteCLoRA keep for training on; PEFT answers without it."""
+_IDLE_OF_MODULES = re.compile(r"(.+)\.(?:original_module|modules_to_save)\.bias")
 """Second copies, under `bias: all`, of the biases of modules that were trained as a whole; PEFT reads neither."""
 
 
@@ -60,8 +61,15 @@ class Contents:
 
 
 def prefix_of(names: Collection[str]) -> str:
-    """What stands before the base's names in a file: PEFT's own prefix, or nothing."""
-    return "" if names and not any(name.startswith(_PREFIX) for name in names) else _PREFIX
+    """What stands before the base's names in a file: PEFT's own prefix, or nothing.
+
+    Raises AdapterRefused `unmatched_tensor` for a file that has names of both kinds.
+    """
+    bare = [name for name in names if not name.startswith(_PREFIX)]
+    if 0 < len(bare) < len(names):
+        message = f"tensor {bare[0][:200]} lacks the {_PREFIX} that other names begin with"
+        raise AdapterRefused("unmatched_tensor", message, bare[0][:200])
+    return "" if bare else _PREFIX
 
 
 def modules_present(entries: Mapping[str, TensorEntry], geometry: BaseGeometry) -> set[str]:
@@ -164,8 +172,6 @@ class _Matching:
 
     def _trained_bias(self, name: str) -> str | None:
         """The base's parameter in whose place PEFT loads this one; None if it is no trained bias."""
-        if not name.startswith(self._prefix):
-            return None
         name = name.removeprefix(self._prefix)
         wrapped = name.removesuffix(".base_layer.bias")
         if wrapped != name:
@@ -183,21 +189,19 @@ class _Matching:
     def _left_over(self, tensor: str) -> Iterator[BaseCopy]:
         """A copy of the base's, or nothing that is computed with."""
         name = tensor.removeprefix(self._prefix)
-        if any(part in name and name.partition(part)[0] in self._lora for part in _IDLE_OF_LORA):
-            return
-        if any(name.removesuffix(end) in self._trained.modules for end in _IDLE_OF_MODULES):
-            return
-        for end in _BASE_ENDS if tensor.startswith(self._prefix) else ():
+        for idle, owners in ((_IDLE_OF_LORA, self._lora), (_IDLE_OF_MODULES, self._trained.modules)):
+            match = idle.fullmatch(name)
+            if match and match[1] in owners:
+                return
+        for end in _BASE_ENDS:
             module = name.removesuffix(end)
             if module != name and module in self._geometry.modules:
                 if end.endswith(".weight"):
                     self._refuse_resized(tensor, self._matrix(module))
                 yield BaseCopy(tensor, module, end.rpartition(".")[2])
                 return
-        where = "belongs to no targeted module of the base"
-        if not tensor.startswith(self._prefix):
-            where = f"lacks the {self._prefix} that other names begin with"
-        raise AdapterRefused("unmatched_tensor", f"tensor {tensor[:200]} {where}", tensor[:200])
+        message = f"tensor {tensor[:200]} belongs to nothing that the adapter trains, and is no weight of the base"
+        raise AdapterRefused("unmatched_tensor", message, tensor[:200])
 
     def _matrix(self, module: str) -> tuple[int, int]:
         """Shape of the weight of an embedding or an output: a row a token."""

@@ -331,7 +331,8 @@ class AdapterStore:
             why = None if weights.manifest.version == version else "its content has changed"
         except (AdapterRefused, FileNotFoundError) as error:
             # Settings may have become narrower since it was published; that is no damage.
-            if isinstance(error, AdapterRefused) and error.code in ("rank_too_large", "overflow"):
+            narrower = ("rank_too_large", "overflow", "base_weights_unverified")
+            if isinstance(error, AdapterRefused) and error.code in narrower:
                 raise
             why = str(error) if isinstance(error, AdapterRefused) else "its files are gone"
         if why is not None:
