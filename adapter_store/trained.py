@@ -57,7 +57,7 @@ def norms(geometry: BaseGeometry) -> set[str]:
 def _saved(end: str, geometry: BaseGeometry) -> Iterator[str]:
     matched = _ending_in(end, geometry)
     if not matched:
-        _refuse("modules_to_save", f"modules_to_save names {end}: the base has no such module")
+        _refuse("modules_to_save", f"modules_to_save names {end}: the base has no such module, or none to replace")
     replaceable = norms(geometry)
     for module in sorted(matched):
         if module not in replaceable and not _has_tokens(module, geometry):
