@@ -101,6 +101,7 @@ INPUT_EMBEDDING = ""
 """In place of a name: whatever module the base takes its tokens in with."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_MAX_NAMES = 1024
 
 _INIT_LEAVES_BASE = frozenset({"eva", "gaussian", "mica", "orthogonal"})
 
@@ -279,6 +280,8 @@ def _modules_to_save(fields: Mapping[str, object]) -> frozenset[str]:
     # PEFT takes them for names and for regular expressions at once; only what means the same as both is taken here.
     if not isinstance(value, list) or not all(isinstance(item, str) and _NAME.fullmatch(item) for item in value):
         _invalid("modules_to_save", value, "a list of module names")
+    if len(value) > _MAX_NAMES:
+        _invalid("modules_to_save", value, f"of {_MAX_NAMES} names at most")
     return frozenset(value)
 
 
@@ -288,10 +291,12 @@ def _token_indices(fields: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
     if value is None:
         return {}
     table: dict[str, Any] = value if isinstance(value, dict) else {INPUT_EMBEDDING: value}
+    if len(table) > _MAX_NAMES:
+        _invalid(name, value, f"for {_MAX_NAMES} names at most")
     for module, indices in table.items():
         if isinstance(value, dict) and not _NAME.fullmatch(module):
             _invalid(name, value, "a list of tokens, or an object of such lists by module name")
-        if not isinstance(indices, list) or not all(type(item) is int and item >= 0 for item in indices):
+        if not isinstance(indices, list) or not all(type(item) is int and 0 <= item < 2**31 for item in indices):
             _invalid(name, value, "a list of tokens, or an object of such lists by module name")
         if not indices or len(set(indices)) != len(indices):
             _invalid(name, value, "a token at least, and none twice")

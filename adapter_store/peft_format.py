@@ -179,7 +179,8 @@ class AdapterReader:
             if not np.array_equal(plan.file.read(of_output).array, plan.file.read(of_embedding).array):
                 _refuse_untied(output)
             if own_weight(self.base_weights, self.geometry, output, "bias") is not None:
-                _refuse_untied(f"the bias of {output}")
+                message = f"ensure_weight_tying is true, and {output} has a bias, which PEFT leaves out then"
+                raise AdapterRefused("unsupported_field", message, "ensure_weight_tying")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +197,8 @@ class _Plan:
     contents: Contents
 
 
-def _refuse_untied(what: str) -> NoReturn:
-    message = f"ensure_weight_tying is true, but {what} has other weights than the embedding"
+def _refuse_untied(output: str) -> NoReturn:
+    message = f"ensure_weight_tying is true, but {output} has other weights than the embedding"
     raise AdapterRefused("unsupported_field", message, "ensure_weight_tying")
 
 

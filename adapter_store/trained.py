@@ -18,7 +18,7 @@ _EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head"})
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a config asks for beside LoRA. No module is in two of these."""
+    """What a config asks for beside LoRA. No module is both in `modules` and in `tokens`."""
 
     modules: frozenset[str]
     """Embeddings, outputs and norms that were trained as a whole."""
@@ -35,10 +35,11 @@ def trained(spec: LoraSpec, geometry: BaseGeometry, lora: Collection[str]) -> Tr
 
     Raises AdapterRefused `unsupported_field` and `vocabulary_resized`, naming the field.
     """
-    modules = {module for end in sorted(spec.modules_to_save) for module in _saved(end, geometry)}
+    known = _known(geometry)
+    modules = {module for end in sorted(spec.modules_to_save) for module in _saved(end, known, geometry)}
     tied = _tied_modules(spec, geometry)
     modules |= {*tied.keys(), *tied.values()}
-    tokens, token_source = _tokens(spec, geometry)
+    tokens, token_source = _tokens(spec, known, geometry)
     for module in sorted(modules.intersection(lora)):
         _refuse("modules_to_save", f"modules_to_save and LoRA are both on {module}")
     for module in sorted(tokens):
@@ -54,12 +55,14 @@ def norms(geometry: BaseGeometry) -> set[str]:
     return {parameter.rpartition(".")[0] for parameter in geometry.vectors}
 
 
-def _saved(end: str, geometry: BaseGeometry) -> Iterator[str]:
-    matched = _ending_in(end, geometry)
+def _saved(end: str, known: Collection[str], geometry: BaseGeometry) -> Iterator[str]:
+    matched = _ending_in(end, known)
     if not matched:
-        _refuse("modules_to_save", f"modules_to_save names {end}: the base has no such module, or none to replace")
+        _refuse(
+            "modules_to_save", f"modules_to_save names {end[:200]}: the base has no such module, or none to replace"
+        )
     replaceable = norms(geometry)
-    for module in sorted(matched):
+    for module in matched:
         if module not in replaceable and not _has_tokens(module, geometry):
             _refuse(
                 "modules_to_save",
@@ -68,13 +71,18 @@ def _saved(end: str, geometry: BaseGeometry) -> Iterator[str]:
         yield module
 
 
-def _ending_in(end: str, geometry: BaseGeometry) -> set[str]:
-    """PEFT's rule: any module, of whatever kind, whose name ends so, be it in the midst of a part of the name."""
+def _known(geometry: BaseGeometry) -> set[str]:
+    """Names of the modules that adapters may change, and of all that these are within."""
     known = {*geometry.modules, *norms(geometry)}
     for name in list(known):
         while name := name.rpartition(".")[0]:
             known.add(name)
-    return {name for name in known if name.endswith(end)}
+    return known
+
+
+def _ending_in(end: str, known: Collection[str]) -> list[str]:
+    """PEFT's rule: any module, of whatever kind, whose name ends so, be it in the midst of a part of the name."""
+    return sorted(name for name in known if name.endswith(end))
 
 
 def _has_tokens(module: str, geometry: BaseGeometry) -> bool:
@@ -91,13 +99,15 @@ def _tied_modules(spec: LoraSpec, geometry: BaseGeometry) -> dict[str, str]:
     return {output: embedding for output, embedding in geometry.tied.items() if embedding in geometry.modules}
 
 
-def _tokens(spec: LoraSpec, geometry: BaseGeometry) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+def _tokens(
+    spec: LoraSpec, known: Collection[str], geometry: BaseGeometry
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     tokens: dict[str, tuple[int, ...]] = {}
     for end, indices in spec.token_indices.items():
-        matched = {_input_embedding(geometry)} if end == INPUT_EMBEDDING else _ending_in(end, geometry)
+        matched = [_input_embedding(geometry)] if end == INPUT_EMBEDDING else _ending_in(end, known)
         if not matched:
-            _refuse(TOKENS_FIELD, f"{TOKENS_FIELD} names {end}: the base has no such module")
-        for module in sorted(matched):
+            _refuse(TOKENS_FIELD, f"{TOKENS_FIELD} names {end[:200]}: the base has no such module")
+        for module in matched:
             if not _has_tokens(module, geometry):
                 _refuse(TOKENS_FIELD, f"{TOKENS_FIELD} names {end}, and so {module}, which has no rows of tokens")
             if tokens.setdefault(module, indices) != indices:

@@ -202,6 +202,9 @@ REFUSED: dict[str, FieldCase] = {
     "save-positions": FieldCase(("modules_to_save",), {"modules_to_save": ("wpe",)}, "gpt2", "rank4"),
     "save-unknown": FieldCase(("modules_to_save",), {"modules_to_save": ("classifier",)}),
     "save-pattern": FieldCase(("modules_to_save",), edit={"modules_to_save": ["lm_(head)?"]}, code="invalid_field"),
+    "save-too-many": FieldCase(
+        ("modules_to_save",), edit={"modules_to_save": ["lm_head"] * 1025}, code="invalid_field"
+    ),
     "save-text": FieldCase(("modules_to_save",), edit={"modules_to_save": "lm_head"}, code="invalid_field"),
     "save-and-lora": FieldCase(("modules_to_save",), kind="embeddings", edit={"modules_to_save": ["head"]}),
     "tie-other-saved": FieldCase(
@@ -238,6 +241,14 @@ REFUSED: dict[str, FieldCase] = {
     "tokens-none": FieldCase(("trainable_token_indices",), {"trainable_token_indices": []}, code="invalid_field"),
     "tokens-below": FieldCase(
         ("trainable_token_indices",), edit={"trainable_token_indices": [-1]}, code="invalid_field"
+    ),
+    "tokens-beyond-integers": FieldCase(
+        ("trainable_token_indices",), edit={"trainable_token_indices": [2**31]}, code="invalid_field"
+    ),
+    "tokens-too-many-names": FieldCase(
+        ("trainable_token_indices",),
+        edit={"trainable_token_indices": {f"n{number}": [3] for number in range(1025)}},
+        code="invalid_field",
     ),
     "tokens-text": FieldCase(("trainable_token_indices",), edit={"trainable_token_indices": "3"}, code="invalid_field"),
     "tokens-no-names": FieldCase(
