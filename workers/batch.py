@@ -16,19 +16,12 @@ from torch import Tensor
 
 from lorafleet.kernels.segments import BASE_SLOT, SegmentPlan, Segments, plan_segments
 from lorafleet.workers.model.attention import AttentionBatch
-from lorafleet.workers.model.sampler import SamplingBatch
+from lorafleet.workers.model.sampler import NO_SAMPLING, SamplingBatch
+from lorafleet.workers.sampling_table import SamplingTable
 from lorafleet.workers.sequence import Sequence
 
 Ints = npt.NDArray[np.integer[Any]]
 
-_SETTINGS = np.dtype(
-    [("temperature", "f4"), ("top_p", "f4"), ("top_k", "i8"), ("min_tokens", "i8"), ("num_logprobs", "i8")]
-)
-"""What the sampler needs to know of a sequence."""
-MIN_TEMPERATURE = 1e-5
-"""Below it the likeliest token is taken: logits divided by less overflow."""
-MAX_COUNT = 1 << 31
-"""Requests may name any number; more than this means no more than this."""
 GRAPH_CHUNK_LENGTH = 16
 """Chunk length of captured batches, whatever their mix of adapters."""
 
@@ -141,11 +134,10 @@ class BatchBuilder:
         these rows; padding rows write their keys and values to `null_page`.
         """
         self._page_tokens = page_tokens
-        self._stop_token_ids = stop_token_ids
+        self._sampling = SamplingTable(stop_token_ids)
         self._graph_sizes = graph_sizes
         self._null_page = null_page
         self._tables = np.zeros((0, max_pages), dtype=np.int32)
-        self._settings = np.zeros(0, dtype=_SETTINGS)
         self._free_lines: list[int] = []
 
     def release(self, sequence: Sequence) -> None:
@@ -209,7 +201,7 @@ class BatchBuilder:
             rows=rows,
             sampled=sampled,
             prompts=tuple(prompt for _, prompt in prompts),
-            sampling=self._sampling(sampled, lines[samples]),
+            sampling=self._sampling.batch(sampled, lines[samples]),
         )
 
     def _graph_size(self, num_rows: int) -> int | None:
@@ -224,14 +216,7 @@ class BatchBuilder:
                 self._grow()
             line = sequence.batch_line = self._free_lines.pop()
             sequence.num_tabled_pages = 0
-            settings = sequence.request.sampling
-            self._settings[line] = (
-                settings.temperature if settings.temperature >= MIN_TEMPERATURE else 0.0,
-                settings.top_p,
-                min(max(settings.top_k, 0), MAX_COUNT),
-                min(settings.min_tokens, MAX_COUNT),
-                -1 if settings.logprobs is None else settings.logprobs,
-            )
+            self._sampling.put(line, sequence)
         pages = sequence.kv_pages
         if len(pages) != sequence.num_tabled_pages:
             self._tables[line, sequence.num_tabled_pages : len(pages)] = pages[sequence.num_tabled_pages :]
@@ -239,11 +224,11 @@ class BatchBuilder:
         return line
 
     def _grow(self) -> None:
-        num_lines = len(self._settings)
+        num_lines = len(self._tables)
         added = max(64, num_lines)
         self._free_lines.extend(range(num_lines, num_lines + added))
         self._tables = np.concatenate([self._tables, np.zeros((added, self._tables.shape[1]), dtype=np.int32)])
-        self._settings = np.concatenate([self._settings, np.zeros(added, dtype=_SETTINGS)])
+        self._sampling.grow(added)
 
     def _prompts(
         self, rows: tuple[ScheduledRows, ...], starts: Ints, ends: Ints
@@ -258,26 +243,6 @@ class BatchBuilder:
                 if count > 0:
                     prompts.append((index, (item.sequence, start, count)))
         return prompts
-
-    def _sampling(self, sampled: tuple[Sequence, ...], lines: Ints) -> SamplingBatch:
-        settings = self._settings[lines]
-        num_made = np.array([seq.num_made for seq in sampled], dtype=np.int64)
-        forbidden: tuple[tuple[int, ...], ...] = ()
-        too_early = num_made < settings["min_tokens"]
-        if too_early.any():
-            forbidden = tuple(
-                tuple(self._stop_token_ids.union(seq.request.sampling.stop_token_ids)) if is_too_early else ()
-                for seq, is_too_early in zip(sampled, too_early.tolist(), strict=True)
-            )
-        return SamplingBatch(
-            temperatures=settings["temperature"],
-            top_ps=settings["top_p"],
-            top_ks=settings["top_k"],
-            seeds=[seq.seed for seq in sampled],
-            positions=num_made,
-            forbidden=forbidden,
-            num_logprobs=int(settings["num_logprobs"].max(initial=-1)),
-        )
 
 
 def _place(item: ScheduledRows) -> tuple[bool, int]:
@@ -300,7 +265,6 @@ def blank_batch(graph_size: int, *, max_pages: int, null_page: int, has_lora: bo
 
 
 def _blank(layout: _Layout, *, graph_size: int | None, chunk_length: int, has_lora: bool) -> StepBatch:
-    none = np.zeros(0, dtype=np.int64)
     batch = _assemble(
         layout,
         graph_size=graph_size,
@@ -309,7 +273,7 @@ def _blank(layout: _Layout, *, graph_size: int | None, chunk_length: int, has_lo
         rows=(),
         sampled=(),
         prompts=(),
-        sampling=SamplingBatch(np.zeros(0, np.float32), np.zeros(0, np.float32), none, [], none, (), -1),
+        sampling=NO_SAMPLING,
     )
     if not has_lora:
         return batch

@@ -350,7 +350,7 @@ class Engine:
             self._outbox.append((request.request_id, error))
             return
         vocab_size = self._runner.base.vocab_size
-        for token_id in (*request.prompt_token_ids, *request.sampling.stop_token_ids):
+        for token_id in (*request.prompt_token_ids, *request.sampling.stop_token_ids, *request.sampling.logit_bias):
             if not 0 <= token_id < vocab_size:
                 error = InvalidTokenId(f"token id {token_id} is not in the base's vocabulary of {vocab_size}")
                 self._outbox.append((request.request_id, error))

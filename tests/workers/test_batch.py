@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from lorafleet.kernels.segments import BASE_SLOT
 from lorafleet.workers.batch import BatchBuilder, ScheduledRows, StepBatch
 from lorafleet.workers.detokenizer import Detokenizer
+from lorafleet.workers.model.sampler import SamplingBatch, uniforms
 from lorafleet.workers.request import EngineRequest, SamplingParams
+from lorafleet.workers.sampling_table import FORBIDDEN
 from lorafleet.workers.sequence import Sequence, pending_token
 
 PAGE_TOKENS = 4
@@ -91,8 +93,9 @@ def assert_lays_out(batch: StepBatch, scheduled: list[ScheduledRows]) -> None:
         inputs.segments.host_row_slots[row] for row in logits_rows
     ] == inputs.logits_segments.host_row_slots.tolist()
     assert sum(count for _, _, count in batch.prompts) == len(prompt_rows)
-    assert [seq.seed for seq in batch.sampled] == batch.sampling.seeds
-    assert batch.sampling.positions.tolist() == [seq.num_made for seq in batch.sampled]
+    seeds = np.array([seq.seed for seq in batch.sampled], dtype=np.uint64)
+    num_made = np.array([seq.num_made for seq in batch.sampled], dtype=np.int64)
+    assert batch.sampling.draws["uniform"].tolist() == uniforms(seeds, num_made).tolist()
 
 
 @st.composite
@@ -126,7 +129,7 @@ def test_every_row_is_where_it_belongs(rows: list[ScheduledRows]) -> None:
     assert batch.sampling.num_logprobs == max(
         (-1 if one.logprobs is None else one.logprobs for one in wanted), default=-1
     )
-    assert sorted(batch.sampling.temperatures.tolist()) == sorted(
+    assert sorted(batch.sampling.draws["temperature"].tolist()) == sorted(
         0.5 if one.temperature == 0.5 else 0.0 for one in wanted
     )
 
@@ -178,16 +181,47 @@ def test_rows_of_one_adapter_are_neighbours() -> None:
 
 
 def test_stop_tokens_are_forbidden_before_min_tokens() -> None:
-    sampling = SamplingParams(min_tokens=2, stop_token_ids=(7, 9))
+    sampling = SamplingParams(min_tokens=2, stop_token_ids=(7, 9), logit_bias={7: 5, 8: -1})
     rows = []
     for num_made in range(4):
         sequence = sequence_of(3, num_made, sampling=sampling)
         sequence.num_computed, sequence.kv_pages = len(sequence.token_ids) - 1, [0, 1]
         rows.append(ScheduledRows(sequence, 1))
     making = builder()
-    forbidden = making.build(rows).sampling.forbidden
-    assert [sorted(one) for one in forbidden] == [[2, 7, 9], [2, 7, 9], [], []]
-    assert making.build(rows[2:]).sampling.forbidden == ()
+    asked = [(row, token, bias) for row in range(4) for token, bias in ((7, 5.0), (8, -1.0))]
+    forbidden = [(row, token, np.float32(FORBIDDEN)) for row in range(2) for token in (2, 7, 9)]
+    assert sorted(making.build(rows).sampling.biases.tolist()) == sorted(asked + forbidden)
+    assert len(making.build(rows[2:]).sampling.biases) == 4
+
+
+def test_what_is_penalised_has_its_line_from_its_first_token_on() -> None:
+    """Other rows stay out of it; a prompt is told of where its tokens count."""
+    plain = sequence_of(3, 0)
+    counted = sequence_of(4, 0, first=200, sampling=SamplingParams(frequency_penalty=0.5, presence_penalty=-1))
+    repeated = sequence_of(5, 2, first=300, sampling=SamplingParams(repetition_penalty=2))
+    making = builder()
+
+    def build(*sequences: Sequence) -> SamplingBatch:
+        for sequence in sequences:
+            sequence.num_computed, sequence.kv_pages = len(sequence.token_ids) - 1, [0, 1]
+        return making.build([ScheduledRows(sequence, 1) for sequence in sequences]).sampling
+
+    first = build(plain, counted)
+    assert first.penalties.tolist() == [(1, counted.batch_line, -1.0, 0.5, 1.0)]
+    assert first.starts.tolist() == [(counted.batch_line,)]
+    assert len(first.prompts) == 0
+    assert len(build(plain).penalties) == 0
+    counted.token_ids.append(pending_token(1))
+    repeated.token_ids = repeated.token_ids[:5]
+    second = build(repeated, plain, counted)
+    assert second.penalties.tolist() == [
+        (0, repeated.batch_line, 0.0, 0.0, 2.0),
+        (2, counted.batch_line, -1.0, 0.5, 1.0),
+    ]
+    assert second.starts.tolist() == [(repeated.batch_line,)]
+    assert second.prompts.tolist() == [(repeated.batch_line, token) for token in range(300, 305)]
+    repeated.token_ids.append(7)
+    assert len(build(repeated).starts) == 0
 
 
 def test_a_token_in_flight_is_a_placeholder() -> None:

@@ -22,7 +22,7 @@ from lorafleet.workers.model import attention, fused_layers, lora_layers
 from lorafleet.workers.model.cuda_graphs import StepGraph, capture
 from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel
-from lorafleet.workers.model.sampler import Chosen, sample, with_logprobs
+from lorafleet.workers.model.sampler import Chosen, Sampler, with_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class ModelRunner:
         self.pool = pool
         self._lora = lora_layers.LoraContext()
         self._attention = attention.AttentionContext(cache)
+        self._sampler = Sampler()
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
         self.max_pages = -(-(base.max_model_len + 1) // cache.page_tokens)
         """KV pages of the longest sequence."""
@@ -110,7 +111,7 @@ class ModelRunner:
             num_top = max(sequence.request.sampling.logprobs or 0 for sequence, _, _ in batch.prompts)
             prompts = with_logprobs(logits[:num_prompt_rows], torch.tensor(targets, device=logits.device), num_top)
         sampled = (
-            sample(logits[num_prompt_rows : num_prompt_rows + len(batch.sampled)], batch.sampling)
+            self._sampler.sample(logits[num_prompt_rows : num_prompt_rows + len(batch.sampled)], batch.sampling)
             if batch.sampled
             else None
         )
