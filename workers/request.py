@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -57,11 +57,14 @@ class SamplingParams(BaseModel):
         "it where it is negative.",
     )
     logit_bias: dict[TokenIdKey, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
-        default={}, max_length=1024, description="Added to the logits of these token ids."
+        default={},
+        max_length=1024,
+        description="Added to the logits of these token ids.",
+        json_schema_extra={"propertyNames": {"pattern": f"^({_DECIMAL.pattern})$"}},
     )
-    seed: int | None = Field(
-        default=None, ge=-(2**63), le=2**63 - 1, description="The same seed draws the same answer, whatever else runs."
-    )
+    seed: (
+        Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WithJsonSchema({"type": "integer", "format": "int64"})] | None
+    ) = Field(default=None, description="The same seed draws the same answer, whatever else runs.")
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), max_length=16, description="Strings that end the text; they are not part of it."
     )

@@ -70,6 +70,8 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"seed": 2**63}, 400, "invalid_value", "seed"),
         ({"n": 0}, 400, "invalid_value", "n"),
         ({"n": 17}, 400, "invalid_value", "n"),
+        ({"n": 1.5}, 400, "invalid_value", "n"),
+        ({"prompt": [5, 6.5]}, 400, "invalid_value", "prompt"),
         ({"prompt": ["a"] * 257}, 400, "invalid_value", "prompt"),
         ({"stop": ""}, 400, "invalid_value", "stop.0"),
         ({"stop": ["a"] * 17}, 400, "invalid_value", "stop"),
@@ -156,7 +158,7 @@ def test_harmless_fields_are_accepted(shared_service: Service) -> None:
         "user": "me",
         "metadata": {"a": "b"},
         "store": False,
-        "best_of": 1,
+        "best_of": 1.0,
         "frequency_penalty": 0,
         "presence_penalty": 0.0,
         "logit_bias": {},
@@ -168,6 +170,16 @@ def test_harmless_fields_are_accepted(shared_service: Service) -> None:
         assert http.post("/v1/completions", json=PROMPT | harmless).status_code == 200
         chat = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "parallel_tool_calls": True}
         assert http.post("/v1/chat/completions", json=CHAT | chat).status_code == 200
+
+
+def test_a_number_without_a_fraction_is_an_integer(shared_service: Service) -> None:
+    """As JSON has it, and its schemas."""
+    with shared_service.http() as http:
+        spelled = {"prompt": [[5.0, 6], [7]], "max_tokens": 3.0, "n": 2.0, "logit_bias": {"5": 1}, "seed": -4.0}
+        reply = http.post("/v1/completions", json=PROMPT | spelled)
+        assert reply.status_code == 200, reply.text
+        usage = reply.json()["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (3, 12)
 
 
 @pytest.mark.parametrize(
