@@ -70,8 +70,9 @@ def assemble(
         base,
         cache,
         adapter_pool,
-        graph_sizes=graph_sizes(engine.max_running, engine.max_batch_tokens),
+        graph_sizes=graph_sizes(engine.max_running, engine.max_batch_tokens, engine.logits_chunk_tokens),
         max_batch_tokens=engine.max_batch_tokens,
+        max_pass_rows=engine.logits_chunk_tokens,
     )
     parts = WorkerParts(
         engine=Engine(runner, loader, load_tokenizer(model.source), engine, deliver, worker_id=worker_id),

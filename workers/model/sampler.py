@@ -5,6 +5,7 @@ A row's choice depends on its own logits, settings, seed and position only, neve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,6 +35,20 @@ class SamplingBatch:
     def is_greedy(self) -> bool:
         return not self.temperatures.any()
 
+    def part(self, start: int, end: int) -> SamplingBatch:
+        """The settings of the rows from `start` to `end`, which are sampled apart from the others."""
+        if (start, end) == (0, len(self.seeds)):
+            return self
+        return SamplingBatch(
+            temperatures=self.temperatures[start:end],
+            top_ps=self.top_ps[start:end],
+            top_ks=self.top_ks[start:end],
+            seeds=self.seeds[start:end],
+            positions=self.positions[start:end],
+            forbidden=self.forbidden[start:end],
+            num_logprobs=self.num_logprobs,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
@@ -55,6 +70,24 @@ class Chosen:
         assert self.top_ids is not None
         assert self.top_logprobs is not None
         return tuple(zip(self.top_ids[row, :count].tolist(), self.top_logprobs[row, :count].tolist(), strict=True))
+
+    @staticmethod
+    def joined(parts: list[Chosen]) -> Chosen | None:
+        """What was chosen in several passes, as if it had been in one; None when nothing was."""
+        if len(parts) < 2:
+            return parts[0] if parts else None
+
+        def join(of: Callable[[Chosen], Tensor | None]) -> Tensor | None:
+            columns = [column for one in parts if (column := of(one)) is not None]
+            return torch.cat(columns) if columns else None
+
+        return Chosen(
+            token_ids=torch.cat([one.token_ids for one in parts]),
+            logprobs=join(lambda one: one.logprobs),
+            top_ids=join(lambda one: one.top_ids),
+            top_logprobs=join(lambda one: one.top_logprobs),
+            peaks=torch.cat([one.peaks for one in parts]),
+        )
 
     def to_host(self) -> Chosen:
         """Begin to copy to the host; complete once the device has caught up with an event recorded after this."""
