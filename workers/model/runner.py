@@ -196,6 +196,7 @@ class ModelRunner:
             logits_to_keep=logits_pass.rows,
         )
         logits: torch.Tensor = output.logits[0]
+        assert logits.shape[0] == logits_pass.rows.shape[0], "the probe has seen that chosen rows come alone"
         return logits[logits_pass.own]
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:
@@ -308,7 +309,13 @@ class ModelRunner:
         finally:
             self._attention.batch = None
             self.cache.free(pages)
-        got, wanted = torch.cat(parts).float().log_softmax(-1), self.base.probe_logits.log_softmax(-1)
+        logits, wanted = torch.cat(parts), self.base.probe_logits.log_softmax(-1)
+        if logits.shape != wanted.shape:
+            raise UnsupportedModel(
+                f"{type(self.base.model).__name__} does not give the logits of the chosen rows: of {wanted.shape[0]} "
+                f"rows there are {logits.shape[0]}"
+            )
+        got = logits.float().log_softmax(-1)
         likely = wanted.topk(min(PROBE_TOP, wanted.shape[-1]), dim=-1).indices
         return float((got - wanted).abs().gather(-1, likely).mean())
 
