@@ -19,7 +19,7 @@ from typing import Any, cast
 from ray.util.metrics import Metric
 
 from lorafleet.adapter_store import errors as store_errors
-from lorafleet.adapter_store.peft_config import EFFECTIVE, HARMLESS, REFUSED
+from lorafleet.adapter_store.peft_config import FIELDS
 from lorafleet.adapter_store.validation import RULES
 from lorafleet.cluster import admin_api, errors, metrics, openai_api, openai_requests
 from lorafleet.cluster.auth import Keys
@@ -260,13 +260,8 @@ def adapter_rules() -> str:
 
 
 def peft_fields() -> str:
-    def named(fields: Iterable[str]) -> str:
-        return ", ".join(f"`{field}`" for field in sorted(fields))
-
-    refused = table(
-        ("refused unless off", "what it asks for"), ((f"`{field}`", what) for field, what in REFUSED.items())
-    )
-    return f"Read: {named(EFFECTIVE)}.\n\nWithout effect on what is served: {named(HARMLESS)}.\n\n{refused}"
+    rows = ((f"`{name}`", rule.verdict, rule.note) for name, rule in FIELDS.items())
+    return table(("field", "", "what of it, or why"), rows)
 
 
 # --- Python, metrics ---

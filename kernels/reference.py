@@ -293,13 +293,17 @@ def _accumulation(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
+def padded(x: Tensor) -> Tensor:
+    """(rows, width), with zeros behind them where they are fewer than `EXACT_ROWS`."""
+    return F.pad(x, (0, 0, 0, max(0, EXACT_ROWS - x.shape[0])))
+
+
 def _product(x: Tensor, matrix: Tensor, group: _Group) -> Tensor:
     """The product, of padded operands where the group is to be exact and they are too small for that."""
     num_rows, num_columns = x.shape[0], matrix.shape[1]
     if not group.is_exact or (num_rows >= EXACT_ROWS and num_columns > 1):
         return torch.mm(x, matrix)
-    x = F.pad(x, (0, 0, 0, max(0, EXACT_ROWS - num_rows)))
-    return torch.mm(x, F.pad(matrix, (0, 1)) if num_columns == 1 else matrix)[:num_rows, :num_columns]
+    return torch.mm(padded(x), F.pad(matrix, (0, 1)) if num_columns == 1 else matrix)[:num_rows, :num_columns]
 
 
 def _add_product(y: Tensor, h: Tensor, b: Tensor, group: _Group, part: _PartPlan) -> None:

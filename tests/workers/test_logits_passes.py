@@ -21,6 +21,7 @@ from lorafleet.workers.engine import Delivery
 from lorafleet.workers.model import runner
 from lorafleet.workers.model.logits import BodyOnce
 from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams
+from tests.support.adapters import make_adapter
 from tests.support.bases import BaseKind
 from tests.workers.harness import ENGINE, POOL, Shelf, ask, greedy, open_worker, random_prompt
 from tests.workers.test_refusals import SERVED, SHAPE, save_base
@@ -89,9 +90,14 @@ def playing(shelf: Shelf, **settings: object) -> Iterator[Script]:
 
 @pytest.mark.usefixtures("multiplies_rows_alike")
 @pytest.mark.parametrize("kind", ["llama", "llama_tied"])
-def test_many_passes_say_what_one_says_bit_for_bit(kind: BaseKind, shelf_of: Callable[[BaseKind], Shelf]) -> None:
-    """Tokens and logprobs of prompts and of answers, with adapters on the head among others."""
-    shelf = shelf_of(kind)
+def test_many_passes_say_what_one_says_bit_for_bit(
+    kind: BaseKind, shelf_of: Callable[[BaseKind], Shelf], tmp_path: Path
+) -> None:
+    """Tokens and logprobs of prompts and of answers, with adapters on the head and one that replaces it."""
+    shelf = Shelf(shelf_of(kind).base)
+    for folder in shelf_of(kind).folders.values():
+        shelf.put(folder)
+    shelf.put(make_adapter(tmp_path / "own_head", shelf.base, "rank4_qv", modules_to_save=("lm_head",)))
     with playing(shelf) as script:
         expected = script.play(requests_of(shelf))
     assert any(delta.prompt_logprobs for _, delta in expected if isinstance(delta, GenerateDelta))
