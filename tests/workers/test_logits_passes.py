@@ -22,7 +22,7 @@ from lorafleet.workers.model import runner
 from lorafleet.workers.model.logits import BodyOnce
 from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams
 from tests.support.adapters import make_adapter
-from tests.support.bases import BaseKind
+from tests.support.bases import BaseKind, make_base
 from tests.workers.harness import ENGINE, POOL, Shelf, ask, greedy, open_worker, random_prompt
 from tests.workers.test_refusals import SERVED, SHAPE, save_base
 
@@ -52,7 +52,7 @@ class Script:
         self._is_done = threading.Event()
         self.parts: WorkerParts = assemble(
             worker_id="w",
-            model=ModelConfig(id="base", source=str(shelf.base)),
+            model=ModelConfig(id="base", source=str(shelf.base), dtype="float32"),
             engine=ENGINE.model_copy(update={"prefix_cache": False, **settings}),
             pool=POOL,
             fetch=shelf.weights.__getitem__,
@@ -190,3 +190,25 @@ async def test_a_body_that_cannot_be_kept_is_computed_for_each_pass(
     assert answer.tokens == expected.tokens
     assert answer.logprobs == expected.logprobs
     assert answer.deltas[0].prompt_logprobs == expected.deltas[0].prompt_logprobs
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_passes_take_less_memory_and_say_the_same(tmp_path: Path) -> None:
+    shelf = Shelf(make_base(tmp_path / "base", vocab_size=50_000))
+    version = shelf.put(make_adapter(tmp_path / "adapter", shelf.base, "embeddings_all"))
+    request = EngineRequest("r", version, random_prompt(400, 0), greedy(4, logprobs=1, prompt_logprobs=True))
+    peaks, said = [], []
+    for chunk in (16, 512):
+        with playing(shelf, device="cuda", max_batch_tokens=512, logits_chunk_tokens=chunk) as script:
+            script.play([request])
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            said.append(script.play([request]))
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[0] < peaks[1] / 4, peaks
+    for (_, one), (_, other) in zip(*said, strict=True):
+        assert isinstance(one, GenerateDelta)
+        assert isinstance(other, GenerateDelta)
+        assert one.token_ids == other.token_ids
+        for entry, again in zip(one.prompt_logprobs or (), other.prompt_logprobs or (), strict=True):
+            assert entry.logprob == pytest.approx(again.logprob, abs=1e-4)
