@@ -31,6 +31,8 @@ EXACT_ROWS = 16
 """With at least so many rows, BLAS sums a row as it would among any others; with fewer it has other ways."""
 _MAX_PLANS = 8
 """Plans that a module remembers."""
+_MAX_EXACT_PLANS = 64
+"""The same where groups are to be exact: of the head alone, and each of one adapter."""
 _MAX_RUNS = 3
 """Runs of rows that are multiplied one by one, where no copy is needed; more are gathered and scattered."""
 _MAX_KEPT = 1 << 16
@@ -243,7 +245,8 @@ def _plan(weights: LoraWeights | LoraEmbeddingWeights, group: _Group) -> _Plan |
     plans = _plans_of.get(weights.ranks)
     # Torch counts the writes to a tensor and to its views: they tell whether an adapter came or went.
     stamp = (weights.ranks._version, weights.scalings._version, weights.b_rows._version)
-    if plans is None or plans.stamp != stamp or len(plans.by_key) >= _MAX_PLANS:
+    most = _MAX_EXACT_PLANS if group.is_exact else _MAX_PLANS
+    if plans is None or plans.stamp != stamp or (group.key not in plans.by_key and len(plans.by_key) >= most):
         plans = _plans_of[weights.ranks] = _Plans(stamp, {})
     if group.key not in plans.by_key:
         plans.by_key[group.key] = _make_plan(weights, group)
