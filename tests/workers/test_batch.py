@@ -49,9 +49,14 @@ def sequence_of(
     return sequence
 
 
-def builder(graph_sizes: tuple[int, ...] = ()) -> BatchBuilder:
+def builder(graph_sizes: tuple[int, ...] = (), pass_rows: tuple[int, int] = (1, 1000)) -> BatchBuilder:
     return BatchBuilder(
-        page_tokens=PAGE_TOKENS, max_pages=MAX_PAGES, stop_token_ids=STOP_IDS, graph_sizes=graph_sizes, null_page=999
+        page_tokens=PAGE_TOKENS,
+        max_pages=MAX_PAGES,
+        stop_token_ids=STOP_IDS,
+        pass_rows=pass_rows,
+        graph_sizes=graph_sizes,
+        null_page=999,
     )
 
 
@@ -88,11 +93,10 @@ def assert_lays_out(batch: StepBatch, scheduled: list[ScheduledRows]) -> None:
             sampled_rows.append(row - 1)
     assert row == batch.num_rows == len(inputs.token_ids)
     assert attention.num_decodes == sum(item.num_rows == 1 for item in scheduled)
-    logits_rows = inputs.logits_rows.tolist()
-    assert logits_rows == prompt_rows + sampled_rows
-    assert [
-        inputs.segments.host_row_slots[row] for row in logits_rows
-    ] == inputs.logits_segments.host_row_slots.tolist()
+    assert [row for each in inputs.passes for row in each.rows[each.own].tolist()] == prompt_rows + sampled_rows
+    for each in inputs.passes:
+        assert each.segments.row_slots.tolist() == each.segments.host_row_slots.tolist()
+        assert each.segments.host_row_slots.tolist() == inputs.segments.host_row_slots[each.rows.numpy()].tolist()
     assert sum(count for _, _, count in batch.prompts) == len(prompt_rows)
     seeds = np.array([seq.seed for seq in batch.sampled], dtype=np.uint64)
     num_made = np.array([seq.num_made for seq in batch.sampled], dtype=np.int64)
@@ -120,11 +124,15 @@ def some_rows(draw: st.DrawFn) -> list[ScheduledRows]:
     return rows
 
 
-@given(rows=some_rows())
+@given(rows=some_rows(), fewest=st.sampled_from([1, 5, 16]), most=st.sampled_from([1, 4, 7, 1000]))
 @settings(max_examples=200, deadline=None)
-def test_every_row_is_where_it_belongs(rows: list[ScheduledRows]) -> None:
-    batch = builder().build(rows)
+def test_every_row_is_where_it_belongs(rows: list[ScheduledRows], fewest: int, most: int) -> None:
+    batch = builder(pass_rows=(fewest, most)).build(rows)
     assert_lays_out(batch, rows)
+    for plan in batch.passes:
+        assert plan.own.stop - plan.own.start <= most
+        assert min(fewest, batch.num_logits) <= plan.num_rows <= max(most, min(most, batch.num_logits) + 2 * fewest)
+        assert plan.segments.is_exact == (fewest > 1)
     assert not batch.has_pending
     wanted = [item.sequence.request.sampling for item in rows if item.samples]
     assert batch.sampling.num_logprobs == max(
@@ -250,7 +258,7 @@ def test_decodes_are_padded_to_a_captured_size() -> None:
     assert attention.context_lengths.tolist() == [6, 6, 6, 0]
     assert attention.block_tables.shape == (4, MAX_PAGES)
     assert inputs.segments.host_row_slots.tolist() == [0, 1, 2, BASE_SLOT]
-    assert inputs.logits_rows.tolist() == [0, 1, 2, 3]
+    assert [each.rows.tolist() for each in inputs.passes] == [[0, 1, 2, 3]]
     assert len(batch.sampled) == 3
     assert making.build(rows * 3).graph_size is None, "more than the largest size"
 
@@ -275,5 +283,6 @@ def test_a_prefill_that_goes_on_has_no_logits() -> None:
     batch = builder().build([ScheduledRows(sequence, 4)])
     assert batch.num_logits == 0
     assert batch.sampled == ()
-    assert batch.logits_segments.num_lora_chunks == 0
+    (only,) = batch.passes
+    assert only.segments.num_lora_chunks == 0
     assert np.array_equal(batch.query_lengths, [4])

@@ -149,7 +149,7 @@ PENALTIES = st.tuples(
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_counts_are_those_of_the_sequence_in_the_line(data: st.DataObject) -> None:
-    """Over steps of any sequences in any order, which end and whose lines others take."""
+    """Over steps of any sequences in any order, in one pass or two, which end and whose lines others take."""
     sampler = Sampler()
     lines, live = list(range(70)), list[Speaker]()
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
@@ -165,7 +165,13 @@ def test_counts_are_those_of_the_sequence_in_the_line(data: st.DataObject) -> No
         if not chosen:
             continue
         logits = torch.randn(len(chosen), VOCAB, generator=generator)
-        token_ids = sampler.sample(logits, batch_of(chosen)).token_ids.tolist()
+        batch, cut = batch_of(chosen), data.draw(st.integers(0, len(chosen)))
+        parts = [(start, end) for start, end in ((0, cut), (cut, len(chosen))) if start < end]
+        token_ids = [
+            token
+            for start, end in parts
+            for token in sampler.sample(logits[start:end], batch.part(start, end)).token_ids.tolist()
+        ]
         assert token_ids == [one.expected(row) for one, row in zip(chosen, logits, strict=True)]
         for one, token in zip(chosen, token_ids, strict=True):
             one.made.append(token)

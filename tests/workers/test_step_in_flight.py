@@ -67,8 +67,8 @@ async def test_the_answers_are_the_same(llama: Shelf, monkeypatch: pytest.Monkey
     expected, _ = await ask_all(llama)
     monkeypatch.setattr(ModelRunner, "is_asynchronous", True)
     assert_same((await ask_all(llama))[0], expected)
-    assert_same((await ask_all(llama, max_batch_tokens=7, max_logits_rows=5))[0], expected)
-    scarce = EngineConfig(device="cpu", max_batch_tokens=40, max_logits_rows=6, kv_bytes=11 * PAGE_BYTES)
+    assert_same((await ask_all(llama, max_batch_tokens=7, logits_chunk_tokens=5))[0], expected)
+    scarce = EngineConfig(device="cpu", max_batch_tokens=40, logits_chunk_tokens=6, kv_bytes=11 * PAGE_BYTES)
     for prefix_cache in (True, False):
         answers, num_preemptions = await ask_all(llama, engine=scarce, prefix_cache=prefix_cache)
         assert_same(answers, expected)

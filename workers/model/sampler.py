@@ -5,7 +5,7 @@ A row's choice depends on its own logits, settings, random number and tokens onl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,6 +56,26 @@ class SamplingBatch:
         """Whether each row takes the likeliest token of its logits as they are."""
         return self.is_greedy and not len(self.biases) and not len(self.penalties)
 
+    def part(self, start: int, end: int) -> SamplingBatch:
+        """What is for the rows from `start` to `end`, which are sampled apart from the others."""
+        if (start, end) == (0, len(self.draws)):
+            return self
+        penalties = _of_rows(self.penalties, start, end)
+        return SamplingBatch(
+            draws=self.draws[start:end],
+            biases=_of_rows(self.biases, start, end),
+            penalties=penalties,
+            starts=self.starts[np.isin(self.starts["line"], penalties["line"])],
+            prompts=self.prompts[np.isin(self.prompts["line"], penalties["line"])],
+            num_logprobs=self.num_logprobs,
+        )
+
+
+def _of_rows(records: Records, start: int, end: int) -> Records:
+    found = records[(records["row"] >= start) & (records["row"] < end)]
+    found["row"] -= start
+    return found
+
 
 NO_SAMPLING = SamplingBatch(
     np.zeros(0, DRAW), np.zeros(0, BIAS), np.zeros(0, PENALTY), np.zeros(0, START), np.zeros(0, PROMPT), -1
@@ -83,6 +103,24 @@ class Chosen:
         assert self.top_ids is not None
         assert self.top_logprobs is not None
         return tuple(zip(self.top_ids[row, :count].tolist(), self.top_logprobs[row, :count].tolist(), strict=True))
+
+    @staticmethod
+    def joined(parts: list[Chosen]) -> Chosen | None:
+        """What was chosen in several passes, as if it had been in one; None when nothing was."""
+        if len(parts) < 2:
+            return parts[0] if parts else None
+
+        def join(of: Callable[[Chosen], Tensor | None]) -> Tensor | None:
+            columns = [column for one in parts if (column := of(one)) is not None]
+            return torch.cat(columns) if columns else None
+
+        return Chosen(
+            token_ids=torch.cat([one.token_ids for one in parts]),
+            logprobs=join(lambda one: one.logprobs),
+            top_ids=join(lambda one: one.top_ids),
+            top_logprobs=join(lambda one: one.top_logprobs),
+            peaks=torch.cat([one.peaks for one in parts]),
+        )
 
     def to_host(self) -> Chosen:
         """Begin to copy to the host; complete once the device has caught up with an event recorded after this."""
