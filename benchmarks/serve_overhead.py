@@ -153,6 +153,7 @@ def engine_in_process(config: AppConfig, max_tokens: int) -> Iterator[Ask]:
 def service(config: AppConfig, folder: str, port: int) -> Iterator[None]:
     """The service on a Ray of its own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_PROXY_USE_GRPC", "1")
     try:
         ray.init(
             address="local",

@@ -7,10 +7,14 @@ the answers that one ingress asked for share one stream of batches.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 
 from lorafleet.workers.request import GenerateDelta
+
+KEEP_S = 60.0
+"""How long what nobody has fetched is kept for a reader that may be on its way."""
 
 Batch = list[tuple[str, GenerateDelta]]
 """Request ids and deltas, in the order in which they were made."""
@@ -22,9 +26,15 @@ class Outbox:
     def __init__(self) -> None:
         self.num_users = 0
         """Answers that write into it, and readers."""
+        self.used_s = 0.0
+        """When the last of them left."""
         self._batch: Batch = []
         self._changed = asyncio.Event()
         self._last_reader = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._batch
 
     def put(self, request_id: str, delta: GenerateDelta) -> None:
         """Add a delta."""
@@ -47,9 +57,10 @@ class Outbox:
 
 
 class Outboxes:
-    """The outboxes of one worker, one for each ingress; there while they are used."""
+    """The outboxes of one worker, one for each ingress; there while they are used, and until they are fetched."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._outboxes: dict[str, Outbox] = {}
 
     @contextmanager
@@ -61,5 +72,12 @@ class Outboxes:
             yield outbox
         finally:
             outbox.num_users -= 1
-            if outbox.num_users == 0:
+            outbox.used_s = self._clock()
+            self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        """An ingress may have died; one whose answers were all short may just not have begun to read."""
+        now = self._clock()
+        for outbox_id, outbox in list(self._outboxes.items()):
+            if outbox.num_users == 0 and (outbox.is_empty or now - outbox.used_s > KEEP_S):
                 del self._outboxes[outbox_id]

@@ -15,7 +15,7 @@ from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from lorafleet.cluster import worker_client
 from lorafleet.cluster.errors import Overloaded, WorkerGone
-from lorafleet.cluster.outbox import Outboxes
+from lorafleet.cluster.outbox import KEEP_S, Outboxes
 from lorafleet.cluster.outcome import Failure
 from lorafleet.cluster.whereabouts import note_request
 from lorafleet.cluster.worker_client import ServeStream, ServeWorkers
@@ -225,3 +225,19 @@ async def test_an_outbox_gathers_what_is_put_between_two_messages() -> None:
             assert other is not box
     with boxes.using("a") as fresh:
         assert fresh is not box
+
+
+async def test_an_outbox_is_kept_for_a_reader_that_comes_after_all_answers_are_over() -> None:
+    now = 0.0
+    boxes = Outboxes(clock=lambda: now)
+    for outbox_id in ("late", "dead"):
+        with boxes.using(outbox_id) as box:
+            box.put("r", LAST)
+    with boxes.using("late") as box:
+        batches = box.batches()
+        assert await anext(batches) == [("r", LAST)]
+    now += KEEP_S + 1
+    with boxes.using("other"):
+        pass
+    with boxes.using("dead") as box:
+        assert box.is_empty, "its ingress has died"
