@@ -116,7 +116,7 @@ def test_a_run(school: Service, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_fewer_questions_and_shots_and_a_busy_server(school: Service, tmp_path: Path) -> None:
-    school.workers.num_busy = 2
+    school.workers.num_busy = 1
     options = ("--model", BASE_ID, "--num-shots", "7", "--num-questions", "2", "--parallel", "1")
     line = run(school, tmp_path / "out.jsonl", *options)
     assert (line["questions"], line["shots"], line["accuracy"], line["invalid"]) == (2, 7, 0.0, 0.5)
