@@ -77,7 +77,7 @@ class UnknownVersion(AdapterStoreError):
 
 
 class AdapterRefused(AdapterStoreError):
-    """The adapter breaks a rule: `code` names the rule (`validation.py`), `param` the tensor or field."""
+    """The adapter breaks a rule: `code` names the rule (`validation.py`), `param` the tensor, field or file."""
 
     kind = "refused"
 

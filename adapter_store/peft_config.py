@@ -139,13 +139,15 @@ def read_config(path: Path) -> LoraSpec:
     """
     size = path.stat().st_size
     if size > MAX_CONFIG_BYTES:
-        raise AdapterRefused("config_too_large", f"adapter_config.json has {size} bytes (at most {MAX_CONFIG_BYTES})")
+        raise AdapterRefused(
+            "config_too_large", f"adapter_config.json has {size} bytes (at most {MAX_CONFIG_BYTES})", path.name
+        )
     try:
         fields = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise AdapterRefused("broken_config", "adapter_config.json is no valid JSON") from error
+        raise AdapterRefused("broken_config", "adapter_config.json is no valid JSON", path.name) from error
     if not isinstance(fields, dict):
-        raise AdapterRefused("broken_config", "adapter_config.json is no JSON object")
+        raise AdapterRefused("broken_config", "adapter_config.json is no JSON object", path.name)
     _refuse_unsupported(fields)
     return LoraSpec(
         rank=_rank(fields.get("r", 8), "r"),

@@ -145,9 +145,9 @@ class AdapterReader:
     def _check_files(self, folder: Path) -> None:
         present = {path.name for path in folder.iterdir()}
         if not present & {CONFIG_FILE, WEIGHTS_FILE, *OTHER_WEIGHTS_FILES}:
-            raise AdapterRefused("empty_folder", f"there is neither {CONFIG_FILE} nor {WEIGHTS_FILE}")
+            raise AdapterRefused("empty_folder", f"there is neither {CONFIG_FILE} nor {WEIGHTS_FILE}", CONFIG_FILE)
         if CONFIG_FILE not in present:
-            raise AdapterRefused("missing_config", f"there is no {CONFIG_FILE}")
+            raise AdapterRefused("missing_config", f"there is no {CONFIG_FILE}", CONFIG_FILE)
         if WEIGHTS_FILE in present:
             return
         for name in sorted(present.intersection(INDEX_FILES)):
@@ -155,7 +155,7 @@ class AdapterReader:
             raise AdapterRefused("sharded_weights", message, name)
         if PICKLE_FILE in present:
             raise AdapterRefused("pickle_weights", f"{PICKLE_FILE} is a pickle: save as {WEIGHTS_FILE}", PICKLE_FILE)
-        raise AdapterRefused("missing_weights", f"there is no {WEIGHTS_FILE}")
+        raise AdapterRefused("missing_weights", f"there is no {WEIGHTS_FILE}", WEIGHTS_FILE)
 
     def _check_base_copy(self, file: TensorFile, copy: BaseCopy) -> None:
         if tag_of(file.entries[copy.tensor]) is None:

@@ -45,19 +45,20 @@ class TensorFile:
     def open(cls, path: Path) -> TensorFile:
         """Read and check the header. Raises AdapterRefused `broken_safetensors`, `truncated` or `header_too_large`."""
         size = path.stat().st_size
+        too_short = AdapterRefused(
+            "truncated", f"the weights file ends after {size} bytes, within its header", path.name
+        )
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if size < 8:
-                raise AdapterRefused("truncated", f"the weights file ends after {size} bytes, within its header")
+                raise too_short
             if header_bytes > MAX_HEADER_BYTES:
-                raise AdapterRefused(
-                    "header_too_large",
-                    f"the weights file declares a header of {header_bytes} bytes (at most {MAX_HEADER_BYTES})",
-                )
+                message = f"the weights file declares a header of {header_bytes} bytes (at most {MAX_HEADER_BYTES})"
+                raise AdapterRefused("header_too_large", message, path.name)
             if size < 8 + header_bytes:
-                raise AdapterRefused("truncated", f"the weights file ends after {size} bytes, within its header")
-            header = _parse_header(file.read(header_bytes))
-        return cls(path, _checked_entries(header, data_start=8 + header_bytes, size=size))
+                raise too_short
+            header = _parse_header(file.read(header_bytes), path.name)
+        return cls(path, _checked_entries(header, data_start=8 + header_bytes, size=size, file_name=path.name))
 
     def read(self, name: str, rows: Sequence[int] | None = None) -> Tensor:
         """The tensor `name`, which must be of one of `FLOAT_TAGS`, or these rows of it."""
@@ -94,7 +95,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             file.write(np.ascontiguousarray(tensor.array).data)
 
 
-def _parse_header(text: bytes) -> dict[str, object]:
+def _parse_header(text: bytes, file_name: str) -> dict[str, object]:
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         table = dict(pairs)
         if len(table) != len(pairs):
@@ -104,14 +105,16 @@ def _parse_header(text: bytes) -> dict[str, object]:
     try:
         header = json.loads(text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise AdapterRefused("broken_safetensors", "the weights file's header is no valid JSON") from error
+        raise AdapterRefused("broken_safetensors", "the weights file's header is no valid JSON", file_name) from error
     if not isinstance(header, dict):
-        raise AdapterRefused("broken_safetensors", "the weights file's header is no JSON object")
+        raise AdapterRefused("broken_safetensors", "the weights file's header is no JSON object", file_name)
     header.pop("__metadata__", None)
     return header
 
 
-def _checked_entries(header: dict[str, object], *, data_start: int, size: int) -> dict[str, TensorEntry]:
+def _checked_entries(
+    header: dict[str, object], *, data_start: int, size: int, file_name: str
+) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
     for name, fields in header.items():
         entries[name] = _entry(name, fields, data_start)
@@ -123,7 +126,7 @@ def _checked_entries(header: dict[str, object], *, data_start: int, size: int) -
         if expected > size:
             raise AdapterRefused("truncated", f"the weights file ends within tensor {name}", name)
     if expected != size:
-        raise AdapterRefused("broken_safetensors", f"{size - expected} bytes after the last tensor")
+        raise AdapterRefused("broken_safetensors", f"{size - expected} bytes after the last tensor", file_name)
     return entries
 
 

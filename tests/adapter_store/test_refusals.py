@@ -91,15 +91,15 @@ def pickled(adapter: AdapterCopy) -> None:
 
 CASES: dict[str, tuple[str, str | None, str, Break]] = {
     # id: code, param, adapter kind, what is done to it
-    "empty": ("empty_folder", None, "rank4_qv", remove(CONFIG, WEIGHTS)),
-    "no_config": ("missing_config", None, "rank4_qv", remove(CONFIG)),
-    "no_weights": ("missing_weights", None, "rank4_qv", remove(WEIGHTS)),
+    "empty": ("empty_folder", CONFIG, "rank4_qv", remove(CONFIG, WEIGHTS)),
+    "no_config": ("missing_config", CONFIG, "rank4_qv", remove(CONFIG)),
+    "no_weights": ("missing_weights", WEIGHTS, "rank4_qv", remove(WEIGHTS)),
     "pickle": ("pickle_weights", "adapter_model.bin", "rank4_qv", pickled),
-    "config_not_json": ("broken_config", None, "rank4_qv", write(CONFIG, b'{"peft_type": "LORA",')),
-    "config_not_utf8": ("broken_config", None, "rank4_qv", write(CONFIG, b"\xff\xfe\x00\x80")),
-    "config_empty": ("broken_config", None, "rank4_qv", write(CONFIG, b"")),
-    "config_list": ("broken_config", None, "rank4_qv", write(CONFIG, b"[1, 2]")),
-    "config_deep": ("broken_config", None, "rank4_qv", write(CONFIG, b"[" * 1_000_000)),
+    "config_not_json": ("broken_config", CONFIG, "rank4_qv", write(CONFIG, b'{"peft_type": "LORA",')),
+    "config_not_utf8": ("broken_config", CONFIG, "rank4_qv", write(CONFIG, b"\xff\xfe\x00\x80")),
+    "config_empty": ("broken_config", CONFIG, "rank4_qv", write(CONFIG, b"")),
+    "config_list": ("broken_config", CONFIG, "rank4_qv", write(CONFIG, b"[1, 2]")),
+    "config_deep": ("broken_config", CONFIG, "rank4_qv", write(CONFIG, b"[" * 1_000_000)),
     "config_huge": ("config_too_large", "adapter_config.json", "rank4_qv", write(CONFIG, b" " * (2**22 + 1))),
     "not_lora": ("unsupported_field", "peft_type", "rank4_qv", config(peft_type="LOHA")),
     "task": ("unsupported_field", "task_type", "rank4_qv", config(task_type="SEQ_CLS")),
@@ -236,6 +236,7 @@ async def test_refused(
     with pytest.raises(AdapterRefused) as caught:
         await store.stage("disk", "a")
     assert caught.value.code == code
+    assert caught.value.param is not None, "the tensor, the field or the file"
     if param is not None:
         assert caught.value.param == param
     assert code in RULES
