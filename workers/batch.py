@@ -33,6 +33,12 @@ GRAPH_CHUNK_LENGTH = 16
 """Chunk length of captured batches, whatever their mix of adapters."""
 
 
+def max_graph_chunks(graph_size: int, num_slots: int) -> int:
+    """Most chunks that so many rows make, of at most `num_slots` adapters and of the base."""
+    num_segments = min(graph_size, num_slots + 1)
+    return num_segments + (graph_size - num_segments) // GRAPH_CHUNK_LENGTH
+
+
 @dataclass(frozen=True, slots=True)
 class ScheduledRows:
     """The next `num_rows` uncomputed tokens of a sequence."""
@@ -134,14 +140,16 @@ class BatchBuilder:
         page_tokens: int,
         max_pages: int,
         stop_token_ids: frozenset[int],
+        num_slots: int,
         graph_sizes: tuple[int, ...] = (),
         null_page: int = 0,
     ) -> None:
-        """`max_pages`: KV pages of the longest sequence. `graph_sizes`, rising: batches that fit are padded to one of
-        these rows; padding rows write their keys and values to `null_page`.
+        """`max_pages`: KV pages of the longest sequence. `num_slots`: most adapters in a batch. `graph_sizes`, rising:
+        batches that fit are padded to one of these rows; padding rows write their keys and values to `null_page`.
         """
         self._page_tokens = page_tokens
         self._stop_token_ids = stop_token_ids
+        self._num_slots = num_slots
         self._graph_sizes = graph_sizes
         self._null_page = null_page
         self._tables = np.zeros((0, max_pages), dtype=np.int32)
@@ -203,8 +211,9 @@ class BatchBuilder:
         return _assemble(
             layout,
             graph_size=graph_size,
-            # A graph is captured for the most chunks that its rows could make.
             chunk_length=None if graph_size is None else GRAPH_CHUNK_LENGTH,
+            # A graph is captured for the most chunks that its rows could make.
+            max_chunks=None if graph_size is None else max_graph_chunks(graph_size, self._num_slots),
             wanted_rows=wanted_rows,
             rows=rows,
             sampled=sampled,
@@ -289,22 +298,29 @@ def _slot(sequence: Sequence) -> int:
     return BASE_SLOT if sequence.lease is None else sequence.lease.slot
 
 
-def blank_batch(graph_size: int, *, max_pages: int, null_page: int, has_lora: bool) -> StepBatch:
+def blank_batch(graph_size: int, *, num_slots: int, max_pages: int, null_page: int, has_lora: bool) -> StepBatch:
     """A batch of padding alone, to capture a graph with; with `has_lora` one that goes through the LoRA kernels."""
     none = np.zeros(0, dtype=np.int64)
     tables = np.zeros((0, max_pages), dtype=np.int32)
     layout = _Layout(none, none, none, none, none.astype(np.int32), none, none, tables, none)
     return _blank(
-        layout.padded(graph_size, null_page), graph_size=graph_size, chunk_length=GRAPH_CHUNK_LENGTH, has_lora=has_lora
+        layout.padded(graph_size, null_page),
+        graph_size=graph_size,
+        chunk_length=GRAPH_CHUNK_LENGTH,
+        max_chunks=max_graph_chunks(graph_size, num_slots),
+        has_lora=has_lora,
     )
 
 
-def _blank(layout: _Layout, *, graph_size: int | None, chunk_length: int, has_lora: bool) -> StepBatch:
+def _blank(
+    layout: _Layout, *, graph_size: int | None, chunk_length: int, max_chunks: int | None, has_lora: bool
+) -> StepBatch:
     none = np.zeros(0, dtype=np.int64)
     batch = _assemble(
         layout,
         graph_size=graph_size,
         chunk_length=chunk_length,
+        max_chunks=max_chunks,
         wanted_rows=None,
         rows=(),
         sampled=(),
@@ -334,7 +350,7 @@ def blank_prompt(num_rows: int, *, page_tokens: int, null_page: int, has_lora: b
         tables=np.full((1, num_pages), null_page, dtype=np.int32),
         logits_rows=positions[-1:],
     )
-    return _blank(layout, graph_size=None, chunk_length=chunk_length, has_lora=has_lora)
+    return _blank(layout, graph_size=None, chunk_length=chunk_length, max_chunks=None, has_lora=has_lora)
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,15 +398,16 @@ def _assemble(
     *,
     graph_size: int | None,
     chunk_length: int | None,
+    max_chunks: int | None,
     wanted_rows: Ints | None,
     rows: tuple[ScheduledRows, ...],
     sampled: tuple[Sequence, ...],
     prompts: tuple[tuple[Sequence, int, int], ...],
     sampling: SamplingBatch,
 ) -> StepBatch:
-    segments = plan_segments(layout.row_slots, chunk_length=chunk_length, max_chunks=graph_size)
+    segments = plan_segments(layout.row_slots, chunk_length=chunk_length, max_chunks=max_chunks)
     logits_slots = layout.row_slots[layout.logits_rows]
-    logits_segments = plan_segments(logits_slots, chunk_length=chunk_length, max_chunks=graph_size)
+    logits_segments = plan_segments(logits_slots, chunk_length=chunk_length, max_chunks=max_chunks)
     packed = (
         layout.token_ids,
         layout.positions,

@@ -212,7 +212,13 @@ class ModelRunner:
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.graph_sizes):
             for has_lora in (True, False):
-                blank = blank_batch(size, max_pages=self.max_pages, null_page=self.null_pages[0], has_lora=has_lora)
+                blank = blank_batch(
+                    size,
+                    num_slots=self.pool.num_slots,
+                    max_pages=self.max_pages,
+                    null_page=self.null_pages[0],
+                    has_lora=has_lora,
+                )
                 self._graphs[size, has_lora] = capture(self._forward, blank, self.base.device, pool)
             logger.info("captured a decode step of %d rows, %.1f s", size, time.monotonic() - started_s)
 
