@@ -34,6 +34,8 @@ class WorkerParts:
     pool: AdapterPool
     residency: Residency
     loader: AdapterLoader
+    stages_s: dict[str, float]
+    """Seconds of the start: loading, and on a GPU compiling, warming up and capturing; `ready`: all of it."""
 
 
 def assemble(
@@ -52,6 +54,7 @@ def assemble(
     started_s = time.monotonic()
     device = resolve_device(engine.device)
     base = load_base(model, device)
+    load_s = time.monotonic() - started_s
     linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]
     layout = PoolLayout.of(base.geometry, projection_groups(linear), pool.max_rank)
     sizes = memory_sizes(base, engine, pool)
@@ -73,6 +76,7 @@ def assemble(
         graph_sizes=graph_sizes(engine.max_running, engine.max_batch_tokens),
         max_batch_tokens=engine.max_batch_tokens,
     )
+    stages_s = {"load": load_s, **runner.stages_s, "ready": time.monotonic() - started_s}
     parts = WorkerParts(
         engine=Engine(runner, loader, load_tokenizer(model.source), engine, deliver, worker_id=worker_id),
         runner=runner,
@@ -80,9 +84,10 @@ def assemble(
         pool=adapter_pool,
         residency=residency,
         loader=loader,
+        stages_s=stages_s,
     )
     logger.info(
-        "worker %s: %s on %s in %s, %d KV pages of %d tokens, %d adapter pages of %d bytes, ready in %.1f s",
+        "worker %s: %s on %s in %s, %d KV pages of %d tokens, %d adapter pages of %d bytes; seconds: %s",
         worker_id,
         model.id,
         device,
@@ -91,6 +96,6 @@ def assemble(
         engine.kv_page_tokens,
         adapter_pool.num_pages_total,
         layout.page_bytes,
-        time.monotonic() - started_s,
+        ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in stages_s.items()),
     )
     return parts

@@ -33,10 +33,10 @@ GRAPH_CHUNK_LENGTH = 16
 """Chunk length of captured batches, whatever their mix of adapters."""
 
 
-def max_graph_chunks(graph_size: int, num_slots: int) -> int:
+def most_chunks(num_rows: int, num_slots: int, chunk_length: int = GRAPH_CHUNK_LENGTH) -> int:
     """Most chunks that so many rows make, of at most `num_slots` adapters and of the base."""
-    num_segments = min(graph_size, num_slots + 1)
-    return num_segments + (graph_size - num_segments) // GRAPH_CHUNK_LENGTH
+    num_segments = min(num_rows, num_slots + 1)
+    return num_segments + (num_rows - num_segments) // chunk_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ class BatchBuilder:
             graph_size=graph_size,
             chunk_length=None if graph_size is None else GRAPH_CHUNK_LENGTH,
             # A graph is captured for the most chunks that its rows could make.
-            max_chunks=None if graph_size is None else max_graph_chunks(graph_size, self._num_slots),
+            max_chunks=None if graph_size is None else most_chunks(graph_size, self._num_slots),
             wanted_rows=wanted_rows,
             rows=rows,
             sampled=sampled,
@@ -298,7 +298,15 @@ def _slot(sequence: Sequence) -> int:
     return BASE_SLOT if sequence.lease is None else sequence.lease.slot
 
 
-def blank_batch(graph_size: int, *, num_slots: int, max_pages: int, null_page: int, has_lora: bool) -> StepBatch:
+def blank_batch(
+    graph_size: int,
+    *,
+    max_pages: int,
+    null_page: int,
+    has_lora: bool,
+    max_chunks: int,
+    chunk_length: int = GRAPH_CHUNK_LENGTH,
+) -> StepBatch:
     """A batch of padding alone, to capture a graph with; with `has_lora` one that goes through the LoRA kernels."""
     none = np.zeros(0, dtype=np.int64)
     tables = np.zeros((0, max_pages), dtype=np.int32)
@@ -306,8 +314,8 @@ def blank_batch(graph_size: int, *, num_slots: int, max_pages: int, null_page: i
     return _blank(
         layout.padded(graph_size, null_page),
         graph_size=graph_size,
-        chunk_length=GRAPH_CHUNK_LENGTH,
-        max_chunks=max_graph_chunks(graph_size, num_slots),
+        chunk_length=chunk_length,
+        max_chunks=max_chunks,
         has_lora=has_lora,
     )
 

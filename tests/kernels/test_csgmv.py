@@ -15,7 +15,7 @@ from lorafleet.kernels.segments import BASE_SLOT, IntArray, Segments, build_segm
 from lorafleet.kernels.shrink import shrink
 from lorafleet.kernels.tiling import ExpandTiling, ShrinkTiling
 from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
-from lorafleet.workers.batch import GRAPH_CHUNK_LENGTH, max_graph_chunks
+from lorafleet.workers.batch import GRAPH_CHUNK_LENGTH, most_chunks
 from tests.kernels.paged import POPULARITY, PagedLinear, paged_embedding, paged_linear
 
 GPU_ROWS = (1, 2, 3, 7, 16, 33, 133, 1000, 2049)
@@ -108,7 +108,7 @@ def test_interpreted_with_fewer_chunks_than_captured(interpreter: None, populari
     cpu = torch.device("cpu")
     linear = paged_linear(rng, in_dim=40, widths=(48, 24), ranks=SMALL_RANKS, dtype=torch.float32, device=cpu)
     row_slots = POPULARITY[popularity](rng, 21, len(SMALL_RANKS)).astype(np.int32)
-    max_chunks = max_graph_chunks(len(row_slots), len(SMALL_RANKS))
+    max_chunks = most_chunks(len(row_slots), len(SMALL_RANKS))
     segments = build_segments(row_slots, device=cpu, chunk_length=GRAPH_CHUNK_LENGTH, max_chunks=max_chunks)
     assert segments.num_chunks < segments.max_chunks
     _check_both_forms(linear, row_slots, segments, *INTERPRETER_TILINGS["few"])
@@ -213,7 +213,7 @@ def test_a_graph_replays_with_another_mix(cuda: torch.device) -> None:
     linear = paged_linear(rng, in_dim=256, widths=(256, 128), ranks=SMALL_RANKS, dtype=torch.bfloat16, device=cuda)
     x = torch.randn(rows, 256, device=cuda, dtype=torch.bfloat16)
     y = torch.empty(rows, 384, device=cuda, dtype=torch.bfloat16)
-    chunks = {"chunk_length": GRAPH_CHUNK_LENGTH, "max_chunks": max_graph_chunks(rows, len(SMALL_RANKS))}
+    chunks = {"chunk_length": GRAPH_CHUNK_LENGTH, "max_chunks": most_chunks(rows, len(SMALL_RANKS))}
     captured = build_segments(np.zeros(rows, dtype=np.int32), device=cuda, **chunks)
 
     def run() -> None:

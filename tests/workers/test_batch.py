@@ -16,7 +16,7 @@ from lorafleet.workers.batch import (
     ScheduledRows,
     StepBatch,
     blank_batch,
-    max_graph_chunks,
+    most_chunks,
 )
 from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.request import EngineRequest, SamplingParams
@@ -238,7 +238,7 @@ def test_decodes_are_padded_to_a_captured_size() -> None:
 def test_a_graph_has_chunks_for_any_mix(data: st.DataObject) -> None:
     """Its bound is reached, and no mix of its slots and of the base goes beyond."""
     rows, num_slots = data.draw(st.integers(1, 80)), data.draw(st.integers(1, 40))
-    bound = max_graph_chunks(rows, num_slots)
+    bound = most_chunks(rows, num_slots)
     slots = data.draw(st.lists(st.integers(BASE_SLOT, num_slots - 1), min_size=rows, max_size=rows))
     plan_segments(np.array(slots, np.int32), chunk_length=GRAPH_CHUNK_LENGTH, max_chunks=bound)
     worst = [*range(BASE_SLOT, num_slots)][:rows]
@@ -253,7 +253,7 @@ def test_a_batch_is_packed_as_its_graph_was_captured(rows: list[ScheduledRows]) 
     assert batch.graph_size is not None
     captured = blank_batch(
         batch.graph_size,
-        num_slots=NUM_SLOTS,
+        max_chunks=most_chunks(batch.graph_size, NUM_SLOTS),
         max_pages=MAX_PAGES,
         null_page=999,
         has_lora=batch.segments.num_lora_chunks > 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lorafleet.kernels.launching import compiled_ahead
 from lorafleet.kernels.segments import Segments
-from lorafleet.workers.batch import StepBatch, StepInputs, blank_batch, blank_prompt
+from lorafleet.workers.batch import StepBatch, StepInputs, blank_batch, blank_prompt, most_chunks
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.model import attention, fused_layers, lora_layers
-from lorafleet.workers.model.cuda_graphs import StepGraph, capture
+from lorafleet.workers.model.cuda_graphs import StepGraph, capture, kernel_shapes
 from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel
 from lorafleet.workers.model.sampler import Chosen, sample, with_logprobs
@@ -68,6 +70,8 @@ class ModelRunner:
         self._lora = lora_layers.LoraContext()
         self._attention = attention.AttentionContext(cache)
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
+        self.stages_s: dict[str, float] = {}
+        """Seconds of what was done at start."""
         self.max_pages = -(-(base.max_model_len + 1) // cache.page_tokens)
         """KV pages of the longest sequence."""
         self.graph_sizes = graph_sizes if base.device.type == "cuda" else ()
@@ -179,10 +183,28 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _warm_up(self, max_batch_tokens: int) -> None:
-        """Run prompts of the lengths that no graph serves, so that no request waits for a kernel to be compiled.
+        """Have kernels compiled, and run prompts of the lengths that no graph serves: no request waits for either.
 
         Raises WorkerConfigError when the largest does not fit the memory that is left.
         """
+        started_s = time.monotonic()
+        with compiled_ahead(len(os.sched_getaffinity(0))):
+            for chunk_length, max_chunks in kernel_shapes(max_batch_tokens, self.pool.num_slots):
+                blank = blank_batch(
+                    min(max_chunks, self.graph_sizes[-1]),
+                    max_pages=self.max_pages,
+                    null_page=self.null_pages[0],
+                    has_lora=True,
+                    max_chunks=max_chunks,
+                    chunk_length=chunk_length,
+                )
+                self._forward_blank(blank, max_batch_tokens)
+            prompt = blank_prompt(
+                2, page_tokens=self.cache.page_tokens, null_page=self.null_pages[0], has_lora=True, chunk_length=16
+            )
+            self._forward_blank(prompt, max_batch_tokens)
+        self.stages_s["compile"] = time.monotonic() - started_s
+        logger.info("compiled kernels, %.1f s", self.stages_s["compile"])
         started_s = time.monotonic()
         sizes = [n for n in (self.graph_sizes[-1] + 1, 1024, 2048, 4096) if n < max_batch_tokens] + [max_batch_tokens]
         variants = [(n, 128, has_lora) for n in sizes for has_lora in (False, True)]
@@ -195,15 +217,19 @@ class ModelRunner:
                 has_lora=has_lora,
                 chunk_length=chunk_length,
             )
-            try:
-                self._forward(batch.view(torch.from_numpy(batch.packed).to(self.base.device)))
-                torch.cuda.synchronize(self.base.device)
-            except torch.OutOfMemoryError as error:
-                raise WorkerConfigError(
-                    f"no memory is left for a step of {num_rows} tokens: lower worker.max_batch_tokens "
-                    f"({max_batch_tokens}), worker.kv_bytes, adapters.pool_bytes or worker.gpu_memory_utilization"
-                ) from error
-        logger.info("warmed up with prompts of %s tokens, %.1f s", sizes, time.monotonic() - started_s)
+            self._forward_blank(batch, max_batch_tokens)
+        self.stages_s["warm up"] = time.monotonic() - started_s
+        logger.info("warmed up with prompts of %s tokens, %.1f s", sizes, self.stages_s["warm up"])
+
+    def _forward_blank(self, batch: StepBatch, max_batch_tokens: int) -> None:
+        try:
+            self._forward(batch.view(torch.from_numpy(batch.packed).to(self.base.device)))
+            torch.cuda.synchronize(self.base.device)
+        except torch.OutOfMemoryError as error:
+            raise WorkerConfigError(
+                f"no memory is left for a step of {batch.num_rows} tokens: lower worker.max_batch_tokens "
+                f"({max_batch_tokens}), worker.kv_bytes, adapters.pool_bytes or worker.gpu_memory_utilization"
+            ) from error
 
     @torch.inference_mode()
     def _capture_graphs(self) -> None:
@@ -214,13 +240,14 @@ class ModelRunner:
             for has_lora in (True, False):
                 blank = blank_batch(
                     size,
-                    num_slots=self.pool.num_slots,
                     max_pages=self.max_pages,
                     null_page=self.null_pages[0],
                     has_lora=has_lora,
+                    max_chunks=most_chunks(size, self.pool.num_slots),
                 )
                 self._graphs[size, has_lora] = capture(self._forward, blank, self.base.device, pool)
             logger.info("captured a decode step of %d rows, %.1f s", size, time.monotonic() - started_s)
+        self.stages_s["capture"] = time.monotonic() - started_s
 
     @torch.inference_mode()
     def _probe(self) -> None:
