@@ -190,6 +190,8 @@ class BatchBuilder:
         logits_rows = np.concatenate([*prompt_rows, sampled_rows])
 
         graph_size = self._graph_size(len(positions))
+        if graph_size is not None and any(seq.lease is not None and seq.lease.has_extras for seq in sequences):
+            graph_size = None  # which rows have parameters of their own is decided on the host, layer by layer
         num_pages = self._tables.shape[1] if graph_size is not None else int(-(-ends.max() // self._page_tokens))
         tables = self._tables[lines, :num_pages]
         layout = _Layout(

@@ -31,6 +31,7 @@ STOP_IDS = frozenset({2})
 @dataclass
 class FixedLease:
     slot: int
+    has_extras: bool = False
 
 
 def sequence_of(
@@ -264,6 +265,20 @@ def test_a_batch_is_packed_as_its_graph_was_captured(rows: list[ScheduledRows]) 
         assert (here.max_chunks, here.chunk_length) == (there.max_chunks, there.chunk_length)
     assert inputs.attention.block_tables.shape == captured_inputs.attention.block_tables.shape
     assert batch.packed.shape == captured.packed.shape
+
+
+def test_rows_with_parameters_of_their_own_have_no_graph() -> None:
+    rows = []
+    for number in range(3):
+        sequence = sequence_of(6, 0, slot=number)
+        sequence.num_computed, sequence.kv_pages = 5, [10 + number, 20 + number]
+        rows.append(ScheduledRows(sequence, 1))
+    rows[1].sequence.lease = FixedLease(1, has_extras=True)  # type: ignore[assignment]
+    making = builder(graph_sizes=(2, 4, 8))
+    batch = making.build(rows)
+    assert batch.graph_size is None
+    assert_lays_out(batch, rows)
+    assert making.build([rows[0], rows[2]]).graph_size == 2
 
 
 def test_a_prefill_that_goes_on_has_no_logits() -> None:

@@ -1,22 +1,57 @@
-"""Where every row of one adapter lies in its pages: `pack` plans, `PagePlan.write` fills the pages.
+"""Where every row of one adapter lies in its pages: `pack` plans, `Block.write` fills the pages of a block.
 
 The plan knows the adapter's pages as `0 .. num_pages - 1`; the pool maps them to the pages that it allocated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from concurrent.futures import Executor
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Array
-from lorafleet.workers.memory.packing import Ints, pack_rows
+from lorafleet.workers.memory.packing import Ints, Packing, pack_rows
 from lorafleet.workers.memory.pool_layout import Piece, PoolLayout, aligned, count_piece_pages
 
-NUM_SHARES = 4
-"""Parts that the copying of one adapter is cut into when threads share it."""
+BLOCK_BYTES = 16 << 20
+"""Pages are laid out and copied in blocks of about this size, so that the one goes on while the other does."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Rows of one piece that are neighbours in the pages of a block."""
+
+    piece: Piece
+    first: int
+    """Of the piece's rows."""
+    count: int
+    start: int
+    """First element in the block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some neighbouring pages of a plan."""
+
+    first_page: int
+    num_pages: int
+    page_elements: int
+    page_ends: Ints
+    """(num_pages,) elements of each page in use; they are its first."""
+    runs: tuple[_Run, ...]
+
+    def write(self, weights: AdapterWeights, target: Array) -> None:
+        """Lay the block's rows into the first elements of `target`, which is flat, and zero what no row covers."""
+        pages = target[: self.num_pages * self.page_elements].reshape(-1, self.page_elements)
+        for end in np.unique(self.page_ends[self.page_ends < self.page_elements]).tolist():
+            pages[self.page_ends == end, end:] = 0
+        for run in self.runs:
+            width, pitch = run.piece.width, aligned(run.piece.width)
+            rows = target[run.start : run.start + run.count * pitch].reshape(run.count, pitch)
+            rows[:, :width] = _rows(run.piece, weights)[run.first : run.first + run.count]
+            if pitch > width:
+                rows[:, width:] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,47 +64,23 @@ class PagePlan:
     offsets: Ints
     """(num_rows,) first element of each row in the adapter's pages laid end to end; the rows of the pieces in order."""
     entries: Ints
-    """(num_rows,) entry of each row in the slot's row tables, flattened."""
-    page_ends: Ints
-    """(num_pages,) elements of each page in use; they are its first."""
+    """(num_table_rows,) entry of each row in the slot's row tables, flattened; the rows after them are of extras."""
+    blocks: tuple[Block, ...]
 
     def starts(self, page_ids: Ints) -> Ints:
         """(num_rows,) first element of each row when the plan's pages lie at `page_ids`."""
         pages, within = np.divmod(self.offsets, self.page_elements)
         return page_ids[pages] * self.page_elements + within
 
-    def write(self, weights: AdapterWeights, target: Array, page_ids: Ints, threads: Executor | None = None) -> None:
-        """Copy the weights into pages `page_ids` of `target`, which is flat, and zero what no row covers in them.
-
-        Rows that are neighbours in both places are one copy. `threads` share the copying.
-        """
-        pages = target.reshape(-1, self.page_elements)
-        for end in np.unique(self.page_ends[self.page_ends < self.page_elements]).tolist():
-            pages[page_ids[self.page_ends == end], end:] = 0
-        starts = self.starts(page_ids)
-        counts = np.array([piece.count for piece in self.pieces])
-        first_rows = np.cumsum(counts) - counts
-        if threads is None:
-            self._write_pieces(weights, target, starts, range(len(self.pieces)), first_rows)
-            return
-        # Pieces are of few kinds that take turns, so every share gets about as much to copy.
-        shares = [range(first, len(self.pieces), NUM_SHARES) for first in range(NUM_SHARES)]
-        list(threads.map(lambda share: self._write_pieces(weights, target, starts, share, first_rows), shares))
-
-    def _write_pieces(
-        self, weights: AdapterWeights, target: Array, starts: Ints, indices: Iterable[int], first_rows: Ints
-    ) -> None:
-        for index in indices:
-            piece = self.pieces[index]
-            source = _rows(piece, weights)
-            pitch = aligned(piece.width)
-            piece_starts = starts[first_rows[index] : first_rows[index] + piece.count]
-            breaks = (np.flatnonzero(np.diff(piece_starts) != pitch) + 1).tolist()
-            for first, last in zip([0, *breaks], [*breaks, piece.count], strict=True):
-                start = int(piece_starts[first])
-                rows = target[start : start + (last - first) * pitch].reshape(last - first, pitch)
-                rows[:, : piece.width] = source[first:last]
-                rows[:, piece.width :] = 0
+    def extra_starts(self, starts: Ints) -> dict[str, list[Ints]]:
+        """Of each extra, by part: (num_rows,) those of `starts` that are its rows'."""
+        found: dict[str, list[Ints]] = {}
+        first = len(self.entries)
+        for piece in self.pieces:
+            if piece.kind == "extra":
+                found.setdefault(piece.name, []).append(starts[first : first + piece.count])
+                first += piece.count
+        return found
 
 
 def count_adapter_pages(manifest: AdapterManifest, layout: PoolLayout) -> int:
@@ -82,8 +93,11 @@ def pack(manifest: AdapterManifest, layout: PoolLayout) -> PagePlan:
     pieces = layout.pieces(manifest)
     widths = np.array([aligned(piece.width) for piece in pieces], dtype=np.int64)
     counts = np.array([piece.count for piece in pieces], dtype=np.int64)
-    first_entries = np.array([_first_entry(piece, layout) for piece in pieces], dtype=np.int64)
     packing = pack_rows(widths, counts, layout.page_elements)
+    in_tables = [piece for piece in pieces if piece.kind != "extra"]
+    assert in_tables == pieces[: len(in_tables)], "extras come last"
+    first_entries = np.array([_first_entry(piece, layout) for piece in in_tables], dtype=np.int64)
+    counts = counts[: len(in_tables)]
     within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
     return PagePlan(
         num_pages=packing.num_pages,
@@ -91,20 +105,51 @@ def pack(manifest: AdapterManifest, layout: PoolLayout) -> PagePlan:
         pieces=tuple(pieces),
         offsets=packing.offsets,
         entries=np.repeat(first_entries, counts) + within,
-        page_ends=packing.page_ends,
+        blocks=tuple(_blocks(pieces, packing, layout)),
     )
 
 
+def pages_of_block(layout: PoolLayout) -> int:
+    """Most pages of one block."""
+    return max(1, BLOCK_BYTES // layout.page_bytes)
+
+
+def _blocks(pieces: list[Piece], packing: Packing, layout: PoolLayout) -> Iterator[Block]:
+    block_pages, offsets = pages_of_block(layout), packing.offsets
+    block_elements = block_pages * layout.page_elements
+    counts = np.array([piece.count for piece in pieces], dtype=np.int64)
+    row_pieces = np.repeat(np.arange(len(pieces)), counts)
+    pitches = np.array([aligned(piece.width) for piece in pieces], dtype=np.int64)[row_pieces]
+    row_blocks = offsets // block_elements
+    is_first = np.ones(len(offsets), dtype=bool)
+    is_first[1:] = (np.diff(offsets) != pitches[:-1]) | (np.diff(row_pieces) != 0) | (np.diff(row_blocks) != 0)
+    firsts = np.flatnonzero(is_first)
+    lengths = np.diff(np.r_[firsts, len(offsets)])
+    within = firsts - (np.cumsum(counts) - counts)[row_pieces[firsts]]
+    runs: list[list[_Run]] = [[] for _ in range(-(-packing.num_pages // block_pages))]
+    columns = (row_blocks[firsts], row_pieces[firsts], within, lengths, offsets[firsts] % block_elements)
+    for block, piece, first, count, start in zip(*(column.tolist() for column in columns), strict=True):
+        runs[block].append(_Run(pieces[piece], first, count, start))
+    for index, block_runs in enumerate(runs):
+        first_page = index * block_pages
+        page_ends = packing.page_ends[first_page : first_page + block_pages]
+        yield Block(first_page, len(page_ends), layout.page_elements, page_ends, tuple(block_runs))
+
+
 def _first_entry(piece: Piece, layout: PoolLayout) -> int:
-    place = layout.places[piece.module]
-    table = place.b_table + piece.part if piece.half else place.a_table
+    place = layout.places[piece.name]
+    table = place.b_table + piece.part if piece.kind == "b" else place.a_table
     return table * layout.max_rank + piece.entry
 
 
 def _rows(piece: Piece, weights: AdapterWeights) -> Array:
     """(count, width) view of the piece's rows."""
-    flat = weights.tensors[piece.module][piece.half].reshape(-1)
-    rows = flat[piece.start :]
+    if piece.kind == "extra":
+        array = weights.extras[piece.name]
+    else:
+        a, b = weights.tensors[piece.name]
+        array = a if piece.kind == "a" else b
+    rows = array.reshape(-1)[piece.start :]
     if piece.stride == piece.width:
         return rows[: piece.count * piece.width].reshape(piece.count, piece.width)
     strides = (piece.stride * rows.itemsize, rows.itemsize)

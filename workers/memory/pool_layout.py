@@ -6,10 +6,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 
-from lorafleet.adapter_store.manifest import AdapterManifest, BaseGeometry, Dtype, ModuleManifest, ModuleShape
+from lorafleet.adapter_store.manifest import (
+    AdapterManifest,
+    BaseGeometry,
+    Dtype,
+    ExtraManifest,
+    ModuleManifest,
+    ModuleShape,
+)
 from lorafleet.kernels.weights import ROW_ALIGN
 from lorafleet.workers.memory.packing import count_pages
 
@@ -24,18 +32,18 @@ def aligned(num_elements: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """`count` rows of one width, out of the A or the B of one module, that go into the pool as they are.
+    """`count` rows of one width, out of one array of an adapter, that go into the pool as they are.
 
     Row `i` is elements `start + i * stride` to `... + width` of the flattened array in `AdapterWeights`.
     """
 
-    module: str
-    half: int
-    """0: A. 1: B."""
+    name: str
+    """A module's, or an extra's."""
+    kind: Literal["a", "b", "extra"]
     part: int
-    """Which part of B; 0 for A."""
+    """Which part of B or of an extra; 0 for A."""
     entry: int
-    """Entry of the first row in the row table."""
+    """Entry of the first row in the row table; extras are in no table."""
     start: int
     stride: int
     width: int
@@ -46,22 +54,31 @@ def pieces_of(module: ModuleManifest, shape: ModuleShape, page_elements: int) ->
     """The rows that one module of an adapter puts into the pool, none wider than a page."""
     name, rank = module.name, module.rank
     if shape.kind == "linear":
-        pieces = [Piece(name, 0, 0, 0, start=0, stride=shape.in_dim, width=shape.in_dim, count=rank)]
+        pieces = [Piece(name, "a", 0, 0, start=0, stride=shape.in_dim, width=shape.in_dim, count=rank)]
     else:
         # A token's values are `rank` neighbours; a row is as many whole tokens as a page holds.
         tokens = page_elements // rank
         full, rest = divmod(shape.in_dim, tokens)
         row = tokens * rank
-        pieces = [Piece(name, 0, 0, 0, start=0, stride=row, width=row, count=full)] if full else []
+        pieces = [Piece(name, "a", 0, 0, start=0, stride=row, width=row, count=full)] if full else []
         if rest:
-            pieces.append(Piece(name, 0, 0, full, start=full * row, stride=row, width=rest * rank, count=1))
+            pieces.append(Piece(name, "a", 0, full, start=full * row, stride=row, width=rest * rank, count=1))
     for part, (start, width) in enumerate(parts_of(shape.out_dim, page_elements)):
-        pieces.append(Piece(name, 1, part, 0, start=start, stride=shape.out_dim, width=width, count=rank))
+        pieces.append(Piece(name, "b", part, 0, start=start, stride=shape.out_dim, width=width, count=rank))
     return pieces
 
 
+def extra_pieces_of(extra: ExtraManifest, page_elements: int) -> list[Piece]:
+    """The rows of an extra, a piece a part. The rows of a matrix have one part, for they are found by one start."""
+    assert extra.num_rows == 1 or extra.width <= page_elements, (extra, page_elements)
+    return [
+        Piece(extra.name, "extra", part, 0, start=start, stride=extra.width, width=width, count=extra.num_rows)
+        for part, (start, width) in enumerate(parts_of(extra.width, page_elements))
+    ]
+
+
 def parts_of(out_dim: int, page_elements: int) -> list[tuple[int, int]]:
-    """First column and width of each part of a B row: whole pages, and what is left."""
+    """First column and width of each part of a row that may be wider than a page: whole pages, and what is left."""
     return [(start, min(page_elements, out_dim - start)) for start in range(0, out_dim, page_elements)]
 
 
@@ -136,11 +153,13 @@ class PoolLayout:
         return 4 * (self.num_tables * self.max_rank + 2 * self.num_modules)
 
     def pieces(self, manifest: AdapterManifest) -> list[Piece]:
-        """The rows of all modules of an adapter."""
+        """The rows of all modules of an adapter, then those of its extras."""
         pieces = []
         for module in manifest.modules:
             assert 0 < module.rank <= self.max_rank, (module.name, module.rank, self.max_rank)
             pieces += pieces_of(module, self.places[module.name].shape, self.page_elements)
+        for extra in manifest.extras:
+            pieces += extra_pieces_of(extra, self.page_elements)
         return pieces
 
 
@@ -157,8 +176,10 @@ def choose_page_elements(geometry: BaseGeometry, max_rank: int) -> int:
     split. Each size is tried on adapters of rank 8: one for every target alone, and one for all of them.
     """
     modules = geometry.modules
-    # One token of an embedding's A, which has `max_rank` elements at most, has to fit too.
-    unit = aligned(max([max_rank, *(shape.in_dim for shape in modules.values() if shape.kind == "linear")]))
+    # One token of an embedding's A, which has `max_rank` elements at most, has to fit too, and what an adapter may
+    # replace: a norm, and a token's row of an embedding.
+    rows = [shape.in_dim if shape.kind == "linear" else shape.out_dim for shape in modules.values()]
+    unit = aligned(max([max_rank, *rows, *geometry.vectors.values()]))
     by_target: dict[str, list[str]] = defaultdict(list)
     for name in modules:
         by_target[name.rpartition(".")[2]].append(name)

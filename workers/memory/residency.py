@@ -79,10 +79,11 @@ class AdapterLease:
     It may be taken while the version loads, which then cannot be evicted before the request has run.
     """
 
-    __slots__ = ("_entry", "_residency", "version")
+    __slots__ = ("_entry", "_residency", "has_extras", "version")
 
     def __init__(self, residency: Residency, entry: _Entry) -> None:
         self.version = entry.allocation.manifest.version
+        self.has_extras = bool(entry.allocation.manifest.extras)
         self._residency = residency
         self._entry: _Entry | None = entry
         entry.num_leases += 1

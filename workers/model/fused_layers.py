@@ -6,7 +6,7 @@ rotary module and head stay transformers' (or `lora_layers`'); a model of anothe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lorafleet.kernels import fused
-from lorafleet.kernels.fused import HeadNorm
+from lorafleet.kernels.fused import HeadNorm, KVPlace
 from lorafleet.workers.model.attention import AttentionContext, attend
 from lorafleet.workers.model.lora_layers import FusedProjection, ProjectionSlice
+from lorafleet.workers.model.norm_layers import AdapterNorm
 
 _WINDOWS: dict[str, Callable[[Any], int | None]] = {
     "llama.modeling_llama.Llama": lambda attention: None,
@@ -50,7 +51,7 @@ class FusedLayer(nn.Module):
         self.head_norm = None
         if hasattr(attention, "q_norm"):
             query_norm, key_norm = attention.q_norm, attention.k_norm
-            self.head_norm = HeadNorm(query_norm.weight, key_norm.weight, query_norm.variance_epsilon)
+            self.head_norm = HeadNorm(query_norm.weight, key_norm.weight, _untouched(query_norm).variance_epsilon)
         self.index = index
         self.window = window
         self.scaling: float = attention.scaling
@@ -66,12 +67,39 @@ class FusedLayer(nn.Module):
         if residual is None:
             residual = x
         qkv = qkv_proj(normed)
-        query = fused.rotate_and_store(qkv, cos, sin, self.context.place(self.index), self.head_norm)
+        query = self._rotate_and_store(qkv, cos, sin)
         attended = attend(query, self.context, self.index, self.scaling, self.window)
         x = o_proj(attended.flatten(1))
         normed = _norm(self.post_attention_layernorm, x, residual)
         x = down_proj(fused.silu_mul(gate_up_proj(normed)))
         return x, residual
+
+    def _rotate_and_store(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """As `fused.rotate_and_store`, which writes rows with head norms of their own once more."""
+        place = self.context.place(self.index)
+        own_norms = [(rows, norm, qkv.index_select(0, rows)) for rows, norm in self._own_head_norms()]
+        query = fused.rotate_and_store(qkv, cos, sin, place, self.head_norm)
+        for rows, norm, own_qkv in own_norms:
+            own_cos, own_sin, pages, offsets = (
+                table.index_select(0, rows) for table in (cos, sin, place.row_pages, place.row_offsets)
+            )
+            own_place = KVPlace(place.keys, place.values, pages, offsets)
+            query.index_copy_(0, rows, fused.rotate_and_store(own_qkv, own_cos, own_sin, own_place, norm))
+        return query
+
+    def _own_head_norms(self) -> Iterator[tuple[Tensor, HeadNorm]]:
+        """Rows of the running pass whose adapter replaces a norm of queries or keys, and what norms them."""
+        base = self.head_norm
+        if base is None:
+            return
+        query_norm, key_norm = self.self_attn.q_norm, self.self_attn.k_norm
+        if not isinstance(query_norm, AdapterNorm) or not isinstance(key_norm, AdapterNorm):
+            return
+        for owner in query_norm.context.owners(query_norm.context.segments):
+            query, key = query_norm.parameters_of(owner), key_norm.parameters_of(owner)
+            if query or key:
+                norm = HeadNorm(query.get("weight", base.query_weight), key.get("weight", base.key_weight), base.eps)
+                yield owner.rows, norm
 
 
 class FusedBody(nn.Module):
@@ -124,10 +152,20 @@ def substitute(model: PreTrainedModel, context: AttentionContext) -> str | None:
 
 
 def _norm(module: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
-    weight, eps = module.weight, module.variance_epsilon
+    weight, eps = module.weight, _untouched(module).variance_epsilon
     assert isinstance(weight, Tensor)
     assert isinstance(eps, float)
-    return fused.rms_norm(x, weight, eps, residual)
+    y = fused.rms_norm(x, weight, eps, residual)
+    if isinstance(module, AdapterNorm):
+        summed = x if residual is None else residual
+        for rows, parameters in module.replaced():
+            y.index_copy_(0, rows, fused.rms_norm(summed.index_select(0, rows), parameters["weight"], eps))
+    return y
+
+
+def _untouched(norm: nn.Module) -> Any:
+    """Transformers' own norm."""
+    return norm.base if isinstance(norm, AdapterNorm) else norm
 
 
 def _fused_of(*members: nn.Module) -> FusedProjection | None:

@@ -5,6 +5,7 @@ Read from the configuration alone (meta tensors), so the adapter store can valid
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -75,7 +76,7 @@ def read_geometry(model: ModelConfig, device: str = "auto") -> BaseGeometry:
 
 
 def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:
-    """The modules of `model` that an adapter may target: every linear one, and the token embedding."""
+    """What an adapter may target, every linear module and the token embedding, and the norms that it may replace."""
     modules: dict[str, ModuleShape] = {}
     embedding = model.get_input_embeddings()
     for name, module in model.named_modules():
@@ -86,7 +87,27 @@ def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:
             modules[name] = ModuleShape("linear", module.nx, module.nf)
         elif module is embedding and type(module) is nn.Embedding:
             modules[name] = ModuleShape("embedding", module.num_embeddings, module.embedding_dim)
-    return BaseGeometry(modules=modules, dtype=dtype)
+    return BaseGeometry(modules=modules, dtype=dtype, vectors=_norm_parameters(model))
+
+
+def _norm_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Width of each parameter of the norms that can be computed with another one for some rows.
+
+    Those are norms of the hidden state, and Qwen3's norms of heads, which come after rows: others may come before.
+    """
+    hidden = getattr(model.config, "hidden_size", None)
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        # What is called with more than the row itself may need more of the row.
+        if "Norm" not in kind or len(inspect.signature(module.forward).parameters) != 1:
+            continue
+        parameters = dict(module.named_parameters())
+        is_of_rows = all(kind == "Qwen3RMSNorm" or value.shape == (hidden,) for value in parameters.values())
+        is_served_dtype = all(value.dtype == model.dtype for value in parameters.values())
+        if parameters.keys() <= {"weight", "bias"} and is_of_rows and is_served_dtype:
+            found |= {f"{name}.{parameter}": value.numel() for parameter, value in parameters.items()}
+    return found
 
 
 def projection_groups(names: Iterable[str]) -> list[tuple[str, ...]]:

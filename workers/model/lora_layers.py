@@ -6,8 +6,10 @@ fused product and one csgmv, and hand out their slices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,26 +19,63 @@ from transformers.pytorch_utils import Conv1D
 from lorafleet.kernels import ops
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
+from lorafleet.workers.memory.extras import Extra, ExtraMatrix, ExtraVector
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Owner:
+    """An adapter of a forward pass that brings parameters of its own."""
+
+    rows: Tensor
+    """(n,) int64, its rows, on the device."""
+    extras: Mapping[str, Extra]
+    """By name, as in `AdapterWeights.extras`."""
 
 
 @dataclass(slots=True)
 class LoraContext:
     """Whose adapter each row of the running forward pass uses. The runner sets it; every substituted layer reads it."""
 
+    resident_extras: Mapping[int, Mapping[str, Extra]] = field(default_factory=dict)
+    """`AdapterPool.extras`."""
     segments: Segments | None = None
     """Of the rows that go through the layers; None: no LoRA work (base-only batches)."""
     logits_segments: Segments | None = None
     """Of the rows whose logits are wanted."""
+    _last_owners: tuple[Segments | None, tuple[Owner, ...]] = (None, ())
+
+    def owners(self, segments: Segments | None) -> tuple[Owner, ...]:
+        """The adapters of a pass with these segments that bring parameters of their own; most passes have none.
+
+        Found on the host, once for all layers of a pass.
+        """
+        if segments is None or not self.resident_extras:
+            return ()
+        known, owners = self._last_owners
+        if known is not segments:
+            owners = tuple(_owners(segments, self.resident_extras))
+            self._last_owners = (segments, owners)
+        return owners
 
 
 class FusedProjection(nn.Module):
     """One product for the modules of a group: y = x W^T + bias + each row's own B A x.
 
-    `members` are the modules that take the originals' places.
+    Rows of an adapter that replaces the head's matrix have that in W's place; rows of one that adds to a module's
+    output have that added.
     """
 
-    def __init__(self, linears: list[nn.Module], weights: LoraWeights, context: LoraContext, *, is_head: bool) -> None:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        linears: list[nn.Module],
+        weights: LoraWeights,
+        context: LoraContext,
+        *,
+        is_head: bool,
+    ) -> None:
         super().__init__()
+        self.names = names
         matrices = [_matrix(linear) for linear in linears]
         self.widths = [matrix.shape[0] for matrix in matrices]
         # A group of one keeps its very tensor: it may be tied to the embedding.
@@ -59,16 +98,37 @@ class FusedProjection(nn.Module):
         if segments is None:
             return F.linear(x, self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
+        owners = self.context.owners(segments)
         if rows.is_cuda:
             # The delta first, the base product onto it: beta = 1 costs cuBLAS nothing, and y is not read by expand.
             y = rows.new_empty((rows.shape[0], self.weight.shape[0]))
             h = ops.shrink(rows, self.lora, segments)
             ops.expand(h, self.lora, segments, y, accumulate=False, bias=self.bias)
+            replaced = [(*one, y.index_select(0, one[0])) for one in self._replaced(owners)]
             y.addmm_(rows, self.weight.t())
+            for at, matrix, delta in replaced:
+                y.index_copy_(0, at, matrix.product(rows.index_select(0, at)).add_(delta))
         else:
             y = F.linear(rows, self.weight, self.bias)
+            for at, matrix in self._replaced(owners):
+                product = matrix.product(rows.index_select(0, at))
+                y.index_copy_(0, at, product if self.bias is None else product.add_(self.bias))
             ops.add_lora(rows, self.lora, segments, y)
+        for owner in owners:
+            self._add(owner, y)
         return y.view(*x.shape[:-1], -1)
+
+    def _replaced(self, owners: tuple[Owner, ...]) -> list[tuple[Tensor, ExtraMatrix]]:
+        """Rows that have a matrix of their own, and the matrix."""
+        found = [(owner.rows, owner.extras.get(f"{self.names[0]}.weight")) for owner in owners if self.is_head]
+        return [(rows, matrix) for rows, matrix in found if isinstance(matrix, ExtraMatrix)]
+
+    def _add(self, owner: Owner, y: Tensor) -> None:
+        """Add the row that the owner has for each member's output."""
+        for name, columns in zip(self.names, torch.split(y, self.widths, dim=1), strict=True):
+            row = owner.extras.get(name)
+            if isinstance(row, ExtraVector):
+                row.add_to(columns, owner.rows)
 
 
 class ProjectionSlice(nn.Module):
@@ -105,11 +165,12 @@ class ProjectionSlice(nn.Module):
 
 
 class LoraEmbedding(nn.Module):
-    """The token embedding plus each row's own B A[:, token]."""
+    """The token embedding, or the one that a row's adapter has in its place, plus each row's own B A[:, token]."""
 
-    def __init__(self, base: nn.Embedding, weights: LoraEmbeddingWeights, context: LoraContext) -> None:
+    def __init__(self, name: str, base: nn.Embedding, weights: LoraEmbeddingWeights, context: LoraContext) -> None:
         super().__init__()
         self.base = base
+        self.replaced = f"{name}.weight"
         self.lora = weights
         self.context = context
 
@@ -123,7 +184,12 @@ class LoraEmbedding(nn.Module):
         y: Tensor = self.base(token_ids)
         segments = self.context.segments
         if segments is not None:
-            ops.embed(token_ids.reshape(-1), self.lora, segments, y.view(-1, y.shape[-1]))
+            tokens, rows = token_ids.reshape(-1), y.view(-1, y.shape[-1])
+            for owner in self.context.owners(segments):
+                matrix = owner.extras.get(self.replaced)
+                if isinstance(matrix, ExtraMatrix):
+                    rows.index_copy_(0, owner.rows, matrix.take(tokens.index_select(0, owner.rows)))
+            ops.embed(tokens, self.lora, segments, rows)
         return y
 
 
@@ -132,7 +198,8 @@ def substitute_projections(
 ) -> None:
     """Put a fused projection in the places of `names`, which share their input."""
     is_head = model.get_output_embeddings() is model.get_submodule(names[0])
-    fused = FusedProjection([model.get_submodule(name) for name in names], weights, context, is_head=is_head)
+    linears = [model.get_submodule(name) for name in names]
+    fused = FusedProjection(names, linears, weights, context, is_head=is_head)
     siblings: list[tuple[Tensor, tuple[Tensor, ...]]] = []
     for index, name in enumerate(names):
         model.set_submodule(name, ProjectionSlice(index, fused, siblings))
@@ -144,7 +211,16 @@ def substitute_embedding(
     """Put a LoRA embedding in the place of `name`."""
     base = model.get_submodule(name)
     assert isinstance(base, nn.Embedding)
-    model.set_submodule(name, LoraEmbedding(base, weights, context))
+    model.set_submodule(name, LoraEmbedding(name, base, weights, context))
+
+
+def _owners(segments: Segments, resident_extras: Mapping[int, Mapping[str, Extra]]) -> Iterator[Owner]:
+    row_slots, device = segments.host_row_slots, segments.row_slots.device
+    for slot in np.unique(row_slots).tolist():
+        extras = resident_extras.get(slot)
+        if extras is not None:
+            rows = torch.from_numpy(np.flatnonzero(row_slots == slot))
+            yield Owner(rows if device.type == "cpu" else rows.pin_memory().to(device, non_blocking=True), extras)
 
 
 def _bias(linear: nn.Module) -> Tensor | None:

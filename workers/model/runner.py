@@ -20,7 +20,7 @@ from lorafleet.workers.batch import StepBatch, StepInputs, blank_batch, blank_pr
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
-from lorafleet.workers.model import attention, fused_layers, lora_layers
+from lorafleet.workers.model import attention, fused_layers, lora_layers, norm_layers
 from lorafleet.workers.model.cuda_graphs import StepGraph, capture, kernel_shapes
 from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel
@@ -67,7 +67,7 @@ class ModelRunner:
         self.base = base
         self.cache = cache
         self.pool = pool
-        self._lora = lora_layers.LoraContext()
+        self._lora = lora_layers.LoraContext(pool.extras)
         self._attention = attention.AttentionContext(cache)
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
         self.stages_s: dict[str, float] = {}
@@ -171,6 +171,7 @@ class ModelRunner:
             if shape.kind == "embedding":
                 lora_layers.substitute_embedding(model, name, self.pool.embedding_weights(name), self._lora)
                 counts[name.rpartition(".")[2]] += 1
+        norm_layers.substitute_norms(model, geometry.vectors, self._lora)
         attention.install(model, self._attention)
         why_not_fused = fused_layers.substitute(model, self._attention)
         logger.info(

@@ -13,6 +13,7 @@ from lorafleet.adapter_store.manifest import (
     Array,
     BaseGeometry,
     Dtype,
+    ExtraManifest,
     ModuleManifest,
     ModuleShape,
 )
@@ -22,6 +23,9 @@ GATE_UP = ("gate_proj", "up_proj")
 ATTENTION = (*QKV, "o_proj")
 LAYER = (*ATTENTION, *GATE_UP, "down_proj")
 EVERYTHING = (*LAYER, "embed_tokens", "lm_head")
+NORMS = ("model.layers.0.norm_in.weight", "model.norm.weight")
+BIASES = ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj", "lm_head")
+MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def decoder(*, layers: int, hidden: int, inner: int, kv: int, vocab: int, dtype: Dtype = "bfloat16") -> BaseGeometry:
@@ -40,7 +44,8 @@ def decoder(*, layers: int, hidden: int, inner: int, kv: int, vocab: int, dtype:
         ]:
             modules[f"{prefix}.{name}"] = ModuleShape("linear", in_dim, out_dim)
     modules["lm_head"] = ModuleShape("linear", hidden, vocab)
-    return BaseGeometry(modules, dtype)
+    norms = [f"model.layers.{layer}.{name}" for layer in range(layers) for name in ("norm_in", "norm_out")]
+    return BaseGeometry(modules, dtype, {f"{name}.weight": hidden for name in [*norms, "model.norm"]})
 
 
 GEOMETRIES = {
@@ -68,17 +73,36 @@ def groups_of(geometry: BaseGeometry) -> list[tuple[str, ...]]:
     ]
 
 
+def extra_of(geometry: BaseGeometry, name: str) -> ExtraManifest:
+    """What replaces the norm or the matrix of that name, or is added to the output of the module of that name."""
+    if name in geometry.modules:
+        return ExtraManifest(name, "added", 1, geometry.modules[name].out_dim)
+    if name in geometry.vectors:
+        return ExtraManifest(name, "replaced", 1, geometry.vectors[name])
+    shape = geometry.modules[name.removesuffix(".weight")]
+    rows, width = (shape.out_dim, shape.in_dim) if shape.kind == "linear" else (shape.in_dim, shape.out_dim)
+    return ExtraManifest(name, "replaced", rows, width)
+
+
 def manifest_of(
-    geometry: BaseGeometry, version: str, rank: int, targets: Sequence[str], ranks: dict[str, int] | None = None
+    geometry: BaseGeometry,
+    version: str,
+    rank: int,
+    targets: Sequence[str],
+    ranks: dict[str, int] | None = None,
+    extras: Sequence[str] = (),
 ) -> AdapterManifest:
-    """`ranks` replaces the rank of the modules it names."""
+    """`ranks` replaces the rank of the modules it names; `extras` are as in `extra_of`."""
     names = [name for name in geometry.modules if name.rpartition(".")[2] in targets]
     modules = tuple(
         ModuleManifest(name, (ranks or {}).get(name, rank), scaling=0.5 + index) for index, name in enumerate(names)
     )
     elements = sum(m.rank * (geometry.modules[m.name].in_dim + geometry.modules[m.name].out_dim) for m in modules)
-    itemsize = np.dtype(NUMPY_DTYPES[geometry.dtype]).itemsize
-    return AdapterManifest(version, max(m.rank for m in modules), tuple(sorted(targets)), modules, elements * itemsize)
+    found = tuple(extra_of(geometry, name) for name in sorted(extras))
+    elements += sum(extra.num_rows * extra.width for extra in found)
+    num_bytes = elements * np.dtype(NUMPY_DTYPES[geometry.dtype]).itemsize
+    largest = max((module.rank for module in modules), default=0)
+    return AdapterManifest(version, largest, tuple(sorted(targets)), modules, num_bytes, found)
 
 
 def weights_of(geometry: BaseGeometry, manifest: AdapterManifest, seed: int = 0) -> AdapterWeights:
@@ -99,4 +123,5 @@ def weights_of(geometry: BaseGeometry, manifest: AdapterManifest, seed: int = 0)
         shape = geometry.modules[module.name]
         a = array(shape.in_dim, module.rank) if shape.kind == "embedding" else array(module.rank, shape.in_dim)
         tensors[module.name] = (a, array(module.rank, shape.out_dim))
-    return AdapterWeights(manifest, geometry.dtype, tensors)
+    extras = {extra.name: array(extra.num_rows, extra.width) for extra in manifest.extras}
+    return AdapterWeights(manifest, geometry.dtype, tensors, extras)

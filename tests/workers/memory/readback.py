@@ -9,6 +9,7 @@ from torch import Tensor
 from lorafleet.adapter_store.manifest import AdapterWeights, Array
 from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights
 from lorafleet.workers.memory.adapter_pool import AdapterPool
+from lorafleet.workers.memory.extras import ExtraVector
 
 
 def bits(tensor: Tensor) -> Array:
@@ -42,7 +43,7 @@ def read_embedding_a(weights: LoraEmbeddingWeights, slot: int, rank: int) -> Arr
 
 
 def assert_serves(pool: AdapterPool, groups: list[tuple[str, ...]], slot: int, weights: AdapterWeights) -> None:
-    """The slot holds exactly `weights`: values, ranks, scalings; rank 0 in every module that it does not target."""
+    """The slot holds exactly `weights`: values, ranks, scalings, extras; rank 0 in every module it does not target."""
     modules = {module.name: module for module in weights.manifest.modules}
     grouped = {name for group in groups for name in group}
     for group in [*groups, *((name,) for name in pool.layout.places if name not in grouped)]:
@@ -61,3 +62,14 @@ def assert_serves(pool: AdapterPool, groups: list[tuple[str, ...]], slot: int, w
                 rows = views.a_rows[slot, slice_, : module.rank]
                 np.testing.assert_array_equal(read_rows(views.pool, rows, views.in_dim), a)
             np.testing.assert_array_equal(read_b(views, slot, slice_, module.rank), b)
+    assert pool.extras.get(slot, {}).keys() == weights.extras.keys()
+    for name, expected in weights.extras.items():
+        np.testing.assert_array_equal(read_extra(pool, slot, name), expected)
+
+
+def read_extra(pool: AdapterPool, slot: int, name: str) -> Array:
+    """(num_rows, width) of what the slot's adapter brings under that name."""
+    extra = pool.extras[slot][name]
+    if isinstance(extra, ExtraVector):
+        return bits(torch.cat(extra.parts))[None]
+    return read_rows(extra.pool, extra.starts, extra.width)

@@ -9,14 +9,18 @@ import torch
 from lorafleet.adapter_store.manifest import NUMPY_DTYPES, AdapterManifest, AdapterWeights, BaseGeometry, ModuleShape
 from lorafleet.kernels.weights import ROW_ALIGN
 from lorafleet.workers.errors import WorkerConfigError
+from lorafleet.workers.memory import page_plan
 from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation
 from lorafleet.workers.memory.page_plan import pack
 from lorafleet.workers.memory.pool_layout import MAX_PAGE_ROWS, PoolLayout, aligned
 from tests.workers.memory.geometries import (
     ATTENTION,
+    BIASES,
     EVERYTHING,
     GEOMETRIES,
     LAYER,
+    MATRICES,
+    NORMS,
     ODD,
     QKV,
     TINY,
@@ -29,6 +33,7 @@ from tests.workers.memory.readback import assert_serves
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
 TINY_BF16 = decoder(layers=2, hidden=32, inner=48, kv=16, vocab=200)
+EXTRAS = (*BIASES, *MATRICES, *NORMS)
 TARGETS = [("q_proj", "v_proj"), QKV, ATTENTION, LAYER, EVERYTHING, ("embed_tokens",), ("lm_head", "down_proj")]
 
 
@@ -70,13 +75,53 @@ def test_tables_lead_to_every_value(geometry: BaseGeometry, device: str) -> None
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        pytest.param(TINY, id="fp32"),
+        pytest.param(ODD, id="fp16_unaligned"),
+        pytest.param(TINY_BF16, id="bf16"),
+        pytest.param(GEOMETRIES["demo_344"], id="demo"),
+    ],
+)
+def test_extras_lie_in_the_pages_too(geometry: BaseGeometry, device: str) -> None:
+    pool = make_pool(geometry, num_pages=3000, device=device)
+    cases = [(name,) for name in EXTRAS] + [(), BIASES, MATRICES, NORMS, EXTRAS]
+    resident = []
+    for seed, (extras, targets) in enumerate(zip(cases, 2 * TARGETS, strict=False)):
+        weights = weights_of(geometry, manifest_of(geometry, f"v{seed}", 3, targets, extras=extras), seed)
+        resident.append((load(pool, weights), weights))
+    alone = weights_of(geometry, manifest_of(geometry, "alone", 0, (), extras=NORMS))
+    resident.append((load(pool, alone), alone))
+    for allocation, weights in resident:
+        assert_serves(pool, groups_of(geometry), allocation.slot, weights)
+    assert torch.isfinite(pool.embedding_weights("model.embed_tokens").pool).all()
+    assert pool.num_pages_used == sum(len(set(allocation.page_ids)) for allocation, _ in resident)
+
+
+def test_extras_are_there_from_publish_to_free() -> None:
+    pool = make_pool(TINY)
+    extras = pool.extras
+    weights = weights_of(TINY, manifest_of(TINY, "v", 4, LAYER, extras=EXTRAS))
+    allocation = pool.allocate(weights.manifest)
+    staged = pool.stage(allocation, weights)
+    assert not extras
+    pool.publish(staged)
+    assert extras.keys() == {allocation.slot}
+    pool.free(allocation)
+    assert not extras
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_reused_pages_disturb_no_one(device: str) -> None:
     rng = np.random.default_rng(3)
-    pool = make_pool(TINY, num_pages=260, max_slots=6, device=device)
+    pool = make_pool(TINY, num_pages=360, max_slots=6, device=device)
     resident: list[tuple[Allocation, AdapterWeights]] = []
     for step in range(60):
         targets = TARGETS[rng.integers(len(TARGETS))]
-        weights = weights_of(TINY, manifest_of(TINY, f"v{step}", int(rng.integers(1, 9)), targets), step)
+        extras = [name for name in EXTRAS if rng.random() < 0.2]
+        manifest = manifest_of(TINY, f"v{step}", int(rng.integers(1, 9)), targets, extras=extras)
+        weights = weights_of(TINY, manifest, step)
         while not pool.can_allocate(weights.manifest):
             pool.free(resident.pop(int(rng.integers(len(resident))))[0])
         resident.append((load(pool, weights), weights))
@@ -145,6 +190,17 @@ def test_waste_of_one_adapter(name: str, targets: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("extras", [MATRICES[:1], MATRICES[1:], EXTRAS], ids=["embedding", "head", "everything"])
+def test_waste_of_an_adapter_with_matrices_of_its_own(name: str, extras: tuple[str, ...]) -> None:
+    geometry = GEOMETRIES[name]
+    layout = PoolLayout.of(geometry, groups_of(geometry), 64)
+    for rank, targets in [(0, ()), (8, ("q_proj", "v_proj")), (16, LAYER)]:
+        manifest = manifest_of(geometry, "v", rank, targets, extras=extras)
+        used = pack(manifest, layout).num_pages * layout.page_bytes
+        assert manifest.num_bytes <= used <= 1.15 * manifest.num_bytes, (rank, used / manifest.num_bytes)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
 def test_waste_of_a_mix(name: str) -> None:
     geometry = GEOMETRIES[name]
     layout = PoolLayout.of(geometry, groups_of(geometry), 64)
@@ -166,7 +222,7 @@ def test_rows_are_aligned_apart_and_within_a_page(geometry: BaseGeometry) -> Non
     widest = max(shape.in_dim for shape in geometry.modules.values() if shape.kind == "linear")
     assert layout.page_elements in [rows * aligned(max(widest, 48)) for rows in range(1, MAX_PAGE_ROWS + 1)]
     for rank, targets in [(1, LAYER), (5, EVERYTHING), (48, ("q_proj", "embed_tokens"))]:
-        plan = pack(manifest_of(geometry, "v", rank, targets), layout)
+        plan = pack(manifest_of(geometry, "v", rank, targets, extras=EXTRAS), layout)
         counts = [piece.count for piece in plan.pieces]
         widths = np.repeat([piece.width for piece in plan.pieces], counts)
         order = np.argsort(plan.offsets)
@@ -187,17 +243,33 @@ def test_packing_depends_on_nothing_else() -> None:
     np.testing.assert_array_equal(first.entries, second.entries)
 
 
+@pytest.mark.parametrize("block_pages", [1, 3, 1000])
 @pytest.mark.parametrize("geometry", [TINY, ODD], ids=["tiny", "odd"])
-def test_every_element_of_a_written_page_is_defined(geometry: BaseGeometry) -> None:
+def test_every_element_of_a_written_page_is_defined(
+    geometry: BaseGeometry, block_pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layout = PoolLayout.of(geometry, groups_of(geometry), 8)
-    weights = weights_of(geometry, manifest_of(geometry, "v", 5, EVERYTHING))
+    monkeypatch.setattr(page_plan, "BLOCK_BYTES", block_pages * layout.page_bytes)
+    weights = weights_of(geometry, manifest_of(geometry, "v", 5, EVERYTHING, extras=EXTRAS))
     plan = pack(weights.manifest, layout)
-    pages = np.full((2 * plan.num_pages, layout.page_elements), np.nan, NUMPY_DTYPES[geometry.dtype])
-    page_ids = np.arange(0, 2 * plan.num_pages, 2)[::-1].copy()
-    plan.write(weights, pages.reshape(-1), page_ids)
-    assert np.isfinite(pages[::2]).all()
-    assert np.isnan(pages[1::2]).all()
-    assert sum(a.size + b.size for a, b in weights.tensors.values()) == np.count_nonzero(pages[::2])
+    num_blocks = -(-plan.num_pages // block_pages)
+    assert len(plan.blocks) == num_blocks
+    assert [block.first_page for block in plan.blocks] == [block_pages * i for i in range(num_blocks)]
+    pages = np.full((plan.num_pages + 1, layout.page_elements), np.nan, NUMPY_DTYPES[geometry.dtype])
+    for block in plan.blocks:
+        block.write(weights, pages[block.first_page :].reshape(-1))
+    assert np.isfinite(pages[:-1]).all()
+    assert np.isnan(pages[-1]).all()
+    assert weights.manifest.num_bytes == np.count_nonzero(pages[:-1]) * pages.itemsize
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("block_pages", [1, 2, 1000])
+def test_blocks_make_the_same_pool(block_pages: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_plan, "BLOCK_BYTES", block_pages * make_pool(TINY).layout.page_bytes)
+    pool = make_pool(TINY, device=device)
+    weights = weights_of(TINY, manifest_of(TINY, "v", 5, EVERYTHING, extras=EXTRAS))
+    assert_serves(pool, groups_of(TINY), load(pool, weights).slot, weights)
 
 
 def test_wide_outputs_are_split_into_parts() -> None:

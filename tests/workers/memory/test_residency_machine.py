@@ -23,14 +23,34 @@ from lorafleet.workers.memory.adapter_pool import AdapterPool, StagedAdapter
 from lorafleet.workers.memory.page_plan import pack
 from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.memory.residency import AdapterLease, Residency
-from tests.workers.memory.geometries import EVERYTHING, LAYER, TINY, groups_of, manifest_of, weights_of
+from tests.workers.memory.geometries import (
+    BIASES,
+    EVERYTHING,
+    LAYER,
+    MATRICES,
+    NORMS,
+    TINY,
+    groups_of,
+    manifest_of,
+    weights_of,
+)
 from tests.workers.memory.readback import assert_serves
 
 GROUPS = groups_of(TINY)
 LAYOUT = PoolLayout.of(TINY, GROUPS, 8)
-KINDS = [(1, ("q_proj",)), (2, ("q_proj", "v_proj")), (8, ("k_proj", "o_proj")), (3, LAYER), (5, EVERYTHING)]
+KINDS = [
+    (1, ("q_proj",), ()),
+    (2, ("q_proj", "v_proj"), NORMS),
+    (8, ("k_proj", "o_proj"), ()),
+    (3, LAYER, (*BIASES, *NORMS)),
+    (5, EVERYTHING, MATRICES[1:]),
+    (4, ("q_proj",), (*MATRICES, *BIASES, *NORMS)),
+    (5, EVERYTHING, ()),
+    (0, (), NORMS[:1]),
+]
 CATALOGUE: list[AdapterWeights] = [
-    weights_of(TINY, manifest_of(TINY, f"v{index}", *KINDS[index % len(KINDS)]), index) for index in range(15)
+    weights_of(TINY, manifest_of(TINY, f"v{index}", rank, targets, extras=extras), index)
+    for index, (rank, targets, extras) in enumerate(2 * KINDS)
 ]
 PAGES = {weights.manifest.version: pack(weights.manifest, LAYOUT).num_pages for weights in CATALOGUE}
 STEPS, EXAMPLES = 100, 100
@@ -199,6 +219,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert self.pool.ideal_bytes == sum(entry.weights.manifest.num_bytes for entry in self.model.values())
         assert self.pool.num_slots_free == self.pool.num_slots - len(self.model)
         assert len({use.slot for use in snapshot.adapters}) == len(self.model)
+        loaded = [version for version, entry in self.model.items() if entry.loaded and entry.weights.extras]
+        assert {use.slot for use in snapshot.adapters if use.version in loaded} == self.pool.extras.keys()
         assert (snapshot.loads, snapshot.evictions, snapshot.reloads_after_eviction) == (
             self.loads,
             self.evictions,
@@ -229,6 +251,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.residency.retire(version)
         assert (self.pool.num_pages_used, self.pool.ideal_bytes, len(self.residency)) == (0, 0, 0)
         assert self.pool.num_slots_free == self.pool.num_slots
+        assert not self.pool.extras
 
 
 @pytest.mark.slow
