@@ -70,6 +70,8 @@ class ModelRunner:
         self._lora = lora_layers.LoraContext(pool.extras)
         self._attention = attention.AttentionContext(cache)
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
+        self._kinds = (False, True) if pool.num_slots else (False,)
+        """Whether a batch may have LoRA work."""
         self.stages_s: dict[str, float] = {}
         """Seconds of what was done at start."""
         self.max_pages = -(-(base.max_model_len + 1) // cache.page_tokens)
@@ -195,21 +197,25 @@ class ModelRunner:
                     min(max_chunks, self.graph_sizes[-1]),
                     max_pages=self.max_pages,
                     null_page=self.null_pages[0],
-                    has_lora=True,
+                    has_lora=self._kinds[-1],
                     max_chunks=max_chunks,
                     chunk_length=chunk_length,
                 )
                 self._forward_blank(blank, max_batch_tokens)
             prompt = blank_prompt(
-                2, page_tokens=self.cache.page_tokens, null_page=self.null_pages[0], has_lora=True, chunk_length=16
+                2,
+                page_tokens=self.cache.page_tokens,
+                null_page=self.null_pages[0],
+                has_lora=self._kinds[-1],
+                chunk_length=16,
             )
             self._forward_blank(prompt, max_batch_tokens)
         self.stages_s["compile"] = time.monotonic() - started_s
         logger.info("compiled kernels, %.1f s", self.stages_s["compile"])
         started_s = time.monotonic()
         sizes = [n for n in (self.graph_sizes[-1] + 1, 1024, 2048, 4096) if n < max_batch_tokens] + [max_batch_tokens]
-        variants = [(n, 128, has_lora) for n in sizes for has_lora in (False, True)]
-        variants += [(sizes[0], chunk_length, True) for chunk_length in (16, 32, 64)]
+        variants = [(n, 128, has_lora) for n in sizes for has_lora in self._kinds]
+        variants += [(sizes[0], chunk_length, self._kinds[-1]) for chunk_length in (16, 32, 64)]
         for num_rows, chunk_length, has_lora in variants:
             batch = blank_prompt(
                 num_rows,
@@ -238,7 +244,7 @@ class ModelRunner:
         started_s = time.monotonic()
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.graph_sizes):
-            for has_lora in (True, False):
+            for has_lora in reversed(self._kinds):
                 blank = blank_batch(
                     size,
                     max_pages=self.max_pages,
