@@ -17,9 +17,11 @@ import logging
 import multiprocessing
 import os
 import random
+import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Empty
@@ -289,7 +291,8 @@ def measure(way: str, work: Work, folder: Path, workers: int, seconds: float) ->
         shares = [Share(work, i, work.client_processes, seed=1) for i in range(work.client_processes)]
         object_store = max(200 * 2**20, int(1.2 * config.adapters.host_cache_bytes))
         port = free_port()
-        with service(config, str(folder / "ray"), port, object_store_bytes=object_store, max_start_s=seconds):
+        options = {"object_store_bytes": object_store, "num_gpus": int(has_gpu), "max_start_s": seconds}
+        with service(config, str(folder / "ray"), port, **options):
             before = cpu_seconds()
             taken = together(drive_http, shares, port, seconds=seconds)
             cpu_s = cpu_seconds() - before
@@ -304,6 +307,29 @@ def measure(way: str, work: Work, folder: Path, workers: int, seconds: float) ->
         cpu = {}
     start_s = min(each.began_s for each in taken) - begun_s
     return {**figures_of(taken), **cpu, "start_s": start_s, "workers": workers}
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the main thread when the time is up: Serve waits for its replicas without an end."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done within {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(0.001, seconds))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def show_logs(folder: Path, chars: int = 3000) -> None:
+    """The ends of what the service's processes logged, which goes with the folder."""
+    logs = [*folder.glob("ray/session_latest/logs/serve/*.log"), *folder.glob("ray/session_latest/logs/worker*.err")]
+    for log in sorted(logs, key=lambda path: path.stat().st_mtime)[-8:]:
+        print(f"--- {log.name}\n{log.read_text(errors='replace')[-chars:]}", flush=True)
 
 
 def report(path: Path) -> None:
@@ -354,7 +380,12 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"[{left:5.0f} s left] {way}", flush=True)
             if way == "http":
                 write_adapters(work, folder)
-            figures = measure(way, work, folder, args.workers, left)
+            try:
+                with time_limit(left):
+                    figures = measure(way, work, folder, args.workers, left)
+            except Exception:
+                show_logs(folder)
+                raise
             bars.append(args.out, {"case": way, **{k: round(v, 4) for k, v in figures.items()}, **meta})
     report(args.out)
 

@@ -152,7 +152,13 @@ def engine_in_process(config: AppConfig, max_tokens: int) -> Iterator[Ask]:
 
 @contextmanager
 def service(
-    config: AppConfig, folder: str, port: int, *, object_store_bytes: int = OBJECT_STORE_BYTES, max_start_s: float = 180
+    config: AppConfig,
+    folder: str,
+    port: int,
+    *,
+    object_store_bytes: int = OBJECT_STORE_BYTES,
+    num_gpus: int | None = None,
+    max_start_s: float = 180,
 ) -> Iterator[None]:
     """The service on a Ray of its own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -163,6 +169,7 @@ def service(
             log_to_driver=False,
             logging_level=logging.ERROR,
             object_store_memory=object_store_bytes,
+            num_gpus=num_gpus,
             _temp_dir=folder,
             _system_config={"metrics_report_interval_ms": 1000},
         )

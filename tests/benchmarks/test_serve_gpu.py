@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -53,6 +54,21 @@ def test_shares_are_all_the_clients(serve_gpu: ModuleType) -> None:
     assert {len(requests) for requests in jobs} == {work.requests}
     assert {model for requests in jobs for model, _ in requests} == {f"a{i}" for i in range(work.adapters)}
     assert all(len(prompt) == work.prompt for requests in jobs for _, prompt in requests)
+
+
+def test_what_takes_too_long_ends_and_shows_why(
+    serve_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hang(way: str, work: object, folder: Path, *_: object) -> None:
+        logs = folder / "ray" / "session_latest" / "logs" / "serve"
+        logs.mkdir(parents=True)
+        (logs / "replica.log").write_text("no memory is left")
+        time.sleep(30)
+
+    monkeypatch.setattr(serve_gpu, "measure", hang)
+    with pytest.raises(TimeoutError, match="not done within 0 s"):
+        serve_gpu.main(["--tiny", "--ways", "engines", "--out", str(tmp_path / "x"), "--seconds", "0.3"])
+    assert "no memory is left" in capsys.readouterr().out
 
 
 @pytest.mark.slow
