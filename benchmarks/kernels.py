@@ -182,7 +182,20 @@ def calls_of(
         if name == "sglang128" and workload.num_rows < 64:
             continue  # its chunks are the same as with 16
         case = kernels_peers.DenseCase(workload.in_dim, workload.widths, workload.ranks, row_slots, x, y, len(weights))
-        yield name, peer(case), lambda: 0.0
+        yield name, _prepared(peer, case), lambda: 0.0
+
+
+def _prepared(peer: kernels_peers.Contender, case: kernels_peers.DenseCase) -> kernels_peers.Call:
+    """The peer's call; one that fails where preparing it does."""
+    try:
+        return peer(case)
+    except Exception as failure:
+        reason = failure
+
+        def fail(i: int) -> None:
+            raise reason
+
+        return fail
 
 
 def compile_group(group: Group, folder: Path | None) -> list[str]:
