@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 FLOORS := adapter_store cluster deploy kernels workers
 
-.PHONY: setup demo serve test lint types unit gpu format docs lock typings clean
+.PHONY: setup demo serve test lint types unit gpu fidelity format docs lock typings clean
 
 setup: $(VENV)/.ready typings
 
@@ -46,6 +46,10 @@ unit: setup
 # On a machine with a GPU.
 gpu: setup
 	$(BIN)/pytest -m gpu
+
+# Logprobs against transformers + PEFT; on a GPU: make fidelity ARGS="--device cuda --dtype bfloat16 --base llama-7b-4-layers"
+fidelity: setup
+	$(BIN)/python benchmarks/fidelity.py $(ARGS)
 
 format: setup
 	$(BIN)/ruff format .

@@ -1,12 +1,14 @@
 """The base's own weights, read from its checkpoint.
 
 PEFT stores a base's embedding matrices beside an adapter that targets them; this is what they are compared with, so
-that they are dropped where they are the base's own, and refused where they differ.
+that they are dropped where they are the base's own, and refused where they differ. And trained biases and tokens are
+kept as what they add to the base's.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +17,7 @@ import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 from lorafleet.adapter_store.errors import SourceUnavailable
+from lorafleet.adapter_store.manifest import BaseGeometry
 from lorafleet.adapter_store.tensor_file import TensorFile
 from lorafleet.adapter_store.tensors import Tensor
 
@@ -24,10 +27,11 @@ _WEIGHTS = "model.safetensors"
 class BaseWeights(Protocol):
     """Where a weight of the base can be read."""
 
-    def read(self, module: str, leaf: str) -> Tensor | None:
+    def read(self, module: str, leaf: str, rows: Sequence[int] | None = None) -> Tensor | None:
         """`read("lm_head", "weight")`, or None if the base stores no such weight (it may be tied to another).
 
-        Raises SourceUnavailable when the base's checkpoint cannot be reached now.
+        With `rows` only these of its rows, in this order. Raises SourceUnavailable when the base's checkpoint cannot be
+        reached now.
         """
 
 
@@ -37,7 +41,7 @@ class CheckpointWeights:
     def __init__(self, source: str | Path) -> None:
         self._source = source
 
-    def read(self, module: str, leaf: str) -> Tensor | None:
+    def read(self, module: str, leaf: str, rows: Sequence[int] | None = None) -> Tensor | None:
         name = f"{module}.{leaf}"
         if name not in self._file_of:
             # Checkpoints of a bare decoder lack the first parts: `wte.weight` is `transformer.wte.weight`.
@@ -46,7 +50,7 @@ class CheckpointWeights:
                 return None
             (name,) = ends
         path = self._path(self._file_of[name])
-        return TensorFile.open(path).read(name) if path is not None else None
+        return TensorFile.open(path).read(name, rows) if path is not None else None
 
     @cached_property
     def _file_of(self) -> dict[str, str]:
@@ -72,3 +76,15 @@ class CheckpointWeights:
         except OSError as error:
             message = "the base's checkpoint cannot be reached to compare with"
             raise SourceUnavailable("source_unavailable", message) from error
+
+
+def own_weight(
+    base: BaseWeights | None, geometry: BaseGeometry, module: str, leaf: str, rows: Sequence[int] | None = None
+) -> Tensor | None:
+    """The base's own weight of a module, or None if it is not at hand; an output may use the embedding's matrix."""
+    if base is None:
+        return None
+    own = base.read(module, leaf, rows)
+    if own is None and leaf == "weight" and module in geometry.tied:
+        own = base.read(geometry.tied[module], leaf, rows)
+    return own

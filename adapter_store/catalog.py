@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from lorafleet.adapter_store.errors import StoreUnusable, UnknownAdapter, UnknownVersion
 from lorafleet.adapter_store.files import make_empty, make_folder_durable, sync, write_durably
-from lorafleet.adapter_store.manifest import AdapterManifest, Origin, shared_module
+from lorafleet.adapter_store.manifest import AdapterManifest, Origin, shared_extra, shared_module
 
 logger = logging.getLogger(__name__)
 
@@ -253,4 +253,6 @@ def _read_manifest(path: Path) -> AdapterManifest:
         raise ValueError("it has no manifest")
     fields = _read_json(path)
     modules = tuple(shared_module(m["name"], m["rank"], m["scaling"]) for m in fields.pop("modules"))
-    return AdapterManifest(**{**fields, "modules": modules, "targets": tuple(fields["targets"])})
+    # Manifests of stores that knew no extras have none.
+    extras = tuple(shared_extra(e["name"], e["kind"], e["num_rows"], e["width"]) for e in fields.pop("extras", ()))
+    return AdapterManifest(**{**fields, "modules": modules, "targets": tuple(fields["targets"]), "extras": extras})

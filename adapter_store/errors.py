@@ -41,7 +41,7 @@ class AdapterStoreError(Exception):
 
 
 class InvalidName(AdapterStoreError):
-    """`invalid_name`: an adapter name outside the grammar."""
+    """`invalid_name`, `name_reserved`: an adapter name outside the grammar, or one that is the base's."""
 
     kind = "invalid"
 

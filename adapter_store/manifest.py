@@ -36,6 +36,8 @@ class BaseGeometry:
     """The dtype that adapters are served in, which is the model's."""
     vectors: Mapping[str, int] = field(default_factory=dict)
     """Parameters of the base's norms, by name (`model.norm.weight`), and their width: an adapter may replace them."""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    """Output that has no matrix of its own -> the embedding whose it uses: `lm_head` -> `model.embed_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,12 @@ class ExtraManifest:
     kind: Literal["replaced", "added"]
     num_rows: int
     width: int
+
+
+@lru_cache(maxsize=2**16)
+def shared_extra(name: str, kind: Literal["replaced", "added"], num_rows: int, width: int) -> ExtraManifest:
+    """As `shared_module`."""
+    return ExtraManifest(name, kind, num_rows, width)
 
 
 @dataclass(frozen=True, slots=True)

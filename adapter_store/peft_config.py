@@ -1,4 +1,4 @@
-"""`adapter_config.json` of PEFT: every field of LoraConfig is taken into account, harmless, or refused by its name.
+"""`adapter_config.json` of PEFT: every field of LoraConfig is served, harmless, or refused by its name.
 
 Written against the fields of PEFT 0.21 and open to older and newer ones: a field that is not known here is refused
 unless it is null, false or empty, which is how PEFT spells "off".
@@ -9,80 +9,101 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, Literal, NoReturn
 
 from lorafleet.adapter_store.errors import AdapterRefused
 
 MAX_CONFIG_BYTES = 4 * 2**20
 
-HARMLESS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "lora_dropout",  # training only
-        "peft_version",
-        "revision",
-        "runtime_config",
-        "megatron_core",  # read with megatron_config only
-        "qalora_group_size",  # read with use_qalora only
-        # LoRA's delta is the same however the base stores its weight; PEFT needs it for merging.
-        "fan_in_fan_out",
-        # Read with their own init_lora_weights only, which is judged by itself.
-        "corda_config",
-        "eva_config",
-        "loftq_config",
-        "lora_ga_config",
-    }
-)
-"""Fields that do not change what an adapter computes once it is trained."""
 
-EFFECTIVE = frozenset(
-    {
-        "alpha_pattern",
-        "ensure_weight_tying",
-        "exclude_modules",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "peft_type",
-        "r",
-        "rank_pattern",
-        "target_modules",
-        "task_type",
-        "use_rslora",
-    }
-)
-"""Fields that are read."""
+@dataclass(frozen=True, slots=True)
+class FieldRule:
+    """What becomes of a field of LoraConfig."""
 
-REFUSED: Mapping[str, str] = {
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow routing",
-    "bias": "trained biases",
-    "kasa_config": "KaSA",
-    "layer_replication": "replicated layers",
-    "lora_bias": "a bias on B",
-    "megatron_config": "Megatron layers",
-    "modules_to_save": "fully trained modules",
-    "monteclora_config": "MonteCLoRA",
-    "target_parameters": "LoRA on bare parameters",
-    "trainable_token_indices": "trained token embeddings",
-    "use_bdlora": "block-diagonal LoRA",
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "velora_config": "VeLoRA",
+    verdict: Literal["served", "harmless", "refused"]
+    note: str
+    """What of it is served; why it changes nothing; or why it is refused."""
+    off: tuple[object, ...] = (None, False)
+    """Of a refused field, the values that ask for nothing."""
+
+
+_OWN_INIT = "read with its own `init_lora_weights` only"
+_EMPTY_IS_OFF: tuple[object, ...] = (None, False, [], {})
+"""For other refused fields an empty value switches the feature on."""
+
+FIELDS: Mapping[str, FieldRule] = {
+    "alora_invocation_tokens": FieldRule("refused", "activated LoRA begins in the midst of a text, at its invocation"),
+    "alpha_pattern": FieldRule("served", "the first pattern that matches the end of a module's name"),
+    "arrow_config": FieldRule("refused", "Arrow routes every token over several adapters"),
+    "auto_mapping": FieldRule("harmless", "names the base's class"),
+    "base_model_name_or_path": FieldRule("harmless", "a name; what counts is that every shape is the base's"),
+    "bias": FieldRule("served", "`none`, `lora_only`, `all`: a trained bias is added less the base's own"),
+    "corda_config": FieldRule("harmless", _OWN_INIT),
+    "ensure_weight_tying": FieldRule("served", "where the base ties its output to the embedding, both must agree"),
+    "eva_config": FieldRule("harmless", _OWN_INIT),
+    "exclude_modules": FieldRule("served", "a list or a regular expression"),
+    "fan_in_fan_out": FieldRule("served", "either way: LoRA's delta is the same however the base stores its weight"),
+    "inference_mode": FieldRule("harmless", "training only"),
+    "init_lora_weights": FieldRule(
+        "served",
+        "`true`, `false`, `gaussian`, `orthogonal`, `eva`, `mica`, which leave the base alone; `pissa`, `olora`, "
+        "`corda`, `loftq`, `lora_ga` are refused unless PEFT has converted the adapter, which makes it `true`",
+    ),
+    "kasa_config": FieldRule("refused", "KaSA cuts singular values off the base's weights"),
+    "layer_replication": FieldRule("refused", "it repeats layers of the base", _EMPTY_IS_OFF),
+    "layers_pattern": FieldRule("served", "one or a list; without it a module's layer is the first number in its name"),
+    "layers_to_transform": FieldRule("served", "one or a list"),
+    "loftq_config": FieldRule("harmless", _OWN_INIT),
+    "lora_alpha": FieldRule("served", "any finite number"),
+    "lora_bias": FieldRule("served", "the bias on B is added, scaled as B is; PEFT has none for embeddings"),
+    "lora_dropout": FieldRule("harmless", "training only"),
+    "lora_ga_config": FieldRule("harmless", _OWN_INIT),
+    "megatron_config": FieldRule("refused", "it is for Megatron's layers, which no base here has", _EMPTY_IS_OFF),
+    "megatron_core": FieldRule("harmless", "read with `megatron_config` only"),
+    "modules_to_save": FieldRule(
+        "served",
+        "the embedding, the output (`lm_head`) and norms, by the end of their names; refused where it names other "
+        "modules, or none",
+    ),
+    "monteclora_config": FieldRule("harmless", "MonteCLoRA perturbs A in training only"),
+    "peft_type": FieldRule("served", "`LORA`"),
+    "peft_version": FieldRule("harmless", "a file means what PEFT 0.21 makes of it"),
+    "qalora_group_size": FieldRule("harmless", "read with `use_qalora` only"),
+    "r": FieldRule("served", "up to `adapters.max_rank`"),
+    "rank_pattern": FieldRule("served", "the first pattern that matches the end of a module's name"),
+    "revision": FieldRule("harmless", "the base's, see `base_model_name_or_path`"),
+    "runtime_config": FieldRule("harmless", "where PEFT is to put things; never saved"),
+    "target_modules": FieldRule(
+        "served", "a list, a regular expression, `all-linear`; any linear module, embedding, output"
+    ),
+    "target_parameters": FieldRule(
+        "refused", "a bare parameter has no module that LoRA could run beside", _EMPTY_IS_OFF
+    ),
+    "task_type": FieldRule("served", "`CAUSAL_LM` or none"),
+    "trainable_token_indices": FieldRule(
+        "served",
+        "a list or an object, on the embedding and the output, as a rank for each token; PEFT has them not together "
+        "with LoRA or `modules_to_save` on the same module",
+    ),
+    "use_bdlora": FieldRule("refused", "BD-LoRA stores its factors as blocks"),
+    "use_dora": FieldRule("refused", "DoRA rescales the base's own part, by norms of the sum of both weights"),
+    "use_qalora": FieldRule("refused", "QALoRA pools the inputs of quantised layers"),
+    "use_rslora": FieldRule("served", "scaling by the root of the rank"),
+    "velora_config": FieldRule("harmless", "VeLoRA changes the backward pass only"),
 }
-"""Fields that change the computation in a way that is not served, in words; they must be off."""
+"""Every field of LoraConfig. The reference prints this table."""
 
-_EMPTY_IS_OFF = frozenset({"layer_replication", "megatron_config", "modules_to_save", "target_parameters"})
-"""Of `REFUSED`, those that PEFT takes for off when empty; for the others an empty value switches the feature on."""
+INPUT_EMBEDDING = ""
+"""In place of a name: whatever module the base takes its tokens in with."""
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_MAX_NAMES = 1024
 
 _INIT_LEAVES_BASE = frozenset({"eva", "gaussian", "mica", "orthogonal"})
-"""Initialisations that leave the base's weights alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA train against others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +124,13 @@ class LoraSpec:
     layers_pattern: tuple[str, ...]
     """Empty: whatever precedes the first number in a module's name."""
     ensure_weight_tying: bool
+    bias: Literal["none", "lora_only", "all"]
+    """Whose biases were trained: nobody's, those of the targeted modules, or all of the base."""
+    lora_bias: bool
+    modules_to_save: frozenset[str]
+    """Ends of the names of modules that were trained as a whole."""
+    token_indices: Mapping[str, tuple[int, ...]]
+    """End of a module's name -> tokens whose rows were trained; `INPUT_EMBEDDING` stands for the base's embedding."""
 
 
 def read_config(path: Path) -> LoraSpec:
@@ -130,6 +158,10 @@ def read_config(path: Path) -> LoraSpec:
         layers_to_transform=_layers(fields),
         layers_pattern=_layers_pattern(fields),
         ensure_weight_tying=_flag(fields, "ensure_weight_tying"),
+        bias=_bias(fields),
+        lora_bias=_flag(fields, "lora_bias"),
+        modules_to_save=_modules_to_save(fields),
+        token_indices=_token_indices(fields),
     )
 
 
@@ -145,13 +177,12 @@ def _refuse_unsupported(fields: Mapping[str, object]) -> None:
             f"init_lora_weights {_shown(init)}: such an adapter needs a changed base "
             "(convert it: save_pretrained(path_initial_model_for_weight_conversion=...))",
         )
-    for field, value in fields.items():
-        if field in REFUSED:
-            off = value in (None, False, "none") or (field in _EMPTY_IS_OFF and value in ([], {}))
-            if not off:
-                _unsupported(field, f"{field} {_shown(value)}: {REFUSED[field]} is not served")
-        elif field not in HARMLESS and field not in EFFECTIVE and value not in (None, False, "", [], {}):
-            _unsupported(field[:200], f"{field[:200]} {_shown(value)}: this field is not known")
+    for name, value in fields.items():
+        rule = FIELDS.get(name)
+        if rule is None and value not in (None, False, "", [], {}):
+            _unsupported(name[:200], f"{name[:200]} {_shown(value)}: this field is not known")
+        if rule is not None and rule.verdict == "refused" and value not in rule.off:
+            _unsupported(name, f"{name} {_shown(value)} is not served: {rule.note}")
 
 
 def _unsupported(field: str, message: str) -> NoReturn:
@@ -235,3 +266,38 @@ def _layers_pattern(fields: Mapping[str, object]) -> tuple[str, ...]:
     if not isinstance(patterns, list) or not all(isinstance(item, str) for item in patterns):
         _invalid("layers_pattern", value, "a pattern or a list of them")
     return tuple(patterns)
+
+
+def _bias(fields: Mapping[str, object]) -> Literal["none", "lora_only", "all"]:
+    value = fields.get("bias") or "none"
+    if value not in ("none", "lora_only", "all"):
+        _invalid("bias", value, "none, lora_only or all")
+    return value
+
+
+def _modules_to_save(fields: Mapping[str, object]) -> frozenset[str]:
+    value = fields.get("modules_to_save") or []
+    # PEFT takes them for names and for regular expressions at once; only what means the same as both is taken here.
+    if not isinstance(value, list) or not all(isinstance(item, str) and _NAME.fullmatch(item) for item in value):
+        _invalid("modules_to_save", value, "a list of module names")
+    if len(value) > _MAX_NAMES:
+        _invalid("modules_to_save", value, f"of {_MAX_NAMES} names at most")
+    return frozenset(value)
+
+
+def _token_indices(fields: Mapping[str, object]) -> dict[str, tuple[int, ...]]:
+    name = "trainable_token_indices"
+    value = fields.get(name)
+    if value is None:
+        return {}
+    table: dict[str, Any] = value if isinstance(value, dict) else {INPUT_EMBEDDING: value}
+    if len(table) > _MAX_NAMES:
+        _invalid(name, value, f"for {_MAX_NAMES} names at most")
+    for module, indices in table.items():
+        if isinstance(value, dict) and not _NAME.fullmatch(module):
+            _invalid(name, value, "a list of tokens, or an object of such lists by module name")
+        if not isinstance(indices, list) or not all(type(item) is int and 0 <= item < 2**31 for item in indices):
+            _invalid(name, value, "a list of tokens, or an object of such lists by module name")
+        if not indices or len(set(indices)) != len(indices):
+            _invalid(name, value, "a token at least, and none twice")
+    return {module: tuple(indices) for module, indices in table.items()}

@@ -1,41 +1,44 @@
-"""A PEFT adapter folder, read to what is served: per-module rank and scaling, and the factors as kernels want them."""
+"""A PEFT adapter folder, read to what is served: per-module rank and scaling, factors as kernels want them, extras."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
-from lorafleet.adapter_store.base_weights import BaseWeights
+from lorafleet.adapter_store.base_weights import BaseWeights, own_weight
+from lorafleet.adapter_store.contents import BaseCopy, Contents, match_tensors, modules_present
 from lorafleet.adapter_store.errors import AdapterRefused
+from lorafleet.adapter_store.extras import read_extras
 from lorafleet.adapter_store.manifest import (
     NUMPY_DTYPES,
     AdapterManifest,
     AdapterWeights,
     Array,
     BaseGeometry,
+    ExtraManifest,
     ModuleManifest,
 )
 from lorafleet.adapter_store.peft_config import LoraSpec, read_config
 from lorafleet.adapter_store.targets import effective_modules, tied_outputs
 from lorafleet.adapter_store.tensor_file import TensorFile, tag_of, write_tensors
 from lorafleet.adapter_store.tensors import SERVED, Tensor
-from lorafleet.adapter_store.validation import (
-    BaseCopy,
-    MatchedTensors,
-    check_base_copy,
-    check_ranks,
-    check_values,
-    match_tensors,
-    modules_present,
-)
+from lorafleet.adapter_store.token_rows import read_token_rows, with_tokens
+from lorafleet.adapter_store.trained import TOKENS_FIELD, Trained, trained
+from lorafleet.adapter_store.validation import check_base_copy, check_ranks, check_values
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+INDEX_FILES = (f"{WEIGHTS_FILE}.index.json", "model.safetensors.index.json")
+"""What transformers writes beside an adapter in shards; nothing reads them back."""
+OTHER_WEIGHTS_FILES = (PICKLE_FILE, *INDEX_FILES)
+"""In place of `WEIGHTS_FILE`: whether they are there, only the wording of a refusal depends on."""
 
 _VERSION_CHARS = 40
 
@@ -47,36 +50,34 @@ class AdapterReader:
     geometry: BaseGeometry
     max_rank: int
     base_weights: BaseWeights | None = None
-    """To compare copies of the base's weights with; without it, files that bring such copies are refused."""
+    """To compare what files bring of the base's weights with; without it, such files are refused."""
 
     @property
     def max_weights_bytes(self) -> int:
         """No weights file of this base can be larger: the largest rank everywhere, copies of the base, in float64."""
-        factors = sum(self.max_rank * (shape.in_dim + shape.out_dim) for shape in self.geometry.modules.values())
+        modules = self.geometry.modules
+        factors = sum(self.max_rank * (shape.in_dim + shape.out_dim) for shape in modules.values())
+        biases = sum(2 * shape.out_dim for shape in modules.values()) + 2 * sum(self.geometry.vectors.values())
         copies = sum(
             shape.in_dim * shape.out_dim
-            for name, shape in self.geometry.modules.items()
+            for name, shape in modules.items()
             if not any(part.isdigit() for part in name.split("."))
         )
-        return 8 * (factors + copies) + 2**26
+        return 8 * (factors + biases + copies) + 2**26
 
     def read(self, folder: Path) -> AdapterWeights:
         """Read, check and digest the adapter in `folder`. Raises AdapterRefused with the code of the broken rule."""
-        self._check_files(folder)
-        spec = read_config(folder / CONFIG_FILE)
-        file = TensorFile.open(folder / WEIGHTS_FILE)
-        modules = effective_modules(spec, self.geometry, present=modules_present(file.entries, self.geometry))
-        check_ranks(modules, self.max_rank)
-        matched = match_tensors(file.entries, modules, self.geometry)
-        for copy in matched.base_copies:
+        plan = self._plan(folder)
+        file, contents = plan.file, plan.contents
+        for copy in contents.base_copies:
             self._check_base_copy(file, copy)
-        self._check_tying(spec, file, modules, matched)
+        self._check_tying(plan)
 
         served = SERVED[self.geometry.dtype]
         digest = hashlib.sha256(b"lorafleet adapter 1")
         tensors: dict[str, tuple[Array, Array]] = {}
-        for module in modules:
-            a_name, b_name = matched.factors[module.name]
+        for module in plan.lora:
+            a_name, b_name = contents.factors[module.name]
             a, b = file.read(a_name), file.read(b_name)
             _update(digest, module, a, b)
             a_array = check_values(a_name, a, served).array
@@ -84,46 +85,77 @@ class AdapterReader:
             # PEFT's B is (out_dim, rank), an embedding's A (rank, num_embeddings): transposed here and only here.
             is_embedding = self.geometry.modules[module.name].kind == "embedding"
             tensors[module.name] = (_frozen(a_array.T if is_embedding else a_array), _frozen(b_array.T))
-        return AdapterWeights(
-            self._manifest(digest.hexdigest()[:_VERSION_CHARS], modules), self.geometry.dtype, tensors
-        )
+        scalings = {module.name: module.scaling for module in plan.modules}
+        for name, rows in read_token_rows(file, contents, plan.trained, self.base_weights, self.geometry).items():
+            digest.update(rows.head)
+            digest.update(rows.difference.data)
+            factors = rows.factors(scalings[name], self.geometry.modules[name], served)
+            tensors[name] = _beside(tensors.get(name), factors)
+        extras: dict[str, Array] = {}
+        manifests: list[ExtraManifest] = []
+        for extra in read_extras(file, contents, scalings, self.base_weights, self.geometry):
+            digest.update(extra.head)
+            digest.update(extra.tensor.array.data)
+            extras[extra.manifest.name] = _frozen(check_values(extra.source, extra.tensor, served).array)
+            manifests.append(extra.manifest)
+        manifest = self._manifest(digest.hexdigest()[:_VERSION_CHARS], plan.modules, tuple(manifests))
+        return AdapterWeights(manifest, self.geometry.dtype, dict(sorted(tensors.items())), extras)
 
     def drop_base_copies(self, folder: Path) -> None:
-        """Rewrite the weights file of an adapter that `read` accepted without the base's own weights, if it has any."""
-        file = TensorFile.open(folder / WEIGHTS_FILE)
-        kept = [name for name in file.entries if ".lora_" in name]
-        if len(kept) < len(file.entries):
+        """Rewrite the weights file of an adapter that `read` accepted without what is not the adapter's, if any is."""
+        plan = self._plan(folder)
+        kept = plan.contents.served
+        if len(kept) < len(plan.file.entries):
             rewritten = folder / f"{WEIGHTS_FILE}.rewritten"
-            write_tensors(rewritten, {name: file.read(name) for name in kept})
-            rewritten.replace(file.path)
+            write_tensors(rewritten, {name: plan.file.read(name) for name in kept})
+            rewritten.replace(plan.file.path)
 
-    def num_bytes(self, modules: tuple[ModuleManifest, ...]) -> int:
-        """Bytes of these modules' factors in the served dtype."""
+    def num_bytes(self, modules: Iterable[ModuleManifest], extras: Iterable[ExtraManifest]) -> int:
+        """Bytes of these modules' factors and these extras in the served dtype."""
         shapes = self.geometry.modules
         elements = sum(m.rank * (shapes[m.name].in_dim + shapes[m.name].out_dim) for m in modules)
+        elements += sum(extra.num_rows * extra.width for extra in extras)
         return elements * np.dtype(NUMPY_DTYPES[self.geometry.dtype]).itemsize
 
-    def _manifest(self, version: str, modules: tuple[ModuleManifest, ...]) -> AdapterManifest:
+    def _plan(self, folder: Path) -> _Plan:
+        """What is in the folder, and what for; no tensor is read yet."""
+        self._check_files(folder)
+        spec = read_config(folder / CONFIG_FILE)
+        file = TensorFile.open(folder / WEIGHTS_FILE)
+        lora = effective_modules(spec, self.geometry, present=modules_present(file.entries, self.geometry))
+        check_ranks(lora, self.max_rank, "r")
+        beside = trained(spec, self.geometry, {module.name for module in lora})
+        modules = with_tokens(lora, beside.tokens)
+        check_ranks(modules, self.max_rank, TOKENS_FIELD)
+        contents = match_tensors(file.entries, spec, lora, beside, self.geometry)
+        return _Plan(spec, file, lora, beside, modules, contents)
+
+    def _manifest(
+        self, version: str, modules: tuple[ModuleManifest, ...], extras: tuple[ExtraManifest, ...]
+    ) -> AdapterManifest:
         return AdapterManifest(
             version=version,
             rank=max(module.rank for module in modules),
             targets=tuple(sorted({module.name.rpartition(".")[2] for module in modules})),
             modules=modules,
-            num_bytes=self.num_bytes(modules),
+            num_bytes=self.num_bytes(modules, extras),
+            extras=extras,
         )
 
     def _check_files(self, folder: Path) -> None:
         present = {path.name for path in folder.iterdir()}
-        if not present & {CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE}:
+        if not present & {CONFIG_FILE, WEIGHTS_FILE, *OTHER_WEIGHTS_FILES}:
             raise AdapterRefused("empty_folder", f"there is neither {CONFIG_FILE} nor {WEIGHTS_FILE}")
         if CONFIG_FILE not in present:
             raise AdapterRefused("missing_config", f"there is no {CONFIG_FILE}")
-        if WEIGHTS_FILE not in present:
-            if PICKLE_FILE in present:
-                raise AdapterRefused(
-                    "pickle_weights", f"{PICKLE_FILE} is a pickle: save as {WEIGHTS_FILE}", PICKLE_FILE
-                )
-            raise AdapterRefused("missing_weights", f"there is no {WEIGHTS_FILE}")
+        if WEIGHTS_FILE in present:
+            return
+        for name in sorted(present.intersection(INDEX_FILES)):
+            message = f"{name} is an index of several weights files: save one {WEIGHTS_FILE}"
+            raise AdapterRefused("sharded_weights", message, name)
+        if PICKLE_FILE in present:
+            raise AdapterRefused("pickle_weights", f"{PICKLE_FILE} is a pickle: save as {WEIGHTS_FILE}", PICKLE_FILE)
+        raise AdapterRefused("missing_weights", f"there is no {WEIGHTS_FILE}")
 
     def _check_base_copy(self, file: TensorFile, copy: BaseCopy) -> None:
         if tag_of(file.entries[copy.tensor]) is None:
@@ -131,23 +163,43 @@ class AdapterReader:
             raise AdapterRefused("unsupported_dtype", message, copy.tensor)
         check_base_copy(copy, file.read(copy.tensor), self.base_weights, self.geometry)
 
-    def _check_tying(
-        self, spec: LoraSpec, file: TensorFile, modules: tuple[ModuleManifest, ...], matched: MatchedTensors
-    ) -> None:
-        """With ensure_weight_tying PEFT derives a tied output's factors from the embedding's: they must agree."""
-        if not spec.ensure_weight_tying:
+    def _check_tying(self, plan: _Plan) -> None:
+        """With ensure_weight_tying PEFT derives what a tied output has from the embedding's: they must agree."""
+        if not plan.spec.ensure_weight_tying:
             return
-        names = {module.name for module in modules}
-        embeddings = {name for name in names if self.geometry.modules[name].kind == "embedding"}
+        names = {module.name for module in plan.lora}
         for output in tied_outputs(names, self.geometry) & names:
-            a, b = (file.read(name).array for name in matched.factors[output])
-            tied = any(
-                np.array_equal(a, file.read(b_name).array.T) and np.array_equal(b, file.read(a_name).array.T)
-                for a_name, b_name in (matched.factors[embedding] for embedding in embeddings)
-            )
-            if not tied:
-                message = f"ensure_weight_tying is true, but {output} has other factors than the embedding"
+            a, b = (plan.file.read(name).array for name in plan.contents.factors[output])
+            factors = plan.contents.factors[self.geometry.tied[output]]
+            embedding_a, embedding_b = (plan.file.read(name).array for name in factors)
+            if not (np.array_equal(a, embedding_b.T) and np.array_equal(b, embedding_a.T)):
+                _refuse_untied(output)
+        for output, embedding in plan.trained.tied.items():
+            of_output, of_embedding = (plan.contents.replaced[f"{module}.weight"] for module in (output, embedding))
+            if not np.array_equal(plan.file.read(of_output).array, plan.file.read(of_embedding).array):
+                _refuse_untied(output)
+            if own_weight(self.base_weights, self.geometry, output, "bias") is not None:
+                message = f"ensure_weight_tying is true, and {output} has a bias, which PEFT leaves out then"
                 raise AdapterRefused("unsupported_field", message, "ensure_weight_tying")
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """An adapter folder as its config and the header of its weights file describe it."""
+
+    spec: LoraSpec
+    file: TensorFile
+    lora: tuple[ModuleManifest, ...]
+    """Modules that have low-rank factors in the file."""
+    trained: Trained
+    modules: tuple[ModuleManifest, ...]
+    """Modules that get low-rank factors: `lora` and those with trained tokens."""
+    contents: Contents
+
+
+def _refuse_untied(output: str) -> NoReturn:
+    message = f"ensure_weight_tying is true, but {output} has other weights than the embedding"
+    raise AdapterRefused("unsupported_field", message, "ensure_weight_tying")
 
 
 def _update(digest: hashlib._Hash, module: ModuleManifest, a: Tensor, b: Tensor) -> None:
@@ -156,6 +208,13 @@ def _update(digest: hashlib._Hash, module: ModuleManifest, a: Tensor, b: Tensor)
     digest.update(json.dumps(head).encode())
     digest.update(a.array.data)
     digest.update(b.array.data)
+
+
+def _beside(lora: tuple[Array, Array] | None, rows: tuple[Array, Array]) -> tuple[Array, Array]:
+    """More ranks for a module; with LoRA on it, it is a linear one: both factors have their ranks in rows."""
+    if lora is None:
+        return _frozen(rows[0]), _frozen(rows[1])
+    return _frozen(np.concatenate((lora[0], rows[0]))), _frozen(np.concatenate((lora[1], rows[1])))
 
 
 def _frozen(array: Array) -> Array:

@@ -129,7 +129,8 @@ class AdapterStore:
         self._absent = AbsentNames(clock)
         for version, manifest in self._catalog.manifests.items():
             # The served dtype may have changed since it was published.
-            self._catalog.manifests[version] = replace(manifest, num_bytes=self._reader.num_bytes(manifest.modules))
+            num_bytes = self._reader.num_bytes(manifest.modules, manifest.extras)
+            self._catalog.manifests[version] = replace(manifest, num_bytes=num_bytes)
         self._touched = dict.fromkeys(self._catalog.manifests, clock())
         self._holdings: dict[str, _Holding] = {}
         self._collected_at = clock()
@@ -330,7 +331,8 @@ class AdapterStore:
             why = None if weights.manifest.version == version else "its content has changed"
         except (AdapterRefused, FileNotFoundError) as error:
             # Settings may have become narrower since it was published; that is no damage.
-            if isinstance(error, AdapterRefused) and error.code in ("rank_too_large", "overflow"):
+            narrower = ("rank_too_large", "overflow", "base_weights_unverified")
+            if isinstance(error, AdapterRefused) and error.code in narrower:
                 raise
             why = str(error) if isinstance(error, AdapterRefused) else "its files are gone"
         if why is not None:

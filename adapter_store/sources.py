@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorafleet.adapter_store.errors import AdapterRefused, InvalidKey, SourceUnavailable, UnknownKey
 from lorafleet.adapter_store.peft_config import MAX_CONFIG_BYTES
-from lorafleet.adapter_store.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE
+from lorafleet.adapter_store.peft_format import CONFIG_FILE, OTHER_WEIGHTS_FILES, WEIGHTS_FILE
 
 _MAX_KEY_CHARS = 1024
 _CHANGED_ATTEMPTS = 3
@@ -87,7 +87,7 @@ class Source(Protocol):
     def fetch(self, key: str, into: Path, max_weights_bytes: int) -> None:
         """Copy the adapter's config and weights into the empty folder `into`, both as they were at one moment.
 
-        Files that are not there are left out; of a pickle an empty file of its name is made. Raises InvalidKey,
+        Files that are not there are left out; of weights in other formats empty files are made. Raises InvalidKey,
         UnknownKey, SourceUnavailable, and AdapterRefused for a file that is too large.
         """
 
@@ -155,8 +155,9 @@ class DirectorySource:
                 _copy(file, into / name, limit)
                 if _identity(os.fstat(file.fileno())) != before[name]:
                     return False
-        if (folder / PICKLE_FILE).exists():
-            (into / PICKLE_FILE).touch()
+        for name in OTHER_WEIGHTS_FILES:
+            if (folder / name).exists():
+                (into / name).touch()
         # Files replaced by renaming change neither of the open ones: look at the names again.
         again = self._contained(root, root / key, str(key))
         return all(_identity_at(self._contained(root, again / name, str(key))) == seen for name, seen in before.items())
@@ -189,8 +190,9 @@ class HubSource:
         # The cache keeps files by commit: the weights are taken from the commit that the config came from.
         commit = _commit_of(config) if config is not None else self._config.revision
         weights = self._copied(repository, folder, commit, into / WEIGHTS_FILE, max_weights_bytes)
-        if weights is None and self._exists(repository, folder, PICKLE_FILE, commit):
-            (into / PICKLE_FILE).touch()
+        for name in OTHER_WEIGHTS_FILES if weights is None else ():
+            if self._exists(repository, folder, name, commit):
+                (into / name).touch()
 
     def _copied(self, repository: str, folder: str, revision: str | None, to: Path, limit: int) -> Path | None:
         """Copy one file, and say where the cache has it; None if the repository lacks it."""
@@ -261,8 +263,9 @@ class ObjectStoreSource:
             else:
                 message = f"{key} in source {self._name} changes while it is read"
                 raise SourceUnavailable("source_unavailable", message, "key")
-            if self._filesystem.exists(f"{folder}/{PICKLE_FILE}"):
-                (into / PICKLE_FILE).touch()
+            for name in OTHER_WEIGHTS_FILES:
+                if self._filesystem.exists(f"{folder}/{name}"):
+                    (into / name).touch()
             is_empty = not any(into.iterdir())
             if is_empty and not self._filesystem.isdir(folder):
                 raise UnknownKey("key_not_found", f"source {self._name} has no adapter {key}", "key")

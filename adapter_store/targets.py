@@ -25,8 +25,8 @@ def effective_modules(
 ) -> tuple[ModuleManifest, ...]:
     """The modules of the base that PEFT would wrap for this config, sorted by name.
 
-    `present` are the modules that the weights file has tensors for; with `ensure_weight_tying` PEFT wraps the output
-    embedding too if the base ties it, and then its tensors are there.
+    `present` are the modules that the weights file has factors for; with `ensure_weight_tying` PEFT wraps the output
+    too if the base ties it, and then its factors are there.
     Raises AdapterRefused `unknown_target`, `no_module` and what `match_patterns` raises.
     """
     targets = _targeted(spec, geometry)
@@ -44,14 +44,8 @@ def effective_modules(
 
 
 def tied_outputs(names: Collection[str], geometry: BaseGeometry) -> set[str]:
-    """Output embeddings that a base may tie to an embedding among `names`."""
-    embeddings = [geometry.modules[name] for name in names if geometry.modules[name].kind == "embedding"]
-    return {
-        name
-        for name, shape in geometry.modules.items()
-        if is_output(name, shape, geometry)
-        and any((shape.in_dim, shape.out_dim) == (embedding.out_dim, embedding.in_dim) for embedding in embeddings)
-    }
+    """Outputs that use the matrix of an embedding among `names`."""
+    return {output for output, embedding in geometry.tied.items() if embedding in names}
 
 
 def is_output(name: str, shape: ModuleShape, geometry: BaseGeometry) -> bool:
@@ -83,9 +77,13 @@ def _targeted(spec: LoraSpec, geometry: BaseGeometry) -> set[str]:
 
 
 def _excluded(spec: LoraSpec, names: Collection[str]) -> set[str]:
-    if isinstance(spec.exclude_modules, str):
-        return _fully_matching(spec.exclude_modules, list(names), "exclude_modules") if spec.exclude_modules else set()
-    return {name for name in names if not spec.exclude_modules.isdisjoint(_ends(name))}
+    # What is trained as a whole, and all that is within it.
+    saved = {name for name in names if any(f".{part}." in f".{name}." for part in spec.modules_to_save)}
+    if not isinstance(spec.exclude_modules, str):
+        return saved | {name for name in names if not spec.exclude_modules.isdisjoint(_ends(name))}
+    return saved | (
+        _fully_matching(spec.exclude_modules, list(names), "exclude_modules") if spec.exclude_modules else set()
+    )
 
 
 def _ends(name: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
@@ -59,14 +59,22 @@ class TensorFile:
             header = _parse_header(file.read(header_bytes))
         return cls(path, _checked_entries(header, data_start=8 + header_bytes, size=size))
 
-    def read(self, name: str) -> Tensor:
-        """The tensor `name`, which must be of one of `FLOAT_TAGS`."""
+    def read(self, name: str, rows: Sequence[int] | None = None) -> Tensor:
+        """The tensor `name`, which must be of one of `FLOAT_TAGS`, or these rows of it."""
         entry = self.entries[name]
         tag = FLOAT_TAGS[entry.tag]
         with self.path.open("rb") as file:
-            file.seek(entry.start)
-            array = np.fromfile(file, dtype=STORED[tag], count=math.prod(entry.shape))
-        return Tensor(tag, array.reshape(entry.shape))
+            if rows is None:
+                file.seek(entry.start)
+                array = np.fromfile(file, dtype=STORED[tag], count=math.prod(entry.shape))
+                return Tensor(tag, array.reshape(entry.shape))
+            assert all(0 <= row < entry.shape[0] for row in rows), (rows, entry.shape)
+            width = math.prod(entry.shape[1:])
+            array = np.empty((len(rows), width), STORED[tag])
+            for position, row in enumerate(rows):
+                file.seek(entry.start + row * width * array.itemsize)
+                array[position] = np.fromfile(file, dtype=array.dtype, count=width)
+        return Tensor(tag, array.reshape(len(rows), *entry.shape[1:]))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -58,6 +58,10 @@ class Tensor:
     def _bits(self) -> npt.NDArray[np.unsignedinteger]:
         return self.array.reshape(-1).view(_EXPONENT[self.tag][0])
 
+    def float64(self) -> npt.NDArray[np.float64]:
+        """The same values, all of which float64 can hold."""
+        return self.to("F64").array.astype(np.float64, copy=False)
+
     def to(self, tag: FloatTag) -> Tensor:
         """The same values in another float type, rounded to nearest even; too large ones become infinite."""
         if tag == self.tag:

@@ -5,8 +5,9 @@
 
 Random weights and random token ids, so nothing is downloaded: 256 requests of 512 prompt and 128 output tokens;
 adapters of rank 16 on all seven projections. Each engine shape has a process of its own. Every case runs after a
-warm-up of itself and writes its lines of JSON at once. `--report` holds the last run against the bars and draws it;
-PEERS are what other servers did with the same work: `{"engine": ..., "base": {"out_tok_s": ...}, "lora64": ...}`.
+warm-up of itself and writes its lines of JSON at once. `--report` holds the last run against the bars, with what
+`fidelity.py` found on a GPU, and draws it; PEERS are what other servers did with the same work:
+`{"engine": ..., "base": {"out_tok_s": ...}, "lora64": ...}`.
 """
 
 from __future__ import annotations
@@ -103,6 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--report", action="store_true", help="only hold what `--out` has against the bars, and draw it"
     )
     parser.add_argument("--peers", type=Path, nargs="*", default=[], help="results of other servers, for the report")
+    results = Path(__file__).with_name("results")
+    parser.add_argument("--fidelity", type=Path, default=results / "fidelity.jsonl", help="for the report")
     parser.add_argument("--run", default=time.strftime("%Y-%m-%dT%H:%M:%S"), help="the run that the lines are of")
     parser.add_argument("--process", choices=PROCESSES, help="only the cases of this one, and in this process")
     args = parser.parse_args(arguments)
@@ -111,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"there is no case {', '.join(unknown)}; there are {', '.join(CASES)}")
     if args.report:
-        engine_report.report(args.out, args.peers)
+        engine_report.report(args.out, args.peers, args.fidelity)
         return
     deadline_s = time.monotonic() + args.seconds
     if args.process is None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from outputs import compare_outputs
 from random_models import GEOMETRIES, RandomAdapters, kv_bytes, write_base, write_weights
 from running_engine import Figures, RunningEngine, running_engine
 
@@ -40,8 +39,6 @@ class Work:
     own: int = 100
     answers: int = 200
     answer: int = 143
-    compared_prompts: tuple[int, ...] = (5, 11, 100, 400)
-    compared_output: int = 32
     max_batch_tokens: int = 8192
     max_running: int = 256
 
@@ -64,8 +61,6 @@ TINY = Work(
     own=10,
     answers=5,
     answer=4,
-    compared_prompts=(5, 30),
-    compared_output=4,
     max_batch_tokens=64,
     max_running=8,
 )
@@ -287,21 +282,9 @@ def start_weights(lab: Lab) -> Named:
         yield "start_weights", engine.parts.stages_s
 
 
-def outputs(lab: Lab) -> Named:
-    """Logprobs against transformers + PEFT on the same device, in both half-width dtypes."""
-    for dtype in ("bfloat16", "float16"):
-        yield (
-            f"outputs_{dtype}",
-            compare_outputs(
-                lab.folder / dtype, lab.geometry, dtype, lab.work.compared_prompts, lab.work.compared_output
-            ),
-        )
-
-
 PROCESSES: dict[str, tuple[str, tuple[Case, ...]]] = {
     "main": ("llama-8b", (start, base, lora64, one, decode_base, decode_lora64, cold, hot, no_lora, decode_no_lora)),
     "gsm8k": ("llama-7b", (gsm8k,)),
-    "outputs": ("llama-7b", (outputs,)),
     "zipf_pool64": ("llama-8b", (zipf_pool64,)),
     "zipf_resident": ("llama-8b", (zipf_resident,)),
     "start_weights": ("llama-8b", (start_weights,)),

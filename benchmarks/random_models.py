@@ -55,10 +55,10 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def write_base(folder: Path, geometry: str, **changes: object) -> Path:
+def write_base(folder: Path, geometry: str) -> Path:
     """A folder with the configuration of a base; its weights are made up when it is loaded with `load: dummy`."""
     config = transformers.LlamaConfig(
-        **{**GEOMETRIES[geometry], **changes},
+        **GEOMETRIES[geometry],
         max_position_embeddings=MAX_MODEL_LEN,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
@@ -69,9 +69,9 @@ def write_base(folder: Path, geometry: str, **changes: object) -> Path:
     return folder
 
 
-def write_weights(base: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def write_weights(base: Path) -> None:
     """Random weights beside the configuration in `base`, in shards, as a hub would have them."""
-    model = empty_model(read_config(ModelConfig(id="base", source=str(base))), dtype)
+    model = empty_model(read_config(ModelConfig(id="base", source=str(base))), torch.bfloat16)
     places: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
     num_shards = 0
@@ -86,9 +86,9 @@ def write_weights(base: Path, dtype: torch.dtype = torch.bfloat16) -> None:
 
     for name, parameter in model.state_dict().items():
         if parameter.dim() == 1:
-            shard[name] = torch.ones(parameter.shape, dtype=dtype)
+            shard[name] = torch.ones(parameter.shape, dtype=torch.bfloat16)
         else:
-            shard[name] = (torch.randn(parameter.shape, device=device()) * 0.02).to(dtype).cpu()
+            shard[name] = (torch.randn(parameter.shape, device=device()) * 0.02).bfloat16().cpu()
         if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
             close()
     if shard:

@@ -162,6 +162,7 @@ def service(
 ) -> Iterator[None]:
     """The service on a Ray of its own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_PROXY_USE_GRPC", "1")
     try:
         ray.init(
             address="local",

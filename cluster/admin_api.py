@@ -6,23 +6,29 @@ Bodies in and out are the models of this file. Errors are raised; `http_app` giv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from http import HTTPStatus
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Request
-from pydantic import Field
+from fastapi import APIRouter, Depends, Path, Request
+from pydantic import ConfigDict, Field
 
 from lorafleet.adapter_store.manifest import AdapterManifest
 from lorafleet.adapter_store.sources import SourceConfig
+from lorafleet.cluster.api_description import bearer, error_responses
 from lorafleet.cluster.auth import Keys
-from lorafleet.cluster.config import Warm
+from lorafleet.cluster.config import NAME_PATTERN, Warm
 from lorafleet.cluster.peer_api import add_peer_routes
 from lorafleet.cluster.rollout import Placed, Rollout, Validation
 from lorafleet.workers.config import Settings
 from lorafleet.workers.state import WorkerState
 
+Name = Annotated[str, Path(description="The adapter's name.", json_schema_extra={"pattern": NAME_PATTERN})]
+
 
 class PutAdapter(Settings):
     """What a name is to stand for."""
+
+    model_config = ConfigDict(strict=True)
 
     source: str = Field(min_length=1, description="Name of a configured source.")
     key: str = Field(min_length=1, description="Where the source has the adapter.")
@@ -36,6 +42,8 @@ class PutAdapter(Settings):
 
 class ValidateAdapter(Settings):
     """What to try without loading it."""
+
+    model_config = ConfigDict(strict=True)
 
     source: str = Field(min_length=1, description="Name of a configured source.")
     key: str = Field(min_length=1, description="Where the source has the adapter.")
@@ -105,36 +113,53 @@ def build_router(rollout: Rollout, keys: Keys, sources: Sequence[SourceConfig]) 
     async def check_admin(request: Request) -> None:
         keys.check_admin(request.headers.get("authorization"))
 
-    admin = APIRouter(prefix="/admin/v1", tags=["admin"])
+    admin = APIRouter(
+        prefix="/admin/v1",
+        tags=["admin"],
+        responses=error_responses(HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE),
+    )
+    is_absent = error_responses(HTTPStatus.NOT_FOUND)
+    may_not_fit = error_responses(HTTPStatus.CONFLICT)
+    may_be_refused = error_responses(HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
 
     @admin.get("/adapters", summary="All adapters")
     async def list_adapters() -> AdaptersReply:
         return AdaptersReply(adapters=tuple(adapter_reply(placed) for placed in await rollout.adapters()))
 
-    @admin.get("/adapters/{name}", summary="One adapter")
-    async def get_adapter(name: str) -> AdapterReply:
+    @admin.get("/adapters/{name}", summary="One adapter", responses=is_absent)
+    async def get_adapter(name: Name) -> AdapterReply:
         return adapter_reply(await rollout.adapter(name))
 
-    @admin.put("/adapters/{name}", summary="Load an adapter, or replace it everywhere at once")
-    async def put_adapter(name: str, body: PutAdapter) -> AdapterReply:
+    @admin.put(
+        "/adapters/{name}",
+        summary="Load an adapter, or replace it everywhere at once",
+        responses=may_be_refused | is_absent | may_not_fit,
+    )
+    async def put_adapter(name: Name, body: PutAdapter) -> AdapterReply:
         return adapter_reply(
             await rollout.put(name, source=body.source, key=body.key, pinned=body.pinned, warm=body.warm)
         )
 
-    @admin.delete("/adapters/{name}", summary="Take an adapter's name away")
-    async def delete_adapter(name: str) -> DeletedReply:
+    @admin.delete("/adapters/{name}", summary="Take an adapter's name away", responses=is_absent)
+    async def delete_adapter(name: Name) -> DeletedReply:
         await rollout.delete(name)
         return DeletedReply(name=name)
 
-    @admin.post("/adapters/{name}/pin", summary="Keep an adapter resident on every worker")
-    async def pin_adapter(name: str) -> AdapterReply:
+    @admin.post(
+        "/adapters/{name}/pin", summary="Keep an adapter resident on every worker", responses=is_absent | may_not_fit
+    )
+    async def pin_adapter(name: Name) -> AdapterReply:
         return adapter_reply(await rollout.set_pinned(name, True))
 
-    @admin.post("/adapters/{name}/unpin", summary="Let an adapter be evicted again")
-    async def unpin_adapter(name: str) -> AdapterReply:
+    @admin.post("/adapters/{name}/unpin", summary="Let an adapter be evicted again", responses=is_absent)
+    async def unpin_adapter(name: Name) -> AdapterReply:
         return adapter_reply(await rollout.set_pinned(name, False))
 
-    @admin.post("/adapters:validate", summary="Try an adapter: what it would take, what it would evict")
+    @admin.post(
+        "/adapters:validate",
+        summary="Try an adapter: what it would take, what it would evict",
+        responses=may_be_refused | is_absent,
+    )
     async def validate_adapter(body: ValidateAdapter) -> ValidationReply:
         return validation_reply(await rollout.validate(body.source, body.key))
 
@@ -142,7 +167,11 @@ def build_router(rollout: Rollout, keys: Keys, sources: Sequence[SourceConfig]) 
     async def list_workers() -> WorkersReply:
         return WorkersReply(workers=tuple(await rollout.workers()))
 
-    router = APIRouter(dependencies=[Depends(check_admin)])
+    needs_token = keys.admin_token is not None or bool(keys.api_keys)
+    router = APIRouter(
+        dependencies=[Depends(check_admin), *bearer("admin_token", needs_token)],
+        responses=error_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN),
+    )
     router.include_router(admin)
     add_peer_routes(router, rollout, sources)
     return router

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lorafleet.adapter_store.sources import DirectoryConfig, SourceConfig
 from lorafleet.cluster.auth import Keys
@@ -20,7 +20,15 @@ from lorafleet.workers.config import Bytes, EngineConfig, ModelConfig, PoolConfi
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
-Warm = Literal["all"] | Annotated[int, Field(ge=0)]
+
+def with_integers(value: object) -> object:
+    """A JSON value with 10.0 as 10, which JSON does not tell apart."""
+    if isinstance(value, list) and {float, list} & set(map(type, value)):
+        return [with_integers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Warm = Literal["all"] | Annotated[int, Field(ge=0), BeforeValidator(with_integers)]
 """On how many workers, beside those that must have it, an adapter is made resident."""
 
 

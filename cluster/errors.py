@@ -26,13 +26,15 @@ Errors of the store and of the workers keep their own `code`; `describe` gives t
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
+import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ray.exceptions import RayTaskError
 
@@ -48,6 +50,9 @@ from lorafleet.workers.errors import (
 )
 
 logger = logging.getLogger(__name__)
+
+INTERNAL_ERROR = "internal_error"
+"""Code of whatever is none of ours."""
 
 
 class ClusterError(Exception):
@@ -239,7 +244,7 @@ def describe(error: BaseException) -> ErrorReply:
         return ErrorReply(status, _type_of(status), error.code, str(error), None, _headers_of(status))
     error_id = uuid.uuid4().hex[:12]
     logger.error("internal error %s", error_id, exc_info=error)
-    return ErrorReply(500, "server_error", "internal_error", f"internal error; the log has it under {error_id}")
+    return ErrorReply(500, "server_error", INTERNAL_ERROR, f"internal error; the log has it under {error_id}")
 
 
 _STORE_STATUS: Mapping[ErrorKind, int] = {
@@ -258,6 +263,46 @@ _WORKER_STATUS: Mapping[type[WorkerError], int] = {
     AdapterUnavailable: 503,
     EngineFailed: 503,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class KnownError:
+    """An error that a client may get, for the documentation."""
+
+    status: int
+    type: str
+    codes: tuple[str, ...]
+    meaning: str
+
+
+def known_errors() -> Iterator[KnownError]:
+    """Every error of every floor that reaches clients under a code of its own."""
+    for error in _descendants(ClusterError):
+        if hasattr(error, "code") and error is not ExposedWithoutToken:
+            yield KnownError(error.status, error.type, (error.code,), _first_paragraph(error))
+    for kind, status in _WORKER_STATUS.items():
+        yield KnownError(status, _type_of(status), (kind.code,), _first_paragraph(kind))
+    for refusal in _descendants(AdapterStoreError):
+        # Their codes stand before the meaning; those of AdapterRefused are the rules.
+        codes, _, meaning = _first_paragraph(refusal).partition(": ")
+        if codes.startswith("`"):
+            status = _STORE_STATUS[refusal.kind]
+            yield KnownError(status, _type_of(status), tuple(re.findall(r"`(\w+)`", codes)), meaning)
+    yield KnownError(
+        500, "server_error", (INTERNAL_ERROR,), "A bug; the message has the id under which the log has it."
+    )
+
+
+def _descendants(error: type[Exception]) -> Iterator[Any]:
+    """The service's own: Ray derives a class from each error that it carries to a caller."""
+    for child in error.__subclasses__():
+        if child.__module__.startswith("lorafleet."):
+            yield child
+        yield from _descendants(child)
+
+
+def _first_paragraph(thing: type) -> str:
+    return " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
 
 
 def _type_of(status: int) -> str:

@@ -9,17 +9,21 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lorafleet.cluster.api_description import DescribedApp
 from lorafleet.cluster.errors import BadRequest, ErrorReply, MethodNotAllowed, RouteNotFound, describe
 from lorafleet.cluster.openai_requests import refusal_of
 
 logger = logging.getLogger(__name__)
 
+METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+
 
 def build_http_app(routers: Sequence[APIRouter]) -> FastAPI:
     """One application of these routers."""
-    app = FastAPI(title="lorafleet", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = DescribedApp(title="lorafleet", docs_url=None, redoc_url=None, redirect_slashes=False)
     for router in routers:
         app.include_router(router)
     app.add_exception_handler(HTTPException, _on_http_exception)
@@ -72,7 +76,16 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         reply = ErrorReply(error.status_code, "invalid_request_error", "bad_request", str(error.detail))
     response = _response(reply)
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        response.headers["allow"] = ", ".join(_methods_of(request))
     return response
+
+
+def _methods_of(request: Request) -> list[str]:
+    """What the URL takes. Starlette's own reply has the methods of the first route of that path only."""
+    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    routes = request.app.routes
+    return [method for method in METHODS if any(route.matches(scopes[method])[0] is Match.FULL for route in routes)]
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> Response:

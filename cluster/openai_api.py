@@ -8,18 +8,30 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
+from lorafleet.cluster.api_description import Responses, bearer, body_of, error_responses, events_of, replies
 from lorafleet.cluster.auth import Keys
 from lorafleet.cluster.dispatch import Dispatcher, PreparedRequest
 from lorafleet.cluster.errors import BodyTooLarge, ModelNotFound, describe
 from lorafleet.cluster.names import NamedVersion
 from lorafleet.cluster.openai_replies import ChatReply, CompletionReply, Reply
 from lorafleet.cluster.openai_requests import DEFAULT_MAX_TOKENS, ChatBody, CompletionBody, parse_body
+from lorafleet.cluster.openai_schemas import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChunk,
+    Health,
+    ModelCard,
+    ModelList,
+    Readiness,
+)
 from lorafleet.cluster.sse import ClientGone, EventStream, while_connected
 from lorafleet.workers.request import GenerateDelta
 
@@ -36,15 +48,24 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
     async def check_client(request: Request) -> None:
         keys.check_client(request.headers.get("authorization"))
 
-    router = APIRouter(prefix="/v1", dependencies=[Depends(check_client)], tags=["OpenAI"])
+    router = APIRouter(
+        prefix="/v1",
+        dependencies=[Depends(check_client), *bearer("api_key", bool(keys.api_keys))],
+        tags=["OpenAI"],
+        responses=error_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.INTERNAL_SERVER_ERROR),
+    )
 
-    @router.get("/models", summary="The base and every adapter that has a name")
+    @router.get("/models", summary="The base and every adapter that has a name", responses=replies(ModelList))
     async def list_models() -> JSONResponse:
         adapters = await dispatcher.names.entries()
         cards = [_base_card(dispatcher.base_id, started), *(_adapter_card(dispatcher, entry) for entry in adapters)]
         return JSONResponse({"object": "list", "data": cards})
 
-    @router.get("/models/{model:path}", summary="One model")
+    @router.get(
+        "/models/{model:path}",
+        summary="One model",
+        responses=replies(ModelCard) | error_responses(HTTPStatus.NOT_FOUND),
+    )
     async def get_model(model: str) -> JSONResponse:
         if model == dispatcher.base_id:
             return JSONResponse(_base_card(dispatcher.base_id, started))
@@ -54,14 +75,24 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
                 return JSONResponse(_adapter_card(dispatcher, entry))
         raise ModelNotFound(f"no model or adapter is named {model[:128]!r}", "model")
 
-    @router.post("/completions", summary="Continue prompts", openapi_extra=_body_schema(CompletionBody))
+    @router.post(
+        "/completions",
+        summary="Continue prompts",
+        openapi_extra=body_of(CompletionBody),
+        responses=_answers(Completion, CompletionChunk),
+    )
     async def complete(request: Request) -> Response:
         body = parse_body(CompletionBody, await read_body(request))
         prepared = [await dispatcher.prepare(each, default_max_tokens=DEFAULT_MAX_TOKENS) for each in body.requests()]
         reply = CompletionReply(body, prepared, dispatcher.prompts)
         return await _answer(request, dispatcher, prepared, reply, is_stream=body.stream)
 
-    @router.post("/chat/completions", summary="Answer a conversation", openapi_extra=_body_schema(ChatBody))
+    @router.post(
+        "/chat/completions",
+        summary="Answer a conversation",
+        openapi_extra=body_of(ChatBody),
+        responses=_answers(ChatCompletion, ChatCompletionChunk),
+    )
     async def chat(request: Request) -> Response:
         body = parse_body(ChatBody, await read_body(request))
         prepared = [await dispatcher.prepare(body.request())]
@@ -75,11 +106,15 @@ def build_probes(not_ready: Callable[[], Awaitable[str | None]]) -> APIRouter:
     """The probes, which need no key. not_ready: what the service still waits for, None once it is ready."""
     router = APIRouter(tags=["probes"])
 
-    @router.get("/healthz", summary="Whether the ingress lives")
+    @router.get("/healthz", summary="Whether the ingress lives", responses=replies(Health))
     async def healthz() -> JSONResponse:
         return JSONResponse({"status": "ok"})
 
-    @router.get("/readyz", summary="Whether workers are up and the preload is done")
+    @router.get(
+        "/readyz",
+        summary="Whether workers are up and the preload is done",
+        responses=replies(Readiness, 200, 503),
+    )
     async def readyz() -> JSONResponse:
         reason = await not_ready()
         if reason is None:
@@ -163,18 +198,14 @@ def _adapter_card(dispatcher: Dispatcher, entry: NamedVersion) -> dict[str, Any]
     }
 
 
-def _body_schema(kind: type[BaseModel]) -> dict[str, Any]:
-    """What the API's description says of a body that is parsed by hand."""
-    schema = kind.model_json_schema()
-    definitions = schema.pop("$defs", {})
-
-    def inlined(node: Any) -> Any:
-        if isinstance(node, list):
-            return [inlined(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        if "$ref" in node:
-            return inlined(definitions[node["$ref"].rpartition("/")[2]])
-        return {key: inlined(value) for key, value in node.items()}
-
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}}
+def _answers(whole: type[BaseModel], chunk: type[BaseModel]) -> Responses:
+    """What the two routes that generate may answer."""
+    return replies(whole, 200, content=events_of(chunk)) | error_responses(
+        HTTPStatus.BAD_REQUEST,
+        HTTPStatus.NOT_FOUND,
+        HTTPStatus.CONFLICT,
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        HTTPStatus.UNPROCESSABLE_ENTITY,
+        HTTPStatus.TOO_MANY_REQUESTS,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+    )

@@ -12,11 +12,13 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from lorafleet.cluster.config import with_integers
 from lorafleet.cluster.errors import BadRequest
 from lorafleet.workers.request import GenerateRequest, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 """What completions make when the body does not say, as with OpenAI."""
+MAX_STOPS = 16
 MAX_ANSWERS = 256
 """Most answers to one body: prompts times `n`."""
 
@@ -27,19 +29,14 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "include_stop_str_in_output": (False,),
-    "logit_bias": ({},),
-    "min_p": (0,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "prediction": (),
-    "presence_penalty": (0,),
     "prompt_logprobs": (),
     "reasoning_effort": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "skip_special_tokens": (True,),
     "suffix": ("",),
@@ -51,6 +48,11 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "web_search_options": (),
 }
 """Fields that other servers give an effect: the values without one are accepted, the others refused by name."""
+
+_Item = TypeVar("_Item")
+_Text = Annotated[str, Field(min_length=1)]
+_TokenId = Annotated[int, Field(ge=0)]
+_NotEmpty = Annotated[list[_Item], Field(min_length=1)]
 
 _SAMPLING_FIELDS = frozenset(SamplingParams.model_fields)
 _LEADING_NAME = re.compile(r"(?:Value error, )?(\w+)=")
@@ -103,8 +105,10 @@ class SharedBody(SamplingParams):
     n: int = Field(default=1, ge=1, le=16, description="Independent answers to each prompt.")
     stop: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
-        BeforeValidator(_texts, json_schema_input_type=str | list[str]),
-    ] = Field(default=(), max_length=16, description="String or strings that end the text; they are not part of it.")
+        BeforeValidator(_texts, json_schema_input_type=_Text | Annotated[list[_Text], Field(max_length=MAX_STOPS)]),
+    ] = Field(
+        default=(), max_length=MAX_STOPS, description="String or strings that end the text; they are not part of it."
+    )
     stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_tuple)] = Field(
         default=(), description="Token ids that end the answer."
     )
@@ -137,7 +141,10 @@ class CompletionBody(SharedBody):
 
     prompt: Annotated[
         tuple[str | tuple[int, ...], ...],
-        BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+        BeforeValidator(
+            _prompts,
+            json_schema_input_type=_Text | _NotEmpty[_Text] | _NotEmpty[_TokenId] | _NotEmpty[_NotEmpty[_TokenId]],
+        ),
     ] = Field(description="A text, a list of texts, a list of token ids, or a list of lists of token ids.")
     max_tokens: int | None = Field(
         default=None,
@@ -179,10 +186,15 @@ def _parts(content: object) -> object:
 class ChatMessage(BaseModel):
     """One message of a conversation."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"additionalProperties": {"enum": [None, []]}},
+    )
 
     role: Literal["developer", "system", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart])]
+    content: Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | _NotEmpty[TextPart])]
     name: str | None = None
 
     @model_validator(mode="before")
@@ -248,10 +260,11 @@ def parse_body(kind: type[Body], raw: bytes) -> Body:
             continue
         if name in NEUTRAL:
             # Compared with the type, for Python holds True for 1.
-            if not any(type(value) is type(neutral) and value == neutral for neutral in _spellings(NEUTRAL[name])):
+            given = with_integers(value)
+            if not any(type(given) is type(neutral) and given == neutral for neutral in NEUTRAL[name]):
                 raise BadRequest(f"{name} is not supported; leave it out", name, "unsupported_parameter")
             continue
-        fields[name] = value
+        fields[name] = with_integers(value)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -284,10 +297,6 @@ def _request(**values: Any) -> GenerateRequest:
         return GenerateRequest(**values)
     except ValidationError as error:
         raise refusal_of(error.errors(include_url=False)) from None
-
-
-def _spellings(neutral: tuple[object, ...]) -> list[object]:
-    return [*neutral, *(float(value) for value in neutral if type(value) is int)]
 
 
 def _shortened(value: object) -> str:

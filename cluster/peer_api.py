@@ -8,25 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, WithJsonSchema
 
 from lorafleet.adapter_store.errors import InvalidKey, UnknownAdapter, UnknownKey
 from lorafleet.adapter_store.manifest import NameTable
 from lorafleet.adapter_store.sources import DirectoryConfig, HubConfig, SourceConfig
+from lorafleet.cluster.api_description import replies
 from lorafleet.cluster.errors import describe
+from lorafleet.cluster.openai_schemas import ErrorBody, SglangReply, VllmErrorBody
 from lorafleet.cluster.rollout import Rollout
+
+_Required = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]
+"""What is missing is refused in each server's own words."""
 
 
 class LoadAdapter(BaseModel):
     """What both servers take to load; fields of theirs that say nothing here are passed over."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        use_attribute_docstrings=True, strict=True, json_schema_extra={"required": ["lora_name", "lora_path"]}
+    )
 
-    lora_name: str = ""
-    lora_path: str = ""
+    lora_name: _Required = ""
+    lora_path: _Required = ""
     """The folder's path, which lies in a configured source, or a key of one."""
     load_inplace: bool = False
     """vLLM: replace an adapter that has this name."""
@@ -37,7 +45,9 @@ class LoadAdapter(BaseModel):
 class UnloadAdapter(BaseModel):
     """What both servers take to unload."""
 
-    lora_name: str = ""
+    model_config = ConfigDict(strict=True, json_schema_extra={"required": ["lora_name"]})
+
+    lora_name: _Required = ""
 
 
 def add_peer_routes(router: APIRouter, rollout: Rollout, sources: Sequence[SourceConfig]) -> None:
@@ -48,7 +58,13 @@ def add_peer_routes(router: APIRouter, rollout: Rollout, sources: Sequence[Sourc
 
 def _vllm_router(rollout: Rollout, sources: Sequence[SourceConfig]) -> APIRouter:
     """200 with a sentence; 404 for what is not there and 400 for all else that the caller got wrong, as vLLM does."""
-    router = APIRouter(prefix="/v1", tags=["vLLM"])
+    router = APIRouter(
+        prefix="/v1",
+        tags=["vLLM"],
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+        | replies(VllmErrorBody, 404, 500, 503)
+        | replies(VllmErrorBody | ErrorBody, 400, description="What was asked failed, or the body is none."),
+    )
 
     @router.post("/load_lora_adapter", summary="vLLM's: load an adapter")
     async def load(body: LoadAdapter) -> Response:
@@ -100,7 +116,11 @@ def _vllm_failure(error: Exception) -> Response:
 
 def _sglang_router(rollout: Rollout, sources: Sequence[SourceConfig]) -> APIRouter:
     """200, or 400 for whatever goes wrong, always with the adapters that are loaded then, as SGLang does."""
-    router = APIRouter(tags=["SGLang"])
+    router = APIRouter(
+        tags=["SGLang"],
+        responses=replies(SglangReply)
+        | replies(SglangReply | ErrorBody, 400, description="What was asked failed, or the body is none."),
+    )
 
     @router.post("/load_lora_adapter", summary="SGLang's: load an adapter")
     async def load(body: LoadAdapter) -> Response:
@@ -139,6 +159,14 @@ async def _sglang_reply(rollout: Rollout, error_message: str | None) -> Response
 
 
 def locate(path: str, sources: Sequence[SourceConfig]) -> tuple[str, str]:
+    """The source and key that a path stands for. Raises InvalidKey for what is no path, and as `_locate`."""
+    try:
+        return _locate(path, sources)
+    except (OSError, RuntimeError, ValueError) as error:  # too long, of an unknown user, with a null byte
+        raise InvalidKey("invalid_key", "lora_path is no path", "lora_path") from error
+
+
+def _locate(path: str, sources: Sequence[SourceConfig]) -> tuple[str, str]:
     """The source and key that a path stands for.
 
     An absolute path, or one from the working directory, that lies in the folder of a source; else a key of the first

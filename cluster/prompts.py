@@ -81,6 +81,7 @@ class Prompts:
             raise BadRequest(f"{param} is empty: it has no tokens", param, "empty_prompt")
         self._check_length(len(token_ids), request.max_tokens, param)
         self.check_token_ids(request.stop_token_ids, "stop_token_ids")
+        self.check_token_ids(tuple(request.logit_bias), "logit_bias")
         return token_ids
 
     def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:

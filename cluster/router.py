@@ -53,6 +53,7 @@ class WorkerRouter(RequestRouter):
         self._max_queued = max_queued
         self._waiting: deque[Waiter] = deque()
         self._in_flight: defaultdict[ReplicaID, int] = defaultdict(int)  # reserved or sent, and not completed
+        self._listening: set[tuple[ReplicaID, str]] = set()  # calls that are no work, and last as long as the worker
         self._reports: dict[ReplicaID, tuple[frozenset[str], int]] = {}  # resident versions and free pages
         self._metrics = QueueMetrics()
         note_router(self)
@@ -76,6 +77,9 @@ class WorkerRouter(RequestRouter):
         worker_id = pending_request.kwargs.get("worker_id")
         if worker_id is not None:
             replica = self._reserve(worker_id)
+            if pending_request.metadata.call_method == "deltas":
+                self._listening.add((replica.replica_id, pending_request.metadata.internal_request_id))
+                self._release(replica.replica_id)
             if pending_request.metadata.call_method == "make_resident":
                 self._placement.remember(pending_request.args[0], worker_id, time.monotonic())
             return replica
@@ -143,7 +147,11 @@ class WorkerRouter(RequestRouter):
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Serve calls this once for every replica that `_choose_replica_for_request` returned."""
         super().on_request_completed(replica_id, internal_request_id)
-        self._release(replica_id)
+        call = replica_id, internal_request_id
+        if call in self._listening:
+            self._listening.remove(call)
+        else:
+            self._release(replica_id)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """A worker was found dead: nothing goes there any more."""
@@ -164,6 +172,7 @@ class WorkerRouter(RequestRouter):
 
     def _forget(self, replica_id: ReplicaID) -> None:
         self._in_flight.pop(replica_id, None)
+        self._listening -= {call for call in self._listening if call[0] == replica_id}
         self._reports.pop(replica_id, None)
         self._placement.forget(replica_id.unique_id)
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Desired, NamedAdapter, NameTable, Origin
 from lorafleet.cluster.config import Warm
@@ -35,7 +36,9 @@ class StoreClient:
     """Every method raises StoreUnavailable while the store is away, and the store's own errors."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
+        # Answers may hold references to shared memory, so they go by reference, but for what every request asks.
+        self._handle = handle.options(_by_reference=True)
+        self._light_handle = handle.options(_by_reference=False)
 
     async def stage(self, source: str, key: str) -> AdapterManifest:
         manifest: AdapterManifest = await self._call("stage", FETCH_S, source, key)
@@ -65,7 +68,7 @@ class StoreClient:
 
     async def resolve(self, name: str) -> NamedVersion:
         """What `name` stands for, without the manifest; looked for at the sources if it has no version yet."""
-        entry: NamedVersion = await self._call("resolve", FETCH_S, name)
+        entry: NamedVersion = await self._await(self._light_handle.options(method_name="resolve").remote(name), FETCH_S)
         return entry
 
     async def names(self) -> NamesAt:
@@ -89,7 +92,9 @@ class StoreClient:
         return weights
 
     async def _call(self, method: str, timeout_s: float, *args: Any, **kwargs: Any) -> Any:
-        response = self._handle.options(method_name=method).remote(*args, **kwargs)
+        return await self._await(self._handle.options(method_name=method).remote(*args, **kwargs), timeout_s)
+
+    async def _await(self, response: DeploymentResponse[Any], timeout_s: float) -> Any:
         try:
             async with asyncio.timeout(timeout_s):
                 return result_of(await response)
@@ -98,5 +103,5 @@ class StoreClient:
             raise StoreUnavailable("the adapter store does not answer", None, 2.0) from None
         except RayTaskError as error:
             raise unwrap(error) from error
-        except (RayActorError, DeploymentUnavailableError) as error:
+        except (RayActorError, DeploymentUnavailableError, AioRpcError) as error:
             raise StoreUnavailable("the adapter store is away", None, 2.0) from error

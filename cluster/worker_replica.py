@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import ray
@@ -21,11 +21,12 @@ from ray.serve.handle import DeploymentHandle
 from lorafleet.adapter_store.manifest import AdapterManifest, Desired
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.metrics import WorkerMetrics
+from lorafleet.cluster.outbox import Batch, Outboxes
 from lorafleet.cluster.outcome import EXPECTED, Failure, replying
 from lorafleet.cluster.placement import VERSION_PREFIX
 from lorafleet.cluster.reconciler import Reconciler
 from lorafleet.cluster.store_client import StoreClient
-from lorafleet.workers.request import EngineRequest, GenerateDelta
+from lorafleet.workers.request import EngineRequest
 from lorafleet.workers.state import WorkerState
 from lorafleet.workers.worker import Worker
 
@@ -50,20 +51,36 @@ class WorkerReplica:
             fetch=self._store.fetch,
             node_id=ray.get_runtime_context().get_node_id(),
         )
+        self._outboxes = Outboxes()
         self._reconciler = Reconciler(self._worker, self._ask_store)
         self._metrics = WorkerMetrics(self.worker_id)
         self._tasks = [asyncio.create_task(self._reconciler.run()), asyncio.create_task(self._report())]
 
     async def generate(
-        self, request: EngineRequest, excluded: frozenset[str] = frozenset()
-    ) -> AsyncIterator[GenerateDelta | Failure]:
-        """Stream one answer, or what went wrong as the last item. `excluded` are workers that the router avoids."""
-        try:
-            async with aclosing(self._worker.generate(request)) as deltas:
-                async for delta in deltas:
-                    yield delta
-        except EXPECTED as error:
-            yield Failure(error)
+        self, request: EngineRequest, outbox_id: str, excluded: frozenset[str] = frozenset()
+    ) -> AsyncIterator[str | Failure | None]:
+        """Answer into an outbox. Says which worker this is, and in the end None or what went wrong.
+
+        `excluded` are workers that the router avoids.
+        """
+        with self._outboxes.using(outbox_id) as outbox:
+            answer = self._worker.answer(request, partial(outbox.put, request.request_id))
+            answering = asyncio.ensure_future(answer)
+            try:
+                yield self.worker_id
+                await answering
+                yield None
+            except EXPECTED as error:
+                yield Failure(error)
+            finally:
+                answering.cancel()
+
+    async def deltas(self, outbox_id: str, worker_id: str) -> AsyncIterator[Batch]:
+        """What the answers that go into an outbox say, a message a step."""
+        self._check(worker_id)
+        with self._outboxes.using(outbox_id) as outbox:
+            async for batch in outbox.batches():
+                yield batch
 
     @replying
     async def state(self, worker_id: str) -> WorkerState:

@@ -18,14 +18,12 @@ from typing import Any, cast
 
 from ray.util.metrics import Metric
 
-from lorafleet.adapter_store import errors as store_errors
-from lorafleet.adapter_store.peft_config import EFFECTIVE, HARMLESS, REFUSED
+from lorafleet.adapter_store.peft_config import FIELDS
 from lorafleet.adapter_store.validation import RULES
 from lorafleet.cluster import admin_api, errors, metrics, openai_api, openai_requests
 from lorafleet.cluster.auth import Keys
 from lorafleet.cluster.config import AppConfig, UserConfig
 from lorafleet.cluster.http_app import build_http_app
-from lorafleet.workers import errors as worker_errors
 from lorafleet.workers.request import GenerateDelta, GenerateRequest, TokenLogprobs
 
 DOCS = Path(__file__).parent
@@ -169,7 +167,7 @@ def routes() -> str:
             route = f"#### `{method.upper()} {path}`\n\n{operation['summary']}.\n"
             body = _content(operation.get("requestBody", {}), definitions)
             if body.get("properties"):
-                route += f"\nBody:\n\n{fields_table(body, definitions)}"
+                route += f"\nBody:\n\n{fields_table(_with_effect(body), definitions)}"
             reply = _content(operation["responses"].get("200", {}), definitions)
             if reply.get("properties") and reply["title"] in shown:
                 route += f"\nReply: `{reply['title']}`, as above.\n"
@@ -181,9 +179,19 @@ def routes() -> str:
                 name, *pending = pending
                 shown.add(name)
                 route += f"\n`{name}`:\n\n{reply_table(definitions[name], definitions)}"
-                pending += sorted(_references(definitions[name]) - shown)
+                pending += sorted(_references(definitions[name]) - shown - {*pending})
             by_tag.setdefault(_title(operation["tags"][0]), []).append(route)
     return "\n".join(f"### {tag}\n\n" + "\n".join(found) for tag, found in by_tag.items())
+
+
+def _with_effect(body: Schema) -> Schema:
+    """Without what counts as absent: null, and fields that have a table of their own."""
+    fields = {}
+    for name, field in body["properties"].items():
+        if name not in openai_requests.NEUTRAL:
+            choices = [choice for choice in field.get("anyOf", ()) if choice != {"type": "null"}]
+            fields[name] = field | {"anyOf": choices} if choices else field
+    return {**body, "properties": fields}
 
 
 def _title(tag: str) -> str:
@@ -217,31 +225,17 @@ def neutral_fields() -> str:
 
 
 def service_errors() -> str:
-    rows = []
-    for error in _descendants(errors.ClusterError):
-        if hasattr(error, "code") and error is not errors.ExposedWithoutToken:
-            rows.append((str(error.status), error.type, f"`{error.code}`", first_paragraph(error)))
-    for kind in _descendants(worker_errors.WorkerError):
-        reply = errors.describe(kind("0" * 64, 1, 0, 1, 0, 1) if kind is worker_errors.NoRoomError else kind("message"))
-        if reply.code == kind.code:  # what keeps a service from starting reaches no client
-            rows.append((str(reply.status), reply.type, f"`{reply.code}`", first_paragraph(kind)))
-    for error in _descendants(store_errors.AdapterStoreError):
-        codes, _, meaning = first_paragraph(error).partition(": ")
-        if not codes.startswith("`"):
-            continue  # AdapterRefused: its codes are the rules
-        reply = errors.describe(error("code", "message"))
-        rows.append((str(reply.status), reply.type, codes, meaning))
-    unique = {(status, code): (status, kind, code, meaning) for status, kind, code, meaning in rows}
-    rows = sorted(unique.values(), key=lambda row: (row[0], row[2]))
-    return table(("status", "type", "code", "meaning"), ((*row[:3], row[3][0].upper() + row[3][1:]) for row in rows))
-
-
-def _descendants(error: type[Exception]) -> Iterator[Any]:
-    """The service's own: Ray derives a class from each error that it carries to a caller."""
-    for child in error.__subclasses__():
-        if child.__module__.startswith("lorafleet."):
-            yield child
-        yield from _descendants(child)
+    unique = {(error.status, error.codes): error for error in errors.known_errors()}
+    rows = (
+        (
+            str(status),
+            unique[status, codes].type,
+            ", ".join(f"`{code}`" for code in codes),
+            unique[status, codes].meaning[0].upper() + unique[status, codes].meaning[1:],
+        )
+        for status, codes in sorted(unique)
+    )
+    return table(("status", "type", "code", "meaning"), rows)
 
 
 def bad_request_codes() -> str:
@@ -260,13 +254,8 @@ def adapter_rules() -> str:
 
 
 def peft_fields() -> str:
-    def named(fields: Iterable[str]) -> str:
-        return ", ".join(f"`{field}`" for field in sorted(fields))
-
-    refused = table(
-        ("refused unless off", "what it asks for"), ((f"`{field}`", what) for field, what in REFUSED.items())
-    )
-    return f"Read: {named(EFFECTIVE)}.\n\nWithout effect on what is served: {named(HARMLESS)}.\n\n{refused}"
+    rows = ((f"`{name}`", rule.verdict, rule.note) for name, rule in FIELDS.items())
+    return table(("field", "", "what of it, or why"), rows)
 
 
 # --- Python, metrics ---

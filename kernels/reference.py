@@ -2,8 +2,9 @@
 
 The adapters' rows are taken in *groups*: one adapter with many rows, or several with few each. A group's A rows are
 gathered into one matrix for all its adapters, so that h is one product, in which each row keeps only its own adapter's
-columns; B likewise. Nothing is padded, and the few operations a group take as long with one adapter as with eight. fp32
-accumulation (float64 for a float64 pool, which makes an oracle of it).
+columns; B likewise. The few operations a group take as long with one adapter as with eight. fp32 accumulation (float64
+for a float64 pool, which makes an oracle of it). Where segments are to be exact, each adapter is a group of its own and
+no product is smaller than what BLAS multiplies row by row alike: a row's bits are the same beside any others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorafleet.kernels.segments import BASE_SLOT, Segments
@@ -25,8 +27,12 @@ _GROUP_ADAPTERS = 8
 """Adapters of one group: beyond it, products with other adapters' columns cost more than another few operations."""
 _GROUP_ROWS = 32
 """An adapter with more rows has a group of its own: its products are exact."""
+EXACT_ROWS = 16
+"""With at least so many rows, BLAS sums a row as it would among any others; with fewer it has other ways."""
 _MAX_PLANS = 8
 """Plans that a module remembers."""
+_MAX_EXACT_PLANS = 64
+"""The same where groups are to be exact: of the head alone, and each of one adapter."""
 _MAX_RUNS = 3
 """Runs of rows that are multiplied one by one, where no copy is needed; more are gathered and scattered."""
 _MAX_KEPT = 1 << 16
@@ -48,6 +54,8 @@ class _Group:
     """`rows` as a slice where they are neighbours (a prefill, or the whole batch): nothing to gather or scatter."""
     key: bytes
     """The same for groups of the same adapters whose rows belong to them in the same order."""
+    is_exact: bool
+    """See `SegmentPlan`: then there is one adapter."""
 
 
 @dataclass(slots=True)
@@ -129,7 +137,7 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments) -> Hidden:
         assert plan.a is not None
         a = plan.a.read(weights.pool)
         inputs = x.index_select(0, group.rows) if group.span is None else x[group.span]
-        h = torch.mm(_accumulation(inputs), a.t()).mul_(plan.scalings)
+        h = _product(_accumulation(inputs), a.t(), group).mul_(plan.scalings)
         if plan.foreign is not None:
             # Not by a factor of zero: what another adapter's A makes of this row may be infinite.
             h.masked_fill_(plan.foreign, 0.0)
@@ -191,19 +199,20 @@ def expand(
 
 def _groups(segments: Segments) -> tuple[_Group, ...]:
     """The groups of a batch: made at the first module, used by all, and by later steps with the same rows."""
-    return _groups_of(segments.host_row_slots.tobytes())
+    return _groups_of(segments.host_row_slots.tobytes(), segments.is_exact)
 
 
 @lru_cache(maxsize=8)
-def _groups_of(row_slots: bytes) -> tuple[_Group, ...]:
-    return tuple(_make_groups(np.frombuffer(row_slots, dtype=np.int32)))
+def _groups_of(row_slots: bytes, is_exact: bool) -> tuple[_Group, ...]:
+    return tuple(_make_groups(np.frombuffer(row_slots, dtype=np.int32), is_exact))
 
 
-def _make_groups(row_slots: npt.NDArray[np.int32]) -> Iterator[_Group]:
+def _make_groups(row_slots: npt.NDArray[np.int32], is_exact: bool) -> Iterator[_Group]:
     slots, counts = np.unique(row_slots[row_slots != BASE_SLOT], return_counts=True)
-    few = slots[counts <= _GROUP_ROWS]
+    is_alone = (counts > _GROUP_ROWS) | is_exact
+    few = slots[~is_alone]
     members = [few[i : i + _GROUP_ADAPTERS] for i in range(0, few.size, _GROUP_ADAPTERS)]
-    members += list(slots[counts > _GROUP_ROWS][:, None])
+    members += list(slots[is_alone][:, None])
     for group_slots in members:
         rows = np.isin(row_slots, group_slots).nonzero()[0]
         first, last = int(rows[0]), int(rows[-1])
@@ -215,6 +224,7 @@ def _make_groups(row_slots: npt.NDArray[np.int32]) -> Iterator[_Group]:
             span=slice(first, last + 1) if last - first < rows.size else None,
             # How many rows a lone adapter has does not matter to what its tables say.
             key=(group_row_slots if group_slots.size > 1 else group_slots).tobytes(),
+            is_exact=is_exact,
         )
 
 
@@ -235,7 +245,8 @@ def _plan(weights: LoraWeights | LoraEmbeddingWeights, group: _Group) -> _Plan |
     plans = _plans_of.get(weights.ranks)
     # Torch counts the writes to a tensor and to its views: they tell whether an adapter came or went.
     stamp = (weights.ranks._version, weights.scalings._version, weights.b_rows._version)
-    if plans is None or plans.stamp != stamp or len(plans.by_key) >= _MAX_PLANS:
+    most = _MAX_EXACT_PLANS if group.is_exact else _MAX_PLANS
+    if plans is None or plans.stamp != stamp or (group.key not in plans.by_key and len(plans.by_key) >= most):
         plans = _plans_of[weights.ranks] = _Plans(stamp, {})
     if group.key not in plans.by_key:
         plans.by_key[group.key] = _make_plan(weights, group)
@@ -285,9 +296,22 @@ def _accumulation(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
+def padded(x: Tensor) -> Tensor:
+    """(rows, width), with zeros behind them where they are fewer than `EXACT_ROWS`."""
+    return F.pad(x, (0, 0, 0, max(0, EXACT_ROWS - x.shape[0])))
+
+
+def _product(x: Tensor, matrix: Tensor, group: _Group) -> Tensor:
+    """The product, of padded operands where the group is to be exact and they are too small for that."""
+    num_rows, num_columns = x.shape[0], matrix.shape[1]
+    if not group.is_exact or (num_rows >= EXACT_ROWS and num_columns > 1):
+        return torch.mm(x, matrix)
+    return torch.mm(padded(x), F.pad(matrix, (0, 1)) if num_columns == 1 else matrix)[:num_rows, :num_columns]
+
+
 def _add_product(y: Tensor, h: Tensor, b: Tensor, group: _Group, part: _PartPlan) -> None:
     """y[rows of the group that have the part] += h @ b, rounded once."""
-    if group.span is not None and y.dtype == h.dtype:
+    if group.span is not None and y.dtype == h.dtype and not group.is_exact:
         if part.targeted is None:
             y[group.span].addmm_(h, b)
             return
@@ -299,7 +323,7 @@ def _add_product(y: Tensor, h: Tensor, b: Tensor, group: _Group, part: _PartPlan
     rows = group.rows
     if part.targeted is not None:
         h, rows = h.index_select(0, part.targeted), rows.index_select(0, part.targeted)
-    delta = torch.mm(h, b)
+    delta = _product(h, b, group)
     if y.dtype == delta.dtype:
         y.index_add_(0, rows, delta)
     else:

@@ -1,12 +1,13 @@
 """Rows of one forward pass, grouped by adapter and cut into chunks.
 
-Owns the batch type that every csgmv kernel reads. Built once a step by `workers/batch.py`; logits of chosen rows use
-`select`, so there is one type and one code path.
+Owns the batch type that every csgmv kernel reads. Planned once a step by `workers/batch.py`; passes over chosen rows
+(logits) are planned by `SegmentPlan.select`, so there is one type and one code path.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +46,9 @@ class Segments:
     num_lora_chunks: int
     """Chunks of adapters; they are the first. 0: the batch has no LoRA work."""
     host_row_slots: IntArray
-    """(num_rows,) the host's copy of `row_slots`, so that deriving segments needs no synchronisation."""
+    """(num_rows,) the host's copy of `row_slots`, for backends and checks that need no synchronisation then."""
+    is_exact: bool = False
+    """See `SegmentPlan`."""
     max_slot: int = field(init=False)
     """The largest slot of any row, `BASE_SLOT` without adapters: what launchers check against the row tables."""
 
@@ -65,10 +68,6 @@ class Segments:
     def has_lora(self) -> bool:
         return self.num_lora_chunks > 0
 
-    def select(self, rows: IntArray) -> Segments:
-        """Segments of a forward pass over only `rows` (indices into this pass's rows, in the wanted order)."""
-        return build_segments(self.host_row_slots[rows], device=self.row_slots.device)
-
 
 def chunk_length_for(largest_segment: int, mean_segment: float) -> int:
     """The power of two in [16, 128] nearest above what an adapter really has, not the batch's total."""
@@ -87,6 +86,20 @@ class SegmentPlan:
     num_chunks: int
     num_lora_chunks: int
     max_chunks: int
+    is_exact: bool = False
+    """Whether a row is to get the same bits whichever rows stand beside it, on the CPU backend, at some cost."""
+
+    def select(
+        self,
+        rows: npt.NDArray[np.integer[Any]],
+        *,
+        chunk_length: int | None = None,
+        max_chunks: int | None = None,
+        is_exact: bool = False,
+    ) -> SegmentPlan:
+        """The plan of a pass over only `rows`: indices into this plan's, in whatever order. Else as `plan_segments`."""
+        plan = plan_segments(self.row_slots[rows], chunk_length=chunk_length, max_chunks=max_chunks)
+        return replace(plan, is_exact=is_exact)
 
     def view(self, packed: Tensor) -> Segments:
         """The segments over `packed`, which holds (or will hold) `self.packed`, int32, on any device."""
@@ -103,6 +116,7 @@ class SegmentPlan:
             num_chunks=self.num_chunks,
             num_lora_chunks=self.num_lora_chunks,
             host_row_slots=self.row_slots,
+            is_exact=self.is_exact,
         )
 
 

@@ -46,8 +46,11 @@ def assemble(
     pool: PoolConfig,
     fetch: Callable[[str], AdapterWeights],
     deliver: Callable[[list[Delivery]], None],
+    captures: bool = True,
 ) -> WorkerParts:
     """Load the base and lay out the device's memory. `fetch` may block; `deliver` is called on the engine's thread.
+
+    Without `captures` no step runs as a CUDA graph, for comparisons.
 
     Raises UnsupportedModel and WorkerConfigError.
     """
@@ -73,8 +76,11 @@ def assemble(
         base,
         cache,
         adapter_pool,
-        graph_sizes=graph_sizes(engine.max_running, engine.max_batch_tokens),
+        graph_sizes=graph_sizes(engine.max_running, engine.max_batch_tokens, engine.logits_chunk_tokens)
+        if captures
+        else (),
         max_batch_tokens=engine.max_batch_tokens,
+        max_pass_rows=engine.logits_chunk_tokens,
     )
     stages_s = {"load": load_s, **runner.stages_s, "ready": time.monotonic() - started_s}
     parts = WorkerParts(

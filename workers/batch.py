@@ -16,19 +16,13 @@ from torch import Tensor
 
 from lorafleet.kernels.segments import BASE_SLOT, SegmentPlan, Segments, plan_segments
 from lorafleet.workers.model.attention import AttentionBatch
-from lorafleet.workers.model.sampler import SamplingBatch
+from lorafleet.workers.model.logits import LogitsPass, PassPlan, plan_passes
+from lorafleet.workers.model.sampler import NO_SAMPLING, SamplingBatch
+from lorafleet.workers.sampling_table import SamplingTable
 from lorafleet.workers.sequence import Sequence
 
 Ints = npt.NDArray[np.integer[Any]]
 
-_SETTINGS = np.dtype(
-    [("temperature", "f4"), ("top_p", "f4"), ("top_k", "i8"), ("min_tokens", "i8"), ("num_logprobs", "i8")]
-)
-"""What the sampler needs to know of a sequence."""
-MIN_TEMPERATURE = 1e-5
-"""Below it the likeliest token is taken: logits divided by less overflow."""
-MAX_COUNT = 1 << 31
-"""Requests may name any number; more than this means no more than this."""
 GRAPH_CHUNK_LENGTH = 16
 """Chunk length of captured batches, whatever their mix of adapters."""
 
@@ -62,10 +56,8 @@ class StepInputs:
     """(num_rows,) int32."""
     attention: AttentionBatch
     segments: Segments
-    logits_rows: Tensor
-    """(num_logits,) int32: rows whose logits are wanted."""
-    logits_segments: Segments
-    """Of those rows: the same type, derived, so that logits have no code path of their own."""
+    passes: tuple[LogitsPass, ...]
+    """Over the head: together they take the rows whose logits are wanted, in that order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +68,7 @@ class StepBatch:
     """Sequences with one row come first."""
     packed: npt.NDArray[np.int32]
     """Token ids, positions, KV pages, KV offsets, query offsets, context lengths, logits rows, block tables, segments
-    and logits segments, one after another."""
+    and the passes' segments, one after another."""
     query_lengths: list[int]
     """Rows of each sequence; padding counts as sequences of one row."""
     context_lengths: list[int]
@@ -85,7 +77,7 @@ class StepBatch:
     num_decodes: int
     num_logits: int
     segments: SegmentPlan
-    logits_segments: SegmentPlan
+    passes: tuple[PassPlan, ...]
     has_pending: bool
     """Whether any token is one that the step in flight chooses."""
     graph_size: int | None
@@ -104,14 +96,27 @@ class StepBatch:
     def num_rows(self) -> int:
         return len(self.segments.row_slots)
 
+    @property
+    def num_prompt_rows(self) -> int:
+        """How many of the logits rows are the prompts'."""
+        return sum(count for _, _, count in self.prompts)
+
     def view(self, packed: Tensor) -> StepInputs:
         """The inputs over `packed`, which holds (or will hold) `self.packed`, int32, on any device."""
         num_rows, num_sequences = self.num_rows, len(self.query_lengths)
         sizes = [num_rows] * 4
         sizes += [num_sequences + 1, num_sequences, self.num_logits, num_sequences * self.num_table_pages]
-        sizes += [self.segments.packed.size, self.logits_segments.packed.size]
+        sizes += [self.segments.packed.size, *(plan.segments.packed.size for plan in self.passes)]
         parts = torch.split(packed, sizes)
         token_ids, positions, row_pages, row_offsets, query_indptr, context_lengths, logits_rows, tables = parts[:8]
+        passes = tuple(
+            LogitsPass(
+                rows=logits_rows[plan.start : plan.start + plan.num_rows],
+                segments=plan.segments.view(part),
+                own=plan.own,
+            )
+            for plan, part in zip(self.passes, parts[9:], strict=True)
+        )
         return StepInputs(
             token_ids=token_ids,
             positions=positions,
@@ -126,8 +131,7 @@ class StepBatch:
                 num_decodes=self.num_decodes,
             ),
             segments=self.segments.view(parts[8]),
-            logits_rows=logits_rows,
-            logits_segments=self.logits_segments.view(parts[9]),
+            passes=passes,
         )
 
 
@@ -141,19 +145,22 @@ class BatchBuilder:
         max_pages: int,
         stop_token_ids: frozenset[int],
         num_slots: int,
+        pass_rows: tuple[int, int],
         graph_sizes: tuple[int, ...] = (),
         null_page: int = 0,
     ) -> None:
-        """`max_pages`: KV pages of the longest sequence. `num_slots`: most adapters in a batch. `graph_sizes`, rising:
-        batches that fit are padded to one of these rows; padding rows write their keys and values to `null_page`.
+        """`max_pages`: KV pages of the longest sequence. `num_slots`: most adapters in a batch. `pass_rows`: fewest and
+        most of a pass over the head. `graph_sizes`, rising, each of one pass: batches that fit are padded to one of
+        these rows; padding rows write their keys and values to `null_page`.
         """
+        assert max(graph_sizes, default=0) <= pass_rows[1], "a graph has one pass"
         self._page_tokens = page_tokens
-        self._stop_token_ids = stop_token_ids
+        self._sampling = SamplingTable(stop_token_ids)
         self._num_slots = num_slots
+        self._pass_rows = pass_rows
         self._graph_sizes = graph_sizes
         self._null_page = null_page
         self._tables = np.zeros((0, max_pages), dtype=np.int32)
-        self._settings = np.zeros(0, dtype=_SETTINGS)
         self._free_lines: list[int] = []
 
     def release(self, sequence: Sequence) -> None:
@@ -216,11 +223,12 @@ class BatchBuilder:
             chunk_length=None if graph_size is None else GRAPH_CHUNK_LENGTH,
             # A graph is captured for the most chunks that its rows could make.
             max_chunks=None if graph_size is None else most_chunks(graph_size, self._num_slots),
+            pass_rows=self._pass_rows,
             wanted_rows=wanted_rows,
             rows=rows,
             sampled=sampled,
             prompts=tuple(prompt for _, prompt in prompts),
-            sampling=self._sampling(sampled, lines[samples]),
+            sampling=self._sampling.batch(sampled, lines[samples]),
         )
 
     def _graph_size(self, num_rows: int) -> int | None:
@@ -235,14 +243,7 @@ class BatchBuilder:
                 self._grow()
             line = sequence.batch_line = self._free_lines.pop()
             sequence.num_tabled_pages = 0
-            settings = sequence.request.sampling
-            self._settings[line] = (
-                settings.temperature if settings.temperature >= MIN_TEMPERATURE else 0.0,
-                settings.top_p,
-                min(max(settings.top_k, 0), MAX_COUNT),
-                min(settings.min_tokens, MAX_COUNT),
-                -1 if settings.logprobs is None else settings.logprobs,
-            )
+            self._sampling.put(line, sequence)
         pages = sequence.kv_pages
         if len(pages) != sequence.num_tabled_pages:
             self._tables[line, sequence.num_tabled_pages : len(pages)] = pages[sequence.num_tabled_pages :]
@@ -250,11 +251,11 @@ class BatchBuilder:
         return line
 
     def _grow(self) -> None:
-        num_lines = len(self._settings)
+        num_lines = len(self._tables)
         added = max(64, num_lines)
         self._free_lines.extend(range(num_lines, num_lines + added))
         self._tables = np.concatenate([self._tables, np.zeros((added, self._tables.shape[1]), dtype=np.int32)])
-        self._settings = np.concatenate([self._settings, np.zeros(added, dtype=_SETTINGS)])
+        self._sampling.grow(added)
 
     def _prompts(
         self, rows: tuple[ScheduledRows, ...], starts: Ints, ends: Ints
@@ -269,26 +270,6 @@ class BatchBuilder:
                 if count > 0:
                     prompts.append((index, (item.sequence, start, count)))
         return prompts
-
-    def _sampling(self, sampled: tuple[Sequence, ...], lines: Ints) -> SamplingBatch:
-        settings = self._settings[lines]
-        num_made = np.array([seq.num_made for seq in sampled], dtype=np.int64)
-        forbidden: tuple[tuple[int, ...], ...] = ()
-        too_early = num_made < settings["min_tokens"]
-        if too_early.any():
-            forbidden = tuple(
-                tuple(self._stop_token_ids.union(seq.request.sampling.stop_token_ids)) if is_too_early else ()
-                for seq, is_too_early in zip(sampled, too_early.tolist(), strict=True)
-            )
-        return SamplingBatch(
-            temperatures=settings["temperature"],
-            top_ps=settings["top_p"],
-            top_ks=settings["top_k"],
-            seeds=[seq.seed for seq in sampled],
-            positions=num_made,
-            forbidden=forbidden,
-            num_logprobs=int(settings["num_logprobs"].max(initial=-1)),
-        )
 
 
 def _place(item: ScheduledRows) -> tuple[bool, int]:
@@ -318,35 +299,55 @@ def blank_batch(
         graph_size=graph_size,
         chunk_length=chunk_length,
         max_chunks=max_chunks,
+        pass_rows=(1, graph_size),
         has_lora=has_lora,
     )
 
 
 def _blank(
-    layout: _Layout, *, graph_size: int | None, chunk_length: int, max_chunks: int | None, has_lora: bool
+    layout: _Layout,
+    *,
+    graph_size: int | None,
+    chunk_length: int,
+    max_chunks: int | None,
+    pass_rows: tuple[int, int],
+    has_lora: bool,
 ) -> StepBatch:
-    none = np.zeros(0, dtype=np.int64)
     batch = _assemble(
         layout,
         graph_size=graph_size,
         chunk_length=chunk_length,
         max_chunks=max_chunks,
+        pass_rows=pass_rows,
         wanted_rows=None,
         rows=(),
         sampled=(),
         prompts=(),
-        sampling=SamplingBatch(np.zeros(0, np.float32), np.zeros(0, np.float32), none, [], none, (), -1),
+        sampling=NO_SAMPLING,
     )
     if not has_lora:
         return batch
-    segments, logits_segments = (
-        replace(plan, num_lora_chunks=plan.max_chunks) for plan in (batch.segments, batch.logits_segments)
-    )
-    return replace(batch, segments=segments, logits_segments=logits_segments)
+    passes = tuple(replace(plan, segments=_all_lora(plan.segments)) for plan in batch.passes)
+    return replace(batch, segments=_all_lora(batch.segments), passes=passes)
 
 
-def blank_prompt(num_rows: int, *, page_tokens: int, null_page: int, has_lora: bool, chunk_length: int) -> StepBatch:
-    """One prompt of `num_rows` tokens that leaves nothing behind, to compile and warm up with."""
+def _all_lora(plan: SegmentPlan) -> SegmentPlan:
+    return replace(plan, num_lora_chunks=plan.max_chunks)
+
+
+def blank_prompt(
+    num_rows: int,
+    *,
+    page_tokens: int,
+    null_page: int,
+    has_lora: bool,
+    chunk_length: int,
+    max_pass_rows: int | None = None,
+) -> StepBatch:
+    """One prompt of `num_rows` tokens that leaves nothing behind, to compile and warm up with.
+
+    Its last row has logits; all rows have, in passes of `max_pass_rows`, if that is given.
+    """
     positions = np.arange(num_rows)
     num_pages = -(-num_rows // page_tokens)
     layout = _Layout(
@@ -358,9 +359,16 @@ def blank_prompt(num_rows: int, *, page_tokens: int, null_page: int, has_lora: b
         query_lengths=np.array([num_rows]),
         context_lengths=np.array([num_rows]),
         tables=np.full((1, num_pages), null_page, dtype=np.int32),
-        logits_rows=positions[-1:],
+        logits_rows=positions[-1:] if max_pass_rows is None else positions,
     )
-    return _blank(layout, graph_size=None, chunk_length=chunk_length, max_chunks=None, has_lora=has_lora)
+    return _blank(
+        layout,
+        graph_size=None,
+        chunk_length=chunk_length,
+        max_chunks=None,
+        pass_rows=(1, max_pass_rows or 1),
+        has_lora=has_lora,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,6 +417,7 @@ def _assemble(
     graph_size: int | None,
     chunk_length: int | None,
     max_chunks: int | None,
+    pass_rows: tuple[int, int],
     wanted_rows: Ints | None,
     rows: tuple[ScheduledRows, ...],
     sampled: tuple[Sequence, ...],
@@ -416,8 +425,15 @@ def _assemble(
     sampling: SamplingBatch,
 ) -> StepBatch:
     segments = plan_segments(layout.row_slots, chunk_length=chunk_length, max_chunks=max_chunks)
-    logits_slots = layout.row_slots[layout.logits_rows]
-    logits_segments = plan_segments(logits_slots, chunk_length=chunk_length, max_chunks=max_chunks)
+    min_rows, max_rows = pass_rows
+    passes = plan_passes(
+        segments,
+        layout.logits_rows,
+        min_rows=min_rows,
+        max_rows=max_rows,
+        chunk_length=chunk_length,
+        max_chunks=max_chunks,
+    )
     packed = (
         layout.token_ids,
         layout.positions,
@@ -429,7 +445,7 @@ def _assemble(
         layout.logits_rows,
         layout.tables.reshape(-1),
         segments.packed,
-        logits_segments.packed,
+        *(plan.segments.packed for plan in passes),
     )
     return StepBatch(
         rows=rows,
@@ -440,7 +456,7 @@ def _assemble(
         num_decodes=int(np.count_nonzero(layout.query_lengths == 1)),
         num_logits=len(layout.logits_rows),
         segments=segments,
-        logits_segments=logits_segments,
+        passes=passes,
         has_pending=bool((layout.token_ids < 0).any()),
         graph_size=graph_size,
         wanted_rows=wanted_rows,

@@ -76,8 +76,11 @@ class EngineConfig(Settings):
     prefix_cache: bool = Field(
         default=True, description="Keep KV pages of finished requests for prompts that start alike."
     )
-    max_logits_rows: int = Field(
-        default=256, ge=1, description="Most rows of logits in one step; bounds prompt logprobs."
+    logits_chunk_tokens: int = Field(
+        default=512,
+        ge=1,
+        description="Most tokens whose logits exist at once, which bounds the memory that a large vocabulary takes: a "
+        "step that needs more makes them in several passes, and runs without a CUDA graph.",
     )
     max_wait_s: float = Field(
         default=2.0,

@@ -101,7 +101,6 @@ class Engine:
             loader,
             max_batch_tokens=config.max_batch_tokens,
             max_running=config.max_running,
-            max_logits_rows=config.max_logits_rows,
             max_wait_s=config.max_wait_s,
             clock=clock,
         )
@@ -110,6 +109,7 @@ class Engine:
             max_pages=runner.max_pages,
             stop_token_ids=runner.base.stop_token_ids,
             num_slots=runner.pool.num_slots,
+            pass_rows=runner.pass_rows,
             graph_sizes=runner.graph_sizes,
             null_page=next(iter(runner.null_pages), 0),
         )
@@ -351,7 +351,7 @@ class Engine:
             self._outbox.append((request.request_id, error))
             return
         vocab_size = self._runner.base.vocab_size
-        for token_id in (*request.prompt_token_ids, *request.sampling.stop_token_ids):
+        for token_id in (*request.prompt_token_ids, *request.sampling.stop_token_ids, *request.sampling.logit_bias):
             if not 0 <= token_id < vocab_size:
                 error = InvalidTokenId(f"token id {token_id} is not in the base's vocabulary of {vocab_size}")
                 self._outbox.append((request.request_id, error))

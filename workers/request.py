@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 FinishReason = Literal["stop", "length", "abort"]
+
+_DECIMAL = re.compile("0|[1-9][0-9]{0,18}")
+
+
+def _token_id(key: object) -> object:
+    """JSON has only texts for keys."""
+    return int(key) if isinstance(key, str) and _DECIMAL.fullmatch(key) else key
+
+
+TokenIdKey = Annotated[int, BeforeValidator(_token_id), Field(ge=0)]
 
 
 class SamplingParams(BaseModel):
@@ -29,9 +40,31 @@ class SamplingParams(BaseModel):
         description="Only the likeliest tokens that together have this share are drawn from.",
     )
     top_k: int = Field(default=0, ge=-1, description="Only so many of the likeliest tokens; 0 or -1: all.")
-    seed: int | None = Field(
-        default=None, ge=-(2**63), le=2**63 - 1, description="The same seed draws the same answer, whatever else runs."
+    min_p: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="Only tokens at least this share as likely as the likeliest."
     )
+    presence_penalty: float = Field(
+        default=0.0, ge=-2.0, le=2.0, description="Subtracted from the logit of each token that was made before."
+    )
+    frequency_penalty: float = Field(
+        default=0.0, ge=-2.0, le=2.0, description="The same, once for each time that it was made."
+    )
+    repetition_penalty: float = Field(
+        default=1.0,
+        ge=0.1,
+        le=10.0,
+        description="Divides the logit of each token of prompt and answer so far where it is positive, and multiplies "
+        "it where it is negative.",
+    )
+    logit_bias: dict[TokenIdKey, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
+        default={},
+        max_length=1024,
+        description="Added to the logits of these token ids.",
+        json_schema_extra={"propertyNames": {"pattern": f"^({_DECIMAL.pattern})$"}},
+    )
+    seed: (
+        Annotated[int, Field(ge=-(2**63), le=2**63 - 1), WithJsonSchema({"type": "integer", "format": "int64"})] | None
+    ) = Field(default=None, description="The same seed draws the same answer, whatever else runs.")
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), max_length=16, description="Strings that end the text; they are not part of it."
     )

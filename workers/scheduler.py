@@ -31,8 +31,6 @@ class _Budget:
     """What is left of one step."""
 
     tokens: int
-    prompt_logits: int
-    """Rows of logits for prompts with logprobs."""
 
 
 class Scheduler:
@@ -45,7 +43,6 @@ class Scheduler:
         *,
         max_batch_tokens: int,
         max_running: int,
-        max_logits_rows: int,
         max_wait_s: float,
         clock: Callable[[], float],
     ) -> None:
@@ -54,7 +51,6 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         # Every running sequence needs a token a step, or the last ones would stand still.
         self._max_running = min(max_running, max_batch_tokens)
-        self._max_logits_rows = max_logits_rows
         self._max_wait_s = max_wait_s
         self._clock = clock
         self._waiting: deque[Sequence] = deque()
@@ -95,7 +91,7 @@ class Scheduler:
     def schedule(self) -> list[ScheduledRows]:
         """The next step's work; empty when nothing can run now."""
         scheduled: dict[Sequence, int] = {}
-        budget = _Budget(self._max_batch_tokens, self._max_logits_rows)
+        budget = _Budget(self._max_batch_tokens)
         active = [sequence for sequence in self._running if not sequence.is_complete]
         decoding = [sequence for sequence in active if sequence.num_uncomputed == 1]
         prefilling = [sequence for sequence in active if sequence.num_uncomputed > 1]
@@ -106,7 +102,7 @@ class Scheduler:
         return [ScheduledRows(sequence, num_rows) for sequence, num_rows in scheduled.items()]
 
     def _schedule_running(self, sequence: Sequence, scheduled: dict[Sequence, int], budget: _Budget) -> None:
-        num_rows = self._num_rows(sequence, budget)
+        num_rows = min(sequence.num_uncomputed, budget.tokens)
         if num_rows == 0:
             return
         missing = self._missing_pages(sequence, sequence.num_computed + num_rows)
@@ -149,7 +145,7 @@ class Scheduler:
         # Room for the whole prompt and the first token, so that an admitted sequence gets somewhere.
         missing = self._missing_pages(sequence, len(sequence.token_ids) + 1)
         sequence.num_computed = num_cached
-        num_rows = self._num_rows(sequence, budget)
+        num_rows = min(sequence.num_uncomputed, budget.tokens)
         if num_rows == 0 or not self._cache.can_allocate(missing):
             self._release_pages(sequence)
             return num_rows == 0
@@ -162,17 +158,9 @@ class Scheduler:
         self._take(sequence, num_rows, scheduled, budget)
         return True
 
-    def _num_rows(self, sequence: Sequence, budget: _Budget) -> int:
-        num_rows = min(sequence.num_uncomputed, budget.tokens)
-        if sequence.wants_prompt_logprobs:
-            num_rows = min(num_rows, budget.prompt_logits)
-        return num_rows
-
     def _take(self, sequence: Sequence, num_rows: int, scheduled: dict[Sequence, int], budget: _Budget) -> None:
         scheduled[sequence] = num_rows
         budget.tokens -= num_rows
-        if sequence.wants_prompt_logprobs:
-            budget.prompt_logits -= num_rows
 
     def _missing_pages(self, sequence: Sequence, num_tokens: int) -> int:
         return max(0, -(-num_tokens // self._cache.page_tokens) - len(sequence.kv_pages))

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TypeVar
@@ -22,6 +22,8 @@ from lorafleet.workers.state import AdapterPages, KVPages, ResidentAdapter, Work
 from lorafleet.workers.stats import EngineStats
 
 Result = TypeVar("Result")
+Take = Callable[[GenerateDelta | Exception], None]
+"""Takes what comes of a request, on the event loop."""
 
 
 class Worker:
@@ -46,7 +48,7 @@ class Worker:
         self._node_id = node_id
         self._fetch = fetch
         self._event_loop: asyncio.AbstractEventLoop | None = None
-        self._streams: dict[str, asyncio.Queue[GenerateDelta | Exception]] = {}
+        self._streams: dict[str, Take] = {}
         self._fetches: set[Future[AdapterWeights]] = set()
         self._parts = assemble(
             worker_id=worker_id,
@@ -77,24 +79,48 @@ class Worker:
 
         Raises PromptTooLong, AdapterUnavailable, EngineFailed, and what `fetch` raises for an unknown version.
         """
-        self._event_loop = asyncio.get_running_loop()
         queue: asyncio.Queue[GenerateDelta | Exception] = asyncio.Queue()
-        # A caller may send the same id twice (a retry that raced its first attempt); streams are kept apart here.
-        request = replace(request, request_id=f"{request.request_id}#{next(_serials)}")
-        self._streams[request.request_id] = queue
-        is_done = False
-        try:
-            self._engine.submit(request)
+        with self._running(request, queue.put_nowait):
+            is_done = False
             while not is_done:
                 item = await queue.get()
                 if isinstance(item, Exception):
-                    is_done = True
                     raise item
                 is_done = item.finish_reason is not None
                 yield item
+
+    async def answer(self, request: EngineRequest, take: Callable[[GenerateDelta], None]) -> None:
+        """`generate` without a task that wakes for every delta: `take` is called with each as it is made.
+
+        Returns after the last one. Cancelling it aborts the request within two steps.
+        """
+        is_done = asyncio.get_running_loop().create_future()
+
+        def note(item: GenerateDelta | Exception) -> None:
+            if is_done.done():  # cancelled, and about to leave
+                return
+            if isinstance(item, Exception):
+                is_done.set_exception(item)
+                return
+            take(item)
+            if item.finish_reason is not None:
+                is_done.set_result(None)
+
+        with self._running(request, note):
+            await is_done
+
+    @contextlib.contextmanager
+    def _running(self, request: EngineRequest, take: Take) -> Iterator[None]:
+        """Submit a request, whose deltas go to `take`; leaving before its end aborts it."""
+        self._event_loop = asyncio.get_running_loop()
+        # A caller may send the same id twice (a retry that raced its first attempt); streams are kept apart here.
+        request = replace(request, request_id=f"{request.request_id}#{next(_serials)}")
+        self._streams[request.request_id] = take
+        try:
+            self._engine.submit(request)
+            yield
         finally:
-            del self._streams[request.request_id]
-            if not is_done:
+            if self._streams.pop(request.request_id, None) is not None:
                 self._engine.abort(request.request_id)
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
@@ -105,9 +131,10 @@ class Worker:
 
     def _distribute(self, deliveries: list[Delivery]) -> None:
         for request_id, item in deliveries:
-            queue = self._streams.get(request_id)
-            if queue is not None:
-                queue.put_nowait(item)
+            is_last = isinstance(item, Exception) or item.finish_reason is not None
+            take = self._streams.pop(request_id, None) if is_last else self._streams.get(request_id)
+            if take is not None:
+                take(item)
 
     # --- adapters ---
 

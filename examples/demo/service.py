@@ -55,6 +55,7 @@ def running_service(serve_yaml: Path, *, port: int | None, keep_state: bool) -> 
     Raises RuntimeError when the service does not come up.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_SERVE_PROXY_USE_GRPC", "1")  # half the work a token on the way from ingress to client
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
     from ray import serve

@@ -27,16 +27,24 @@ MAX_RANK = 64
 
 
 def geometry_of(model: PreTrainedModel, dtype: Dtype = "float32") -> BaseGeometry:
-    """Every linear module and embedding of a model."""
+    """Every linear module, the embedding and the norms of a model."""
     modules = {}
-    for name, module in model.named_modules():
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
         if isinstance(module, torch.nn.Linear):
             modules[name] = ModuleShape("linear", module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
             modules[name] = ModuleShape("linear", module.nx, module.nf)
-        elif isinstance(module, torch.nn.Embedding):
+        elif module is embedding:
             modules[name] = ModuleShape("embedding", module.num_embeddings, module.embedding_dim)
-    return BaseGeometry(modules, dtype)
+    vectors = {
+        name: parameter.shape[0]
+        for name, parameter in model.named_parameters()
+        if "norm" in name.split(".")[-2] or name.split(".")[-2].startswith("ln_")
+    }
+    tied = {names[output]: names[embedding]} if output.weight is embedding.weight else {}
+    return BaseGeometry(modules, dtype, vectors, tied)
 
 
 @dataclass(frozen=True)

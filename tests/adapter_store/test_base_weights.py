@@ -6,13 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lorafleet.adapter_store.base_weights import CheckpointWeights
+from lorafleet.adapter_store.base_weights import CheckpointWeights, own_weight
 from lorafleet.adapter_store.errors import SourceUnavailable
+from lorafleet.adapter_store.manifest import BaseGeometry
 from tests.support.bases import BaseKind
 
 
@@ -38,6 +40,30 @@ def test_weights_of_the_model(
     else:
         assert weights.read("lm_head", "weight") is None
     assert weights.read("lm_head", "bias") is None
+
+
+def test_rows_of_a_weight(base_of: Callable[[BaseKind], Path]) -> None:
+    weights = CheckpointWeights(base_of("llama"))
+    whole, some = weights.read("lm_head", "weight"), weights.read("lm_head", "weight", (303, 0, 7))
+    assert whole is not None
+    assert some is not None
+    np.testing.assert_array_equal(some.array, whole.array[[303, 0, 7]])
+    vector = weights.read("model.norm", "weight", (5, 1))
+    assert vector is not None
+    assert vector.shape == (2,)
+    assert weights.read("absent", "weight", (0,)) is None
+
+
+def test_output_that_is_tied_has_the_matrix_of_the_embedding(base_of: Callable[[BaseKind], Path]) -> None:
+    weights = CheckpointWeights(base_of("llama_tied"))
+    geometry = BaseGeometry({}, "float32", tied={"lm_head": "model.embed_tokens"})
+    own, embedding = own_weight(weights, geometry, "lm_head", "weight"), weights.read("model.embed_tokens", "weight")
+    assert own is not None
+    assert embedding is not None
+    assert own.has_bits_of(embedding)
+    assert own_weight(weights, BaseGeometry({}, "float32"), "lm_head", "weight") is None
+    assert own_weight(weights, geometry, "lm_head", "bias") is None
+    assert own_weight(None, geometry, "lm_head", "weight") is None
 
 
 def test_checkpoint_of_a_bare_decoder(base_of: Callable[[BaseKind], Path], tmp_path: Path) -> None:

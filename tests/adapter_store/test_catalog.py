@@ -15,12 +15,13 @@ import pytest
 from lorafleet.adapter_store import catalog as catalog_module
 from lorafleet.adapter_store.catalog import Catalog, NameRecord
 from lorafleet.adapter_store.errors import StoreUnusable, UnknownAdapter, UnknownVersion
-from lorafleet.adapter_store.manifest import AdapterManifest, ModuleManifest
+from lorafleet.adapter_store.manifest import AdapterManifest, ExtraManifest, ModuleManifest
 
 
 def manifest(version: str) -> AdapterManifest:
     modules = (ModuleManifest("model.layers.0.q_proj", 4, 0.1), ModuleManifest("lm_head", 2, 1 / 3))
-    return AdapterManifest(version, 4, ("lm_head", "q_proj"), modules, 1234)
+    extras = (ExtraManifest("model.layers.0.q_proj", "added", 1, 8), ExtraManifest("norm.weight", "replaced", 1, 4))
+    return AdapterManifest(version, 4, ("lm_head", "q_proj"), modules, 1234, extras)
 
 
 def record(name: str, version: str, **fields: Any) -> NameRecord:

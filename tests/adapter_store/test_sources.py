@@ -23,6 +23,7 @@ from lorafleet.adapter_store.errors import (
     SourceUnavailable,
     UnknownKey,
 )
+from lorafleet.adapter_store.peft_format import INDEX_FILES
 from lorafleet.adapter_store.sources import (
     DirectoryConfig,
     DirectorySource,
@@ -138,6 +139,19 @@ def test_missing_files_are_left_out_and_pickles_only_named(root: Path, tmp_path:
         [DirectoryConfig(name="s", root=root), ObjectStoreConfig(name="s", url=f"file://{root}")]
     ):
         assert fetched(open_source(config), "a", tmp_path / str(number)) == {CONFIG: "config one", PICKLE: ""}
+
+
+@pytest.mark.parametrize("index", INDEX_FILES)
+def test_shards_are_only_named(root: Path, tmp_path: Path, index: str) -> None:
+    (root / "a" / WEIGHTS).rename(root / "a" / "adapter_model-00001-of-00002.safetensors")
+    (root / "a" / index).write_text("{}")
+    source = open_source(DirectoryConfig(name="s", root=root))
+    assert fetched(source, "a", tmp_path / "1") == {CONFIG: "config one", index: ""}
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    memory.pipe({f"/b/a/{index}": b"{}"})
+    assert fetched(open_source(ObjectStoreConfig(name="s", url="memory://b")), "a", tmp_path / "2") == {index: ""}
+    memory.store.clear()
 
 
 def test_object_store_names_pickles_too(tmp_path: Path) -> None:
@@ -387,6 +401,8 @@ class TestHub:
         hub[f"org/pickled/{PICKLE}"] = "pickle"
         assert fetched(source, "org/a", tmp_path / "1") == {}
         assert fetched(source, "org/pickled", tmp_path / "2") == {CONFIG: "config one", PICKLE: ""}
+        hub[f"org/sharded/{INDEX_FILES[0]}"] = "{}"
+        assert fetched(source, "org/sharded", tmp_path / "4") == {INDEX_FILES[0]: ""}
         with pytest.raises(UnknownKey):
             fetched(source, "org/b", tmp_path / "3")
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import openai
@@ -30,17 +31,18 @@ STARTED = 1_700_000_000
 
 @dataclass(slots=True)
 class Service:
-    """The data plane over fake workers and a fake store."""
+    """The data plane over a fake store, and fake workers or other ones."""
 
     keys: Keys = field(default_factory=Keys)
     prompts: Prompts = field(default_factory=make_prompts)
     store: FakeStore = field(default_factory=FakeStore)
     waits_for: str | None = None
-    workers: FakeWorkers = field(init=False)
+    workers: Any = None
+    """`FakeWorkers`, unless others are given."""
     url: str = ""
 
     def __post_init__(self) -> None:
-        self.workers = FakeWorkers(self.prompts)
+        self.workers = self.workers or FakeWorkers(self.prompts)
 
     def app(self) -> FastAPI:
         dispatcher = Dispatcher(BASE_ID, self.prompts, Names(self.store), self.workers, RequestMetrics())

@@ -261,3 +261,7 @@ def test_paths_are_confined_to_sources(tmp_path: Path, monkeypatch: pytest.Monke
             locate(path, sources)
     with pytest.raises(UnknownKey):
         locate("nowhere", sources)
+    for path in ("a\0b", "~nobody-of-this-name/a", "a" * 300, "\ud800"):
+        with pytest.raises(InvalidKey) as refused:
+            locate(path, sources)
+        assert refused.value.code == "invalid_key"

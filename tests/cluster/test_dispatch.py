@@ -182,6 +182,7 @@ async def test_nothing_starts_for_a_bad_request(dispatcher: Dispatcher, workers:
         ({"prompt": ""}, BadRequest),
         ({"prompt": (5,) * 600}, BadRequest),
         ({"stop_token_ids": (10_000,)}, BadRequest),
+        ({"logit_bias": {10_000: 1.0}}, BadRequest),
     ):
         with pytest.raises(error):
             await collect(dispatcher.generate(REQUEST.model_copy(update=update)))

@@ -195,9 +195,25 @@ def test_token_ids(service: Service, stream: bool) -> None:
 
 
 def test_extensions_reach_the_worker(service: Service) -> None:
-    extra = {"top_k": 7, "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [3]}
     service.client().completions.create(
-        model=BASE_ID, prompt="Hello", temperature=0, top_p=0.5, stop="x", seed=4, user="me", extra_body=extra
+        model=BASE_ID,
+        prompt="Hello",
+        temperature=0,
+        top_p=0.5,
+        stop="x",
+        seed=4,
+        user="me",
+        presence_penalty=0.5,
+        frequency_penalty=-2,
+        logit_bias={"5": -100, "303": 7},
+        extra_body={
+            "top_k": 7,
+            "min_p": 0.1,
+            "min_tokens": 2,
+            "ignore_eos": True,
+            "stop_token_ids": [3],
+            "repetition_penalty": 1.1,
+        },
     )
     sampling = service.workers.started[0][1].sampling
     assert sampling.model_dump(exclude_unset=False) == {
@@ -206,6 +222,11 @@ def test_extensions_reach_the_worker(service: Service) -> None:
         "temperature": 0.0,
         "top_p": 0.5,
         "top_k": 7,
+        "min_p": 0.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -2.0,
+        "repetition_penalty": 1.1,
+        "logit_bias": {5: -100.0, 303: 7.0},
         "seed": 4,
         "stop": ("x",),
         "stop_token_ids": (3,),

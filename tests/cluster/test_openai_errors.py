@@ -70,6 +70,8 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"seed": 2**63}, 400, "invalid_value", "seed"),
         ({"n": 0}, 400, "invalid_value", "n"),
         ({"n": 17}, 400, "invalid_value", "n"),
+        ({"n": 1.5}, 400, "invalid_value", "n"),
+        ({"prompt": [5, 6.5]}, 400, "invalid_value", "prompt"),
         ({"prompt": ["a"] * 257}, 400, "invalid_value", "prompt"),
         ({"stop": ""}, 400, "invalid_value", "stop.0"),
         ({"stop": ["a"] * 17}, 400, "invalid_value", "stop"),
@@ -80,8 +82,20 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"best_of": 2}, 400, "unsupported_parameter", "best_of"),
         ({"best_of": True}, 400, "unsupported_parameter", "best_of"),
         ({"suffix": "end"}, 400, "unsupported_parameter", "suffix"),
-        ({"logit_bias": {"5": 1}}, 400, "unsupported_parameter", "logit_bias"),
-        ({"frequency_penalty": 0.1}, 400, "unsupported_parameter", "frequency_penalty"),
+        ({"logit_bias": {"304": 1}}, 400, "invalid_token_id", "logit_bias"),
+        ({"logit_bias": {"9" * 19: 1}}, 400, "invalid_token_id", "logit_bias"),
+        ({"logit_bias": {"5": 100.1}}, 400, "invalid_value", "logit_bias.5"),
+        ({"logit_bias": {"5": "1"}}, 400, "invalid_value", "logit_bias.5"),
+        ({"logit_bias": {"fox": 1}}, 400, "invalid_value", "logit_bias.fox"),
+        ({"logit_bias": {"-1": 1}}, 400, "invalid_value", "logit_bias.-1"),
+        ({"logit_bias": {"05": 1}}, 400, "invalid_value", "logit_bias.05"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, 400, "invalid_value", "logit_bias"),
+        ({"logit_bias": [5]}, 400, "invalid_value", "logit_bias"),
+        ({"frequency_penalty": 2.1}, 400, "invalid_value", "frequency_penalty"),
+        ({"presence_penalty": -2.1}, 400, "invalid_value", "presence_penalty"),
+        ({"presence_penalty": "1"}, 400, "invalid_value", "presence_penalty"),
+        ({"repetition_penalty": 0}, 400, "invalid_value", "repetition_penalty"),
+        ({"min_p": 1.1}, 400, "invalid_value", "min_p"),
         ({"temprature": 0.1}, 400, "unknown_parameter", "temprature"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
@@ -144,7 +158,7 @@ def test_harmless_fields_are_accepted(shared_service: Service) -> None:
         "user": "me",
         "metadata": {"a": "b"},
         "store": False,
-        "best_of": 1,
+        "best_of": 1.0,
         "frequency_penalty": 0,
         "presence_penalty": 0.0,
         "logit_bias": {},
@@ -156,6 +170,16 @@ def test_harmless_fields_are_accepted(shared_service: Service) -> None:
         assert http.post("/v1/completions", json=PROMPT | harmless).status_code == 200
         chat = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "parallel_tool_calls": True}
         assert http.post("/v1/chat/completions", json=CHAT | chat).status_code == 200
+
+
+def test_a_number_without_a_fraction_is_an_integer(shared_service: Service) -> None:
+    """As JSON has it, and its schemas."""
+    with shared_service.http() as http:
+        spelled = {"prompt": [[5.0, 6], [7]], "max_tokens": 3.0, "n": 2.0, "logit_bias": {"5": 1}, "seed": -4.0}
+        reply = http.post("/v1/completions", json=PROMPT | spelled)
+        assert reply.status_code == 200, reply.text
+        usage = reply.json()["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (3, 12)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,21 @@
-"""What Ray and Serve may raise in the middle of a stream, as the dispatcher sees it."""
+"""What Ray and Serve may say and raise of a worker's answers, as the dispatcher sees it."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
+from lorafleet.cluster import worker_client
 from lorafleet.cluster.errors import Overloaded, WorkerGone
+from lorafleet.cluster.outbox import KEEP_S, Outboxes
 from lorafleet.cluster.outcome import Failure
 from lorafleet.cluster.whereabouts import note_request
 from lorafleet.cluster.worker_client import ServeStream, ServeWorkers
@@ -17,32 +23,81 @@ from lorafleet.workers.errors import EngineFailed, NoRoomError
 from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams
 
 DELTA = GenerateDelta(0, (5,), "x", None, None, 3, 0)
+LAST = GenerateDelta(0, (6,), "y", None, "length", 3, 0)
 NO_ROOM = NoRoomError("ab" * 32, 5, 1, 3, 1, 5)
 
 
 class Response:
-    """Stands in for Serve's DeploymentResponseGenerator."""
+    """Stands in for Serve's DeploymentResponseGenerator: says `words`, then goes on for ever or ends."""
 
-    def __init__(self, outcome: Any) -> None:
-        self._outcome = outcome
+    def __init__(self, words: Sequence[Any] = (), *, ends: bool = False) -> None:
+        self.words: asyncio.Queue[Any] = asyncio.Queue()
+        for word in words:
+            self.words.put_nowait(word)
+        if ends:
+            self.words.put_nowait(StopAsyncIteration())
         self.is_cancelled = False
 
+    def __aiter__(self) -> Response:
+        return self
+
     async def __anext__(self) -> Any:
-        await asyncio.sleep(0)
-        if isinstance(self._outcome, BaseException):
-            raise self._outcome
-        return self._outcome
+        word = await self.words.get()
+        if isinstance(word, BaseException):
+            raise word
+        return word
 
     def cancel(self) -> None:
         self.is_cancelled = True
-        if isinstance(self._outcome, BackPressureError):
-            raise self._outcome  # as Serve does with whatever kept a request from its replica
+        if not self.words.empty():
+            raise BackPressureError(5, 4)  # as Serve does with whatever kept a request from its replica
 
 
-def stream_of(outcome: Any) -> ServeStream:
-    return ServeStream(Response(outcome), "request-1")  # type: ignore[arg-type]
+class Handle:
+    """Stands in for Serve's handle: every answer runs on worker w1, whose outboxes are `boxes`."""
+
+    deployment_id = DeploymentID(name="worker", app_name="test")
+
+    def __init__(self, answers: Sequence[Response] = ()) -> None:
+        self.answers = list(answers)
+        self.boxes: dict[str, Response] = {}
+        self.calls: list[tuple[str, str, frozenset[str]]] = []
+
+    def options(self, *, method_name: str, stream: bool, _by_reference: bool) -> Any:
+        assert stream
+        assert not _by_reference
+        handle = self
+
+        class Method:
+            deployment_id = handle.deployment_id
+
+            def remote(self, *args: Any, **kwargs: Any) -> Response:
+                return getattr(handle, method_name)(*args, **kwargs)  # type: ignore[no-any-return]
+
+        return Method()
+
+    def generate(self, request: EngineRequest, outbox_id: str, *, excluded: frozenset[str]) -> Response:
+        self.calls.append((request.request_id, outbox_id, excluded))
+        return self.answers.pop(0)
+
+    def deltas(self, outbox_id: str, *, worker_id: str) -> Response:
+        assert worker_id not in self.boxes or self.boxes[worker_id].is_cancelled
+        self.boxes[worker_id] = Response()
+        return self.boxes[worker_id]
 
 
+def start(handle: Handle, *request_ids: str, workers: ServeWorkers | None = None) -> list[ServeStream]:
+    workers = workers or ServeWorkers(handle)  # type: ignore[arg-type]
+    requests = [EngineRequest(request_id, None, (5,), SamplingParams()) for request_id in request_ids]
+    return [workers.generate(request, frozenset({"w0"})) for request in requests]
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("place", ["before it runs", "while it runs"])
 @pytest.mark.parametrize(
     ("outcome", "expected"),
     [
@@ -51,6 +106,7 @@ def stream_of(outcome: Any) -> ServeStream:
         (ActorUnavailableError("gone", None), WorkerGone),
         (RayTaskError("f", "Traceback", ActorDiedError()).as_instanceof_cause(), WorkerGone),
         (RequestCancelledError("x"), WorkerGone),
+        (AioRpcError(StatusCode.CANCELLED, Metadata(), Metadata()), WorkerGone),
         (asyncio.CancelledError(), WorkerGone),
         (BackPressureError(5, 4), Overloaded),
         (Overloaded("full"), Overloaded),
@@ -60,28 +116,83 @@ def stream_of(outcome: Any) -> ServeStream:
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else type(value).__name__,
 )
-async def test_what_is_raised(outcome: Any, expected: type[Exception]) -> None:
+async def test_what_is_raised(outcome: Any, expected: type[Exception], place: str) -> None:
+    words = [outcome] if place == "before it runs" else ["w1", outcome]
+    (stream,) = start(Handle([Response(words)]), "r")
     with pytest.raises(expected) as caught:
-        await stream_of(outcome).next()
+        await stream.next()
     assert not isinstance(caught.value, RayTaskError)
+    stream.cancel()
 
 
-async def test_deltas_come_through() -> None:
-    assert await stream_of(DELTA).next() is DELTA
+async def test_deltas_of_many_come_by_one_stream_whatever_comes_first() -> None:
+    handle = Handle([Response(["w1", None], ends=True), Response()])
+    known, unknown = start(handle, "known", "unknown")
+    await settle()
+    handle.boxes["w1"].words.put_nowait([("known", DELTA), ("unknown", DELTA), ("gone", DELTA)])
+    assert await unknown.next() is DELTA, "its deltas may come before it is said where it runs"
+    assert await known.next() is DELTA
+    handle.boxes["w1"].words.put_nowait([("known", LAST)])
+    assert await known.next() is LAST
+    assert [call[0] for call in handle.calls] == ["known", "unknown"]
+    assert len({call[1] for call in handle.calls}) == 1
+    assert {call[2] for call in handle.calls} == {frozenset({"w0"})}
+    unknown.cancel()
+
+
+async def test_a_lost_outbox_ends_the_streams_of_its_worker_and_the_next_gets_a_new_one() -> None:
+    handle = Handle([Response(["w1"]), Response(["w2"]), Response(), Response(["w1"])])
+    workers = ServeWorkers(handle)  # type: ignore[arg-type]
+    one, two, early = start(handle, "one", "two", "early", workers=workers)
+    early_response = early._response
+    await settle()
+    handle.boxes["w1"].words.put_nowait(ActorUnavailableError("gone", None))
+    with pytest.raises(WorkerGone):
+        await one.next()
+    handle.boxes["w2"].words.put_nowait([("two", DELTA)])
+    assert await two.next() is DELTA
+    early_response.words.put_nowait("w1")  # type: ignore[attr-defined]
+    with pytest.raises(WorkerGone, match="heard"):
+        await early.next()  # what it said may have been in the lost outbox
+    (late,) = start(handle, "late", workers=workers)
+    await settle()
+    handle.boxes["w1"].words.put_nowait([("late", DELTA)])
+    assert await late.next() is DELTA
+    for stream in (one, two, early, late):
+        stream.cancel()
+
+
+async def test_a_worker_that_left_the_service_is_left_alone_once_its_streams_are_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_client, "SWEEP_S", 0.001)
+    live = {"w1"}
+    monkeypatch.setattr(worker_client, "live_workers", lambda deployment_id: frozenset(live))
+    handle = Handle([Response(["w1", None], ends=True)])
+    (stream,) = start(handle, "r")
+    await asyncio.sleep(0.02)
+    live.clear()
+    await asyncio.sleep(0.02)
+    assert not handle.boxes["w1"].is_cancelled, "it has a stream"
+    handle.boxes["w1"].words.put_nowait([("r", LAST)])
+    assert await stream.next() is LAST
+    await asyncio.sleep(0.02)
+    assert handle.boxes["w1"].is_cancelled
 
 
 async def test_a_cancellation_of_ones_own_stays_one() -> None:
-    stream = stream_of(asyncio.CancelledError())
+    (stream,) = start(Handle([Response()]), "r")
     task = asyncio.create_task(stream.next())
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    stream.cancel()
 
 
-def test_where_a_request_went_and_how_it_is_cancelled() -> None:
-    response = Response(DELTA)
-    stream = ServeStream(response, "request-2")  # type: ignore[arg-type]
+async def test_where_a_request_went_and_how_it_is_cancelled() -> None:
+    response = Response()
+    (stream,) = start(Handle([response]), "request-2")
     assert stream.worker_id is None
     note_request("request-2", "w7")
     assert stream.worker_id == "w7"
@@ -89,23 +200,44 @@ def test_where_a_request_went_and_how_it_is_cancelled() -> None:
     assert response.is_cancelled
 
 
-def test_cancelling_what_was_refused_raises_nothing() -> None:
-    stream_of(BackPressureError(5, 4)).cancel()
+async def test_cancelling_what_was_refused_raises_nothing() -> None:
+    (stream,) = start(Handle([Response([BackPressureError(5, 4)])]), "r")
+    stream.cancel()
 
 
-async def test_the_router_is_told_whom_to_avoid() -> None:
-    calls: list[tuple[Any, Any]] = []
+async def test_an_outbox_gathers_what_is_put_between_two_messages() -> None:
+    boxes = Outboxes()
+    with boxes.using("a") as box:
+        box.put("r1", DELTA)
+        box.put("r2", DELTA)
+        batches = box.batches()
+        assert await anext(batches) == [("r1", DELTA), ("r2", DELTA)]
+        box.put("r1", LAST)
+        assert await anext(batches) == [("r1", LAST)]
+        waiting = asyncio.ensure_future(anext(batches, None))
+        await settle()
+        later = box.batches()
+        box.put("r2", LAST)
+        assert await anext(later) == [("r2", LAST)]
+        assert await waiting is None, "the later reader took over"
+        with boxes.using("a") as same, boxes.using("b") as other:
+            assert same is box
+            assert other is not box
+    with boxes.using("a") as fresh:
+        assert fresh is not box
 
-    class Handle:
-        def options(self, **options: Any) -> Handle:
-            assert options == {"method_name": "generate", "stream": True}
-            return self
 
-        def remote(self, request: EngineRequest, *, excluded: frozenset[str]) -> Response:
-            calls.append((request, excluded))
-            return Response(DELTA)
-
-    request = EngineRequest("request-3", None, (5,), SamplingParams())
-    stream = ServeWorkers(Handle()).generate(request, frozenset({"w1"}))  # type: ignore[arg-type]
-    assert await stream.next() is DELTA
-    assert calls == [(request, frozenset({"w1"}))]
+async def test_an_outbox_is_kept_for_a_reader_that_comes_after_all_answers_are_over() -> None:
+    now = 0.0
+    boxes = Outboxes(clock=lambda: now)
+    for outbox_id in ("late", "dead"):
+        with boxes.using(outbox_id) as box:
+            box.put("r", LAST)
+    with boxes.using("late") as box:
+        batches = box.batches()
+        assert await anext(batches) == [("r", LAST)]
+    now += KEEP_S + 1
+    with boxes.using("other"):
+        pass
+    with boxes.using("dead") as box:
+        assert box.is_empty, "its ingress has died"

@@ -192,18 +192,25 @@ def test_many_slots(cuda: torch.device) -> None:
     _check_both_forms(linear, row_slots, build_segments(row_slots, device=cuda))
 
 
-@pytest.mark.gpu
-def test_widths_do_not_share_a_compiled_kernel(cuda: torch.device) -> None:
-    """Two outputs that differ in width alone, one after the other and back."""
+def _check_widths_apart(widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Outputs that differ in width alone, as a hidden size and a vocabulary do, one after the other and back."""
     rng = np.random.default_rng(7)
     row_slots = np.array([0, 1, 0], dtype=np.int32)
-    segments = build_segments(row_slots, device=cuda)
+    segments = build_segments(row_slots, device=device)
     linears = [
-        paged_linear(rng, in_dim=64, widths=(width,), ranks=[[8], [8]], dtype=torch.bfloat16, device=cuda)
-        for width in (4096, 32000)
+        paged_linear(rng, in_dim=64, widths=(width,), ranks=[[8], [8]], dtype=dtype, device=device) for width in widths
     ]
-    for linear in (*linears, *linears):
+    for linear in (*linears, *reversed(linears)):
         _check_both_forms(linear, row_slots, segments)
+
+
+@pytest.mark.gpu
+def test_widths_do_not_share_a_compiled_kernel(cuda: torch.device) -> None:
+    _check_widths_apart((4096, 32000), torch.bfloat16, cuda)
+
+
+def test_interpreted_widths_apart(interpreter: None) -> None:
+    _check_widths_apart((64, 304, 80), torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.gpu

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 
 from lorafleet.kernels import ops
-from lorafleet.kernels.segments import BASE_SLOT, build_segments
+from lorafleet.kernels.segments import BASE_SLOT, build_segments, plan_segments
 from tests.kernels.paged import POPULARITY, paged_embedding, paged_linear
 
 CPU = torch.device("cpu")
@@ -88,3 +89,28 @@ def test_embedding_matches_float64(popularity: str, token_dtype: torch.dtype) ->
     y = base.clone()
     ops.embed(tokens, embedding.weights, build_segments(row_slots, device=CPU), y)
     _assert_near(y, base.double() + embedding.delta(tokens, row_slots), torch.float32)
+
+
+@pytest.mark.usefixtures("multiplies_rows_alike")
+@pytest.mark.parametrize("popularity", POPULARITY)
+def test_exact_rows_have_the_same_bits_beside_any_others(popularity: str) -> None:
+    """All at once and a few at a time, with ranks that make wide products together."""
+    rng = np.random.default_rng(3)
+    ranks = [[1], [64], [0], [2], [64], [5], [64], [64], [33], [64], [200], [16]]
+    linear = paged_linear(rng, in_dim=48, widths=(300,), ranks=ranks, dtype=torch.float32, device=CPU, max_part=128)
+    row_slots = POPULARITY[popularity](rng, 90, len(ranks)).astype(np.int32)
+    plan = plan_segments(row_slots)
+    x, base = torch.randn(90, 48), torch.randn(90, 300)
+
+    def lora(rows: npt.NDArray[np.int64]) -> Tensor:
+        derived = plan.select(rows, is_exact=True)
+        y = base[rows]
+        ops.add_lora(x[rows], linear.weights, derived.view(torch.from_numpy(derived.packed)), y)
+        return y
+
+    whole = lora(np.arange(90))
+    _assert_near(whole, base.double() + linear.delta(x, row_slots), torch.float32)
+    for length in (1, 3, 16, 40):
+        rows = rng.permutation(90)
+        parts = [lora(rows[start : start + length]) for start in range(0, 90, length)]
+        assert torch.equal(torch.cat(parts), whole[rows]), length

@@ -1,4 +1,4 @@
-"""Adapters for a base, made and saved by PEFT, with random weights on both sides so that each changes what is said."""
+"""Adapters for a base, made and saved by PEFT, with random weights all over so that each changes what is said."""
 
 from __future__ import annotations
 
@@ -80,7 +80,10 @@ def make_adapter(
 
 @torch.no_grad()
 def randomise_adapter(peft_model: PeftModel, strength: float) -> None:
-    """Fill the A and B of every LoRA layer of a PEFT model so that its delta is `strength` beside an input of units."""
+    """Fill the A and B of every LoRA layer of a PEFT model so that its delta is `strength` beside an input of units.
+
+    And shake all else that would be trained, to about half of `strength` beside what it is.
+    """
     for module in peft_model.modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -92,3 +95,7 @@ def randomise_adapter(peft_model: PeftModel, strength: float) -> None:
                 a, b = module.lora_embedding_A[name], module.lora_embedding_B[name]
                 a.copy_(torch.randn_like(a) * 0.5)
             b.copy_(torch.randn_like(b) * strength / (scaling * a.shape[0] ** 0.5))
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad and not (".lora_" in name and parameter.dim() > 1):
+            size = float(parameter.square().mean().sqrt()) or 0.6
+            parameter.add_(torch.randn_like(parameter) * size * strength / 2)

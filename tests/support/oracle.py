@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -55,8 +56,12 @@ def generate_with_peft(
     max_new_tokens: int,
     *,
     eos_token_id: int | None = None,
+    **options: Any,
 ) -> Generation:
-    """Greedy decoding of one prompt. Runs to `max_new_tokens` unless `eos_token_id` is given and comes."""
+    """Greedy decoding of one prompt. Runs to `max_new_tokens` unless `eos_token_id` is given and comes.
+
+    `options` go to `generate`; the logprobs are the model's own, whatever they do to its logits.
+    """
     model = load_with_peft(base, adapter)
     prompt = torch.tensor([list(prompt_ids)])
     output = model.generate(
@@ -68,6 +73,7 @@ def generate_with_peft(
         pad_token_id=0,
         output_logits=True,
         return_dict_in_generate=True,
+        **options,
     )
     tokens = tuple(output.sequences[0, prompt.shape[1] :].tolist())
     return Generation(tokens, torch.cat(output.logits).float().log_softmax(dim=-1))

@@ -96,7 +96,6 @@ class Stepping:
     num_pages: int = 64
     max_batch_tokens: int = 32
     max_running: int = 8
-    max_logits_rows: int = 16
     max_wait_s: float = 2.0
     capacity: int = 4
     lag: bool = False
@@ -120,7 +119,6 @@ class Stepping:
             self.gate,
             max_batch_tokens=self.max_batch_tokens,
             max_running=self.max_running,
-            max_logits_rows=self.max_logits_rows,
             max_wait_s=self.max_wait_s,
             clock=self.clock,
         )
@@ -195,7 +193,6 @@ class Stepping:
         counts = {item.sequence: item.num_rows for item in rows}
         assert len(counts) == len(rows), "a sequence is scheduled twice"
         assert sum(counts.values()) <= self.max_batch_tokens
-        assert sum(count for one, count in counts.items() if one.wants_prompt_logprobs) <= self.max_logits_rows
         sampled = [item.sequence for item in rows if item.samples]
         for one, count in counts.items():
             assert 0 < count <= one.num_uncomputed

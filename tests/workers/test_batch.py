@@ -19,7 +19,9 @@ from lorafleet.workers.batch import (
     most_chunks,
 )
 from lorafleet.workers.detokenizer import Detokenizer
+from lorafleet.workers.model.sampler import SamplingBatch, uniforms
 from lorafleet.workers.request import EngineRequest, SamplingParams
+from lorafleet.workers.sampling_table import FORBIDDEN
 from lorafleet.workers.sequence import Sequence, pending_token
 
 PAGE_TOKENS = 4
@@ -55,12 +57,13 @@ def sequence_of(
     return sequence
 
 
-def builder(graph_sizes: tuple[int, ...] = ()) -> BatchBuilder:
+def builder(graph_sizes: tuple[int, ...] = (), pass_rows: tuple[int, int] = (1, 1000)) -> BatchBuilder:
     return BatchBuilder(
         page_tokens=PAGE_TOKENS,
         max_pages=MAX_PAGES,
         stop_token_ids=STOP_IDS,
         num_slots=NUM_SLOTS,
+        pass_rows=pass_rows,
         graph_sizes=graph_sizes,
         null_page=999,
     )
@@ -99,14 +102,14 @@ def assert_lays_out(batch: StepBatch, scheduled: list[ScheduledRows]) -> None:
             sampled_rows.append(row - 1)
     assert row == batch.num_rows == len(inputs.token_ids)
     assert attention.num_decodes == sum(item.num_rows == 1 for item in scheduled)
-    logits_rows = inputs.logits_rows.tolist()
-    assert logits_rows == prompt_rows + sampled_rows
-    assert [
-        inputs.segments.host_row_slots[row] for row in logits_rows
-    ] == inputs.logits_segments.host_row_slots.tolist()
+    assert [row for each in inputs.passes for row in each.rows[each.own].tolist()] == prompt_rows + sampled_rows
+    for each in inputs.passes:
+        assert each.segments.row_slots.tolist() == each.segments.host_row_slots.tolist()
+        assert each.segments.host_row_slots.tolist() == inputs.segments.host_row_slots[each.rows.numpy()].tolist()
     assert sum(count for _, _, count in batch.prompts) == len(prompt_rows)
-    assert [seq.seed for seq in batch.sampled] == batch.sampling.seeds
-    assert batch.sampling.positions.tolist() == [seq.num_made for seq in batch.sampled]
+    seeds = np.array([seq.seed for seq in batch.sampled], dtype=np.uint64)
+    num_made = np.array([seq.num_made for seq in batch.sampled], dtype=np.int64)
+    assert batch.sampling.draws["uniform"].tolist() == uniforms(seeds, num_made).tolist()
 
 
 @st.composite
@@ -130,17 +133,21 @@ def some_rows(draw: st.DrawFn) -> list[ScheduledRows]:
     return rows
 
 
-@given(rows=some_rows())
+@given(rows=some_rows(), fewest=st.sampled_from([1, 5, 16]), most=st.sampled_from([1, 4, 7, 1000]))
 @settings(max_examples=200, deadline=None)
-def test_every_row_is_where_it_belongs(rows: list[ScheduledRows]) -> None:
-    batch = builder().build(rows)
+def test_every_row_is_where_it_belongs(rows: list[ScheduledRows], fewest: int, most: int) -> None:
+    batch = builder(pass_rows=(fewest, most)).build(rows)
     assert_lays_out(batch, rows)
+    for plan in batch.passes:
+        assert plan.own.stop - plan.own.start <= most
+        assert min(fewest, batch.num_logits) <= plan.num_rows <= max(most, min(most, batch.num_logits) + 2 * fewest)
+        assert plan.segments.is_exact == (fewest > 1)
     assert not batch.has_pending
     wanted = [item.sequence.request.sampling for item in rows if item.samples]
     assert batch.sampling.num_logprobs == max(
         (-1 if one.logprobs is None else one.logprobs for one in wanted), default=-1
     )
-    assert sorted(batch.sampling.temperatures.tolist()) == sorted(
+    assert sorted(batch.sampling.draws["temperature"].tolist()) == sorted(
         0.5 if one.temperature == 0.5 else 0.0 for one in wanted
     )
 
@@ -192,16 +199,47 @@ def test_rows_of_one_adapter_are_neighbours() -> None:
 
 
 def test_stop_tokens_are_forbidden_before_min_tokens() -> None:
-    sampling = SamplingParams(min_tokens=2, stop_token_ids=(7, 9))
+    sampling = SamplingParams(min_tokens=2, stop_token_ids=(7, 9), logit_bias={7: 5, 8: -1})
     rows = []
     for num_made in range(4):
         sequence = sequence_of(3, num_made, sampling=sampling)
         sequence.num_computed, sequence.kv_pages = len(sequence.token_ids) - 1, [0, 1]
         rows.append(ScheduledRows(sequence, 1))
     making = builder()
-    forbidden = making.build(rows).sampling.forbidden
-    assert [sorted(one) for one in forbidden] == [[2, 7, 9], [2, 7, 9], [], []]
-    assert making.build(rows[2:]).sampling.forbidden == ()
+    asked = [(row, token, bias) for row in range(4) for token, bias in ((7, 5.0), (8, -1.0))]
+    forbidden = [(row, token, np.float32(FORBIDDEN)) for row in range(2) for token in (2, 7, 9)]
+    assert sorted(making.build(rows).sampling.biases.tolist()) == sorted(asked + forbidden)
+    assert len(making.build(rows[2:]).sampling.biases) == 4
+
+
+def test_what_is_penalised_has_its_line_from_its_first_token_on() -> None:
+    """Other rows stay out of it; a prompt is told of where its tokens count."""
+    plain = sequence_of(3, 0)
+    counted = sequence_of(4, 0, first=200, sampling=SamplingParams(frequency_penalty=0.5, presence_penalty=-1))
+    repeated = sequence_of(5, 2, first=300, sampling=SamplingParams(repetition_penalty=2))
+    making = builder()
+
+    def build(*sequences: Sequence) -> SamplingBatch:
+        for sequence in sequences:
+            sequence.num_computed, sequence.kv_pages = len(sequence.token_ids) - 1, [0, 1]
+        return making.build([ScheduledRows(sequence, 1) for sequence in sequences]).sampling
+
+    first = build(plain, counted)
+    assert first.penalties.tolist() == [(1, counted.batch_line, -1.0, 0.5, 1.0)]
+    assert first.starts.tolist() == [(counted.batch_line,)]
+    assert len(first.prompts) == 0
+    assert len(build(plain).penalties) == 0
+    counted.token_ids.append(pending_token(1))
+    repeated.token_ids = repeated.token_ids[:5]
+    second = build(repeated, plain, counted)
+    assert second.penalties.tolist() == [
+        (0, repeated.batch_line, 0.0, 0.0, 2.0),
+        (2, counted.batch_line, -1.0, 0.5, 1.0),
+    ]
+    assert second.starts.tolist() == [(repeated.batch_line,)]
+    assert second.prompts.tolist() == [(repeated.batch_line, token) for token in range(300, 305)]
+    repeated.token_ids.append(7)
+    assert len(build(repeated).starts) == 0
 
 
 def test_a_token_in_flight_is_a_placeholder() -> None:
@@ -229,7 +267,7 @@ def test_decodes_are_padded_to_a_captured_size() -> None:
     assert attention.context_lengths.tolist() == [6, 6, 6, 0]
     assert attention.block_tables.shape == (4, MAX_PAGES)
     assert inputs.segments.host_row_slots.tolist() == [0, 1, 2, BASE_SLOT]
-    assert inputs.logits_rows.tolist() == [0, 1, 2, 3]
+    assert [each.rows.tolist() for each in inputs.passes] == [[0, 1, 2, 3]]
     assert len(batch.sampled) == 3
     assert making.build(rows * 3).graph_size is None, "more than the largest size"
 
@@ -260,8 +298,8 @@ def test_a_batch_is_packed_as_its_graph_was_captured(rows: list[ScheduledRows]) 
         has_lora=batch.segments.num_lora_chunks > 0,
     )
     inputs, captured_inputs = (one.view(torch.from_numpy(one.packed)) for one in (batch, captured))
-    for name in ("segments", "logits_segments"):
-        here, there = getattr(inputs, name), getattr(captured_inputs, name)
+    (only,), (captured_only,) = inputs.passes, captured_inputs.passes
+    for here, there in ((inputs.segments, captured_inputs.segments), (only.segments, captured_only.segments)):
         assert (here.max_chunks, here.chunk_length) == (there.max_chunks, there.chunk_length)
     assert inputs.attention.block_tables.shape == captured_inputs.attention.block_tables.shape
     assert batch.packed.shape == captured.packed.shape
@@ -287,5 +325,6 @@ def test_a_prefill_that_goes_on_has_no_logits() -> None:
     batch = builder().build([ScheduledRows(sequence, 4)])
     assert batch.num_logits == 0
     assert batch.sampled == ()
-    assert batch.logits_segments.num_lora_chunks == 0
+    (only,) = batch.passes
+    assert only.segments.num_lora_chunks == 0
     assert np.array_equal(batch.query_lengths, [4])

@@ -98,7 +98,7 @@ async def test_prompt_logprobs_survive_preemption(llama: Shelf, version: str | N
     engine = EngineConfig(
         device="cpu",
         max_batch_tokens=24,
-        max_logits_rows=8,
+        logits_chunk_tokens=8,
         kv_bytes=11 * PAGE_BYTES,
         kv_page_tokens=16,
         prefix_cache=False,

@@ -82,13 +82,13 @@ async def test_gpt2(base_of: Callable[[BaseKind], Path], tmp_path: Path) -> None
         assert answer.tokens == generate_with_peft(shelf.base, folder, prompt, 32).tokens
 
 
-@pytest.mark.parametrize("max_logits_rows", [256, 5])
-async def test_prompt_logprobs(llama: Shelf, max_logits_rows: int) -> None:
-    """In one chunk and in many, beside requests that want none."""
+@pytest.mark.parametrize("logits_chunk_tokens", [512, 5])
+async def test_prompt_logprobs(llama: Shelf, logits_chunk_tokens: int) -> None:
+    """In one pass and in many, beside requests that want none."""
     versions = [None, llama.version_of("rank16"), llama.version_of("embeddings_all")]
     prompts = [random_prompt(length, length) for length in (31, 18, 1)]
     sampling = greedy(4, logprobs=2, prompt_logprobs=True)
-    async with open_worker(llama, max_logits_rows=max_logits_rows) as worker:
+    async with open_worker(llama, logits_chunk_tokens=logits_chunk_tokens) as worker:
         asking = [ask(worker, prompt, version, sampling) for prompt, version in zip(prompts, versions, strict=True)]
         answers = await asyncio.gather(*asking, ask(worker, prompts[0], None, greedy(16)))
     for prompt, version, answer in zip(prompts, versions, answers, strict=False):

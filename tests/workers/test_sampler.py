@@ -1,7 +1,8 @@
-"""The sampler against distributions computed in float64."""
+"""The sampler against transformers' own filters, in float64."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,63 +12,88 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from lorafleet.workers.model.sampler import Chosen, SamplingBatch, sample, with_logprobs
+from lorafleet.workers.model.sampler import (
+    BIAS,
+    DRAW,
+    NO_SAMPLING,
+    Chosen,
+    Sampler,
+    SamplingBatch,
+    uniforms,
+    with_logprobs,
+)
 
 VOCAB = 40
 DRAWS = 20_000
 
 
 def batch_of(rows: int, **settings: Any) -> SamplingBatch:
-    """Rows of equal settings; `seeds` and `positions` count up."""
-    return SamplingBatch(
-        temperatures=np.full(rows, settings.get("temperature", 1.0), dtype=np.float32),
-        top_ps=np.full(rows, settings.get("top_p", 1.0), dtype=np.float32),
-        top_ks=np.full(rows, settings.get("top_k", 0), dtype=np.int64),
-        seeds=settings.get("seeds", list(range(rows))),
-        positions=np.array(settings.get("positions", [0] * rows), dtype=np.int64),
-        forbidden=settings.get("forbidden", ()),
+    """Rows of equal settings; `seeds` count up. `biases`: (row, token id, bias)."""
+    draws = np.zeros(rows, dtype=DRAW)
+    draws["temperature"] = settings.get("temperature", 1.0)
+    draws["top_p"] = settings.get("top_p", 1.0)
+    draws["top_k"] = settings.get("top_k", 0)
+    draws["min_p"] = settings.get("min_p", 0.0)
+    seeds = np.array([seed % 2**64 for seed in settings.get("seeds", range(rows))], dtype=np.uint64)
+    draws["uniform"] = uniforms(seeds, np.array(settings.get("positions", [0] * rows)))
+    return replace(
+        NO_SAMPLING,
+        draws=draws,
+        biases=np.array(settings.get("biases", []), dtype=BIAS),
         num_logprobs=settings.get("num_logprobs", -1),
     )
+
+
+def sample(logits: Tensor, batch: SamplingBatch) -> Chosen:
+    return Sampler().sample(logits, batch)
 
 
 def logits_of(rows: int, seed: int = 0, scale: float = 2.0) -> Tensor:
     return scale * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed))
 
 
-def reference(logits: Tensor, temperature: float, top_p: float, top_k: int) -> npt.NDArray[np.float64]:
-    """Temperature, then the top_k likeliest, then of those the fewest whose mass reaches top_p; in float64."""
-    scaled = logits.double().numpy() / temperature
-    probabilities = np.exp(scaled - scaled.max())
-    order = np.argsort(-probabilities, kind="stable")
-    kept = order[: top_k or None]
-    mass = np.cumsum(probabilities[kept] / probabilities[kept].sum())
-    kept = kept[: int(np.searchsorted(mass, top_p) + 1)]
-    result = np.zeros(VOCAB)
-    result[kept] = probabilities[kept]
-    normalised: npt.NDArray[np.float64] = result / result.sum()
-    return normalised
+def reference(logits: Tensor, temperature: float, top_p: float, top_k: int, min_p: float) -> npt.NDArray[np.float64]:
+    """The distribution that transformers draws from."""
+    warpers: list[Any] = [TemperatureLogitsWarper(float(temperature))]
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
+    warpers += [MinPLogitsWarper(min_p)] if min_p else []
+    scores = LogitsProcessorList(warpers)(torch.zeros((1, 1), dtype=torch.long), logits[None].double())
+    distribution: npt.NDArray[np.float64] = scores[0].softmax(-1).numpy()
+    return distribution
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"),
+    ("temperature", "top_p", "top_k", "min_p"),
     [
-        (1.0, 1.0, 0),
-        (0.5, 1.0, 0),
-        (1.7, 1.0, 0),
-        (1.0, 0.8, 0),
-        (1.0, 1.0, 5),
-        (0.8, 0.6, 12),
-        (1.0, 0.01, 0),
-        (2, 1, 1),
+        (1.0, 1.0, 0, 0.0),
+        (0.5, 1.0, 0, 0.0),
+        (1.7, 1.0, 0, 0.0),
+        (1.0, 0.8, 0, 0.0),
+        (1.0, 1.0, 5, 0.0),
+        (0.8, 0.6, 12, 0.0),
+        (1.0, 0.01, 0, 0.0),
+        (2, 1, 1, 0.0),
+        (1.0, 1.0, 0, 0.1),
+        (1.5, 0.9, 30, 0.03),
+        (1.0, 1.0, 0, 1.0),
     ],
 )
-def test_draws_follow_the_distribution(temperature: float, top_p: float, top_k: int) -> None:
+def test_draws_follow_the_distribution(temperature: float, top_p: float, top_k: int, min_p: float) -> None:
     logits = logits_of(1)[0]
     drawn = sample(
-        logits.expand(DRAWS, VOCAB), batch_of(DRAWS, temperature=temperature, top_p=top_p, top_k=top_k)
+        logits.expand(DRAWS, VOCAB),
+        batch_of(DRAWS, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),
     ).token_ids
-    expected = reference(logits, temperature, top_p, top_k)
+    expected = reference(logits, temperature, top_p, top_k, min_p)
     counts = np.bincount(drawn.numpy(), minlength=VOCAB)
     assert not counts[expected == 0].any(), "a token that was filtered out"
     likely = expected * DRAWS >= 5
@@ -82,7 +108,7 @@ def test_successive_positions_are_independent_draws() -> None:
     tokens = sample(
         logits.expand(DRAWS, VOCAB), batch_of(DRAWS, seeds=[7] * DRAWS, positions=list(range(DRAWS)))
     ).token_ids.numpy()
-    expected = reference(logits, 1.0, 1.0, 0)
+    expected = reference(logits, 1.0, 1.0, 0, 0.0)
     likeliest = int(expected.argmax())
     is_likeliest = tokens == likeliest
     p = expected[likeliest]
@@ -97,6 +123,7 @@ def test_successive_positions_are_independent_draws() -> None:
             st.sampled_from([0.0, 0.3, 1.0, 2.0]),
             st.sampled_from([0.1, 0.9, 1.0]),
             st.sampled_from([0, 1, 7, VOCAB, 10 * VOCAB]),
+            st.sampled_from([0.0, 0.2, 1.0]),
             st.integers(-(2**63), 2**63 - 1),
             st.integers(0, 5000),
         ),
@@ -106,20 +133,19 @@ def test_successive_positions_are_independent_draws() -> None:
     which=st.randoms(use_true_random=False),
 )
 @settings(max_examples=100, deadline=None)
-def test_a_row_does_not_depend_on_its_batch(rows: list[tuple[float, float, int, int, int]], which: Any) -> None:
+def test_a_row_does_not_depend_on_its_batch(rows: list[tuple[float, float, int, float, int, int]], which: Any) -> None:
     logits = logits_of(len(rows), seed=3)
 
     def run(indices: list[int]) -> list[int]:
-        chosen = [rows[index] for index in indices]
-        temperatures, top_ps, top_ks, seeds, positions = zip(*chosen, strict=True)
-        batch = SamplingBatch(
-            temperatures=np.array(temperatures, dtype=np.float32),
-            top_ps=np.array(top_ps, dtype=np.float32),
-            top_ks=np.array(top_ks, dtype=np.int64),
-            seeds=list(seeds),
-            positions=np.array(positions, dtype=np.int64),
-            forbidden=(),
-            num_logprobs=-1,
+        temperatures, top_ps, top_ks, min_ps, seeds, positions = zip(*(rows[index] for index in indices), strict=True)
+        batch = batch_of(
+            len(indices),
+            temperature=temperatures,
+            top_p=top_ps,
+            top_k=top_ks,
+            min_p=min_ps,
+            seeds=seeds,
+            positions=positions,
         )
         tokens: list[int] = sample(logits[indices], batch).token_ids.tolist()
         return tokens
@@ -129,7 +155,7 @@ def test_a_row_does_not_depend_on_its_batch(rows: list[tuple[float, float, int, 
     which.shuffle(order)
     assert run(order) == [together[index] for index in order]
     assert [run([index])[0] for index in range(len(rows))] == together
-    for index, (temperature, _, top_k, _, _) in enumerate(rows):
+    for index, (temperature, _, top_k, _, _, _) in enumerate(rows):
         if temperature == 0 or top_k == 1:
             assert together[index] == int(logits[index].argmax())
 
@@ -137,7 +163,7 @@ def test_a_row_does_not_depend_on_its_batch(rows: list[tuple[float, float, int, 
 def test_greedy_takes_the_likeliest_beside_rows_that_draw() -> None:
     logits = logits_of(6)
     batch = batch_of(6)
-    batch.temperatures[::2] = 0.0
+    batch.draws["temperature"][::2] = 0.0
     assert sample(logits, batch).token_ids[::2].tolist() == logits.argmax(-1)[::2].tolist()
 
 
@@ -145,13 +171,30 @@ def test_greedy_takes_the_likeliest_beside_rows_that_draw() -> None:
 def test_forbidden_tokens_do_not_come(temperature: float) -> None:
     logits = logits_of(1).expand(500, VOCAB).clone()
     best = logits[0].topk(3).indices.tolist()
-    forbidden = tuple(tuple(best[:2]) if row % 2 else () for row in range(500))
-    chosen = sample(logits, batch_of(500, temperature=temperature, forbidden=forbidden, num_logprobs=2))
+    biases = [(row, token, -1e30) for row in range(1, 500, 2) for token in best[:2]]
+    chosen = sample(logits, batch_of(500, temperature=temperature, biases=biases, num_logprobs=2))
     assert not set(chosen.token_ids[1::2].tolist()) & set(best[:2])
     assert set(chosen.token_ids[0::2].tolist()) & set(best[:2])
     # They are no choice, but the model's opinion of them stands.
     assert [token for token, _ in chosen.top(1, 2)] == best[:2]
     assert_logprobs(chosen, logits, 2)
+
+
+def test_biases_are_added_to_their_own_logits() -> None:
+    """The same as logits that have them, and twice the same entry twice; the logits and their logprobs stay."""
+    logits = logits_of(60)
+    rng = np.random.default_rng(0)
+    biases = [
+        (int(row), int(token), float(rng.uniform(-9, 9))) for row, token in rng.integers(0, (60, VOCAB), (200, 2))
+    ]
+    biased, before = logits.clone(), logits.clone()
+    for row, token, bias in biases:
+        biased[row, token] += bias
+    for temperature in (0.0, 1.0):
+        chosen = sample(logits, batch_of(60, temperature=temperature, biases=biases, num_logprobs=3))
+        assert chosen.token_ids.tolist() == sample(biased, batch_of(60, temperature=temperature)).token_ids.tolist()
+        assert torch.equal(logits, before)
+        assert_logprobs(chosen, logits, 3)
 
 
 def assert_logprobs(chosen: Chosen, logits: Tensor, num_top: int) -> None:

@@ -20,17 +20,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         budget=st.integers(1, 24),
         running=st.integers(1, 6),
-        logits=st.integers(1, 8),
         capacity=st.integers(1, 3),
         lag=st.booleans(),
         prefix_cache=st.booleans(),
     )
-    def start(self, budget: int, running: int, logits: int, capacity: int, lag: bool, prefix_cache: bool) -> None:
+    def start(self, budget: int, running: int, capacity: int, lag: bool, prefix_cache: bool) -> None:
         self.run = Stepping(
             num_pages=NUM_PAGES,
             max_batch_tokens=budget,
             max_running=running,
-            max_logits_rows=logits,
             capacity=capacity,
             lag=lag,
             prefix_cache=prefix_cache,

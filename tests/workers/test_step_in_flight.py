@@ -22,13 +22,17 @@ def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def requests(shelf: Shelf) -> list[tuple[tuple[int, ...], str | None, SamplingParams]]:
-    """Of every kind: long and short, with stops, seeds and prompt logprobs, for the base and all adapters."""
+    """Of every kind: with stops, seeds, penalties, prompt logprobs; for the base and all adapters."""
     several = []
     for number, version in enumerate([None, *shelf.versions, *shelf.versions]):
         prompt = random_prompt(3 + 11 * number % 70, number)
         sampling = greedy(20 + number)
         if number % 4 == 1:
             sampling = SamplingParams(max_tokens=30, temperature=0.8, top_p=0.9, seed=number, ignore_eos=True)
+        if number % 8 == 4:
+            sampling = greedy(30, presence_penalty=1.5, repetition_penalty=1.4, logit_bias={7: -100, number: 3})
+        if number % 8 == 5:
+            sampling = sampling.model_copy(update={"frequency_penalty": 0.7, "repetition_penalty": 0.8, "min_p": 0.01})
         if number % 4 == 2:
             sampling = greedy(12, logprobs=2, prompt_logprobs=True)
         if number % 4 == 3:
@@ -63,8 +67,8 @@ async def test_the_answers_are_the_same(llama: Shelf, monkeypatch: pytest.Monkey
     expected, _ = await ask_all(llama)
     monkeypatch.setattr(ModelRunner, "is_asynchronous", True)
     assert_same((await ask_all(llama))[0], expected)
-    assert_same((await ask_all(llama, max_batch_tokens=7, max_logits_rows=5))[0], expected)
-    scarce = EngineConfig(device="cpu", max_batch_tokens=40, max_logits_rows=6, kv_bytes=11 * PAGE_BYTES)
+    assert_same((await ask_all(llama, max_batch_tokens=7, logits_chunk_tokens=5))[0], expected)
+    scarce = EngineConfig(device="cpu", max_batch_tokens=40, logits_chunk_tokens=6, kv_bytes=11 * PAGE_BYTES)
     for prefix_cache in (True, False):
         answers, num_preemptions = await ask_all(llama, engine=scarce, prefix_cache=prefix_cache)
         assert_same(answers, expected)

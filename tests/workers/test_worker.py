@@ -259,8 +259,9 @@ async def test_a_caller_that_gives_up_on_a_load_harms_nobody(llama: Shelf) -> No
         ((3, 304), {}, InvalidTokenId),
         ((3, -1), {}, InvalidTokenId),
         ((3,), {"stop_token_ids": (10**9,), "min_tokens": 2}, InvalidTokenId),
+        ((3,), {"logit_bias": {304: 1.0}}, InvalidTokenId),
     ],
-    ids=["empty", "too_long", "token_too_large", "token_negative", "stop_token"],
+    ids=["empty", "too_long", "token_too_large", "token_negative", "stop_token", "biased_token"],
 )
 async def test_a_bad_request_is_refused(
     llama: Shelf, prompt: tuple[int, ...], settings: dict[str, object], error: type[WorkerError]
@@ -278,7 +279,16 @@ async def test_odd_settings_end_no_loop(llama: Shelf) -> None:
             SamplingParams(max_tokens=3, temperature=2.0, top_p=1e-45, top_k=10**12),
             SamplingParams(max_tokens=3, seed=-(2**63), top_k=10**40),
             SamplingParams(max_tokens=3, seed=2**63 - 1, logprobs=20),
-            SamplingParams(max_tokens=3, min_tokens=3, stop_token_ids=tuple(range(3, 300))),
+            SamplingParams(max_tokens=3, min_tokens=3, stop_token_ids=tuple(range(304))),
+            SamplingParams(max_tokens=3, min_p=1.0, logit_bias=dict.fromkeys(range(304), -100)),
+            SamplingParams(
+                max_tokens=3,
+                min_tokens=3,
+                temperature=1e-5,
+                repetition_penalty=10,
+                frequency_penalty=2,
+                stop_token_ids=tuple(range(304)),
+            ),
         ]
         answers = await asyncio.gather(*(ask(worker, PROMPT, None, sampling) for sampling in odd))
         assert [len(answer.tokens) for answer in answers] == [3] * len(odd)

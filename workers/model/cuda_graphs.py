@@ -58,12 +58,13 @@ def kernel_shapes(max_batch_tokens: int, num_slots: int) -> Iterator[tuple[int, 
         yield from ((chunk_length, 1 << n) for n in range((most - 1).bit_length() + 1))
 
 
-def graph_sizes(max_running: int, max_batch_tokens: int) -> tuple[int, ...]:
+def graph_sizes(max_running: int, max_batch_tokens: int, logits_chunk_tokens: int) -> tuple[int, ...]:
     """Numbers of rows worth a graph: dense where padding would cost most.
 
     They go beyond `max_running` so that decodes with a short prompt or two beside them have one: below `MAX_ROWS` a
-    step without a graph takes longer to launch than to compute.
+    step without a graph takes longer to launch than to compute. A graph has the logits of all its rows, so none is
+    larger than `logits_chunk_tokens`.
     """
-    largest = min(max(max_running, MAX_ROWS), max(max_batch_tokens, max_running))
+    largest = min(max(max_running, MAX_ROWS), max(max_batch_tokens, max_running), logits_chunk_tokens)
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 4096, 64)]
     return (*(size for size in sizes if size < largest), largest)

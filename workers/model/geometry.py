@@ -87,7 +87,7 @@ def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:
             modules[name] = ModuleShape("linear", module.nx, module.nf)
         elif module is embedding and type(module) is nn.Embedding:
             modules[name] = ModuleShape("embedding", module.num_embeddings, module.embedding_dim)
-    return BaseGeometry(modules=modules, dtype=dtype, vectors=_norm_parameters(model))
+    return BaseGeometry(modules=modules, dtype=dtype, vectors=_norm_parameters(model), tied=_tied(model))
 
 
 def _norm_parameters(model: PreTrainedModel) -> dict[str, int]:
@@ -108,6 +108,14 @@ def _norm_parameters(model: PreTrainedModel) -> dict[str, int]:
         if parameters.keys() <= {"weight", "bias"} and is_of_rows and is_served_dtype:
             found |= {f"{name}.{parameter}": value.numel() for parameter, value in parameters.items()}
     return found
+
+
+def _tied(model: PreTrainedModel) -> dict[str, str]:
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if output is None or output.weight is not embedding.weight:
+        return {}
+    name_of = {module: name for name, module in model.named_modules()}
+    return {name_of[output]: name_of[embedding]}
 
 
 def projection_groups(names: Iterable[str]) -> list[tuple[str, ...]]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorafleet.kernels import ops
+from lorafleet.kernels import ops, reference
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
 from lorafleet.workers.memory.extras import Extra, ExtraMatrix, ExtraVector
@@ -111,7 +111,8 @@ class FusedProjection(nn.Module):
         else:
             y = F.linear(rows, self.weight, self.bias)
             for at, matrix in self._replaced(owners):
-                product = matrix.product(rows.index_select(0, at))
+                # A head's: few rows of it are to have the bits that they have among many.
+                product = matrix.product(reference.padded(rows.index_select(0, at)))[: len(at)]
                 y.index_copy_(0, at, product if self.bias is None else product.add_(self.bias))
             ops.add_lora(rows, self.lora, segments, y)
         for owner in owners:

@@ -6,6 +6,8 @@ import logging
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from lorafleet.kernels.launching import compiled_ahead
+from lorafleet.kernels.reference import EXACT_ROWS
 from lorafleet.kernels.segments import Segments
 from lorafleet.workers.batch import StepBatch, StepInputs, blank_batch, blank_prompt, most_chunks
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
@@ -24,13 +27,16 @@ from lorafleet.workers.model import attention, fused_layers, lora_layers, norm_l
 from lorafleet.workers.model.cuda_graphs import StepGraph, capture, kernel_shapes
 from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel
-from lorafleet.workers.model.sampler import Chosen, sample, with_logprobs
+from lorafleet.workers.model.logits import BodyOnce, LogitsPass
+from lorafleet.workers.model.sampler import Chosen, Sampler, with_logprobs
 
 logger = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1.5e-1}
 """Mean difference from the untouched model's logprobs, over the likeliest tokens, that rounding explains."""
 PROBE_TOP = 32
+PROBE_PASS = 4
+"""Rows of a pass over the head, in a probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +68,17 @@ class ModelRunner:
         *,
         graph_sizes: tuple[int, ...] = (),
         max_batch_tokens: int = 2048,
+        max_pass_rows: int = 512,
     ) -> None:
-        """`graph_sizes`, rising: rows of the decode batches to capture; none on a CPU."""
+        """`graph_sizes`, rising: rows of the decode batches to capture; none on a CPU. `max_pass_rows`: rows whose
+        logits exist at once.
+        """
         self.base = base
         self.cache = cache
         self.pool = pool
         self._lora = lora_layers.LoraContext(pool.extras)
         self._attention = attention.AttentionContext(cache)
+        self._sampler = Sampler()
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
         self._kinds = (False, True) if pool.num_slots else (False,)
         """Whether a batch may have LoRA work."""
@@ -79,7 +89,10 @@ class ModelRunner:
         self.graph_sizes = graph_sizes if base.device.type == "cuda" else ()
         self.null_pages = cache.allocate(1) if self.graph_sizes else []
         """Takes the keys and values of padding rows; never given back. None where nothing is padded."""
+        self.pass_rows = 1 if base.device.type == "cuda" else EXACT_ROWS, max_pass_rows
+        """Fewest and most rows of a pass over the head. On a CPU a row's bits do not depend on the passes."""
         self._substitute()
+        self._body = BodyOnce(base.model)
         self._probe()
         if self.graph_sizes:
             self._warm_up(max_batch_tokens)
@@ -94,10 +107,15 @@ class ModelRunner:
     def launch(self, batch: StepBatch, previous: StepInFlight | None) -> StepInFlight:
         """Begin one step. Placeholder tokens of the batch are taken from `previous`, which may be in flight."""
         packed = self._pinned(batch.packed)
+        targets = self._prompt_targets(batch)
         if batch.graph_size is None:
             inputs = batch.view(packed.to(self.base.device, non_blocking=True))
             self._fill_pending(inputs, batch, previous)
-            logits = self._forward(inputs)
+            with self._step(inputs):
+                parts = [
+                    self._choose(self._logits(inputs, each), batch, plan.start + plan.own.start, targets)
+                    for plan, each in zip(batch.passes, inputs.passes, strict=True)
+                ]
         else:
             graph = self._graphs[batch.graph_size, batch.segments.num_lora_chunks > 0]
             graph.packed.copy_(packed, non_blocking=True)
@@ -105,30 +123,49 @@ class ModelRunner:
             logits = graph.replay()
             if batch.wanted_rows is not None:
                 logits = logits[self._pinned(batch.wanted_rows).to(self.base.device, non_blocking=True)]
-        num_prompt_rows = sum(count for _, _, count in batch.prompts)
-        prompts = None
-        if num_prompt_rows:
-            targets = [
-                token
-                for sequence, start, count in batch.prompts
-                for token in sequence.token_ids[start + 1 : start + 1 + count]
-            ]
-            num_top = max(sequence.request.sampling.logprobs or 0 for sequence, _, _ in batch.prompts)
-            prompts = with_logprobs(logits[:num_prompt_rows], torch.tensor(targets, device=logits.device), num_top)
-        sampled = (
-            sample(logits[num_prompt_rows : num_prompt_rows + len(batch.sampled)], batch.sampling)
-            if batch.sampled
-            else None
-        )
+            parts = [self._choose(logits, batch, 0, targets)]
+        prompts = Chosen.joined([part for part, _ in parts if part is not None])
+        sampled = Chosen.joined([part for _, part in parts if part is not None])
         step = StepInFlight(
             next_token_ids=None if sampled is None else sampled.token_ids,
             sampled=None if sampled is None else sampled.to_host(),
             prompts=None if prompts is None else prompts.to_host(),
-            is_done=torch.cuda.Event() if logits.is_cuda else None,  # type: ignore[no-untyped-call]
+            is_done=torch.cuda.Event() if self.base.device.type == "cuda" else None,  # type: ignore[no-untyped-call]
         )
         if step.is_done is not None:
             step.is_done.record()
         return step
+
+    def _prompt_targets(self, batch: StepBatch) -> torch.Tensor | None:
+        """(num_prompt_rows,) int64: the tokens whose logprobs the prompts' rows are to give; None: there are none."""
+        if not batch.prompts:
+            return None
+        targets = [
+            token
+            for sequence, start, count in batch.prompts
+            for token in sequence.token_ids[start + 1 : start + 1 + count]
+        ]
+        return self._pinned(np.array(targets)).to(self.base.device, non_blocking=True)
+
+    def _choose(
+        self, logits: torch.Tensor, batch: StepBatch, first: int, targets: torch.Tensor | None
+    ) -> tuple[Chosen | None, Chosen | None]:
+        """What the logits of a pass say, of prompts and of sampled sequences.
+
+        logits: (rows, vocab), of the step's logits rows from `first` on; padding may follow the last.
+        """
+        num_prompt_rows = batch.num_prompt_rows
+        last = min(first + len(logits), num_prompt_rows + len(batch.sampled))
+        middle = min(max(first, num_prompt_rows), last)
+        prompts = sampled = None
+        if first < middle:
+            assert targets is not None
+            num_top = max(sequence.request.sampling.logprobs or 0 for sequence, _, _ in batch.prompts)
+            prompts = with_logprobs(logits[: middle - first], targets[first:middle], num_top)
+        if middle < last:
+            sampling = batch.sampling.part(middle - num_prompt_rows, last - num_prompt_rows)
+            sampled = self._sampler.sample(logits[middle - first : last - first], sampling)
+        return prompts, sampled
 
     def _pinned(self, array: npt.NDArray[np.integer[Any]]) -> torch.Tensor:
         """The array as a host tensor from which a copy to the device need not wait."""
@@ -144,23 +181,36 @@ class ModelRunner:
             chosen = previous.next_token_ids[(-1 - token_ids).clamp_(min=0)]
             torch.where(token_ids < 0, chosen.to(token_ids.dtype), token_ids, out=token_ids)
 
-    def _forward(self, inputs: StepInputs) -> torch.Tensor:
-        """(num_logits, vocab) logits of the logits rows."""
+    @contextmanager
+    def _step(self, inputs: StepInputs) -> Iterator[None]:
+        """All layers read these inputs, and what lies below the head is computed once."""
         self._attention.batch = inputs.attention
         self._lora.segments = _if_lora(inputs.segments)
-        self._lora.logits_segments = _if_lora(inputs.logits_segments)
         try:
-            output = self.base.model(
-                input_ids=inputs.token_ids[None],
-                position_ids=inputs.positions[None],
-                use_cache=False,
-                logits_to_keep=inputs.logits_rows,
-            )
+            with self._body.once():
+                yield
         finally:
             self._attention.batch = None
             self._lora.segments = self._lora.logits_segments = None
+
+    def _logits(self, inputs: StepInputs, logits_pass: LogitsPass) -> torch.Tensor:
+        """(rows, vocab) logits of a pass's own rows, within a step."""
+        self._lora.logits_segments = _if_lora(logits_pass.segments)
+        output = self.base.model(
+            input_ids=inputs.token_ids[None],
+            position_ids=inputs.positions[None],
+            use_cache=False,
+            logits_to_keep=logits_pass.rows,
+        )
         logits: torch.Tensor = output.logits[0]
-        return logits
+        assert logits.shape[0] == logits_pass.rows.shape[0], "the probe has seen that chosen rows come alone"
+        return logits[logits_pass.own]
+
+    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+        """(rows, vocab) logits of a step of one pass."""
+        (only,) = inputs.passes
+        with self._step(inputs):
+            return self._logits(inputs, only)
 
     def _substitute(self) -> None:
         model, geometry = self.base.model, self.base.geometry
@@ -201,7 +251,7 @@ class ModelRunner:
                     max_chunks=max_chunks,
                     chunk_length=chunk_length,
                 )
-                self._forward_blank(blank, max_batch_tokens)
+                self._compute_blank(blank, max_batch_tokens)
             prompt = blank_prompt(
                 2,
                 page_tokens=self.cache.page_tokens,
@@ -209,33 +259,45 @@ class ModelRunner:
                 has_lora=self._kinds[-1],
                 chunk_length=16,
             )
-            self._forward_blank(prompt, max_batch_tokens)
+            self._compute_blank(prompt, max_batch_tokens)
         self.stages_s["compile"] = time.monotonic() - started_s
         logger.info("compiled kernels, %.1f s", self.stages_s["compile"])
         started_s = time.monotonic()
         sizes = [n for n in (self.graph_sizes[-1] + 1, 1024, 2048, 4096) if n < max_batch_tokens] + [max_batch_tokens]
-        variants = [(n, 128, has_lora) for n in sizes for has_lora in self._kinds]
-        variants += [(sizes[0], chunk_length, self._kinds[-1]) for chunk_length in (16, 32, 64)]
-        for num_rows, chunk_length, has_lora in variants:
+        variants: list[tuple[int, int, bool, int | None]] = [
+            (n, 128, has_lora, None) for n in sizes for has_lora in self._kinds
+        ]
+        variants += [(sizes[0], chunk_length, self._kinds[-1], None) for chunk_length in (16, 32, 64)]
+        # A prompt with the logprobs of all its tokens: the most logits that there can be at once.
+        variants += [(max_batch_tokens, 128, self._kinds[-1], self.pass_rows[1])]
+        for num_rows, chunk_length, has_lora, max_pass_rows in variants:
             batch = blank_prompt(
                 num_rows,
                 page_tokens=self.cache.page_tokens,
                 null_page=self.null_pages[0],
                 has_lora=has_lora,
                 chunk_length=chunk_length,
+                max_pass_rows=max_pass_rows,
             )
-            self._forward_blank(batch, max_batch_tokens)
+            self._compute_blank(batch, max_batch_tokens)
         self.stages_s["warm up"] = time.monotonic() - started_s
         logger.info("warmed up with prompts of %s tokens, %.1f s", sizes, self.stages_s["warm up"])
 
-    def _forward_blank(self, batch: StepBatch, max_batch_tokens: int) -> None:
+    def _compute_blank(self, batch: StepBatch, max_batch_tokens: int) -> None:
+        """Compute a batch of nothing, with all its logits. Raises WorkerConfigError when it does not fit."""
+        inputs = batch.view(torch.from_numpy(batch.packed).to(self.base.device))
         try:
-            self._forward(batch.view(torch.from_numpy(batch.packed).to(self.base.device)))
+            with self._step(inputs):
+                for each in inputs.passes:
+                    logits = self._logits(inputs, each)
+                    with_logprobs(logits, torch.zeros_like(logits[:, 0], dtype=torch.int64), PROBE_TOP)
+                    del logits
             torch.cuda.synchronize(self.base.device)
         except torch.OutOfMemoryError as error:
             raise WorkerConfigError(
                 f"no memory is left for a step of {batch.num_rows} tokens: lower worker.max_batch_tokens "
-                f"({max_batch_tokens}), worker.kv_bytes, adapters.pool_bytes or worker.gpu_memory_utilization"
+                f"({max_batch_tokens}), worker.logits_chunk_tokens ({self.pass_rows[1]}), "
+                "worker.kv_bytes, adapters.pool_bytes or worker.gpu_memory_utilization"
             ) from error
 
     @torch.inference_mode()
@@ -260,32 +322,47 @@ class ModelRunner:
     def _probe(self) -> None:
         """Refuse a base that the substituted model does not compute as transformers does.
 
-        It computes the prompt in parts, the last one token long, so that what came before must come from the cache.
+        It computes the prompt in parts, the last one token long, so that what came before must come from the cache, and
+        the logits of a part in passes.
         """
-        name, num_tokens = type(self.base.model).__name__, len(self.base.probe_token_ids)
-        pages = self.cache.allocate(-(-num_tokens // self.cache.page_tokens))
-        bounds = (0, num_tokens // 2, num_tokens - 1, num_tokens)
-        try:
-            parts = [self._probe_part(pages, start, end) for start, end in pairwise(bounds)]
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise UnsupportedModel(f"{name} cannot be computed on pages: {error}") from error
-        finally:
-            self._attention.batch = None
-            self.cache.free(pages)
-        got, wanted = torch.cat(parts).float().log_softmax(-1), self.base.probe_logits.log_softmax(-1)
-        likely = wanted.topk(min(PROBE_TOP, wanted.shape[-1]), dim=-1).indices
-        difference = float((got - wanted).abs().gather(-1, likely).mean())
-        tolerance = PROBE_TOLERANCE[self.base.dtype]
+        name, tolerance = type(self.base.model).__name__, PROBE_TOLERANCE[self.base.dtype]
+        difference = self._probe_difference()
+        if not difference <= tolerance and self._body.may_keep:
+            self._body.may_keep = False
+            difference = self._probe_difference()
+            logger.info("%s: its body is computed anew for each pass over the head", name)
         if not difference <= tolerance:
             raise UnsupportedModel(
                 f"{name} computes something that is not supported: a probe's logprobs are {difference:.2g} off "
                 f"transformers' own in the mean, more than {tolerance:g}"
             )
 
-    def _probe_part(self, pages: list[int], start: int, end: int) -> torch.Tensor:
-        """(end - start, vocab) logits of a part of the probe, whose earlier tokens are in the cache."""
+    def _probe_difference(self) -> float:
+        """How far the probe's logprobs are off transformers' own, in the mean over the likeliest tokens."""
+        num_tokens = len(self.base.probe_token_ids)
+        pages = self.cache.allocate(-(-num_tokens // self.cache.page_tokens))
+        bounds = (0, num_tokens // 2, num_tokens - 1, num_tokens)
+        try:
+            parts = [part for start, end in pairwise(bounds) for part in self._probe_part(pages, start, end)]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UnsupportedModel(f"{type(self.base.model).__name__} cannot be computed on pages: {error}") from error
+        finally:
+            self._attention.batch = None
+            self.cache.free(pages)
+        logits, wanted = torch.cat(parts), self.base.probe_logits.log_softmax(-1)
+        if logits.shape != wanted.shape:
+            raise UnsupportedModel(
+                f"{type(self.base.model).__name__} does not give the logits of the chosen rows: of {wanted.shape[0]} "
+                f"rows there are {logits.shape[0]}"
+            )
+        got = logits.float().log_softmax(-1)
+        likely = wanted.topk(min(PROBE_TOP, wanted.shape[-1]), dim=-1).indices
+        return float((got - wanted).abs().gather(-1, likely).mean())
+
+    def _probe_part(self, pages: list[int], start: int, end: int) -> list[torch.Tensor]:
+        """(rows, vocab) logits of each pass of a part of the probe, whose earlier tokens are in the cache."""
         device, num_rows = self.base.device, end - start
         positions = torch.arange(start, end, dtype=torch.int32, device=device)
         table = torch.tensor([pages], dtype=torch.int32, device=device)
@@ -299,11 +376,16 @@ class ModelRunner:
             block_tables=table,
             num_decodes=int(num_rows == 1),
         )
-        output = self.base.model(
-            input_ids=self.base.probe_token_ids[None, start:end], position_ids=positions[None], use_cache=False
-        )
-        logits: torch.Tensor = output.logits[0]
-        return logits
+        with self._body.once():
+            return [
+                self.base.model(
+                    input_ids=self.base.probe_token_ids[None, start:end],
+                    position_ids=positions[None],
+                    use_cache=False,
+                    logits_to_keep=rows,
+                ).logits[0]
+                for rows in torch.split(torch.arange(num_rows, device=device), PROBE_PASS)
+            ]
 
 
 def _if_lora(segments: Segments) -> Segments | None:

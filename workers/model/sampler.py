@@ -1,10 +1,11 @@
 """Chooses each sequence's next token from its logits, all rows at once, and reports logprobs.
 
-A row's choice depends on its own logits, settings, seed and position only, never on the batch it is in.
+A row's choice depends on its own logits, settings, random number and tokens only, never on the batch it is in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,27 +13,74 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lorafleet.workers.model.token_counts import TokenCounts
+
+Records = npt.NDArray[np.void]
+"""A structured array of 4-byte fields."""
+
+DRAW = np.dtype([("temperature", "f4"), ("top_p", "f4"), ("top_k", "i4"), ("min_p", "f4"), ("uniform", "f4")])
+"""How a row's token is drawn. temperature 0: the likeliest token; top_k 0: of all; uniform: in [0, 1), the chance."""
+BIAS = np.dtype([("row", "i4"), ("token_id", "i4"), ("bias", "f4")])
+"""What is added to one logit."""
+PENALTY = np.dtype([("row", "i4"), ("line", "i4"), ("presence", "f4"), ("frequency", "f4"), ("repetition", "f4")])
+"""How a row's repetitions are penalised, by the tokens in its line of the counts."""
+START = np.dtype([("line", "i4")])
+"""A line that is for another sequence from now on."""
+PROMPT = np.dtype([("line", "i4"), ("token_id", "i4")])
+"""A token of the prompt of such a sequence."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """Settings of the rows to sample, one entry a row."""
+    """How to choose the tokens of the rows to sample."""
 
-    temperatures: npt.NDArray[np.float32]
-    """0: the likeliest token."""
-    top_ps: npt.NDArray[np.float32]
-    top_ks: npt.NDArray[np.int64]
-    """0: all tokens."""
-    seeds: list[int]
-    positions: npt.NDArray[np.int64]
-    """How many tokens the sequence has made so far; with the seed it gives the row's random number."""
-    forbidden: tuple[tuple[int, ...], ...]
-    """Token ids that may not come yet (stop tokens before `min_tokens`); empty when no row has any."""
+    draws: Records
+    """(rows,) of `DRAW`."""
+    biases: Records
+    """`BIAS` of any rows; of one row and token none or several."""
+    penalties: Records
+    """`PENALTY`, one for each row that has any."""
+    starts: Records
+    """`START` of lines in `penalties`."""
+    prompts: Records
+    """`PROMPT` of lines in `starts`, where repetition counts from the prompt on."""
     num_logprobs: int
     """Alternatives wanted by the row that wants most; -1: no row wants logprobs."""
 
     @property
     def is_greedy(self) -> bool:
-        return not self.temperatures.any()
+        return not self.draws["temperature"].any()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each row takes the likeliest token of its logits as they are."""
+        return self.is_greedy and not len(self.biases) and not len(self.penalties)
+
+    def part(self, start: int, end: int) -> SamplingBatch:
+        """What is for the rows from `start` to `end`, which are sampled apart from the others."""
+        if (start, end) == (0, len(self.draws)):
+            return self
+        penalties = _of_rows(self.penalties, start, end)
+        return SamplingBatch(
+            draws=self.draws[start:end],
+            biases=_of_rows(self.biases, start, end),
+            penalties=penalties,
+            starts=self.starts[np.isin(self.starts["line"], penalties["line"])],
+            prompts=self.prompts[np.isin(self.prompts["line"], penalties["line"])],
+            num_logprobs=self.num_logprobs,
+        )
+
+
+def _of_rows(records: Records, start: int, end: int) -> Records:
+    found = records[(records["row"] >= start) & (records["row"] < end)]
+    found["row"] -= start
+    return found
+
+
+NO_SAMPLING = SamplingBatch(
+    np.zeros(0, DRAW), np.zeros(0, BIAS), np.zeros(0, PENALTY), np.zeros(0, START), np.zeros(0, PROMPT), -1
+)
+"""Of no rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +90,7 @@ class Chosen:
     token_ids: Tensor
     """(rows,) int64."""
     logprobs: Tensor | None
-    """(rows,) float32: of each token under the model, before temperature; None: nobody asked."""
+    """(rows,) float32: of each token under the model, before biases, penalties and temperature; None: nobody asked."""
     top_ids: Tensor | None
     """(rows, num_top) int64: the likeliest tokens, best first."""
     top_logprobs: Tensor | None
@@ -56,6 +104,24 @@ class Chosen:
         assert self.top_logprobs is not None
         return tuple(zip(self.top_ids[row, :count].tolist(), self.top_logprobs[row, :count].tolist(), strict=True))
 
+    @staticmethod
+    def joined(parts: list[Chosen]) -> Chosen | None:
+        """What was chosen in several passes, as if it had been in one; None when nothing was."""
+        if len(parts) < 2:
+            return parts[0] if parts else None
+
+        def join(of: Callable[[Chosen], Tensor | None]) -> Tensor | None:
+            columns = [column for one in parts if (column := of(one)) is not None]
+            return torch.cat(columns) if columns else None
+
+        return Chosen(
+            token_ids=torch.cat([one.token_ids for one in parts]),
+            logprobs=join(lambda one: one.logprobs),
+            top_ids=join(lambda one: one.top_ids),
+            top_logprobs=join(lambda one: one.top_logprobs),
+            peaks=torch.cat([one.peaks for one in parts]),
+        )
+
     def to_host(self) -> Chosen:
         """Begin to copy to the host; complete once the device has caught up with an event recorded after this."""
         parts = (self.token_ids, self.logprobs, self.top_ids, self.top_logprobs, self.peaks)
@@ -67,21 +133,41 @@ class Chosen:
         return Chosen(token_ids, logprobs, top_ids, top_logprobs, peaks)
 
 
-def sample(logits: Tensor, batch: SamplingBatch) -> Chosen:
-    """logits: (rows, vocab) any float dtype. Does not synchronise with the device."""
-    logits = logits.float()
-    allowed = logits
-    if batch.forbidden:
-        allowed = logits.clone()
-        for row, banned in enumerate(batch.forbidden):
-            if banned:
-                allowed[row, list(banned)] = -torch.inf
-    peaks, token_ids = allowed.max(dim=-1)
-    if not batch.is_greedy:
-        token_ids = _draw(allowed, batch)
-    if batch.num_logprobs < 0:
-        return Chosen(token_ids, None, None, None, peaks)
-    return replace(with_logprobs(logits, token_ids, batch.num_logprobs), peaks=peaks)
+class Sampler:
+    """Samples the steps of one engine, in their order; remembers the tokens of those that are penalised for them."""
+
+    def __init__(self) -> None:
+        self._counts = TokenCounts()
+
+    def sample(self, logits: Tensor, batch: SamplingBatch) -> Chosen:
+        """logits: (rows, vocab) any float dtype, left as they are. Does not synchronise with the device."""
+        logits = logits.float()
+        if batch.is_plain:
+            peaks, token_ids = logits.max(dim=-1)
+        else:
+            peaks, token_ids = self._choose(logits, batch)
+        if batch.num_logprobs < 0:
+            return Chosen(token_ids, None, None, None, peaks)
+        return replace(with_logprobs(logits, token_ids, batch.num_logprobs), peaks=peaks)
+
+    def _choose(self, logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
+        draws, biases, penalties, starts, prompts = _on_device(batch, logits.device)
+        if len(batch.biases) or len(batch.penalties):
+            logits = logits.clone()
+        if len(batch.biases):
+            places = biases["row"] * logits.shape[-1] + biases["token_id"]
+            logits.view(-1).scatter_add_(0, places, biases["bias"])
+        if len(batch.penalties):
+            self._counts.grow(int(batch.penalties["line"].max()) + 1, logits)
+            if len(batch.starts):
+                self._counts.start(starts["line"], prompts["line"], prompts["token_id"])
+            self._counts.penalise(logits, penalties)
+        peaks, token_ids = logits.max(dim=-1)
+        if not batch.is_greedy:
+            token_ids = _draw(logits, draws)
+        if len(batch.penalties):
+            self._counts.add(penalties["line"], token_ids[penalties["row"]])
+        return peaks, token_ids
 
 
 def with_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Chosen:
@@ -93,35 +179,9 @@ def with_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> Chosen:
     return Chosen(token_ids, of_chosen, top_ids, top_logprobs, logits.amax(dim=-1))
 
 
-def _draw(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """Inverse-transform sampling over the sorted, filtered distribution; (rows,) int64."""
-    device = logits.device
-    temperatures = torch.from_numpy(batch.temperatures).to(device)[:, None]
-    is_greedy = temperatures == 0
-    scaled = logits / torch.where(is_greedy, 1.0, temperatures)
-    values, order = scaled.sort(dim=-1, descending=True, stable=True)
-    probabilities = values.softmax(dim=-1)
-    ranks = torch.arange(logits.shape[-1], device=device)
-    top_ks = torch.from_numpy(batch.top_ks).to(device)[:, None]
-    probabilities = torch.where((top_ks > 0) & (ranks >= top_ks), 0.0, probabilities)
-    probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
-    mass = probabilities.cumsum(dim=-1)
-    top_ps = torch.from_numpy(batch.top_ps).to(device)[:, None]
-    # A token stays while the mass before it is below top_p, so the likeliest always stays.
-    probabilities = torch.where((mass - probabilities >= top_ps) & (ranks > 0), 0.0, probabilities)
-    mass = probabilities.cumsum(dim=-1)
-    uniforms = torch.from_numpy(_uniforms(batch.seeds, batch.positions)).to(device)[:, None]
-    drawn = torch.searchsorted(mass, uniforms * mass[:, -1:], right=True)
-    # At least 0, so that a row of logits that are no numbers yields some token; its peak says that it is none.
-    last = ((probabilities > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    drawn = torch.where(is_greedy, 0, torch.minimum(drawn, last))
-    return order.gather(1, drawn)[:, 0]
-
-
-def _uniforms(seeds: list[int], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def uniforms(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """(rows,) in [0, 1), a function of seed and position: SplitMix64 (Steele et al. 2014), begun at the mixed seed."""
-    state = _mix(np.array([seed & (2**64 - 1) for seed in seeds], dtype=np.uint64))
-    bits = _mix(state + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+    bits = _mix(_mix(seeds) + (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
     return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 
@@ -129,3 +189,47 @@ def _mix(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
+
+
+def _on_device(batch: SamplingBatch, device: torch.device) -> list[dict[str, Tensor]]:
+    """The columns of the batch's records, int64 and float32, by one copy that nobody waits for."""
+    records = (batch.draws, batch.biases, batch.penalties, batch.starts, batch.prompts)
+    words = torch.from_numpy(np.concatenate([each.view(np.int32) for each in records]))
+    if device.type == "cuda":
+        words = words.pin_memory()
+    sizes = [len(each) * each.dtype.itemsize // 4 for each in records]
+    parts = torch.split(words.to(device, non_blocking=True), sizes)
+    return [_columns(each.dtype, part) for each, part in zip(records, parts, strict=True)]
+
+
+def _columns(kind: np.dtype[np.void], words: Tensor) -> dict[str, Tensor]:
+    num_fields = kind.itemsize // 4
+    return {
+        name: column.view(torch.float32) if kind[name].kind == "f" else column.long()
+        for name, column in zip(
+            kind.names or (), words.view(len(words) // num_fields, num_fields).unbind(1), strict=True
+        )
+    }
+
+
+def _draw(logits: Tensor, draws: Mapping[str, Tensor]) -> Tensor:
+    """Inverse-transform sampling over the sorted, filtered distribution; (rows,) int64."""
+    temperatures, top_ps, top_ks, min_ps, chances = (draws[name][:, None] for name in DRAW.names or ())
+    is_greedy = temperatures == 0
+    scaled = logits / torch.where(is_greedy, 1.0, temperatures)
+    values, order = scaled.sort(dim=-1, descending=True, stable=True)
+    probabilities = values.softmax(dim=-1)
+    ranks = torch.arange(logits.shape[-1], device=logits.device)
+    likely_enough = probabilities >= min_ps * probabilities[:, :1]
+    probabilities = torch.where((top_ks > 0) & (ranks >= top_ks), 0.0, probabilities)
+    probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    mass = probabilities.cumsum(dim=-1)
+    # A token stays while the mass before it is below top_p, so the likeliest always stays.
+    stays = (mass - probabilities < top_ps) & likely_enough | (ranks == 0)
+    probabilities = torch.where(stays, probabilities, 0.0)
+    mass = probabilities.cumsum(dim=-1)
+    drawn = torch.searchsorted(mass, chances * mass[:, -1:], right=True)
+    # At least 0, so that a row of logits that are no numbers yields some token; its peak says that it is none.
+    last = ((probabilities > 0).sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+    drawn = torch.where(is_greedy, 0, torch.minimum(drawn, last))
+    return order.gather(1, drawn)[:, 0]

@@ -1,0 +1,231 @@
+"""Every tensor of a weights file with its place: what it is of the adapter, or of the base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from lorafleet.adapter_store.errors import AdapterRefused
+from lorafleet.adapter_store.manifest import BaseGeometry, ModuleManifest, ModuleShape
+from lorafleet.adapter_store.peft_config import LoraSpec
+from lorafleet.adapter_store.tensor_file import TensorEntry, tag_of
+from lorafleet.adapter_store.trained import Trained, norms
+
+_PREFIX = "base_model.model."
+_FACTORS = {"linear": (".lora_A.weight", ".lora_B.weight"), "embedding": (".lora_embedding_A", ".lora_embedding_B")}
+_BASE_ENDS = (
+    ".token_adapter.base_layer.weight",
+    ".base_layer.weight",
+    ".base_layer.bias",
+    ".weight",
+    ".bias",
+)
+_IDLE_OF_LORA = re.compile(r"(.+)\.lora_(?:velora_embed|monteclora_sampler\.\w+)")
+"""What VeLoRA and MonteCLoRA keep for training on; PEFT answers without it."""
+_IDLE_OF_MODULES = re.compile(r"(.+)\.(?:original_module|modules_to_save)\.bias")
+"""Second copies, under `bias: all`, of the biases of modules that were trained as a whole; PEFT reads neither."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseCopy:
+    """A tensor of the file that is a weight of the base, not of the adapter."""
+
+    tensor: str
+    module: str
+    leaf: str
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Names of tensors by what they are for; all of them have been found in the file, in the right shape."""
+
+    factors: Mapping[str, tuple[str, str]]
+    """Module -> its A and B."""
+    lora_biases: Mapping[str, str]
+    """Linear module -> the bias on its B."""
+    biases: Mapping[str, str]
+    """Linear module -> its own bias, trained."""
+    replaced: Mapping[str, str]
+    """Parameter of the base -> what takes its place."""
+    token_rows: Mapping[str, str]
+    """Embedding or output -> its trained rows."""
+    base_copies: tuple[BaseCopy, ...]
+
+    @property
+    def served(self) -> frozenset[str]:
+        """All that the adapter needs of the file."""
+        one_each = (self.lora_biases, self.biases, self.replaced, self.token_rows)
+        names = [name for places in one_each for name in places.values()]
+        return frozenset(names).union(*self.factors.values())
+
+
+def prefix_of(names: Collection[str]) -> str:
+    """What stands before the base's names in a file: PEFT's own prefix, or nothing.
+
+    Raises AdapterRefused `unmatched_tensor` for a file that has names of both kinds.
+    """
+    bare = [name for name in names if not name.startswith(_PREFIX)]
+    if 0 < len(bare) < len(names):
+        message = f"tensor {bare[0][:200]} lacks the {_PREFIX} that other names begin with"
+        raise AdapterRefused("unmatched_tensor", message, bare[0][:200])
+    return "" if bare else _PREFIX
+
+
+def modules_present(entries: Mapping[str, TensorEntry], geometry: BaseGeometry) -> set[str]:
+    """Modules of the base for which a file has both factors."""
+    prefix = prefix_of(entries)
+    return {
+        name
+        for name, shape in geometry.modules.items()
+        if all(key in entries for key in _factor_names(prefix, name, shape))
+    }
+
+
+def match_tensors(
+    entries: Mapping[str, TensorEntry],
+    spec: LoraSpec,
+    modules: Sequence[ModuleManifest],
+    trained: Trained,
+    geometry: BaseGeometry,
+) -> Contents:
+    """Give every tensor its place.
+
+    Rules `missing_tensor`, `wrong_shape`, `vocabulary_resized`, `unsupported_dtype`, `unmatched_tensor`.
+    """
+    return _Matching(entries, spec, modules, trained, geometry).contents()
+
+
+def _factor_names(prefix: str, module: str, shape: ModuleShape) -> tuple[str, str]:
+    a_end, b_end = _FACTORS[shape.kind]
+    return f"{prefix}{module}{a_end}", f"{prefix}{module}{b_end}"
+
+
+class _Matching:
+    def __init__(
+        self,
+        entries: Mapping[str, TensorEntry],
+        spec: LoraSpec,
+        modules: Sequence[ModuleManifest],
+        trained: Trained,
+        geometry: BaseGeometry,
+    ) -> None:
+        self._entries = entries
+        self._spec = spec
+        self._modules = modules
+        self._lora = {module.name for module in modules}
+        self._trained = trained
+        self._geometry = geometry
+        self._prefix = prefix_of(entries)
+        self._vocabularies = {shape.in_dim for shape in geometry.modules.values() if shape.kind == "embedding"}
+
+    def contents(self) -> Contents:
+        factors = dict(self._factors())
+        lora_biases = dict(self._lora_biases()) if self._spec.lora_bias else {}
+        replaced = dict(self._replaced())
+        token_rows = dict(self._token_rows())
+        placed = {*lora_biases.values(), *replaced.values(), *token_rows.values()}.union(*factors.values())
+        biases: dict[str, str] = {}
+        copies: list[BaseCopy] = []
+        for name in self._entries:
+            if name in placed:
+                continue
+            parameter = self._trained_bias(name)
+            if parameter is None:
+                copies += self._left_over(name)
+            elif parameter in self._geometry.vectors:
+                replaced[parameter] = self._checked(name, (self._geometry.vectors[parameter],), parameter)
+            else:
+                module = parameter.removesuffix(".bias")
+                biases[module] = self._checked(name, (self._geometry.modules[module].out_dim,), module)
+        return Contents(factors, lora_biases, biases, replaced, token_rows, tuple(copies))
+
+    def _factors(self) -> Iterator[tuple[str, tuple[str, str]]]:
+        for module in self._modules:
+            shape = self._geometry.modules[module.name]
+            a, b = _factor_names(self._prefix, module.name, shape)
+            self._checked(a, (module.rank, shape.in_dim), module.name)
+            self._checked(b, (shape.out_dim, module.rank), module.name)
+            yield module.name, (a, b)
+
+    def _lora_biases(self) -> Iterator[tuple[str, str]]:
+        for module in sorted(self._lora):
+            shape = self._geometry.modules[module]
+            if shape.kind == "embedding":
+                message = f"lora_bias is true, and LoRA is on the embedding {module}, where PEFT has no such bias"
+                raise AdapterRefused("unsupported_field", message, "lora_bias")
+            yield module, self._checked(f"{self._prefix}{module}.lora_B.bias", (shape.out_dim,), module)
+
+    def _replaced(self) -> Iterator[tuple[str, str]]:
+        whole = self._trained.modules
+        for parameter, width in self._geometry.vectors.items():
+            if parameter.rpartition(".")[0] in whole:
+                yield parameter, self._checked(f"{self._prefix}{parameter}", (width,), parameter)
+        for module in sorted(whole - norms(self._geometry)):
+            yield f"{module}.weight", self._checked(f"{self._prefix}{module}.weight", self._matrix(module), module)
+
+    def _token_rows(self) -> Iterator[tuple[str, str]]:
+        for module, tokens in self._trained.tokens.items():
+            if module not in self._trained.token_source:
+                name = f"{self._prefix}{module}.token_adapter.trainable_tokens_delta"
+                yield module, self._checked(name, (len(tokens), self._matrix(module)[1]), module)
+
+    def _trained_bias(self, name: str) -> str | None:
+        """The base's parameter in whose place PEFT loads this one; None if it is no trained bias."""
+        name = name.removeprefix(self._prefix)
+        wrapped = name.removesuffix(".base_layer.bias")
+        if wrapped != name:
+            is_linear = wrapped in self._lora and self._geometry.modules[wrapped].kind == "linear"
+            return f"{wrapped}.bias" if is_linear and self._spec.bias != "none" else None
+        module = name.removesuffix(".bias")
+        if module == name or module in self._lora:
+            return None
+        if module in self._trained.modules:  # a norm's is among the replaced already
+            return name if module in self._geometry.modules else None
+        shape = self._geometry.modules.get(module)
+        known = name in self._geometry.vectors or (shape is not None and shape.kind == "linear")
+        return name if known and self._spec.bias == "all" else None
+
+    def _left_over(self, tensor: str) -> Iterator[BaseCopy]:
+        """A copy of the base's, or nothing that is computed with."""
+        name = tensor.removeprefix(self._prefix)
+        for idle, owners in ((_IDLE_OF_LORA, self._lora), (_IDLE_OF_MODULES, self._trained.modules)):
+            match = idle.fullmatch(name)
+            if match and match[1] in owners:
+                return
+        for end in _BASE_ENDS:
+            module = name.removesuffix(end)
+            if module != name and module in self._geometry.modules:
+                if end.endswith(".weight"):
+                    self._refuse_resized(tensor, self._matrix(module))
+                yield BaseCopy(tensor, module, end.rpartition(".")[2])
+                return
+        message = f"tensor {tensor[:200]} belongs to nothing that the adapter trains, and is no weight of the base"
+        raise AdapterRefused("unmatched_tensor", message, tensor[:200])
+
+    def _matrix(self, module: str) -> tuple[int, int]:
+        """Shape of the weight of an embedding or an output: a row a token."""
+        shape = self._geometry.modules[module]
+        return (shape.in_dim, shape.out_dim) if shape.kind == "embedding" else (shape.out_dim, shape.in_dim)
+
+    def _checked(self, name: str, shape: tuple[int, ...], owner: str) -> str:
+        if name not in self._entries:
+            raise AdapterRefused("missing_tensor", f"{owner} is trained, but there is no tensor {name}", name)
+        entry = self._entries[name]
+        self._refuse_resized(name, shape)
+        if entry.shape != shape:
+            message = f"tensor {name} has shape {list(entry.shape)}: the base and the rank make it {list(shape)}"
+            raise AdapterRefused("wrong_shape", message, name)
+        if tag_of(entry) is None:
+            raise AdapterRefused("unsupported_dtype", f"tensor {name} is of type {entry.tag}", name)
+        return name
+
+    def _refuse_resized(self, name: str, shape: tuple[int, ...]) -> None:
+        """Rule `vocabulary_resized`: the tensor differs from `shape` only in how many tokens there are."""
+        found = self._entries[name].shape
+        if len(found) == len(shape) and found != shape:
+            for size, wanted in zip(found, shape, strict=True):
+                if size != wanted and wanted not in self._vocabularies:
+                    return
+            message = f"tensor {name} has shape {list(found)}: the base's vocabulary makes it {list(shape)}"
+            raise AdapterRefused("vocabulary_resized", f"{message}, and tokens cannot be added", name)
