@@ -4,7 +4,7 @@
 
 The demo's base with two of its adapters, one worker, the same prompts in turn on both ways; answers must be equal. The
 engine gets `--threads` threads on both, so that other cores are left for the rest. Time to first token, tokens/s, CPU
-time of each process a token, and messages between processes: at most one a step and stream. Appends a line of JSON a
+time of each process a token, and events that reach a client: at most one a step and stream. Appends a line of JSON a
 way, and draws a plot beside them.
 """
 

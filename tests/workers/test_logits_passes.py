@@ -112,8 +112,8 @@ def test_no_more_logits_exist_at_once(llama: Shelf, chunk: int, monkeypatch: pyt
     at_head: list[int] = []
     behind_head: list[int] = []
     in_body: list[int] = []
-    for name in ("sample", "with_logprobs"):
-        monkeypatch.setattr(runner, name, _noting_rows(getattr(runner, name), behind_head))
+    monkeypatch.setattr(runner, "with_logprobs", _noting_rows(runner.with_logprobs, behind_head))
+    monkeypatch.setattr(runner.Sampler, "sample", _noting_rows(runner.Sampler.sample, behind_head))
     with playing(llama, logits_chunk_tokens=chunk) as script:
         model = script.parts.runner.base.model
         head: nn.Module = model.get_output_embeddings()
@@ -130,9 +130,9 @@ def test_no_more_logits_exist_at_once(llama: Shelf, chunk: int, monkeypatch: pyt
 
 
 def _noting_rows(function: Callable[..., Any], noted: list[int]) -> Callable[..., Any]:
-    def note(logits: torch.Tensor, *args: Any) -> Any:
-        noted.append(len(logits))
-        return function(logits, *args)
+    def note(*args: Any) -> Any:
+        noted.append(next(len(arg) for arg in args if isinstance(arg, torch.Tensor)))
+        return function(*args)
 
     return note
 
