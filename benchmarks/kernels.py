@@ -5,28 +5,27 @@
 
 Microseconds a layer, by CUDA-graph replay over eight weight sets in turn. The floor counts each byte once, y read and
 written, over the copy bandwidth measured in the same run, or the products over the measured bf16 rate if that is more.
-Each case is checked against float32 before it is timed. A line of JSON a case; `--report` draws the plot beside it and
-prints the means. FOLDER: see `kernels_peers.py`.
+Each case is checked against float32 before it is timed. A line of JSON a case, appended: the last of a case counts.
+`--report` holds them against the bars and draws them. FOLDER: see `kernels_peers.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import random
-import statistics
-import subprocess
+import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from math import isnan
 from pathlib import Path
 from typing import Any
 
+import bars
 import kernels_peers
+import kernels_report
 import numpy as np
 import torch
 import triton
@@ -170,43 +169,54 @@ def floor(workload: Workload, bandwidth: float, rate: float) -> float:
 
 
 def calls_of(
-    group: Group, batch: str, weights: list[LoraWeights], peers: dict[str, kernels_peers.Contender], check: bool
-) -> Iterator[tuple[str, kernels_peers.Call]]:
-    """Each contender's name and call; ours are checked first if told so."""
+    group: Group, batch: str, weights: list[LoraWeights], peers: dict[str, kernels_peers.Contender]
+) -> Iterator[tuple[str, kernels_peers.Call, Callable[[], float]]]:
+    """Each contender's name, its call, and how far off float32 what a call of ours left is."""
     workload = group.workload(batches()[batch])
     x = torch.randn(workload.num_rows, workload.in_dim, dtype=torch.bfloat16, device="cuda")
     y = torch.full((workload.num_rows, sum(workload.widths)), float("nan"), dtype=torch.bfloat16, device="cuda")
-    call = ours(workload, weights, x, y, accumulate=False)
-    call(0)
-    if check and not (off := error(workload, weights[0], x, y)) < TOLERANCE:
-        raise SystemExit(f"wrong result: {group} {batch}: relative error {off}")
-    yield "ours", call
-    yield "ours_accumulating", ours(workload, weights, x, y, accumulate=True)
+    yield "ours", ours(workload, weights, x, y, accumulate=False), lambda: error(workload, weights[0], x, y)
+    yield "ours_accumulating", ours(workload, weights, x, y, accumulate=True), lambda: 0.0
     row_slots = torch.tensor(workload.row_slots)
     for name, peer in peers.items():
         if name == "sglang128" and workload.num_rows < 64:
             continue  # its chunks are the same as with 16
         case = kernels_peers.DenseCase(workload.in_dim, workload.widths, workload.ranks, row_slots, x, y, len(weights))
-        yield name, peer(case)
+        yield name, _prepared(peer, case), lambda: 0.0
 
 
-def compile_group(group: Group, folder: Path | None) -> None:
-    """Run everything once, so that Triton's cache has it."""
+def _prepared(peer: kernels_peers.Contender, case: kernels_peers.DenseCase) -> kernels_peers.Call:
+    """The peer's call; one that fails where preparing it does."""
+    try:
+        return peer(case)
+    except Exception as failure:
+        reason = failure
+
+        def fail(i: int) -> None:
+            raise reason
+
+        return fail
+
+
+def compile_group(group: Group, folder: Path | None) -> list[str]:
+    """Run everything once, so that Triton's cache has it. Returns what failed."""
     peers = kernels_peers.contenders(folder) if folder else {}
     weights = random_weights(group.workload([0]), torch.device("cuda"), num_sets=1)
+    failed = []
     for batch in batches():
-        for name, call in calls_of(group, batch, weights, peers, check=False):
+        for name, call, _ in calls_of(group, batch, weights, peers):
             try:
                 call(0)
-            except Exception:
-                if name.startswith("ours"):
-                    raise
+            except Exception as failure:
+                failed.append(f"{name} {batch}: {failure!r}"[:300])
     torch.cuda.synchronize()
+    return failed
 
 
 def measure(
     group: Group, peers: dict[str, kernels_peers.Contender], ceiling: tuple[float, float]
 ) -> Iterator[dict[str, Any]]:
+    """A row a batch. What fails or is wrong is noted in the row; the others go on."""
     weights = random_weights(group.workload([0]), torch.device("cuda"))
     for batch in batches():
         workload = group.workload(batches()[batch])
@@ -219,16 +229,17 @@ def measure(
             "adapters": len(set(workload.row_slots)),
             "floor_us": floor(workload, *ceiling),
         }
-        for name, call in calls_of(group, batch, weights, peers, check=True):
+        for name, call, error_of in calls_of(group, batch, weights, peers):
             try:
                 started = time.perf_counter()
                 call(0)
                 torch.cuda.synchronize()
                 slow = time.perf_counter() - started > 1e-3
+                off = error_of()
+                if not off < TOLERANCE:
+                    row[f"{name}_wrong"] = f"relative error {off}"
                 row[f"{name}_us"] = time_in_graph(call, replays=7 if slow else 15)
             except Exception as failure:
-                if name.startswith("ours"):
-                    raise
                 row[f"{name}_failure"] = repr(failure)[:200]
         yield row
 
@@ -295,22 +306,19 @@ def _embedding_calls(
     }
 
 
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def run(out: Path, folder: Path | None, processes: int, first: int | None, seconds: float, revision: str) -> None:
+def run(out: Path, folder: Path | None, processes: int, only: str | None, seconds: float, revision: str) -> None:
+    """Compile all, then measure a group after another until the time is over; lines are written at once."""
     began = time.monotonic()
 
     def say(what: str) -> None:
         print(f"[{time.monotonic() - began:4.0f} s] {what}", file=sys.stderr, flush=True)
 
-    todo = list(groups())[:first]
+    todo = [group for group in groups() if only is None or re.fullmatch(only, f"{group.model} {group.rank}")]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(compile_group, group, folder) for group in todo]
         for done, job in enumerate(as_completed(jobs), 1):
-            job.result()
+            for failed in job.result():
+                say(f"failed: {failed}")
             say(f"compiled {done}/{len(jobs)} groups")
     peers = kernels_peers.contenders(folder) if folder else {}
     bandwidth, rate = ceilings()
@@ -322,145 +330,42 @@ def run(out: Path, folder: Path | None, processes: int, first: int | None, secon
         "copy_tb_s": bandwidth / 1e12,
         "bf16_tflop_s": rate / 1e12,
     }
-    with out.open("w") as lines:
-
-        def write(row: dict[str, Any]) -> None:
-            lines.write(json.dumps({**common, **row}) + "\n")
-            lines.flush()
-
+    if only is None:
         for embedding_rank in (16, 64):
             for row in measure_embedding(embedding_rank, "sglang16" in peers):
-                write(row)
+                bars.append(out, {**common, **row})
             say(f"embedding of rank {embedding_rank}")
-        for done, group in enumerate(todo, 1):
-            if time.monotonic() - began > seconds:
-                say(f"out of time: {len(todo) - done + 1} groups were not measured")
-                break
-            for row in measure(group, peers, (bandwidth, rate)):
-                write(row)
-            torch.cuda.empty_cache()
-            say(f"{done}/{len(todo)} {group}")
+    for done, group in enumerate(todo, 1):
+        if time.monotonic() - began > seconds:
+            say(f"out of time: {len(todo) - done + 1} groups were not measured")
+            break
+        for row in measure(group, peers, (bandwidth, rate)):
+            bars.append(out, {**common, **row})
+        torch.cuda.empty_cache()
+        say(f"{done}/{len(todo)} {group}")
 
 
-def report(out: Path) -> None:
-    """Print the means and the worst cases; draw every case."""
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    linear = [row for row in rows if row["module"] != "embedding"]
-
-    def of(row: dict[str, Any], *names: str) -> float:
-        return min((row[f"{name}_us"][1] for name in names if f"{name}_us" in row), default=float("nan"))
-
-    mean = statistics.geometric_mean
-
-    def line(name: str, chosen: list[dict[str, Any]]) -> None:
-        large = [row for row in chosen if row["floor_us"] >= 10]
-        text = f"{name:32} {len(chosen):4} cases"
-        if large:
-            over = mean([of(row, "ours") / row["floor_us"] for row in large])
-            text += f"; {over:.2f} times the floor ({len(large)} of 10 us or more)"
-        for peer, names in {
-            "SGLang's best": ("sglang16", "sglang128"),
-            "vLLM": ("vllm",),
-            "the better": ("sglang16", "sglang128", "vllm"),
-        }.items():
-            compared = [row for row in chosen if not isnan(of(row, *names))]
-            if compared:
-                text += f"; {mean([of(row, *names) / of(row, 'ours') for row in compared]):.2f} x {peer}"
-        print(text)
-
-    line("all", linear)
-    for phase in ("decode", "prefill"):
-        line(phase, [row for row in linear if row["batch"].startswith(phase)])
-    for model in MODELS:
-        for rank in dict.fromkeys(row["rank"] for row in linear if row["model"] == model):
-            line(f"{model} rank {rank}", [row for row in linear if (row["model"], row["rank"]) == (model, rank)])
-    for row in linear:
-        if of(row, "sglang16", "sglang128", "vllm") < of(row, "ours"):
-            print(
-                "slower than the better of both:",
-                _title(row),
-                of(row, "ours"),
-                of(row, "sglang16", "sglang128"),
-                of(row, "vllm"),
-            )
-    print("furthest over a floor of 10 us or more:")
-    large = [row for row in linear if row["floor_us"] >= 10]
-    for row in sorted(large, key=lambda row: -of(row, "ours") / row["floor_us"])[:8]:
-        print(
-            f"   {_title(row)} {of(row, 'ours'):.1f} / {row['floor_us']:.1f} = {of(row, 'ours') / row['floor_us']:.2f}"
-        )
-    small = [of(row, "ours") for row in linear if row["floor_us"] < 1]
-    print(f"floor under 1 us: {len(small)} cases, {min(small):.1f} to {max(small):.1f} us")
-    for row in rows:
-        if row["module"] == "embedding":
-            figures = {
-                name: round(of(row, name), 2) for name in ("ours", "gather", "sglang16", "sglang128", "ours_with_b")
-            }
-            print(f"embedding rank {row['rank']} {row['batch']}: {figures}")
-    _draw(linear, out.with_suffix(".png"))
-
-
-def _title(row: dict[str, Any]) -> str:
-    return f"{row['model']} rank {row['rank']} {row['module']} {row['batch']}"
-
-
-def _draw(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib import pyplot
-
-    panels = list(dict.fromkeys((row["model"], row["rank"]) for row in rows))
-    columns = min(3, len(panels))
-    figure, axes = pyplot.subplots(
-        -(-len(panels) // columns), columns, figsize=(7 * columns, 7.2 * -(-len(panels) // columns)), squeeze=False
-    )
-    marks = {
-        "floor": ("_", "black"),
-        "ours": ("o", "tab:green"),
-        "sglang16": ("^", "tab:orange"),
-        "sglang128": ("v", "tab:red"),
-        "vllm": ("s", "tab:blue"),
-    }
-    for axis, (model, rank) in zip(axes.flat, panels, strict=False):
-        cases = [row for row in rows if (row["model"], row["rank"]) == (model, rank)]
-        for name, (mark, color) in marks.items():
-            if name != "floor" and not any(f"{name}_us" in row for row in rows):
-                continue
-            points = [row["floor_us"] if name == "floor" else row.get(f"{name}_us", (0, None))[1] for row in cases]
-            axis.plot(range(len(cases)), points, mark, color=color, label=name, markersize=9 if name == "floor" else 5)
-        axis.set_yscale("log")
-        axis.set_title(f"{model}, rank {rank}")
-        axis.set_ylabel("us a layer, shrink and expand")
-        axis.set_xticks(
-            range(len(cases)), [f"{row['module']} {row['batch']}" for row in cases], rotation=90, fontsize=6
-        )
-        axis.grid(axis="y", alpha=0.3)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.remove()
-    axes.flat[0].legend()
-    figure.suptitle(f"csgmv on {rows[0]['gpu']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}")
-    figure.tight_layout(rect=(0, 0, 1, 0.98))
-    figure.savefig(path, dpi=70)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time the csgmv kernels.")
+def main(options: Sequence[str] | None = None) -> None:
+    """Measure, unless told not to, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the results, a line of JSON a case")
     parser.add_argument("--peers", type=Path, help="folder with other servers' kernels")
     parser.add_argument("--processes", type=int, default=8, help="processes that compile")
-    parser.add_argument("--first", type=int, help="only so many groups of cases (a module and a rank)")
+    parser.add_argument("--only", help="a regular expression of the model and rank, say 'llama-3.1-8b (16|64)'")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long")
-    parser.add_argument("--commit", default=commit(), help="what the results say they are of")
+    parser.add_argument("--commit", default=bars.commit(), help="what the results say they are of")
     parser.add_argument("--report", action="store_true", help="only print and draw what `--out` holds")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(options)
     if not arguments.report:
         run(
             arguments.out,
             arguments.peers,
             arguments.processes,
-            arguments.first,
+            arguments.only,
             arguments.seconds,
             arguments.commit,
         )
-    report(arguments.out)
+    kernels_report.report(arguments.out)
 
 
 if __name__ == "__main__":

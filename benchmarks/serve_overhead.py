@@ -98,7 +98,8 @@ class Round:
         }
 
 
-Ask = Callable[[str, str], AsyncIterator[Sequence[int]]]
+Prompt = str | Sequence[int]
+Ask = Callable[[str, Prompt], AsyncIterator[Sequence[int]]]
 """Model and prompt to the token ids of one message after another."""
 
 
@@ -137,10 +138,10 @@ def engine_in_process(config: AppConfig, max_tokens: int) -> Iterator[Ask]:
         worker_id="here", model=config.model, engine=config.worker.engine, pool=config.adapters.pool, fetch=fetch
     )
 
-    async def ask(model: str, prompt: str) -> AsyncIterator[Sequence[int]]:
+    async def ask(model: str, prompt: Prompt) -> AsyncIterator[Sequence[int]]:
         version = None if model == BASE_ID else weights[model].manifest.version
         token_ids = tuple(tokenizer(prompt)["input_ids"])
-        async for delta in worker.generate(EngineRequest(prompt, version, token_ids, sampling)):
+        async for delta in worker.generate(EngineRequest(str(prompt), version, token_ids, sampling)):
             yield delta.token_ids
 
     try:
@@ -150,7 +151,15 @@ def engine_in_process(config: AppConfig, max_tokens: int) -> Iterator[Ask]:
 
 
 @contextmanager
-def service(config: AppConfig, folder: str, port: int) -> Iterator[None]:
+def service(
+    config: AppConfig,
+    folder: str,
+    port: int,
+    *,
+    object_store_bytes: int = OBJECT_STORE_BYTES,
+    num_gpus: int | None = None,
+    max_start_s: float = 180,
+) -> Iterator[None]:
     """The service on a Ray of its own."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_PROXY_USE_GRPC", "1")
@@ -160,14 +169,15 @@ def service(config: AppConfig, folder: str, port: int) -> Iterator[None]:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=object_store_bytes,
+            num_gpus=num_gpus,
             _temp_dir=folder,
             _system_config={"metrics_report_interval_ms": 1000},
         )
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(build(config), name="lorafleet", route_prefix="/")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
-            deadline = time.monotonic() + 180
+            deadline = time.monotonic() + max_start_s
             while client.get("/readyz").status_code != 200:
                 if time.monotonic() > deadline:
                     raise TimeoutError("the service did not become ready")
@@ -181,7 +191,7 @@ def service(config: AppConfig, folder: str, port: int) -> Iterator[None]:
 def over_http(port: int, max_tokens: int) -> Ask:
     """How to ask the service: HTTP on a bare socket, for a stock client spends more than what is measured here."""
 
-    async def ask(model: str, prompt: str) -> AsyncIterator[Sequence[int]]:
+    async def ask(model: str, prompt: Prompt) -> AsyncIterator[Sequence[int]]:
         sampling = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         options = {"stream": True, "return_token_ids": True}
         body = json.dumps({"model": model, "prompt": prompt, **sampling, **options}).encode()

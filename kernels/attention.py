@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lorafleet.kernels.launching import launch
 from lorafleet.kernels.paged_attention import decode_kernel, extend_kernel
 from lorafleet.kernels.tiling import dependent_launch
 
@@ -27,6 +28,8 @@ MIN_PART_TOKENS = 128
 """Shorter parts of a context cost more to combine than they save."""
 MAX_PART_TOKENS = 2048
 """Longer parts are split where there is room."""
+MIN_BLOCK_SEQUENCES = 256
+"""Up to so many sequences, extend is one kernel."""
 
 _LOG2_E = 1.4426950408889634
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -112,7 +115,7 @@ def decode(
     block_dim = max(16, triton.next_power_of_2(head_dim))
     block_tokens, num_warps, num_stages = _decode_tiling(block_dim, query.element_size())
     pdl = dependent_launch(query)
-    decode_kernel[(num_kv_heads, num_sequences, num_splits)](
+    launch(decode_kernel, (num_kv_heads, num_sequences, num_splits))(
         query,
         keys,
         values,
@@ -182,7 +185,7 @@ def extend(
     tile_rows = block_rows // group
     # Every sequence may end with a tile that is not full.
     num_tiles = num_rows // tile_rows + num_sequences
-    extend_kernel[(num_kv_heads, num_tiles)](
+    launch(extend_kernel, (num_kv_heads, num_tiles))(
         query,
         keys,
         values,
@@ -208,7 +211,7 @@ def extend(
         BLOCK_DIM=block_dim,
         PAGE_TOKENS=page_tokens,
         BLOCK_TOKENS=block_tokens,
-        BLOCK_SEQUENCES=triton.next_power_of_2(num_sequences),
+        BLOCK_SEQUENCES=max(MIN_BLOCK_SEQUENCES, triton.next_power_of_2(num_sequences)),
         STAGES=num_stages,
         num_warps=num_warps,
     )

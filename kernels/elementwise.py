@@ -13,10 +13,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lorafleet.kernels.fused import HeadNorm, KVPlace
+from lorafleet.kernels.launching import launch
 from lorafleet.kernels.tiling import dependent_launch
 
 _BLOCK_HEADS = 8
 _BLOCK_SILU = 1024
+_PLACES = ("row_pages", "row_offsets")
+"""Views into a step's one array: where they start must not make another kernel of it."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
@@ -26,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
     if num_rows:
         block = triton.next_power_of_2(width)
         pdl = dependent_launch(x)
-        _rms_norm_kernel[(num_rows,)](
+        launch(_rms_norm_kernel, (num_rows,))(
             x,
             x if residual is None else residual,
             weight,
@@ -54,7 +57,7 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, place: KVPlace, norm
     if not num_rows:
         return
     pdl = dependent_launch(qkv)
-    _rotate_and_store_kernel[(num_rows, query_blocks + 2 * kv_blocks)](
+    launch(_rotate_and_store_kernel, (num_rows, query_blocks + 2 * kv_blocks))(
         qkv,
         cos,
         sin,
@@ -89,7 +92,7 @@ def store(key: Tensor, value: Tensor, place: KVPlace) -> None:
     num_rows, num_kv_heads, head_dim = key.shape
     if not num_rows:
         return
-    _store_kernel[(num_rows,)](
+    launch(_store_kernel, (num_rows,))(
         key,
         value,
         place.keys,
@@ -116,7 +119,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if num_rows and width:
         pdl = dependent_launch(gate_up)
-        _silu_mul_kernel[(num_rows, triton.cdiv(width, _BLOCK_SILU))](
+        launch(_silu_mul_kernel, (num_rows, triton.cdiv(width, _BLOCK_SILU)))(
             gate_up, out, gate_up.stride(0), width, BLOCK=_BLOCK_SILU, PDL=pdl, num_warps=4, launch_pdl=pdl
         )
     return out
@@ -156,7 +159,7 @@ def _rms_norm_kernel(
     tl.store(out + row * width + columns, normed.to(x.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_PLACES)
 def _rotate_and_store_kernel(
     qkv,
     cos,
@@ -237,7 +240,7 @@ def _rounded_product(a, b):
     return (a.to(tl.float32) * b.to(tl.float32)).to(a.dtype).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_PLACES)
 def _store_kernel(
     key,
     value,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from lorafleet.kernels.launching import launch
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.tiling import VIEWS, dependent_launch, power_of_two
 from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights
@@ -32,7 +33,7 @@ def lookup(token_ids: Tensor, weights: LoraEmbeddingWeights, segments: Segments)
     block_ranks = power_of_two(max_rank)
     block_rows = max(1, _BLOCK_ELEMENTS // block_ranks)
     pdl = dependent_launch(token_ids)
-    _lookup_kernel[(-(-num_rows // block_rows),)](
+    launch(_lookup_kernel, (-(-num_rows // block_rows),))(
         token_ids,
         weights.pool,
         weights.ranks,

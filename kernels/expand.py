@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from lorafleet.kernels.launching import launch
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.tiling import (
     VIEWS,
@@ -49,10 +50,8 @@ def expand(
     """
     if tiling is None:
         num_slices = len(set(weights.part_slices))
-        out_dim, max_rank = weights.out_dim, weights.max_rank
-        shape = Shape(
-            num_slices, out_dim, max_rank, segments.chunk_length, segments.max_chunks, weights.pool.dtype, y.device
-        )
+        out_dim, max_rank, max_chunks = weights.out_dim, weights.max_rank, power_of_two(segments.max_chunks)
+        shape = Shape(num_slices, out_dim, max_rank, segments.chunk_length, max_chunks, weights.pool.dtype, y.device)
         tiling = expand_tiling(shape)
     block_ranks = min(power_of_two(max(16, weights.max_rank)), MAX_BLOCK_RANKS)
     row_tiles = -(-segments.chunk_length // tiling.block_rows)
@@ -62,7 +61,7 @@ def expand(
         return
     tile_bytes = tiling.block_elements * weights.pool.element_size()
     pdl = dependent_launch(y)
-    _expand_kernel[(programs,)](
+    launch(_expand_kernel, (programs,))(
         h,
         weights.pool,
         weights.ranks,

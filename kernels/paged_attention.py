@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+TABLES = ("block_tables", "context_lengths", "query_indptr")
+"""Views into a step's one array: where they start must not make another kernel of it."""
+
 
 @triton.jit
 def _load_block(
@@ -41,7 +44,7 @@ def _load_block(
     return tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=TABLES)
 def decode_kernel(
     query,
     keys,
@@ -208,7 +211,7 @@ def _extend_block(
     return new_maximum, total, result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_sequences"], do_not_specialize_on_alignment=TABLES)
 def extend_kernel(
     query,
     keys,

@@ -16,6 +16,8 @@ from torch import Tensor
 
 BASE_SLOT = -1
 """The slot of rows that use no adapter: rank 0, no pages, no cost."""
+CHUNK_LENGTHS = (16, 32, 64, 128)
+"""Bounds of the rows of one chunk."""
 
 IntArray = npt.NDArray[np.int32]
 
@@ -70,10 +72,7 @@ class Segments:
 def chunk_length_for(largest_segment: int, mean_segment: float) -> int:
     """The power of two in [16, 128] nearest above what an adapter really has, not the batch's total."""
     wanted = min(largest_segment, max(16.0, mean_segment))
-    for length in (16, 32, 64):
-        if wanted <= length:
-            return length
-    return 128
+    return next((length for length in CHUNK_LENGTHS if wanted <= length), CHUNK_LENGTHS[-1])
 
 
 @dataclass(frozen=True, slots=True)

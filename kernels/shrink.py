@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from lorafleet.kernels.launching import launch
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.tiling import (
     MAX_SPLITS,
@@ -41,9 +42,8 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
     if num_slices > MAX_SLICES:
         raise ValueError(f"{num_slices} slices share an input; at most {MAX_SLICES} can")
     if tiling is None:
-        shape = Shape(
-            num_slices, in_dim, max_rank, segments.chunk_length, segments.max_chunks, weights.pool.dtype, x.device
-        )
+        max_chunks = power_of_two(segments.max_chunks)
+        shape = Shape(num_slices, in_dim, max_rank, segments.chunk_length, max_chunks, weights.pool.dtype, x.device)
         tiling = shrink_tiling(shape)
     block_ranks = min(power_of_two(max(16, max_rank)), MAX_COLUMNS // power_of_two(num_slices))
     steps = -(-min(max(tiling.split_width, -(-in_dim // MAX_SPLITS)), in_dim) // tiling.block_k)
@@ -55,7 +55,7 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
         return h
     tile_bytes = (tiling.block_rows + num_slices * block_ranks) * tiling.block_k * x.element_size()
     pdl = dependent_launch(x)
-    _shrink_kernel[(programs,)](
+    launch(_shrink_kernel, (programs,))(
         x,
         weights.pool,
         weights.ranks,

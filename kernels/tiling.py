@@ -69,6 +69,7 @@ class Shape:
     max_rank: int
     chunk_length: int
     max_chunks: int
+    """Launches round theirs up to a power of two: batches of any number of chunks share a few compiled kernels."""
     dtype: torch.dtype
     device: torch.device
 

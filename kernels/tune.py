@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, product
 from pathlib import Path
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from lorafleet.kernels.expand import expand
 from lorafleet.kernels.segments import Segments, build_segments
@@ -188,7 +191,11 @@ class _Bench:
         expand(h, self.weights[i], self.segments, self.y, accumulate=False, tiling=tiling)
 
     def time(self, call: Callable[[int], object]) -> float:
-        return time_in_graph(call, self.num_sets, replays=7)[1]
+        """Microseconds; endless for a candidate that needs more than the GPU has."""
+        try:
+            return time_in_graph(call, self.num_sets, replays=7)[1]
+        except OutOfResources:
+            return math.inf
 
     def best_shrinks(self) -> list[ShrinkTiling]:
         times = [self.time(lambda i, tiling=tiling: self.shrink(i, tiling)) for tiling in self.shrinks]  # type: ignore[misc]
@@ -208,7 +215,8 @@ def _compile_shrinks(workload: Workload) -> None:
     """Run every candidate once, so that Triton's cache has it."""
     bench = _Bench(workload, num_sets=1)
     for tiling in bench.shrinks:
-        bench.shrink(0, tiling)
+        with suppress(OutOfResources):
+            bench.shrink(0, tiling)
     torch.cuda.synchronize()
 
 
@@ -216,7 +224,8 @@ def _compile_expands(workload: Workload, shrinks: Sequence[ShrinkTiling]) -> Non
     bench = _Bench(workload, num_sets=1)
     hidden = {h.shape[0]: h for h in (bench.shrink(0, replace(tiling, early=False)) for tiling in shrinks)}
     for h, tiling in product(hidden.values(), bench.expands):
-        bench.expand(0, h, tiling)
+        with suppress(OutOfResources):
+            bench.expand(0, h, tiling)
     torch.cuda.synchronize()
 
 

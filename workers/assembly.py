@@ -34,6 +34,8 @@ class WorkerParts:
     pool: AdapterPool
     residency: Residency
     loader: AdapterLoader
+    stages_s: dict[str, float]
+    """Seconds of the start: loading, and on a GPU compiling, warming up and capturing; `ready`: all of it."""
 
 
 def assemble(
@@ -55,6 +57,7 @@ def assemble(
     started_s = time.monotonic()
     device = resolve_device(engine.device)
     base = load_base(model, device)
+    load_s = time.monotonic() - started_s
     linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]
     layout = PoolLayout.of(base.geometry, projection_groups(linear), pool.max_rank)
     sizes = memory_sizes(base, engine, pool)
@@ -79,6 +82,7 @@ def assemble(
         max_batch_tokens=engine.max_batch_tokens,
         max_pass_rows=engine.logits_chunk_tokens,
     )
+    stages_s = {"load": load_s, **runner.stages_s, "ready": time.monotonic() - started_s}
     parts = WorkerParts(
         engine=Engine(runner, loader, load_tokenizer(model.source), engine, deliver, worker_id=worker_id),
         runner=runner,
@@ -86,9 +90,10 @@ def assemble(
         pool=adapter_pool,
         residency=residency,
         loader=loader,
+        stages_s=stages_s,
     )
     logger.info(
-        "worker %s: %s on %s in %s, %d KV pages of %d tokens, %d adapter pages of %d bytes, ready in %.1f s",
+        "worker %s: %s on %s in %s, %d KV pages of %d tokens, %d adapter pages of %d bytes; seconds: %s",
         worker_id,
         model.id,
         device,
@@ -97,6 +102,6 @@ def assemble(
         engine.kv_page_tokens,
         adapter_pool.num_pages_total,
         layout.page_bytes,
-        time.monotonic() - started_s,
+        ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in stages_s.items()),
     )
     return parts

@@ -27,6 +27,12 @@ GRAPH_CHUNK_LENGTH = 16
 """Chunk length of captured batches, whatever their mix of adapters."""
 
 
+def most_chunks(num_rows: int, num_slots: int, chunk_length: int = GRAPH_CHUNK_LENGTH) -> int:
+    """Most chunks that so many rows make, of at most `num_slots` adapters and of the base."""
+    num_segments = min(num_rows, num_slots + 1)
+    return num_segments + (num_rows - num_segments) // chunk_length
+
+
 @dataclass(frozen=True, slots=True)
 class ScheduledRows:
     """The next `num_rows` uncomputed tokens of a sequence."""
@@ -138,17 +144,19 @@ class BatchBuilder:
         page_tokens: int,
         max_pages: int,
         stop_token_ids: frozenset[int],
+        num_slots: int,
         pass_rows: tuple[int, int],
         graph_sizes: tuple[int, ...] = (),
         null_page: int = 0,
     ) -> None:
-        """`max_pages`: KV pages of the longest sequence. `pass_rows`: fewest and most of a pass over the head.
-        `graph_sizes`, rising, each of one pass: batches that fit are padded to one of these rows; padding rows write
-        their keys and values to `null_page`.
+        """`max_pages`: KV pages of the longest sequence. `num_slots`: most adapters in a batch. `pass_rows`: fewest and
+        most of a pass over the head. `graph_sizes`, rising, each of one pass: batches that fit are padded to one of
+        these rows; padding rows write their keys and values to `null_page`.
         """
         assert max(graph_sizes, default=0) <= pass_rows[1], "a graph has one pass"
         self._page_tokens = page_tokens
         self._sampling = SamplingTable(stop_token_ids)
+        self._num_slots = num_slots
         self._pass_rows = pass_rows
         self._graph_sizes = graph_sizes
         self._null_page = null_page
@@ -212,8 +220,9 @@ class BatchBuilder:
         return _assemble(
             layout,
             graph_size=graph_size,
-            # A graph is captured for the most chunks that its rows could make.
             chunk_length=None if graph_size is None else GRAPH_CHUNK_LENGTH,
+            # A graph is captured for the most chunks that its rows could make.
+            max_chunks=None if graph_size is None else most_chunks(graph_size, self._num_slots),
             pass_rows=self._pass_rows,
             wanted_rows=wanted_rows,
             rows=rows,
@@ -272,7 +281,15 @@ def _slot(sequence: Sequence) -> int:
     return BASE_SLOT if sequence.lease is None else sequence.lease.slot
 
 
-def blank_batch(graph_size: int, *, max_pages: int, null_page: int, has_lora: bool) -> StepBatch:
+def blank_batch(
+    graph_size: int,
+    *,
+    max_pages: int,
+    null_page: int,
+    has_lora: bool,
+    max_chunks: int,
+    chunk_length: int = GRAPH_CHUNK_LENGTH,
+) -> StepBatch:
     """A batch of padding alone, to capture a graph with; with `has_lora` one that goes through the LoRA kernels."""
     none = np.zeros(0, dtype=np.int64)
     tables = np.zeros((0, max_pages), dtype=np.int32)
@@ -280,19 +297,27 @@ def blank_batch(graph_size: int, *, max_pages: int, null_page: int, has_lora: bo
     return _blank(
         layout.padded(graph_size, null_page),
         graph_size=graph_size,
-        chunk_length=GRAPH_CHUNK_LENGTH,
+        chunk_length=chunk_length,
+        max_chunks=max_chunks,
         pass_rows=(1, graph_size),
         has_lora=has_lora,
     )
 
 
 def _blank(
-    layout: _Layout, *, graph_size: int | None, chunk_length: int, pass_rows: tuple[int, int], has_lora: bool
+    layout: _Layout,
+    *,
+    graph_size: int | None,
+    chunk_length: int,
+    max_chunks: int | None,
+    pass_rows: tuple[int, int],
+    has_lora: bool,
 ) -> StepBatch:
     batch = _assemble(
         layout,
         graph_size=graph_size,
         chunk_length=chunk_length,
+        max_chunks=max_chunks,
         pass_rows=pass_rows,
         wanted_rows=None,
         rows=(),
@@ -337,7 +362,12 @@ def blank_prompt(
         logits_rows=positions[-1:] if max_pass_rows is None else positions,
     )
     return _blank(
-        layout, graph_size=None, chunk_length=chunk_length, pass_rows=(1, max_pass_rows or 1), has_lora=has_lora
+        layout,
+        graph_size=None,
+        chunk_length=chunk_length,
+        max_chunks=None,
+        pass_rows=(1, max_pass_rows or 1),
+        has_lora=has_lora,
     )
 
 
@@ -386,6 +416,7 @@ def _assemble(
     *,
     graph_size: int | None,
     chunk_length: int | None,
+    max_chunks: int | None,
     pass_rows: tuple[int, int],
     wanted_rows: Ints | None,
     rows: tuple[ScheduledRows, ...],
@@ -393,7 +424,7 @@ def _assemble(
     prompts: tuple[tuple[Sequence, int, int], ...],
     sampling: SamplingBatch,
 ) -> StepBatch:
-    segments = plan_segments(layout.row_slots, chunk_length=chunk_length, max_chunks=graph_size)
+    segments = plan_segments(layout.row_slots, chunk_length=chunk_length, max_chunks=max_chunks)
     min_rows, max_rows = pass_rows
     passes = plan_passes(
         segments,
@@ -401,7 +432,7 @@ def _assemble(
         min_rows=min_rows,
         max_rows=max_rows,
         chunk_length=chunk_length,
-        max_chunks=graph_size,
+        max_chunks=max_chunks,
     )
     packed = (
         layout.token_ids,

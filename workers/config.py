@@ -100,4 +100,9 @@ class PoolConfig(Settings):
 
     max_rank: int = Field(default=64, ge=1, le=512, description="Largest LoRA rank that is accepted.")
     pool_bytes: BytesOrAuto = Field(default="auto", description="Device memory for adapter pages, per worker.")
-    max_slots: int = Field(default=1024, ge=1, le=65536, description="Most adapters resident at once, per worker.")
+    max_slots: int = Field(
+        default=1024,
+        ge=0,
+        le=65536,
+        description="Most adapters resident at once, per worker; 0: the base alone, without memory for adapters.",
+    )

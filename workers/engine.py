@@ -108,6 +108,7 @@ class Engine:
             page_tokens=runner.cache.page_tokens,
             max_pages=runner.max_pages,
             stop_token_ids=runner.base.stop_token_ids,
+            num_slots=runner.pool.num_slots,
             pass_rows=runner.pass_rows,
             graph_sizes=runner.graph_sizes,
             null_page=next(iter(runner.null_pages), 0),

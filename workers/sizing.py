@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -36,11 +37,12 @@ def memory_sizes(base: BaseModel, engine: EngineConfig, pool: PoolConfig) -> Mem
     pages_per_sequence = -(-base.max_model_len // engine.kv_page_tokens)
     wanted_kv = page_bytes * pages_per_sequence * engine.max_running
     wanted_pool = AUTO_ADAPTERS * _largest_adapter_bytes(base, pool.max_rank)
+    set_pool = pool.pool_bytes if pool.max_slots else 0
     if base.device.type == "cuda":
-        kv_bytes, pool_bytes = _on_gpu(base.device, engine, pool, wanted_kv, wanted_pool)
+        kv_bytes, pool_bytes = _on_gpu(base.device, engine, set_pool, wanted_kv, wanted_pool)
     else:
         kv_bytes = min(wanted_kv, CPU_KV_BYTES) if engine.kv_bytes == "auto" else engine.kv_bytes
-        pool_bytes = min(wanted_pool, CPU_POOL_BYTES) if pool.pool_bytes == "auto" else pool.pool_bytes
+        pool_bytes = min(wanted_pool, CPU_POOL_BYTES) if set_pool == "auto" else set_pool
     num_kv_pages = kv_bytes // page_bytes
     if num_kv_pages < pages_per_sequence + 1:
         raise WorkerConfigError(
@@ -52,19 +54,19 @@ def memory_sizes(base: BaseModel, engine: EngineConfig, pool: PoolConfig) -> Mem
 
 
 def _on_gpu(
-    device: torch.device, engine: EngineConfig, pool: PoolConfig, wanted_kv: int, wanted_pool: int
+    device: torch.device, engine: EngineConfig, set_pool: int | Literal["auto"], wanted_kv: int, wanted_pool: int
 ) -> tuple[int, int]:
     free, total = torch.cuda.mem_get_info(device)
     # What the worker may use beside what is taken already: weights, other workers on this GPU, other programs.
     left = int(total * engine.gpu_memory_utilization) - (total - free)
-    if pool.pool_bytes != "auto":
-        pages = pool.pool_bytes
+    if set_pool != "auto":
+        pages = set_pool
     elif engine.kv_bytes != "auto":
         pages = min(wanted_pool, left - engine.kv_bytes)
     else:
         pages = min(wanted_pool, int(left * GPU_POOL_SHARE))
     kv = min(wanted_kv, left - pages) if engine.kv_bytes == "auto" else engine.kv_bytes
-    if kv <= 0 or pages <= 0 or kv + pages > left:
+    if kv <= 0 or (pages <= 0 and set_pool != 0) or kv + pages > left:
         raise WorkerConfigError(
             f"{left / 2**30:.1f} GiB of GPU memory are left beside the weights, not enough for worker.kv_bytes "
             f"({kv / 2**30:.1f} GiB) and adapters.pool_bytes ({pages / 2**30:.1f} GiB): lower one of them, raise "

@@ -14,6 +14,8 @@ from lorafleet.kernels.expand import expand
 from lorafleet.kernels.segments import BASE_SLOT, IntArray, Segments, build_segments
 from lorafleet.kernels.shrink import shrink
 from lorafleet.kernels.tiling import ExpandTiling, ShrinkTiling
+from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
+from lorafleet.workers.batch import GRAPH_CHUNK_LENGTH, most_chunks
 from tests.kernels.paged import POPULARITY, PagedLinear, paged_embedding, paged_linear
 
 GPU_ROWS = (1, 2, 3, 7, 16, 33, 133, 1000, 2049)
@@ -34,6 +36,14 @@ def _assert_near(actual: Tensor, expected: Tensor) -> None:
     assert (actual - expected).norm() <= of_norm * expected.norm()
 
 
+def _same_bits(one: Tensor, other: Tensor, weights: LoraWeights | LoraEmbeddingWeights, segments: Segments) -> bool:
+    """Whether two h agree to the bit wherever they are specified: rows of adapters, below each slice's rank."""
+    slots = segments.row_slots[segments.permutation.long()]
+    ranks = torch.where((slots >= 0)[:, None], weights.ranks[slots.long().clamp(min=0)], 0)
+    specified = torch.arange(one.shape[3], device=one.device) < ranks[:, :, None]
+    return all(torch.equal(a[specified], b[specified]) for a, b in zip(one, other, strict=True))
+
+
 def _check_both_forms(
     linear: PagedLinear,
     row_slots: IntArray,
@@ -49,12 +59,16 @@ def _check_both_forms(
     delta, touched = linear.delta(x, row_slots), linear.touched(row_slots)
 
     h = shrink(x, weights, segments, shrink_tiling)
+    assert _same_bits(h, shrink(x, weights, segments, shrink_tiling), weights, segments)
     wide = torch.full((rows, out_dim + 16), float("nan"), device=device, dtype=dtype)
     y = wide[:, 8 : out_dim + 8]
     y.copy_(base)
     expand(h, weights, segments, y, tiling=expand_tiling)
     _assert_near(y, base.double().cpu() + delta)
     assert torch.equal(y.cpu()[~touched], base.cpu()[~touched])
+    again = base.clone()
+    expand(h, weights, segments, again, tiling=expand_tiling)
+    assert torch.equal(y, again)
     assert wide[:, [*range(8), *range(out_dim + 8, out_dim + 16)]].isnan().all()
 
     for written_bias in (None, bias):
@@ -87,6 +101,19 @@ def test_interpreted(interpreter: None, rows: int, popularity: str, tiling: str,
     _check_both_forms(linear, row_slots, segments, *INTERPRETER_TILINGS[tiling])
 
 
+@pytest.mark.parametrize("popularity", ["identical", "distinct", "skewed", "only_base"])
+def test_interpreted_with_fewer_chunks_than_captured(interpreter: None, popularity: str) -> None:
+    """As a graph replays: the chunks that the mix does not need cover no rows."""
+    rng = np.random.default_rng(11)
+    cpu = torch.device("cpu")
+    linear = paged_linear(rng, in_dim=40, widths=(48, 24), ranks=SMALL_RANKS, dtype=torch.float32, device=cpu)
+    row_slots = POPULARITY[popularity](rng, 21, len(SMALL_RANKS)).astype(np.int32)
+    max_chunks = most_chunks(len(row_slots), len(SMALL_RANKS))
+    segments = build_segments(row_slots, device=cpu, chunk_length=GRAPH_CHUNK_LENGTH, max_chunks=max_chunks)
+    assert segments.num_chunks < segments.max_chunks
+    _check_both_forms(linear, row_slots, segments, *INTERPRETER_TILINGS["few"])
+
+
 def test_interpreted_ranks_beyond_a_block_in_parts(interpreter: None) -> None:
     rng = np.random.default_rng(5)
     cpu = torch.device("cpu")
@@ -107,8 +134,12 @@ def _check_embedding(rng: np.random.Generator, row_slots: IntArray, dtype: torch
     tokens = torch.from_numpy(rng.integers(0, 203, rows)).to(device)
     segments = build_segments(row_slots, device=device)
     base = torch.randn(rows, 70).to(device, dtype)
-    y = base.clone()
-    expand(lookup(tokens, embedding.weights, segments), embedding.weights, segments, y)
+    y, again = base.clone(), base.clone()
+    h = lookup(tokens, embedding.weights, segments)
+    assert _same_bits(h, lookup(tokens, embedding.weights, segments), embedding.weights, segments)
+    for out in (y, again):
+        expand(h, embedding.weights, segments, out)
+    assert torch.equal(y, again)
     _assert_near(y, base.double().cpu() + embedding.delta(tokens, row_slots))
     base_rows = torch.from_numpy(row_slots < 0)
     assert torch.equal(y.cpu()[base_rows], base.cpu()[base_rows])
@@ -189,7 +220,8 @@ def test_a_graph_replays_with_another_mix(cuda: torch.device) -> None:
     linear = paged_linear(rng, in_dim=256, widths=(256, 128), ranks=SMALL_RANKS, dtype=torch.bfloat16, device=cuda)
     x = torch.randn(rows, 256, device=cuda, dtype=torch.bfloat16)
     y = torch.empty(rows, 384, device=cuda, dtype=torch.bfloat16)
-    captured = build_segments(np.zeros(rows, dtype=np.int32), device=cuda, chunk_length=16, max_chunks=rows)
+    chunks = {"chunk_length": GRAPH_CHUNK_LENGTH, "max_chunks": most_chunks(rows, len(SMALL_RANKS))}
+    captured = build_segments(np.zeros(rows, dtype=np.int32), device=cuda, **chunks)
 
     def run() -> None:
         expand(shrink(x, linear.weights, captured), linear.weights, captured, y, accumulate=False)
@@ -201,7 +233,7 @@ def test_a_graph_replays_with_another_mix(cuda: torch.device) -> None:
         run()
     for popularity, patterns in POPULARITY.items():
         row_slots = patterns(rng, rows, len(SMALL_RANKS)).astype(np.int32)
-        replayed = build_segments(row_slots, device=cuda, chunk_length=16, max_chunks=rows)
+        replayed = build_segments(row_slots, device=cuda, **chunks)
         for name in ("row_slots", "permutation", "chunk_indptr", "chunk_slots"):
             getattr(captured, name).copy_(getattr(replayed, name))
         y.fill_(float("nan"))

@@ -9,8 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafleet.kernels.segments import BASE_SLOT
-from lorafleet.workers.batch import BatchBuilder, ScheduledRows, StepBatch
+from lorafleet.kernels.segments import BASE_SLOT, plan_segments
+from lorafleet.workers.batch import (
+    GRAPH_CHUNK_LENGTH,
+    BatchBuilder,
+    ScheduledRows,
+    StepBatch,
+    blank_batch,
+    most_chunks,
+)
 from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.model.sampler import SamplingBatch, uniforms
 from lorafleet.workers.request import EngineRequest, SamplingParams
@@ -19,6 +26,7 @@ from lorafleet.workers.sequence import Sequence, pending_token
 
 PAGE_TOKENS = 4
 MAX_PAGES = 12
+NUM_SLOTS = 5
 STOP_IDS = frozenset({2})
 
 
@@ -54,6 +62,7 @@ def builder(graph_sizes: tuple[int, ...] = (), pass_rows: tuple[int, int] = (1, 
         page_tokens=PAGE_TOKENS,
         max_pages=MAX_PAGES,
         stop_token_ids=STOP_IDS,
+        num_slots=NUM_SLOTS,
         pass_rows=pass_rows,
         graph_sizes=graph_sizes,
         null_page=999,
@@ -261,6 +270,39 @@ def test_decodes_are_padded_to_a_captured_size() -> None:
     assert [each.rows.tolist() for each in inputs.passes] == [[0, 1, 2, 3]]
     assert len(batch.sampled) == 3
     assert making.build(rows * 3).graph_size is None, "more than the largest size"
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_graph_has_chunks_for_any_mix(data: st.DataObject) -> None:
+    """Its bound is reached, and no mix of its slots and of the base goes beyond."""
+    rows, num_slots = data.draw(st.integers(1, 80)), data.draw(st.integers(1, 40))
+    bound = most_chunks(rows, num_slots)
+    slots = data.draw(st.lists(st.integers(BASE_SLOT, num_slots - 1), min_size=rows, max_size=rows))
+    plan_segments(np.array(slots, np.int32), chunk_length=GRAPH_CHUNK_LENGTH, max_chunks=bound)
+    worst = [*range(BASE_SLOT, num_slots)][:rows]
+    worst += [BASE_SLOT] * (rows - len(worst))
+    assert plan_segments(np.array(worst, np.int32), chunk_length=GRAPH_CHUNK_LENGTH).num_chunks == bound
+
+
+@given(rows=some_rows())
+@settings(max_examples=100, deadline=None)
+def test_a_batch_is_packed_as_its_graph_was_captured(rows: list[ScheduledRows]) -> None:
+    batch = builder(graph_sizes=(8, 64, 400)).build(rows)
+    assert batch.graph_size is not None
+    captured = blank_batch(
+        batch.graph_size,
+        max_chunks=most_chunks(batch.graph_size, NUM_SLOTS),
+        max_pages=MAX_PAGES,
+        null_page=999,
+        has_lora=batch.segments.num_lora_chunks > 0,
+    )
+    inputs, captured_inputs = (one.view(torch.from_numpy(one.packed)) for one in (batch, captured))
+    (only,), (captured_only,) = inputs.passes, captured_inputs.passes
+    for here, there in ((inputs.segments, captured_inputs.segments), (only.segments, captured_only.segments)):
+        assert (here.max_chunks, here.chunk_length) == (there.max_chunks, there.chunk_length)
+    assert inputs.attention.block_tables.shape == captured_inputs.attention.block_tables.shape
+    assert batch.packed.shape == captured.packed.shape
 
 
 def test_rows_with_parameters_of_their_own_have_no_graph() -> None:

@@ -115,6 +115,20 @@ async def test_a_request_that_only_a_pin_keeps_out_is_told(llama: Shelf) -> None
             assert len((await ask(worker, PROMPT, other, greedy(2))).tokens) == 2
 
 
+async def test_a_worker_without_slots_serves_the_base_alone(llama: Shelf) -> None:
+    """No memory is set aside for adapters, and who asks for one is told at once."""
+    version = llama.version_of("rank16")
+    async with open_worker(llama) as worker:
+        expected = (await ask(worker, PROMPT, None, greedy(8))).tokens
+    async with open_worker(llama, pool=PoolConfig(max_slots=0)) as worker:
+        assert (await worker.state()).adapter_pages.total == 0
+        with pytest.raises(NoRoomError):
+            await ask(worker, PROMPT, version, greedy(2))
+        with pytest.raises(NoRoomError):
+            await worker.make_resident(version)
+        assert (await ask(worker, PROMPT, None, greedy(8))).tokens == expected
+
+
 # --- following the store ---
 
 

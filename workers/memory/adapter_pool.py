@@ -65,9 +65,12 @@ class AdapterPool:
     """
 
     def __init__(self, layout: PoolLayout, *, pool_bytes: int, max_slots: int, device: torch.device) -> None:
-        """Raises WorkerConfigError when `pool_bytes` holds no page, or more than row tables can address."""
+        """`max_slots`: 0 for a worker that serves no adapters; `pool_bytes` may be 0 then.
+
+        Raises WorkerConfigError when `pool_bytes` holds no page, or more than row tables can address.
+        """
         num_pages = pool_bytes // layout.page_bytes
-        if num_pages == 0:
+        if num_pages == 0 and max_slots > 0:
             raise WorkerConfigError(f"pool_bytes={pool_bytes} is less than one adapter page, {layout.page_bytes} bytes")
         if pool_bytes > layout.max_pool_bytes:
             raise WorkerConfigError(f"pool_bytes={pool_bytes} is more than {layout.max_pool_bytes}")
@@ -253,7 +256,7 @@ class AdapterPool:
             pool=self._elements,
             ranks=self._ranks[:, place.index : place.index + 1],
             scalings=self._scalings[:, place.index : place.index + 1],
-            a_pages=self._tables[:, place.a_table : place.a_table + place.num_a_tables].view(self.num_slots, -1),
+            a_pages=self._tables[:, place.a_table : place.a_table + place.num_a_tables].flatten(1),
             b_rows=self._tables[:, place.b_table : place.b_table + place.num_parts],
             num_embeddings=place.shape.in_dim,
             page_elements=self.layout.page_elements,

@@ -6,14 +6,15 @@ own, which contain no LoRA work.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorafleet.workers.batch import StepBatch, StepInputs
+from lorafleet.kernels.segments import CHUNK_LENGTHS
+from lorafleet.workers.batch import StepBatch, StepInputs, most_chunks
 
 MAX_ROWS = 512
 
@@ -40,16 +41,21 @@ def capture(forward: Callable[[StepInputs], Tensor], blank: StepBatch, device: t
     """Capture `forward` over a batch of padding. `pool` is shared by all graphs, which never run at once."""
     packed = torch.from_numpy(blank.packed).to(device)
     inputs = blank.view(packed)
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles kernels and sets up libraries, which a capture must not do
-            forward(inputs)
-    torch.cuda.current_stream(device).wait_stream(stream)
+    forward(inputs)  # compiles kernels and sets up libraries, which a capture must not do
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         logits = forward(inputs)
     return StepGraph(graph, packed, inputs, logits)
+
+
+def kernel_shapes(max_batch_tokens: int, num_slots: int) -> Iterator[tuple[int, int]]:
+    """(chunk length, number of chunks) of batches that between them need every csgmv kernel that a batch may need.
+
+    A tiling depends on these two beside the module, on the second by its doublings.
+    """
+    for chunk_length in CHUNK_LENGTHS:
+        most = most_chunks(max_batch_tokens, num_slots, chunk_length)
+        yield from ((chunk_length, 1 << n) for n in range((most - 1).bit_length() + 1))
 
 
 def graph_sizes(max_running: int, max_batch_tokens: int, logits_chunk_tokens: int) -> tuple[int, ...]:

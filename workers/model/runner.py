@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,14 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lorafleet.kernels.launching import compiled_ahead
 from lorafleet.kernels.reference import EXACT_ROWS
 from lorafleet.kernels.segments import Segments
-from lorafleet.workers.batch import StepBatch, StepInputs, blank_batch, blank_prompt
+from lorafleet.workers.batch import StepBatch, StepInputs, blank_batch, blank_prompt, most_chunks
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.model import attention, fused_layers, lora_layers, norm_layers
-from lorafleet.workers.model.cuda_graphs import StepGraph, capture
+from lorafleet.workers.model.cuda_graphs import StepGraph, capture, kernel_shapes
 from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel
 from lorafleet.workers.model.logits import BodyOnce, LogitsPass
@@ -78,6 +80,10 @@ class ModelRunner:
         self._attention = attention.AttentionContext(cache)
         self._sampler = Sampler()
         self._graphs: dict[tuple[int, bool], StepGraph] = {}
+        self._kinds = (False, True) if pool.num_slots else (False,)
+        """Whether a batch may have LoRA work."""
+        self.stages_s: dict[str, float] = {}
+        """Seconds of what was done at start."""
         self.max_pages = -(-(base.max_model_len + 1) // cache.page_tokens)
         """KV pages of the longest sequence."""
         self.graph_sizes = graph_sizes if base.device.type == "cuda" else ()
@@ -230,18 +236,40 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _warm_up(self, max_batch_tokens: int) -> None:
-        """Run prompts of the lengths that no graph serves, so that no request waits for a kernel to be compiled.
+        """Have kernels compiled, and run prompts of the lengths that no graph serves: no request waits for either.
 
         Raises WorkerConfigError when the largest does not fit the memory that is left.
         """
         started_s = time.monotonic()
+        with compiled_ahead(len(os.sched_getaffinity(0))):
+            for chunk_length, max_chunks in kernel_shapes(max_batch_tokens, self.pool.num_slots):
+                blank = blank_batch(
+                    min(max_chunks, self.graph_sizes[-1]),
+                    max_pages=self.max_pages,
+                    null_page=self.null_pages[0],
+                    has_lora=self._kinds[-1],
+                    max_chunks=max_chunks,
+                    chunk_length=chunk_length,
+                )
+                self._compute_blank(blank, max_batch_tokens)
+            prompt = blank_prompt(
+                2,
+                page_tokens=self.cache.page_tokens,
+                null_page=self.null_pages[0],
+                has_lora=self._kinds[-1],
+                chunk_length=16,
+            )
+            self._compute_blank(prompt, max_batch_tokens)
+        self.stages_s["compile"] = time.monotonic() - started_s
+        logger.info("compiled kernels, %.1f s", self.stages_s["compile"])
+        started_s = time.monotonic()
         sizes = [n for n in (self.graph_sizes[-1] + 1, 1024, 2048, 4096) if n < max_batch_tokens] + [max_batch_tokens]
         variants: list[tuple[int, int, bool, int | None]] = [
-            (n, 128, has_lora, None) for n in sizes for has_lora in (False, True)
+            (n, 128, has_lora, None) for n in sizes for has_lora in self._kinds
         ]
-        variants += [(sizes[0], chunk_length, True, None) for chunk_length in (16, 32, 64)]
+        variants += [(sizes[0], chunk_length, self._kinds[-1], None) for chunk_length in (16, 32, 64)]
         # A prompt with the logprobs of all its tokens: the most logits that there can be at once.
-        variants += [(max_batch_tokens, 128, True, self.pass_rows[1])]
+        variants += [(max_batch_tokens, 128, self._kinds[-1], self.pass_rows[1])]
         for num_rows, chunk_length, has_lora, max_pass_rows in variants:
             batch = blank_prompt(
                 num_rows,
@@ -251,21 +279,26 @@ class ModelRunner:
                 chunk_length=chunk_length,
                 max_pass_rows=max_pass_rows,
             )
-            inputs = batch.view(torch.from_numpy(batch.packed).to(self.base.device))
-            try:
-                with self._step(inputs):
-                    for each in inputs.passes:
-                        logits = self._logits(inputs, each)
-                        with_logprobs(logits, torch.zeros_like(logits[:, 0], dtype=torch.int64), PROBE_TOP)
-                        del logits
-                torch.cuda.synchronize(self.base.device)
-            except torch.OutOfMemoryError as error:
-                raise WorkerConfigError(
-                    f"no memory is left for a step of {num_rows} tokens: lower worker.max_batch_tokens "
-                    f"({max_batch_tokens}), worker.logits_chunk_tokens ({self.pass_rows[1]}), "
-                    "worker.kv_bytes, adapters.pool_bytes or worker.gpu_memory_utilization"
-                ) from error
-        logger.info("warmed up with prompts of %s tokens, %.1f s", sizes, time.monotonic() - started_s)
+            self._compute_blank(batch, max_batch_tokens)
+        self.stages_s["warm up"] = time.monotonic() - started_s
+        logger.info("warmed up with prompts of %s tokens, %.1f s", sizes, self.stages_s["warm up"])
+
+    def _compute_blank(self, batch: StepBatch, max_batch_tokens: int) -> None:
+        """Compute a batch of nothing, with all its logits. Raises WorkerConfigError when it does not fit."""
+        inputs = batch.view(torch.from_numpy(batch.packed).to(self.base.device))
+        try:
+            with self._step(inputs):
+                for each in inputs.passes:
+                    logits = self._logits(inputs, each)
+                    with_logprobs(logits, torch.zeros_like(logits[:, 0], dtype=torch.int64), PROBE_TOP)
+                    del logits
+            torch.cuda.synchronize(self.base.device)
+        except torch.OutOfMemoryError as error:
+            raise WorkerConfigError(
+                f"no memory is left for a step of {batch.num_rows} tokens: lower worker.max_batch_tokens "
+                f"({max_batch_tokens}), worker.logits_chunk_tokens ({self.pass_rows[1]}), "
+                "worker.kv_bytes, adapters.pool_bytes or worker.gpu_memory_utilization"
+            ) from error
 
     @torch.inference_mode()
     def _capture_graphs(self) -> None:
@@ -273,10 +306,17 @@ class ModelRunner:
         started_s = time.monotonic()
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.graph_sizes):
-            for has_lora in (True, False):
-                blank = blank_batch(size, max_pages=self.max_pages, null_page=self.null_pages[0], has_lora=has_lora)
+            for has_lora in reversed(self._kinds):
+                blank = blank_batch(
+                    size,
+                    max_pages=self.max_pages,
+                    null_page=self.null_pages[0],
+                    has_lora=has_lora,
+                    max_chunks=most_chunks(size, self.pool.num_slots),
+                )
                 self._graphs[size, has_lora] = capture(self._forward, blank, self.base.device, pool)
             logger.info("captured a decode step of %d rows, %.1f s", size, time.monotonic() - started_s)
+        self.stages_s["capture"] = time.monotonic() - started_s
 
     @torch.inference_mode()
     def _probe(self) -> None:

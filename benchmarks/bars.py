@@ -1,0 +1,85 @@
+"""Results as lines of JSON, and the bars that they are held against."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A figure and what it must be."""
+
+    name: str
+    value: float | None
+    """None: not measured."""
+    bound: float
+    is_most: bool
+    """The bound is the most that the value may be; else the least."""
+
+    @property
+    def verdict(self) -> str:
+        """`holds`, `misses` or `unseen`."""
+        if self.value is None:
+            return "unseen"
+        return "holds" if (self.value <= self.bound if self.is_most else self.value >= self.bound) else "misses"
+
+
+def at_most(name: str, value: float | None, bound: float) -> Bar:
+    """A bar that is held from below."""
+    return Bar(name, value, bound, is_most=True)
+
+
+def at_least(name: str, value: float | None, bound: float) -> Bar:
+    """A bar that is held from above."""
+    return Bar(name, value, bound, is_most=False)
+
+
+def ratio(value: float | None, other: float | None) -> float | None:
+    """None if either is not known."""
+    return None if value is None or other is None else value / other
+
+
+def print_bars(bars: Iterable[Bar]) -> None:
+    """A line a bar."""
+    for bar in bars:
+        value = "-" if bar.value is None else f"{bar.value:,.3g}" if bar.value < 1000 else f"{bar.value:,.0f}"
+        print(f"{bar.verdict:7} {bar.name:68} {value:>9}   {'<=' if bar.is_most else '>='} {bar.bound:,g}")
+
+
+def append(path: Path, line: Line) -> None:
+    """One more line, at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as out:
+        out.write(json.dumps(line) + "\n")
+
+
+def latest(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Case -> its lines in the last run that has any."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        before = found.get(line["case"])
+        if before and before[0].get("run") == line.get("run") is not None:
+            before.append(line)
+        else:
+            found[line["case"]] = [line]
+    return found
+
+
+def median(lines: Iterable[Line] | None, name: str) -> float | None:
+    """Of a figure over a case's lines; None where no line has it."""
+    values = [line[name] for line in lines or () if name in line]
+    return statistics.median(values) if values else None
+
+
+def commit() -> str:
+    """What is checked out here."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"

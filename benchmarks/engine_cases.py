@@ -1,0 +1,293 @@
+"""The cases of `engine.py`: what each runs on which engine, and the lines that it leaves."""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from random_models import GEOMETRIES, RandomAdapters, kv_bytes, write_base, write_weights
+from running_engine import Figures, RunningEngine, running_engine
+
+from lorafleet.workers.config import EngineConfig, PoolConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How much of everything."""
+
+    requests: int = 256
+    prompt: int = 512
+    output: int = 128
+    adapters: int = 64
+    decode_output: int = 256
+    short_prompt: int = 64
+    hot_streams: int = 32
+    hot_output: int = 512
+    cold_tries: int = 12
+    many_adapters: int = 512
+    many_requests: int = 1024
+    many_output: int = 64
+    many_per_s: float = 60.0
+    shared: int = 700
+    own: int = 100
+    answers: int = 200
+    answer: int = 143
+    max_batch_tokens: int = 8192
+    max_running: int = 256
+
+
+FULL = Work()
+TINY = Work(
+    requests=6,
+    prompt=24,
+    output=5,
+    adapters=4,
+    decode_output=6,
+    short_prompt=8,
+    hot_streams=3,
+    hot_output=12,
+    cold_tries=4,
+    many_adapters=12,
+    many_requests=20,
+    many_output=4,
+    shared=40,
+    own=10,
+    answers=5,
+    answer=4,
+    max_batch_tokens=64,
+    max_running=8,
+)
+RANKS = (8, 16, 32, 64)
+PAGE_ROUND = 1.1
+"""Pages are whole, so memory for them is more than what goes into them."""
+
+
+@dataclass(slots=True)
+class Lab:
+    """What the cases of one process share."""
+
+    work: Work
+    geometry: str
+    repeats: int
+    stack: ExitStack
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+    started: dict[str, RunningEngine] = field(default_factory=dict)
+    folder: Path = field(init=False)
+    base: Path = field(init=False)
+    adapters: RandomAdapters = field(init=False)
+    prompts: list[list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        folder = tempfile.TemporaryDirectory(prefix="lorafleet-bench-", ignore_cleanup_errors=True)
+        self.folder = Path(self.stack.enter_context(folder))
+        self.base = write_base(self.folder / "base", self.geometry)
+        self.adapters = RandomAdapters(self.base)
+        self.prompts = [self.tokens(self.work.prompt) for _ in range(self.work.requests)]
+
+    def tokens(self, count: int) -> list[int]:
+        """Random ones of the base's vocabulary."""
+        return [self.rng.randrange(10, GEOMETRIES[self.geometry]["vocab_size"] - 10) for _ in range(count)]
+
+    def engine(self, kind: str) -> RunningEngine:
+        """`lora`, or `no_lora`: the same without adapters. Started once."""
+        if kind not in self.started:
+            work = self.work
+            num_tokens = work.requests * (work.prompt + work.output + 32) + 2 * 2048
+            config = self.config(prefix_cache=False, kv_bytes=kv_bytes(self.geometry, num_tokens))
+            # Room for more adapters than one batch has, and not for all that ever come.
+            pool_bytes = int(PAGE_ROUND * (work.adapters + 32) * self.adapters.num_bytes(16))
+            pool = PoolConfig(max_rank=64, max_slots=256 if kind == "lora" else 0, pool_bytes=pool_bytes)
+            context = running_engine(self.base, self.adapters, config, pool)
+            self.started[kind] = self.stack.enter_context(context)
+        return self.started[kind]
+
+    def config(self, **settings: object) -> EngineConfig:
+        """Of an engine."""
+        sizes = {"max_batch_tokens": self.work.max_batch_tokens, "max_running": self.work.max_running}
+        return EngineConfig.model_validate({**sizes, **settings})
+
+
+Named = Iterator[tuple[str, Figures]]
+"""Lines to keep: which case, and its figures."""
+Case = Callable[[Lab], Named]
+
+
+def start(lab: Lab) -> Named:
+    """Seconds from nothing to ready, by stage, with made-up weights."""
+    yield "start", lab.engine("lora").parts.stages_s
+
+
+def base(lab: Lab) -> Named:
+    yield from _throughput(lab, "base", [None] * lab.work.requests)
+
+
+def one(lab: Lab) -> Named:
+    yield from _throughput(lab, "one", ["a0-r16"] * lab.work.requests)
+
+
+def lora64(lab: Lab) -> Named:
+    versions = [f"a{i % lab.work.adapters}-r16" for i in range(lab.work.requests)]
+    yield from _throughput(lab, "lora64", versions)
+
+
+def _throughput(lab: Lab, case: str, versions: list[str | None] | list[str]) -> Named:
+    engine, work = lab.engine("lora"), lab.work
+    engine.run(lab.prompts, versions, min(16, work.output))
+    for _ in range(lab.repeats):
+        yield case, engine.run(lab.prompts, versions, work.output)
+
+
+def decode_base(lab: Lab) -> Named:
+    yield from _decode(lab, "decode_base", "lora", None)
+
+
+def decode_lora64(lab: Lab) -> Named:
+    yield from _decode(lab, "decode_lora64", "lora", "a{}-r16")
+
+
+def decode_no_lora(lab: Lab) -> Named:
+    yield from _decode(lab, "decode_no_lora", "no_lora", None)
+
+
+def _decode(lab: Lab, case: str, kind: str, name: str | None) -> Named:
+    """Steps of 64 short sequences."""
+    engine, count = lab.engine(kind), min(64, lab.work.adapters)
+    prompts = [prompt[:16] for prompt in (lab.prompts * count)[:count]]
+    versions = [name.format(i) if name else None for i in range(count)]
+    engine.run(prompts, versions, min(16, lab.work.decode_output))
+    for _ in range(lab.repeats):
+        yield case, engine.run(prompts, versions, lab.work.decode_output)
+
+
+def no_lora(lab: Lab) -> Named:
+    """The base on an engine that serves no adapters, and on one that does, in turn."""
+    nobody = [None] * lab.work.requests
+    engines = {"base_no_lora": lab.engine("no_lora"), "base_enabled": lab.engine("lora")}
+    for engine in engines.values():
+        engine.run(lab.prompts, nobody, min(16, lab.work.output))
+    for _ in range(lab.repeats + 1):
+        for case, engine in engines.items():
+            yield case, engine.run(lab.prompts, nobody, lab.work.output)
+
+
+def cold(lab: Lab) -> Named:
+    """First token of an adapter of rank 16 that is in host memory only, against one that is resident."""
+    engine, prompt = lab.engine("lora"), lab.prompts[0][: lab.work.short_prompt]
+    times: dict[str, list[float]] = {"warm": [], "cold": []}
+    for i in range(lab.work.cold_tries):
+        engine.run([prompt], ["warm-r16"], 4)
+        for kind, version in (("warm", "warm-r16"), ("cold", f"cold{i}-r16")):
+            times[kind].append(engine.run([prompt], [version], 2)["first_token_ms_p50"])
+    # The first two find nothing ready: no packing is remembered.
+    warm, cold = (np.array(times[kind][2:]) for kind in ("warm", "cold"))
+    yield (
+        "cold",
+        {
+            "warm_ms_p50": float(np.median(warm)),
+            "cold_ms_p50": float(np.median(cold)),
+            "cold_ms_max": float(cold.max()),
+            "over_warm_ms_p50": float(np.median(cold) - np.median(warm)),
+        },
+    )
+
+
+def hot(lab: Lab, per_second: float = 10.0) -> Named:
+    """Inter-token times of hot streams, alone and while cold adapters come in at `per_second`, in turn."""
+    engine, work = lab.engine("lora"), lab.work
+    prompts = [prompt[: work.short_prompt] for prompt in (lab.prompts * work.hot_streams)[: work.hot_streams]]
+    versions = [f"a{i}-r16" for i in range(work.hot_streams)]
+    engine.run(prompts, versions, min(16, work.hot_output))
+    for turn in range(lab.repeats):
+        alone = engine.run(prompts, versions, work.hot_output)
+        is_over = threading.Event()
+
+        def bring_cold(turn: int = turn, is_over: threading.Event = is_over) -> None:
+            number = 0
+            while not is_over.wait(1 / per_second):
+                version = f"stream{turn}.{number}-r16"
+                engine.submit(version, (15, 16, 17), version, 1)
+                number += 1
+
+        bringer = threading.Thread(target=bring_cold)
+        bringer.start()
+        try:
+            beside = engine.run(prompts, versions, work.hot_output)
+        finally:
+            is_over.set()
+            bringer.join()
+        figures = {f"{kind}_{name}": run[name] for kind, run in (("alone", alone), ("beside", beside)) for name in GAPS}
+        yield "hot", {**figures, "loads": beside["loads"], "loads_per_s": beside["loads_per_s"]}
+
+
+GAPS = ("gap_ms_p50", "gap_ms_p99")
+
+
+def zipf_resident(lab: Lab) -> Named:
+    yield from _many(lab, "zipf_resident")
+
+
+def zipf_pool64(lab: Lab) -> Named:
+    yield from _many(lab, "zipf_pool64")
+
+
+def _many(lab: Lab, case: str) -> Named:
+    """512 adapters of rank 8 to 64, Zipf 1.0, 60 requests a second: all resident, or in a pool that holds 64."""
+    work, rng = lab.work, np.random.default_rng(0)
+    versions = [f"z{i}-r{rank}" for i, rank in enumerate(rng.choice(RANKS, size=work.many_adapters))]
+    shares = 1.0 / np.arange(1, len(versions) + 1)
+    chosen = [versions[i] for i in rng.choice(len(versions), size=work.many_requests, p=shares / shares.sum())]
+    prompts = [lab.prompts[i % len(lab.prompts)] for i in range(len(chosen))]
+    used = sorted(set(chosen))
+    sizes = {version: lab.adapters.num_bytes(int(version.rpartition("-r")[2])) for version in versions}
+    pool_bytes = sum(sizes[version] for version in used)
+    if case == "zipf_pool64":
+        pool_bytes = work.adapters * sum(sizes.values()) / len(sizes)
+    num_tokens = work.max_running * (work.prompt + work.many_output + 32) + 2 * 2048
+    engine_config = lab.config(prefix_cache=False, kv_bytes=kv_bytes(lab.geometry, num_tokens))
+    pool = PoolConfig(max_rank=64, max_slots=work.many_adapters, pool_bytes=int(PAGE_ROUND * pool_bytes))
+    with running_engine(lab.base, lab.adapters, engine_config, pool) as engine:
+        engine.run([prompts[0][:32]] * len(used), used, 1)
+        figures = engine.run(prompts, chosen, work.many_output, per_second=work.many_per_s)
+    yield case, {**figures, "adapters": len(used)}
+
+
+def gsm8k(lab: Lab) -> Named:
+    """Requests that share most of their prompt; one adapter, with embeddings and head; of Llama-2-7B's geometry."""
+    work = lab.work
+    adapters = RandomAdapters(lab.base, embeddings=True)
+    config = lab.config(prefix_cache=True, max_running=min(work.answers, 200))
+    pool = PoolConfig(max_rank=64, max_slots=8, pool_bytes=int(8 * PAGE_ROUND * adapters.num_bytes(16)))
+    shared = lab.tokens(work.shared)
+    with running_engine(lab.base, adapters, config, pool) as engine:
+        for turn in range(-1, lab.repeats):
+            prompts = [shared + lab.tokens(work.own) for _ in range(work.answers)]
+            figures = engine.run(prompts, ["e-r16"] * work.answers, work.answer if turn >= 0 else 4)
+            if turn >= 0:
+                yield "gsm8k", figures
+
+
+def start_weights(lab: Lab) -> Named:
+    """Seconds from nothing to ready, by stage: weights from the page cache, and no kernel compiled before."""
+    write_weights(lab.base)
+    os.environ["TRITON_CACHE_DIR"] = str(lab.folder / "triton")
+    pool = PoolConfig(max_rank=64, max_slots=256)
+    with running_engine(lab.base, lab.adapters, lab.config(), pool, load="weights") as engine:
+        yield "start_weights", engine.parts.stages_s
+
+
+PROCESSES: dict[str, tuple[str, tuple[Case, ...]]] = {
+    "main": ("llama-8b", (start, base, lora64, one, decode_base, decode_lora64, cold, hot, no_lora, decode_no_lora)),
+    "gsm8k": ("llama-7b", (gsm8k,)),
+    "zipf_pool64": ("llama-8b", (zipf_pool64,)),
+    "zipf_resident": ("llama-8b", (zipf_resident,)),
+    "start_weights": ("llama-8b", (start_weights,)),
+}
+"""Cases that can share a process, and the geometry of their base."""
+CASES = {case.__name__: process for process, (_, cases) in PROCESSES.items() for case in cases}

@@ -1,0 +1,128 @@
+"""What `engine.py` measured, against the bars that an engine on an H200 is held to, and drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bars import Bar, at_least, at_most, latest, median, print_bars, ratio
+
+Results = Mapping[str, list[dict[str, Any]]]
+TOKENS_PER_S = "output_tokens_per_s"
+
+
+def report(path: Path, peers: Sequence[Path], fidelity: Path) -> None:
+    """Print the figures and the bars; draw them beside the results. `fidelity`: what `fidelity.py` has written."""
+    results = latest(path)
+    found = [json.loads(peer.read_text()) for peer in peers]
+    for case, lines in results.items():
+        names = [name for name, value in lines[0].items() if isinstance(value, int | float)]
+        figures = ", ".join(f"{name} {value:,.5g}" for name in names if (value := median(lines, name)) is not None)
+        print(f"{case}: {figures}")
+    print()
+    print_bars(engine_bars(results, found, differences(fidelity)))
+    _draw(results, found, path.with_suffix(".png"))
+
+
+def differences(fidelity: Path) -> dict[str, float]:
+    """Dtype -> largest difference of any logprob from transformers + PEFT, in the last comparisons on a GPU."""
+    found: dict[tuple[str, str], float] = {}
+    lines = fidelity.read_text().splitlines() if fidelity.exists() else []
+    for line in map(json.loads, lines):
+        if "NVIDIA" in line["device"] and line["comparison"] != "transformers' own":
+            largest = max(line[phase]["max_of_max"] for phase in ("prefill", "decode"))
+            found[line["dtype"], line["comparison"]] = largest
+    return {dtype: max(value for (of, _), value in found.items() if of == dtype) for dtype, _ in found}
+
+
+def engine_bars(
+    results: Results, peers: Sequence[Mapping[str, Any]], logprob_differences: Mapping[str, float]
+) -> Iterator[Bar]:
+    """`peers`: other servers' results on the same work. `logprob_differences`: as `differences` says."""
+
+    def of(case: str, name: str = TOKENS_PER_S) -> float | None:
+        return median(results.get(case), name)
+
+    def best_peer(*cases: str) -> float | None:
+        runs = [peer[case]["out_tok_s"] for peer in peers for case in cases if case in peer]
+        return max(runs, default=None)
+
+    base = of("base")
+    yield at_least("base only, of the better peer's", ratio(base, best_peer("base", "base2")), 1.0)
+    yield at_least("64 adapters, of our own base", ratio(of("lora64"), base), 0.85)
+    yield at_least("64 adapters, of the better peer's", ratio(of("lora64"), best_peer("lora64", "lora64_2")), 1.3)
+    yield at_least("one adapter on all requests, of our own base", ratio(of("one"), base), 0.92)
+    yield at_least(
+        "LoRA enabled and no adapter used, of LoRA disabled", ratio(of("base_enabled"), of("base_no_lora")), 0.99
+    )
+    yield at_most("decode step of 64 sequences, base, ms", of("decode_base", "gap_ms_p50"), 5.5)
+    yield at_most("decode step of 64 sequences, 64 adapters, ms", of("decode_lora64", "gap_ms_p50"), 7.5)
+    p99 = [of(case, "first_token_ms_p99") for case in ("zipf_pool64", "zipf_resident")]
+    yield at_most("first token p99, pool of 64 of 512 adapters, over all resident", ratio(*p99), 5.0)
+    yield at_most("cold adapter's first token over a warm one's, ms", of("cold", "over_warm_ms_p50"), 15.0)
+    hot = [of("hot", f"{kind}_gap_ms_p99") for kind in ("beside", "alone")]
+    yield at_most("hot streams' p99 beside cold adapters, over alone", ratio(*hot), 1.1)
+    yield at_most("start to ready, made-up weights, s", of("start", "ready"), 60.0)
+    yield at_most("start to ready, weights in page cache, nothing compiled, s", of("start_weights", "ready"), 60.0)
+    yield at_least("shared prefixes (GSM8K's shape), output tokens/s", of("gsm8k"), 5000.0)
+    for dtype in ("bfloat16", "float16"):
+        yield at_most(f"largest logprob difference from PEFT's, {dtype}", logprob_differences.get(dtype), 0.1)
+
+
+def _draw(results: Results, peers: Sequence[Mapping[str, Any]], path: Path) -> None:
+    import matplotlib.pyplot as plt  # the machine that measures need not have it
+
+    figure, panels = plt.subplots(2, 2, figsize=(11, 7))
+    (throughput, step), (latency, start) = panels
+    cases = {
+        "base_no_lora": "no LoRA",
+        "base": "base",
+        "one": "one adapter",
+        "lora64": "64 adapters",
+        "gsm8k": "shared prefix (7B)",
+    }
+    _bars(throughput, results, cases, TOKENS_PER_S, "output tokens/s", "{:,.0f}")
+    for number, peer in enumerate(peers):
+        for place, case in enumerate(case for case in cases if case in results):
+            theirs = {"one": "lora1"}.get(case, case)
+            if theirs in peer:
+                throughput.plot(place, peer[theirs]["out_tok_s"], "_D"[number % 2], color="k", label=peer.get("engine"))
+    if peers:
+        handles = {label: handle for handle, label in zip(*throughput.get_legend_handles_labels(), strict=True)}
+        throughput.legend(handles.values(), handles.keys(), fontsize=8)
+    steps = {"decode_no_lora": "no LoRA", "decode_base": "base", "decode_lora64": "64 adapters"}
+    _bars(step, results, steps, "gap_ms_p50", "decode step of 64 sequences, ms", "{:.2f}")
+    for place, case in enumerate(("zipf_resident", "zipf_pool64")):
+        for offset, name in ((-0.2, "first_token_ms_p50"), (0.2, "first_token_ms_p99")):
+            value = median(results.get(case), name)
+            if value is not None:
+                bar = latency.bar(place + offset, value, 0.38, color="0.7" if offset < 0 else "C1")
+                latency.bar_label(bar, fmt="{:,.0f}")
+    latency.set_xticks([0, 1], ["all resident", "64 fit"])
+    latency.set_title("512 adapters: first token p50 and p99, ms")
+    for place, case in enumerate(("start", "start_weights")):
+        bottom = 0.0
+        for color, stage in enumerate(("load", "compile", "warm up", "capture")):
+            seconds = median(results.get(case), stage) or 0.0
+            start.bar(place, seconds, 0.5, bottom, color=f"C{color}", label=stage if place == 0 else None)
+            bottom += seconds
+    start.set_xticks([0, 1], ["made-up weights", "from the page cache"])
+    start.set_title("start to ready, s")
+    start.legend(fontsize=8)
+    for panel in panels.flat:
+        panel.spines[["top", "right"]].set_visible(False)
+    line = next(iter(results.values()))[0]
+    figure.suptitle(f"{line['geometry']}, {line['gpu']}, torch {line['torch']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _bars(panel: Any, results: Results, cases: Mapping[str, str], name: str, title: str, form: str) -> None:
+    shown = {label: value for case, label in cases.items() if (value := median(results.get(case), name)) is not None}
+    bars = panel.bar(list(shown), list(shown.values()), color=[f"C{i}" for i in range(len(shown))])
+    panel.bar_label(bars, fmt=form)
+    panel.set_title(title)
+    panel.tick_params(axis="x", labelsize=8)

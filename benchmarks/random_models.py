@@ -1,0 +1,170 @@
+"""Bases and adapters of random weights, so that nothing is downloaded and no training has to be waited for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, ModuleManifest, ModuleShape
+from lorafleet.workers.config import ModelConfig
+from lorafleet.workers.model.geometry import empty_model, read_config, read_geometry
+
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "llama-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MAX_MODEL_LEN = 2048
+SHARD_BYTES = 2 << 30
+
+Pair = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+
+
+def device() -> str:
+    """Where random weights are made: a GPU is much faster."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def write_base(folder: Path, geometry: str) -> Path:
+    """A folder with the configuration of a base; its weights are made up when it is loaded with `load: dummy`."""
+    config = transformers.LlamaConfig(
+        **GEOMETRIES[geometry],
+        max_position_embeddings=MAX_MODEL_LEN,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+def write_weights(base: Path) -> None:
+    """Random weights beside the configuration in `base`, in shards, as a hub would have them."""
+    model = empty_model(read_config(ModelConfig(id="base", source=str(base))), torch.bfloat16)
+    places: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    num_shards = 0
+
+    def close() -> None:
+        nonlocal num_shards
+        name = f"model-{num_shards:05}.safetensors"
+        save_file(shard, base / name, metadata={"format": "pt"})
+        places.update(dict.fromkeys(shard, name))
+        num_shards += 1
+        shard.clear()
+
+    for name, parameter in model.state_dict().items():
+        if parameter.dim() == 1:
+            shard[name] = torch.ones(parameter.shape, dtype=torch.bfloat16)
+        else:
+            shard[name] = (torch.randn(parameter.shape, device=device()) * 0.02).bfloat16().cpu()
+        if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+            close()
+    if shard:
+        close()
+    if device() == "cuda":
+        torch.cuda.empty_cache()
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def kv_bytes(geometry: str, num_tokens: int) -> int:
+    """Bytes that the keys and values of so many tokens take, in two bytes an element."""
+    shape = GEOMETRIES[geometry]
+    head_dim = shape["hidden_size"] // shape["num_attention_heads"]
+    return int(4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head_dim * num_tokens)
+
+
+class RandomAdapters:
+    """Adapters in host memory. Versions of one rank share their bytes: content costs no time here."""
+
+    def __init__(self, base: Path, targets: Sequence[str] = PROJECTIONS, embeddings: bool = False) -> None:
+        geometry = read_geometry(ModelConfig(id="base", source=str(base), dtype="bfloat16"))
+        wanted = (*targets, *(("embed_tokens", "lm_head") if embeddings else ()))
+        self._modules = {n: s for n, s in geometry.modules.items() if n.rpartition(".")[2] in wanted}
+        self._made: dict[int, dict[str, Pair]] = {}
+        self.fetched_bytes = 0
+
+    def fetch(self, version: str) -> AdapterWeights:
+        """The weights of a version, which is called `name-r<rank>`."""
+        rank = int(version.rpartition("-r")[2])
+        tensors = self.of_rank(rank)
+        manifest = AdapterManifest(
+            version=version,
+            rank=rank,
+            targets=tuple(sorted({n.rpartition(".")[2] for n in self._modules})),
+            modules=tuple(ModuleManifest(name, rank, 1.0) for name in self._modules),
+            num_bytes=self.num_bytes(rank),
+        )
+        self.fetched_bytes += manifest.num_bytes
+        return AdapterWeights(manifest, "bfloat16", tensors)
+
+    def num_bytes(self, rank: int) -> int:
+        """Of the weights of an adapter."""
+        return sum(2 * rank * (shape.in_dim + shape.out_dim) for shape in self._modules.values())
+
+    def of_rank(self, rank: int) -> dict[str, Pair]:
+        """Module -> A and B, bfloat16 bits."""
+        if rank not in self._made:
+            self._made[rank] = {name: _random_pair(shape, rank) for name, shape in self._modules.items()}
+        return self._made[rank]
+
+
+def _random_pair(shape: ModuleShape, rank: int) -> Pair:
+    a_shape = (shape.in_dim, rank) if shape.kind == "embedding" else (rank, shape.in_dim)
+    a = torch.randn(a_shape, device=device()) * shape.in_dim**-0.5
+    b = torch.randn((rank, shape.out_dim), device=device()) * 0.01
+    first, second = (t.bfloat16().view(torch.uint16).cpu().numpy() for t in (a, b))
+    return first, second
+
+
+def write_adapter(folder: Path, base: Path, rank: int, seed: int = 0) -> Path:
+    """An adapter in PEFT's files, on all projections."""
+    geometry = read_geometry(ModelConfig(id="base", source=str(base), dtype="bfloat16"))
+    generator = torch.Generator(device()).manual_seed(seed)
+
+    def randn(*shape: int, scale: float) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator, device=device()) * scale).bfloat16().cpu()
+
+    tensors = {}
+    for name, shape in geometry.modules.items():
+        if name.rpartition(".")[2] in PROJECTIONS:
+            prefix = f"base_model.model.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = randn(rank, shape.in_dim, scale=shape.in_dim**-0.5)
+            tensors[f"{prefix}.lora_B.weight"] = randn(shape.out_dim, rank, scale=0.01)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none"}
+    config |= {"base_model_name_or_path": "base", "target_modules": list(PROJECTIONS), "lora_dropout": 0.0}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

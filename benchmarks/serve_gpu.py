@@ -1,0 +1,394 @@
+"""What HTTP streaming through Ray Serve makes of a GPU, against the same engines called in their own processes.
+
+    python benchmarks/serve_gpu.py --out benchmarks/results/serve_gpu.jsonl [--workers 2] [--seconds 400]
+
+Llama-3.1-8B geometry with random weights, 64 adapters of rank 16 all resident, 64 clients that each send one request
+after another: 512 prompt tokens, 128 output tokens. Three ways, each in processes of its own: `engine`, one engine on
+the whole GPU; `engines`, as many as there are workers, side by side on it, each with its share of the clients; `http`,
+the service, whose workers take an equal share of the GPU. A line of JSON a way; the bars last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import bars
+import numpy as np
+import ray
+import torch
+from random_models import GEOMETRIES, MAX_MODEL_LEN, RandomAdapters, kv_bytes, write_adapter, write_base
+from serve_overhead import Ask, Prompt, cpu_seconds, free_port, machine, over_http, service
+
+from lorafleet.adapter_store.manifest import AdapterWeights
+from lorafleet.cluster.config import AppConfig
+from lorafleet.workers.request import EngineRequest, SamplingParams
+from lorafleet.workers.worker import Worker
+
+WAYS = ("engine", "engines", "http")
+MAX_RANK = 64
+BAR = 0.85
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How much, and of what."""
+
+    geometry: str = "llama-8b"
+    adapters: int = 64
+    clients: int = 64
+    requests: int = 4
+    """Of each client."""
+    prompt: int = 512
+    output: int = 128
+    max_batch_tokens: int = 8192
+    client_processes: int = 8
+    """That ask over HTTP: one would be busy with reading."""
+    adapter_files: int = 4
+    """Adapters that differ in scaling alone share a file."""
+
+
+FULL = Work()
+TINY = Work("tiny", adapters=4, clients=4, requests=2, prompt=12, output=5, max_batch_tokens=64, client_processes=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The clients of one process."""
+
+    work: Work
+    number: int
+    of: int
+    seed: int
+
+    def jobs(self) -> list[list[tuple[str, list[int]]]]:
+        """Of each client: adapter and prompt, one request after another."""
+        work, rng = self.work, random.Random(self.seed * 1000 + self.number)
+        high = GEOMETRIES[work.geometry]["vocab_size"] - 10
+        return [
+            [
+                (f"a{(client + turn) % work.adapters}", [rng.randrange(10, high) for _ in range(work.prompt)])
+                for turn in range(work.requests)
+            ]
+            for client in range(self.number, work.clients, self.of)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What the clients of one process got. Times are of the machine's monotonic clock."""
+
+    began_s: float
+    ended_s: float
+    num_tokens: int
+    first_token_s: list[float]
+    gaps_s: list[float]
+
+
+async def be_clients(ask: Ask, share: Share) -> Taken:
+    """All clients of a share at once, each with one request after another."""
+    first, gaps, counts = [], [], []
+
+    async def be_client(jobs: list[tuple[str, list[int]]]) -> None:
+        for model, prompt in jobs:
+            before, is_first, count = time.monotonic(), True, 0
+            async for token_ids in ask(model, prompt):
+                now = time.monotonic()
+                (first if is_first else gaps).append(now - before)
+                before, is_first, count = now, False, count + len(token_ids)
+            if count != share.work.output:
+                raise RuntimeError(f"{count} tokens came instead of {share.work.output}")
+            counts.append(count)
+
+    began_s = time.monotonic()
+    await asyncio.gather(*(be_client(jobs) for jobs in share.jobs()))
+    return Taken(began_s, time.monotonic(), sum(counts), first, gaps)
+
+
+# --- the ways: each runs in processes, which begin together ---
+
+Outcome = tuple[int, "Taken | str"]
+
+
+def drive_engine(share: Share, base: str, config: dict[str, Any], barrier: Any, outcomes: Any) -> None:
+    """A worker in this process, asked by a share of the clients. Its adapters are made up."""
+    _report(outcomes, share.number, lambda: _drive_engine(share, base, config, barrier))
+
+
+def _drive_engine(share: Share, base: str, values: dict[str, Any], barrier: Any) -> Taken:
+    config, adapters = AppConfig.model_validate(values), RandomAdapters(Path(base))
+    if config.worker.cpu_threads is not None:
+        torch.set_num_threads(config.worker.cpu_threads)
+
+    async def fetch(version: str) -> AdapterWeights:
+        return adapters.fetch(version)
+
+    worker = Worker(
+        worker_id=str(share.number),
+        model=config.model,
+        engine=config.worker.engine,
+        pool=config.adapters.pool,
+        fetch=fetch,
+    )
+    sampling = SamplingParams(max_tokens=share.work.output, temperature=0.0, ignore_eos=True)
+
+    async def ask(model: str, prompt: Prompt) -> AsyncIterator[Sequence[int]]:
+        request = EngineRequest(model, f"{model}-r16", tuple(map(int, prompt)), sampling)
+        async for delta in worker.generate(request):
+            yield delta.token_ids
+
+    async def run() -> Taken:
+        await be_clients(ask, Share(share.work, share.number, share.of, seed=0))
+        await asyncio.to_thread(barrier.wait)
+        return await be_clients(ask, share)
+
+    try:
+        return asyncio.run(run())
+    finally:
+        worker.close()
+
+
+def drive_http(share: Share, port: int, barrier: Any, outcomes: Any) -> None:
+    """A share of the clients of the service."""
+
+    async def run() -> Taken:
+        ask = over_http(port, share.work.output)
+        await be_clients(ask, Share(share.work, share.number, share.of, seed=0))
+        await asyncio.to_thread(barrier.wait)
+        return await be_clients(ask, share)
+
+    _report(outcomes, share.number, lambda: asyncio.run(run()))
+
+
+def _report(outcomes: Any, number: int, work: Callable[[], Taken]) -> None:
+    try:
+        outcomes.put((number, work()))
+    except BaseException as error:
+        outcomes.put((number, f"{type(error).__name__}: {error}"))
+        raise
+
+
+def together(target: Callable[..., None], shares: Sequence[Share], *arguments: object, seconds: float) -> list[Taken]:
+    """A process for each share, all past their warm-up before any of them is measured. Raises RuntimeError."""
+    context = multiprocessing.get_context("spawn")
+    barrier, outcomes = context.Barrier(len(shares)), context.Queue()
+    processes = [
+        context.Process(target=target, args=(share, *arguments, barrier, outcomes), daemon=True) for share in shares
+    ]
+    for process in processes:
+        process.start()
+    taken: list[Taken] = []
+    deadline = time.monotonic() + seconds
+    try:
+        while len(taken) < len(shares):
+            try:
+                number, outcome = outcomes.get(timeout=max(0.0, min(1.0, deadline - time.monotonic())))
+            except Empty:
+                dead = [process.exitcode for process in processes if process.exitcode]
+                if dead or time.monotonic() > deadline:
+                    raise RuntimeError(f"{len(taken)} of {len(shares)} processes ended, {dead} badly") from None
+                continue
+            if isinstance(outcome, str):
+                raise RuntimeError(f"process {number} failed: {outcome}")
+            taken.append(outcome)
+        for process in processes:
+            process.join(30)
+    finally:
+        for process in processes:
+            process.kill()
+    return taken
+
+
+def figures_of(taken: Sequence[Taken]) -> dict[str, float]:
+    """Over all processes, from the first request to the last token."""
+    seconds = max(each.ended_s for each in taken) - min(each.began_s for each in taken)
+    tokens = sum(each.num_tokens for each in taken)
+    first, gaps = (np.concatenate([getattr(each, name) for each in taken]) for name in ("first_token_s", "gaps_s"))
+    return {
+        "seconds": seconds,
+        "output_tokens": tokens,
+        "output_tokens_per_s": tokens / seconds,
+        "first_token_ms_p50": float(np.median(first)) * 1e3,
+        "first_token_ms_p99": float(np.quantile(first, 0.99)) * 1e3,
+        "gap_ms_p50": float(np.median(gaps)) * 1e3,
+        "gap_ms_p99": float(np.quantile(gaps, 0.99)) * 1e3,
+    }
+
+
+def app_values(work: Work, folder: Path, workers: int, *, has_gpu: bool) -> dict[str, Any]:
+    """`args` of the service: as `deploy/serve/gpu.yaml`, but with several workers on one GPU."""
+    adapters = RandomAdapters(folder / "base")
+    clients = -(-work.clients // workers)
+    tokens = clients * (work.prompt + work.output + 32) + 2 * MAX_MODEL_LEN
+    preload = [
+        {"name": f"a{i}", "source": "made", "key": f"a{i}", "pinned": True, "warm": "all"} for i in range(work.adapters)
+    ]
+    return {
+        "model": {
+            "id": "base",
+            "source": str(folder / "base"),
+            "dtype": "bfloat16",
+            "max_model_len": MAX_MODEL_LEN,
+            "load": "dummy",
+        },
+        "adapters": {
+            "sources": [{"name": "made", "kind": "directory", "root": str(folder / "adapters")}],
+            "preload": preload,
+            "max_rank": MAX_RANK,
+            "max_slots": work.adapters,
+            # Whole pages, so more than the bytes that go in.
+            "pool_bytes": int(1.1 * (work.adapters + 1) * adapters.num_bytes(16)),
+            "host_cache_bytes": int(1.1 * (work.adapters + 1) * adapters.num_bytes(16)),
+            "state_dir": str(folder / "state"),
+        },
+        "worker": {
+            "num_replicas": workers,
+            "num_gpus": 1 / workers if has_gpu else 0,
+            "cpu_threads": None if has_gpu else 1,
+            "max_batch_tokens": work.max_batch_tokens,
+            "max_running": work.clients,
+            "kv_bytes": kv_bytes(work.geometry, tokens),
+            "prefix_cache": False,
+        },
+    }
+
+
+def write_adapters(work: Work, folder: Path) -> None:
+    """Adapters that all are versions of their own, in few files."""
+    for i in range(work.adapters):
+        target = folder / "adapters" / f"a{i}"
+        if i < work.adapter_files:
+            write_adapter(target, folder / "base", 16, seed=i)
+        else:
+            original = folder / "adapters" / f"a{i % work.adapter_files}"
+            target.mkdir()
+            os.link(original / "adapter_model.safetensors", target / "adapter_model.safetensors")
+            config = json.loads((original / "adapter_config.json").read_text())
+            scaled = {**config, "lora_alpha": 16 + i / 64}
+            (target / "adapter_config.json").write_text(json.dumps(scaled))
+
+
+def measure(way: str, work: Work, folder: Path, workers: int, seconds: float) -> dict[str, float]:
+    """One way, from nothing to its figures; `start_s`: until its measured part began."""
+    begun_s = time.monotonic()
+    has_gpu = torch.cuda.is_available()
+    if way == "http":
+        config = AppConfig.model_validate(app_values(work, folder, workers, has_gpu=has_gpu))
+        shares = [Share(work, i, work.client_processes, seed=1) for i in range(work.client_processes)]
+        object_store = max(200 * 2**20, int(1.2 * config.adapters.host_cache_bytes))
+        port = free_port()
+        options = {"object_store_bytes": object_store, "num_gpus": int(has_gpu), "max_start_s": seconds}
+        with service(config, str(folder / "ray"), port, **options):
+            before = cpu_seconds()
+            taken = together(drive_http, shares, port, seconds=seconds)
+            cpu_s = cpu_seconds() - before
+        tokens = sum(each.num_tokens for each in taken)
+        # The clients' warm-up is in it too, which is as much again.
+        cpu = {f"cpu_us_per_token_{role}": s * 1e6 / (2 * tokens) for role, s in cpu_s.items() if role != "here"}
+    else:
+        count = workers if way == "engines" else 1
+        shares = [Share(work, i, count, seed=1) for i in range(count)]
+        values = app_values(work, folder, count, has_gpu=has_gpu)
+        taken = together(drive_engine, shares, str(folder / "base"), values, seconds=seconds)
+        cpu = {}
+    start_s = min(each.began_s for each in taken) - begun_s
+    return {**figures_of(taken), **cpu, "start_s": start_s, "workers": workers}
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the main thread when the time is up: Serve waits for its replicas without an end."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done within {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(0.001, seconds))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def show_logs(folder: Path, chars: int = 3000) -> None:
+    """The ends of what the service's processes logged, which goes with the folder."""
+    logs = [*folder.glob("ray/session_latest/logs/serve/*.log"), *folder.glob("ray/session_latest/logs/worker*.err")]
+    for log in sorted(logs, key=lambda path: path.stat().st_mtime)[-8:]:
+        print(f"--- {log.name}\n{log.read_text(errors='replace')[-chars:]}", flush=True)
+
+
+def report(path: Path) -> None:
+    """The last run, held against its bars."""
+    results = bars.latest(path)
+    for way, lines in results.items():
+        print(way, ", ".join(f"{k} {v:,.5g}" for k, v in lines[-1].items() if isinstance(v, int | float)))
+    speeds = {way: bars.median(results.get(way), "output_tokens_per_s") for way in WAYS}
+    what = "tokens/s over HTTP, of"
+    bars.print_bars(
+        [
+            bars.at_least(f"{what} one engine on the whole GPU", bars.ratio(speeds["http"], speeds["engine"]), BAR),
+            bars.at_least(f"{what} the same engines in-process", bars.ratio(speeds["http"], speeds["engines"]), BAR),
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure each way, one after another."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "serve_gpu.jsonl")
+    parser.add_argument("--workers", type=int, default=2, help="that share the GPU")
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--tiny", action="store_true", help="everything small")
+    parser.add_argument("--seconds", type=float, default=1800.0, help="for all ways together")
+    parser.add_argument("--commit", default=bars.commit(), help="what is measured, where git cannot say")
+    parser.add_argument("--report", action="store_true", help="only hold what `--out` has against the bars")
+    args = parser.parse_args(arguments)
+    if args.report:
+        report(args.out)
+        return
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    work = TINY if args.tiny else FULL
+    deadline = time.monotonic() + args.seconds
+    meta = {
+        **machine(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "ray": ray.__version__,
+        "commit": args.commit,
+        "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        **asdict(work),
+    }
+    with tempfile.TemporaryDirectory(prefix="lfg-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        write_base(folder / "base", work.geometry)
+        for way in args.ways.split(","):
+            left = deadline - time.monotonic()
+            print(f"[{left:5.0f} s left] {way}", flush=True)
+            if way == "http":
+                write_adapters(work, folder)
+            try:
+                with time_limit(left):
+                    figures = measure(way, work, folder, args.workers, left)
+            except Exception:
+                show_logs(folder)
+                raise
+            bars.append(args.out, {"case": way, **{k: round(v, 4) for k, v in figures.items()}, **meta})
+    report(args.out)
+
+
+if __name__ == "__main__":
+    main()

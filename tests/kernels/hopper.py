@@ -1,0 +1,105 @@
+"""Compiles every kernel for a Hopper GPU where there is none; run in a process of its own, without the interpreter.
+
+Prints a line of JSON: kernel -> bytes of shared memory that its largest variant takes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from lorafleet.kernels import attention, elementwise, embedding, expand, paged_attention, shrink
+from lorafleet.kernels.attention import DecodeWorkspace
+from lorafleet.kernels.fused import HeadNorm, KVPlace
+from lorafleet.kernels.launching import compiled_ahead
+from lorafleet.kernels.segments import build_segments
+from tests.kernels.paged import paged_embedding, paged_linear
+
+CPU = torch.device("cpu")
+DTYPE = torch.bfloat16
+MAX_SHARED_BYTES = 232_448
+"""What a program may have on a Hopper GPU."""
+KERNELS = {
+    "shrink": shrink._shrink_kernel,
+    "expand": expand._expand_kernel,
+    "lookup": embedding._lookup_kernel,
+    "decode": paged_attention.decode_kernel,
+    "extend": paged_attention.extend_kernel,
+    "rms_norm": elementwise._rms_norm_kernel,
+    "rotate_and_store": elementwise._rotate_and_store_kernel,
+    "store": elementwise._store_kernel,
+    "silu_mul": elementwise._silu_mul_kernel,
+}
+
+
+class Hopper:
+    """What Triton asks of a driver before it launches anything."""
+
+    utils = SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": MAX_SHARED_BYTES})
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def launch_each() -> None:
+    """Every launcher once, on small arguments."""
+    rng = np.random.default_rng(0)
+    for chunk_length in (16, 128):
+        linear = paged_linear(rng, in_dim=64, widths=(64, 32, 32), ranks=[[8, 8, 8]], dtype=DTYPE, device=CPU)
+        segments = build_segments(np.zeros(4, np.int32), device=CPU, chunk_length=chunk_length)
+        h = shrink.shrink(torch.zeros(4, 64, dtype=DTYPE), linear.weights, segments)
+        expand.expand(h, linear.weights, segments, torch.zeros(4, 128, dtype=DTYPE), accumulate=False)
+    table = paged_embedding(rng, num_embeddings=50, width=32, ranks=[8], page_elements=320, dtype=DTYPE, device=CPU)
+    embedding.lookup(torch.zeros(4, dtype=torch.int32), table.weights, segments)
+
+    keys, values = torch.zeros(2, 8, 2, 16, 64, dtype=DTYPE)
+    query, out = torch.zeros(2, 4, 8, 64, dtype=DTYPE)
+    workspace = DecodeWorkspace.allocate(num_heads=8, num_kv_heads=2, head_dim=64, device=CPU, num_processors=132)
+    tables, lengths = torch.zeros(4, 3, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    attention.decode(query, keys, values, tables, lengths, out, workspace, scaling=0.1)
+    starts = torch.arange(5, dtype=torch.int32)
+    attention.extend(query, keys, values, tables, lengths, starts, out, scaling=0.1)
+
+    place = KVPlace(keys, values, *torch.zeros(2, 4, dtype=torch.int32))
+    weight = torch.zeros(64, dtype=DTYPE)
+    rotation = torch.zeros(4, 64, dtype=DTYPE)
+    norm = HeadNorm(weight, weight, 1e-5)
+    elementwise.rotate_and_store(torch.zeros(4, 12 * 64, dtype=DTYPE), rotation, rotation, place, norm)
+    elementwise.store(torch.zeros(4, 2, 64, dtype=DTYPE), torch.zeros(4, 2, 64, dtype=DTYPE), place)
+    elementwise.rms_norm(rotation, weight, 1e-5, rotation.clone())
+    elementwise.silu_mul(torch.zeros(4, 128, dtype=DTYPE))
+
+
+def variants(kernel: Any) -> list[Any]:
+    """What has been compiled of a kernel."""
+    return list(kernel.device_caches[0][0].values())
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Hopper())
+    for module in (attention, elementwise, embedding, expand, shrink):
+        module.dependent_launch = lambda tensor: True  # type: ignore[attr-defined]
+    with compiled_ahead(2):
+        launch_each()
+    compiled = {name: variants(kernel) for name, kernel in KERNELS.items()}
+    with compiled_ahead(2):
+        launch_each()
+    assert compiled == {name: variants(kernel) for name, kernel in KERNELS.items()}, "something was compiled twice"
+    print(json.dumps({name: max(each.metadata.shared for each in found) for name, found in compiled.items()}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
