@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+NAME_GRAMMAR: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+"""What adapters and sources may be called."""
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 

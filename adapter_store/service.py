@@ -31,6 +31,7 @@ from lorafleet.adapter_store.errors import (
 )
 from lorafleet.adapter_store.host_cache import HostCache
 from lorafleet.adapter_store.manifest import (
+    NAME_GRAMMAR,
     AdapterManifest,
     AdapterWeights,
     BaseGeometry,
@@ -48,7 +49,7 @@ __all__ = ["AdapterStore", "Desired", "NameTable", "NamedAdapter", "identity"]
 
 Result = TypeVar("Result")
 
-NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+NAME_PATTERN: Final = re.compile(NAME_GRAMMAR)
 
 GRACE_S = 600.0
 """How long a version without a name stays published, and how long a worker that fell silent is believed to hold any."""

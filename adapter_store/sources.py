@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorafleet.adapter_store.errors import AdapterRefused, InvalidKey, SourceUnavailable, UnknownKey
+from lorafleet.adapter_store.manifest import NAME_GRAMMAR
 from lorafleet.adapter_store.peft_config import MAX_CONFIG_BYTES
 from lorafleet.adapter_store.peft_format import CONFIG_FILE, OTHER_WEIGHTS_FILES, WEIGHTS_FILE
 
@@ -36,7 +37,7 @@ _CHANGED_ATTEMPTS = 3
 class _Source(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="What callers and configs call it.")
+    name: str = Field(pattern=rf"^{NAME_GRAMMAR}$", description="What callers and configs call it.")
     resolve: bool = Field(
         default=False, description="Requests may name adapters that were never loaded: the name is asked for as a key."
     )

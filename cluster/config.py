@@ -14,11 +14,12 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from lorafleet.adapter_store.manifest import NAME_GRAMMAR
 from lorafleet.adapter_store.sources import DirectoryConfig, SourceConfig
 from lorafleet.cluster.auth import Keys
 from lorafleet.workers.config import Bytes, EngineConfig, ModelConfig, PoolConfig, Settings
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+NAME_PATTERN = rf"^{NAME_GRAMMAR}$"
 
 
 def with_integers(value: object) -> object:
