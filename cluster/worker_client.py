@@ -12,6 +12,7 @@ import contextvars
 import itertools
 import logging
 import uuid
+from collections import deque
 from typing import Any
 
 from grpc.aio import AioRpcError
@@ -129,7 +130,8 @@ class ServeStream:
         """The worker that has said that it runs there."""
         self._workers = workers
         self._response = response
-        self._items: asyncio.Queue[GenerateDelta | Exception] = asyncio.Queue()
+        self._items: deque[GenerateDelta | Exception] = deque()
+        self._has_items = asyncio.Event()
         workers.join(self)
         self._follower = asyncio.get_running_loop().create_task(self._follow())
 
@@ -140,11 +142,20 @@ class ServeStream:
 
     def put(self, item: GenerateDelta | Exception) -> None:
         """What `next` is to return or raise."""
-        self._items.put_nowait(item)
+        last = self._items[-1] if self._items else None
+        if isinstance(last, GenerateDelta) and isinstance(item, GenerateDelta):
+            # The reader is late: it, and all on the way to the client, catch up with one message for several steps.
+            self._items[-1] = last.then(item)
+        else:
+            self._items.append(item)
+        self._has_items.set()
 
     async def next(self) -> GenerateDelta:
         """The next delta. Raises WorkerGone, Overloaded, NoWorker, or what the worker raised."""
-        item = await self._items.get()
+        while not self._items:
+            self._has_items.clear()
+            await self._has_items.wait()
+        item = self._items.popleft()
         if isinstance(item, Exception):
             raise item
         if item.finish_reason is not None:

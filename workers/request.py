@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -128,7 +128,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class GenerateDelta:
-    """What one step added to one sequence; the last delta of a stream has a finish reason."""
+    """What a step added to one sequence, or a few steps whose reader was late. The last one has a finish reason."""
 
     index: int
     """Which of the request's `n` answers."""
@@ -146,3 +146,13 @@ class GenerateDelta:
     """The stop string or stop token id that ended it."""
     worker_id: str = ""
     version: str | None = None
+
+    def then(self, later: GenerateDelta) -> GenerateDelta:
+        """Join with the delta that came next."""
+        return replace(
+            later,
+            token_ids=self.token_ids + later.token_ids,
+            text=self.text + later.text,
+            logprobs=None if later.logprobs is None else (self.logprobs or ()) + later.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from lorafleet.cluster.outcome import Failure
 from lorafleet.cluster.whereabouts import note_request
 from lorafleet.cluster.worker_client import ServeStream, ServeWorkers
 from lorafleet.workers.errors import EngineFailed, NoRoomError
-from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams
+from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams, TokenLogprobs
 
 DELTA = GenerateDelta(0, (5,), "x", None, None, 3, 0)
 LAST = GenerateDelta(0, (6,), "y", None, "length", 3, 0)
@@ -138,6 +139,24 @@ async def test_deltas_of_many_come_by_one_stream_whatever_comes_first() -> None:
     assert len({call[1] for call in handle.calls}) == 1
     assert {call[2] for call in handle.calls} == {frozenset({"w0"})}
     unknown.cancel()
+
+
+async def test_what_comes_while_the_reader_is_late_is_one_delta() -> None:
+    scored = [replace(DELTA, token_ids=(i,), text=str(i), logprobs=(TokenLogprobs(i, -0.5, ()),)) for i in range(3)]
+    prompt_logprobs = (TokenLogprobs(9, None, ()),)
+    handle = Handle([Response(["w1", Failure(NO_ROOM)])])
+    (stream,) = start(handle, "r")
+    for delta in (replace(scored[0], prompt_logprobs=prompt_logprobs), scored[1], replace(scored[2], stop_reason="x")):
+        stream.put(delta)
+    delta = await stream.next()
+    assert (delta.token_ids, delta.text, delta.stop_reason) == ((0, 1, 2), "012", "x")
+    assert delta.logprobs == tuple(one.logprobs[0] for one in scored if one.logprobs)
+    assert delta.prompt_logprobs == prompt_logprobs
+    stream.put(DELTA)
+    await settle()
+    assert await stream.next() == DELTA, "what came before an error is still said"
+    with pytest.raises(NoRoomError):
+        await stream.next()
 
 
 async def test_a_lost_outbox_ends_the_streams_of_its_worker_and_the_next_gets_a_new_one() -> None:
