@@ -52,7 +52,8 @@ def test_nothing_is_left_of_clients_that_vanish(live: LiveService) -> None:
                     return
                 if line.startswith("data: {"):
                     texts.append(json.loads(line.removeprefix("data: "))["choices"][0]["text"])
-            ends.append("".join(texts))
+            if num_events is None:  # a late reader gets fewer events, so others may come to the end too
+                ends.append("".join(texts))
 
     # As many at once as the workers take and may wait: 2 * 32 + 16.
     plan: list[int | None] = [None] * 20 + [rng.randrange(0, 40) for _ in range(80)]
