@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from grpc.aio import AioRpcError, Metadata
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
 
 from lorafleet.cluster import worker_client
 from lorafleet.cluster.errors import Overloaded, WorkerGone
@@ -96,6 +98,10 @@ def start(handle: Handle, *request_ids: str, workers: ServeWorkers | None = None
 async def settle() -> None:
     for _ in range(10):
         await asyncio.sleep(0)
+
+
+def test_serve_still_sends_by_value() -> None:
+    assert "_by_reference" in inspect.signature(DeploymentHandle.options).parameters
 
 
 @pytest.mark.parametrize("place", ["before it runs", "while it runs"])
