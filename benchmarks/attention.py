@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import bars
 import torch
 import triton
 from torch import Tensor
@@ -215,12 +215,11 @@ def ceilings() -> tuple[float, float]:
 
 def versions() -> dict[str, str]:
     """Where the numbers come from."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": bars.commit(),
     }
 
 

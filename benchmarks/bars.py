@@ -1,8 +1,10 @@
-"""Results as lines of JSON, and the bars that they are held against."""
+"""Results as lines of JSON: what they are of, and the bars that they are held against."""
 
 from __future__ import annotations
 
 import json
+import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -82,4 +84,15 @@ def median(lines: Iterable[Line] | None, name: str) -> float | None:
 def commit() -> str:
     """What is checked out here."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # a machine that is lent for its GPU need not have git
+        found = ""
+    return found or "unknown"
+
+
+def cpu_name() -> str:
+    """The processor that this runs on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()

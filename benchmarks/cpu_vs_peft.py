@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import bars
 import matplotlib as mpl
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -228,19 +228,13 @@ def draw(path: Path, rates: dict[str, float]) -> None:
 
 
 def _machine() -> dict[str, Any]:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
+        "cpu": bars.cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "peft")},
     }
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def main() -> int:
@@ -265,7 +259,7 @@ def main() -> int:
 
     num_tokens = NUM_REQUESTS * options.tokens
     rates = {name: run.rate(num_tokens) for name, run in runs.items()}
-    about = {"commit": _commit(), "base": options.base.parent.name, "tokens": num_tokens, **_machine()}
+    about = {"commit": bars.commit(), "base": options.base.parent.name, "tokens": num_tokens, **_machine()}
     with options.out.open("a") as file:
         for name, run in runs.items():
             figures = {

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import threading
@@ -29,6 +28,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import bars
+import random_models
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -47,22 +48,8 @@ from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingPara
 HERE = Path(__file__).parent
 MAX_MODEL_LEN = 2048
 GEOMETRIES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 1024,
-    },
-    "llama-7b-4-layers": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-    },
+    "tiny": random_models.GEOMETRIES["tiny"] | {"vocab_size": 1024},
+    "llama-7b-4-layers": random_models.GEOMETRIES["llama-7b"] | {"num_hidden_layers": 4},
 }
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -334,18 +321,12 @@ def show(reports: dict[str, dict[str, Any]]) -> None:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else names[0].partition(":")[2].strip(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else bars.cpu_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "peft")},
     }
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def run(
@@ -428,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "longest_prompt": options.longest,
         "adapters": len(ADAPTERS),
         "seconds": round(time.perf_counter() - started_s, 1),
-        "commit": options.commit or _commit(),
+        "commit": options.commit or bars.commit(),
         **_machine(options.device),
     }
     with options.out.open("a") as file:

@@ -17,7 +17,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import bars
 import httpx
 
 HERE = Path(__file__).parent
@@ -170,17 +170,11 @@ async def measure(
 
 
 def _machine() -> dict[str, Any]:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
-        "client": names[0].partition(":")[2].strip() if names else platform.processor(),
+        "client": bars.cpu_name(),
         "python": platform.python_version(),
         "httpx": httpx.__version__,
     }
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 async def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -207,7 +201,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
         "shots": len(shots),
         "parallel": options.parallel,
         "max_tokens": options.max_tokens,
-        "commit": _commit(),
+        "commit": bars.commit(),
         **_machine(),
     }
 

@@ -19,7 +19,6 @@ import platform
 import re
 import socket
 import statistics
-import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -30,6 +29,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import bars
 import httpx
 import ray
 import torch
@@ -260,15 +260,12 @@ async def engine_steps() -> int:
 
 def machine() -> dict[str, str]:
     """Where this runs, and with what."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "machine": f"{cpu[1] if cpu else platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "machine": f"{bars.cpu_name()}, {len(os.sched_getaffinity(0))} cores",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "ray": ray.__version__,
-        "commit": commit or "unknown",
+        "commit": bars.commit(),
     }
 
 

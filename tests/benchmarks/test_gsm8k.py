@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from benchmarks import gsm8k
 from lorafleet.cluster.errors import Overloaded
 from lorafleet.workers.request import EngineRequest, GenerateDelta
 from tests.cluster.fakes import VERSIONS, make_prompts
@@ -78,6 +78,11 @@ class Pupil:
         pass
 
 
+@pytest.fixture(scope="module")
+def gsm8k(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("gsm8k")
+
+
 @pytest.fixture
 def school() -> Iterator[Service]:
     service = Service(prompts=make_prompts(max_model_len=8192))
@@ -86,14 +91,14 @@ def school() -> Iterator[Service]:
         yield service
 
 
-def run(school: Service, out: Path, *options: str) -> dict[str, Any]:
+def run(gsm8k: ModuleType, school: Service, out: Path, *options: str) -> dict[str, Any]:
     assert gsm8k.main(["--url", school.url, "--data", str(DATA), "--out", str(out), *options]) == 0
     line: dict[str, Any] = json.loads(out.read_text().splitlines()[-1])
     return line
 
 
-def test_a_run(school: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = run(school, tmp_path / "out.jsonl", "--model", "shout", "--parallel", "3")
+def test_a_run(gsm8k: ModuleType, school: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = run(gsm8k, school, tmp_path / "out.jsonl", "--model", "shout", "--parallel", "3")
     assert (line["accuracy"], line["invalid"]) == (round(4 / 6, 4), round(1 / 6, 4))
     assert (line["questions"], line["shots"], line["model"]) == (6, 5, "shout")
     assert (line["base"], line["version"]) == (BASE_ID, VERSIONS["shout"])
@@ -115,10 +120,10 @@ def test_a_run(school: Service, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (sampling.temperature, sampling.stop, sampling.max_tokens) == (0.0, ("Question:",), 512)
 
 
-def test_fewer_questions_and_shots_and_a_busy_server(school: Service, tmp_path: Path) -> None:
+def test_fewer_questions_and_shots_and_a_busy_server(gsm8k: ModuleType, school: Service, tmp_path: Path) -> None:
     school.workers.num_busy = 1
     options = ("--model", BASE_ID, "--num-shots", "7", "--num-questions", "2", "--parallel", "1")
-    line = run(school, tmp_path / "out.jsonl", *options)
+    line = run(gsm8k, school, tmp_path / "out.jsonl", *options)
     assert (line["questions"], line["shots"], line["accuracy"], line["invalid"]) == (2, 7, 0.0, 0.5)
     assert line["base"] == BASE_ID
 
@@ -133,7 +138,12 @@ def test_fewer_questions_and_shots_and_a_busy_server(school: Service, tmp_path: 
     ],
 )
 def test_what_is_wrong_is_said(
-    school: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], reason: str
+    gsm8k: ModuleType,
+    school: Service,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    reason: str,
 ) -> None:
     out = tmp_path / "out.jsonl"
     assert gsm8k.main(["--url", school.url, "--data", str(DATA), "--out", str(out), *options]) == 1
@@ -154,5 +164,5 @@ def test_what_is_wrong_is_said(
         ("", None),
     ],
 )
-def test_numbers(text: str, number: str | None) -> None:
+def test_numbers(gsm8k: ModuleType, text: str, number: str | None) -> None:
     assert gsm8k.number_in(text) == (None if number is None else Decimal(number))
