@@ -76,19 +76,24 @@ class WorkerRouter(RequestRouter):
             await asyncio.sleep(RETRY_PAUSE_S)
         worker_id = pending_request.kwargs.get("worker_id")
         if worker_id is not None:
-            replica = self._reserve(worker_id)
             if pending_request.metadata.call_method == "deltas":
+                replica = self._replica(worker_id)
                 self._listening.add((replica.replica_id, pending_request.metadata.internal_request_id))
-                self._release(replica.replica_id)
+                return replica
+            replica = self._reserve(worker_id)
             if pending_request.metadata.call_method == "make_resident":
                 self._placement.remember(pending_request.args[0], worker_id, time.monotonic())
             return replica
         return await self._wait_for_worker(pending_request, is_retry)
 
     def _reserve(self, worker_id: str) -> RunningReplica:
+        replica = self._replica(worker_id)
+        self._in_flight[replica.replica_id] += 1
+        return replica
+
+    def _replica(self, worker_id: str) -> RunningReplica:
         for replica_id, replica in self._replicas.items():
             if replica_id.unique_id == worker_id:
-                self._in_flight[replica_id] += 1
                 return replica
         raise WorkerGone(f"worker {worker_id} is gone")
 
