@@ -33,6 +33,15 @@ from tests.workers.memory.readback import assert_serves
 
 DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)]
 TINY_BF16 = decoder(layers=2, hidden=32, inner=48, kv=16, vocab=200)
+of_every_kind = pytest.mark.parametrize(
+    "geometry",
+    [
+        pytest.param(TINY, id="fp32"),
+        pytest.param(ODD, id="fp16_unaligned"),
+        pytest.param(TINY_BF16, id="bf16"),
+        pytest.param(GEOMETRIES["demo_344"], id="demo"),
+    ],
+)
 EXTRAS = (*BIASES, *MATRICES, *NORMS)
 TARGETS = [("q_proj", "v_proj"), QKV, ATTENTION, LAYER, EVERYTHING, ("embed_tokens",), ("lm_head", "down_proj")]
 
@@ -52,15 +61,7 @@ def load(pool: AdapterPool, weights: AdapterWeights) -> Allocation:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "geometry",
-    [
-        pytest.param(TINY, id="fp32"),
-        pytest.param(ODD, id="fp16_unaligned"),
-        pytest.param(TINY_BF16, id="bf16"),
-        pytest.param(GEOMETRIES["demo_344"], id="demo"),
-    ],
-)
+@of_every_kind
 def test_tables_lead_to_every_value(geometry: BaseGeometry, device: str) -> None:
     pool = make_pool(geometry, num_pages=3000, device=device)
     resident = []
@@ -75,15 +76,7 @@ def test_tables_lead_to_every_value(geometry: BaseGeometry, device: str) -> None
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "geometry",
-    [
-        pytest.param(TINY, id="fp32"),
-        pytest.param(ODD, id="fp16_unaligned"),
-        pytest.param(TINY_BF16, id="bf16"),
-        pytest.param(GEOMETRIES["demo_344"], id="demo"),
-    ],
-)
+@of_every_kind
 def test_extras_lie_in_the_pages_too(geometry: BaseGeometry, device: str) -> None:
     pool = make_pool(geometry, num_pages=3000, device=device)
     cases = [(name,) for name in EXTRAS] + [(), BIASES, MATRICES, NORMS, EXTRAS]
