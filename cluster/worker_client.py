@@ -13,6 +13,7 @@ import itertools
 import logging
 import uuid
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from grpc.aio import AioRpcError
@@ -23,6 +24,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from lorafleet.cluster.errors import NoWorker, Overloaded, WorkerGone, unwrap
 from lorafleet.cluster.outbox import Batch
 from lorafleet.cluster.outcome import result_of
+from lorafleet.cluster.pace import Pace, Turns
 from lorafleet.cluster.whereabouts import live_workers, worker_of
 from lorafleet.workers.request import EngineRequest, GenerateDelta
 
@@ -47,6 +49,7 @@ class ServeWorkers:
         """By worker: what reads its outbox."""
         self._sweeper: asyncio.Task[None] | None = None
         self._serials = itertools.count()
+        self.pace = Pace()
         self._lost: dict[str, int] = {}
         """By worker: the serial at which an outbox of it was lost last, with what was in it."""
 
@@ -78,10 +81,11 @@ class ServeWorkers:
     async def _read(self, worker_id: str) -> None:
         """Hand out a worker's deltas until it ends or is left alone."""
         response = self._deltas.remote(self._outbox_id, worker_id=worker_id)
+        turns = Turns(self.pace, lambda: len(self._streams))
         reason = "the worker ended the stream before the answer"
         try:
             async for batch in response:
-                self._distribute(batch)
+                turns.add(self._distribute(batch))
         except asyncio.CancelledError:
             reason = "the worker is left alone"
             raise
@@ -91,17 +95,20 @@ class ServeWorkers:
         finally:
             with contextlib.suppress(Exception):
                 response.cancel()
+            turns.end()
             del self._readers[worker_id]
             self._lost[worker_id] = next(self._serials)
             for stream in list(self._streams.values()):
                 if stream.runs_on == worker_id:
                     stream.put(WorkerGone(reason))
 
-    def _distribute(self, batch: Batch) -> None:
+    def _distribute(self, batch: Batch) -> Iterator[ServeStream]:
+        """Put deltas into their streams, which are to be woken."""
         for request_id, delta in batch:
             stream = self._streams.get(request_id)
             if stream is not None:
                 stream.put(delta)
+                yield stream
 
     async def _sweep(self) -> None:
         """Leave workers that have left the service alone once they have no stream of ours, so that they can end."""
@@ -131,7 +138,8 @@ class ServeStream:
         self._workers = workers
         self._response = response
         self._items: deque[GenerateDelta | Exception] = deque()
-        self._has_items = asyncio.Event()
+        self._may_read = asyncio.Event()
+        self._has_begun = False
         workers.join(self)
         self._follower = asyncio.get_running_loop().create_task(self._follow())
 
@@ -141,21 +149,29 @@ class ServeStream:
         return self.runs_on or worker_of(self.request_id)
 
     def put(self, item: GenerateDelta | Exception) -> None:
-        """What `next` is to return or raise."""
+        """What `next` is to return or raise: after `wake`, but at once what ends the stream or begins it."""
         last = self._items[-1] if self._items else None
         if isinstance(last, GenerateDelta) and isinstance(item, GenerateDelta):
-            # The reader is late: it, and all on the way to the client, catch up with one message for several steps.
+            # Not read yet: all on the way to the client get one message for several steps.
             self._items[-1] = last.then(item)
         else:
             self._items.append(item)
-        self._has_items.set()
+        if not self._has_begun or isinstance(item, Exception) or item.finish_reason is not None:
+            self.wake()
+
+    def wake(self) -> None:
+        """Let `next` take what is there."""
+        if self._items:
+            self._may_read.set()
 
     async def next(self) -> GenerateDelta:
         """The next delta. Raises WorkerGone, Overloaded, NoWorker, or what the worker raised."""
-        while not self._items:
-            self._has_items.clear()
-            await self._has_items.wait()
+        await self._may_read.wait()
+        self._has_begun = True
         item = self._items.popleft()
+        if not self._items:
+            self._may_read.clear()
+        self._workers.pace.note_event()
         if isinstance(item, Exception):
             raise item
         if item.finish_reason is not None:

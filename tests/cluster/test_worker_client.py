@@ -165,6 +165,24 @@ async def test_what_comes_while_the_reader_is_late_is_one_delta() -> None:
         await stream.next()
 
 
+async def test_a_stream_is_read_in_its_turn_but_at_once_when_it_begins_or_ends() -> None:
+    handle = Handle([Response(["w1"])])
+    workers = ServeWorkers(handle)  # type: ignore[arg-type]
+    workers.pace.event_s = 1.0
+    (stream,) = start(handle, "r", workers=workers)
+    await settle()
+    box = handle.boxes["w1"].words
+    box.put_nowait([("r", DELTA)])
+    assert await asyncio.wait_for(stream.next(), 1) is DELTA
+    box.put_nowait([("r", DELTA)])
+    box.put_nowait([("r", DELTA)])
+    reading = asyncio.ensure_future(stream.next())
+    await settle()
+    assert not reading.done(), "its turn has not come"
+    box.put_nowait([("r", LAST)])
+    assert (await asyncio.wait_for(reading, 1)).token_ids == (5, 5, 6)
+
+
 async def test_a_lost_outbox_ends_the_streams_of_its_worker_and_the_next_gets_a_new_one() -> None:
     handle = Handle([Response(["w1"]), Response(["w2"]), Response(), Response(["w1"])])
     workers = ServeWorkers(handle)  # type: ignore[arg-type]

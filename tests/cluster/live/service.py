@@ -133,7 +133,10 @@ def free_port() -> int:
 @contextmanager
 def ray_cluster(**environment: str) -> Iterator[None]:
     """A Ray cluster of this machine alone; `environment` reaches every process of it."""
-    environment |= {"RAY_SERVE_PROXY_USE_GRPC": "1"}
+    environment |= {
+        "RAY_SERVE_PROXY_USE_GRPC": "1",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    }
     saved = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
