@@ -1,7 +1,7 @@
 """How often an ingress wakes the streams that run on a worker, so that its core and its proxy's have time for them.
 
-Ingress and proxy each spend 0.1 to 0.3 ms of CPU on an event. While a step of the workers leaves them that time, each of
-its tokens is an event; when it does not, streams are woken less often, and what several steps made is one event.
+Ingress and proxy each spend 0.1 to 0.3 ms of CPU on an event. While a step of the workers leaves them that time, each
+of its tokens is an event; when it does not, streams are woken less often, and what several steps made is one event.
 """
 
 from __future__ import annotations
