@@ -59,7 +59,9 @@ class Block:
         parts.append(np.zeros(num_elements - end, dtype=target.dtype))
         # One call for all: numpy would let the interpreter go and want it back for every run, and each time the step
         # loop, which launches kernels meanwhile, might wait for it.
-        torch.cat([torch.from_numpy(part) for part in parts], out=torch.from_numpy(target[:num_elements]))
+        bits = np.dtype(f"i{target.itemsize}")  # every torch joins these
+        joined = torch.from_numpy(target[:num_elements].view(bits))
+        torch.cat([torch.from_numpy(part.view(bits)) for part in parts], out=joined)
 
 
 @dataclass(frozen=True, slots=True)
