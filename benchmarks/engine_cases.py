@@ -64,6 +64,8 @@ TINY = Work(
     max_batch_tokens=64,
     max_running=8,
 )
+RANK = 16
+"""Of the adapters of most cases, and all that their pool has room for: other servers are told so when they run them."""
 RANKS = (8, 16, 32, 64)
 PAGE_ROUND = 1.1
 """Pages are whole, so memory for them is more than what goes into them."""
@@ -103,7 +105,7 @@ class Lab:
             config = self.config(prefix_cache=False, kv_bytes=kv_bytes(self.geometry, num_tokens))
             # Room for more adapters than one batch has, and not for all that ever come.
             pool_bytes = int(PAGE_ROUND * (work.adapters + 32) * self.adapters.num_bytes(16))
-            pool = PoolConfig(max_rank=64, max_slots=256 if kind == "lora" else 0, pool_bytes=pool_bytes)
+            pool = PoolConfig(max_rank=RANK, max_slots=256 if kind == "lora" else 0, pool_bytes=pool_bytes)
             context = running_engine(self.base, self.adapters, config, pool)
             self.started[kind] = self.stack.enter_context(context)
         return self.started[kind]
