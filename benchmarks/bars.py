@@ -53,7 +53,7 @@ def print_bars(bars: Iterable[Bar]) -> None:
     """A line a bar."""
     for bar in bars:
         value = "-" if bar.value is None else f"{bar.value:,.3g}" if bar.value < 1000 else f"{bar.value:,.0f}"
-        print(f"{bar.verdict:7} {bar.name:68} {value:>9}   {'<=' if bar.is_most else '>='} {bar.bound:,g}")
+        print(f"{bar.verdict:7} {bar.name:82} {value:>9}   {'<=' if bar.is_most else '>='} {bar.bound:,g}")
 
 
 def append(path: Path, line: Line) -> None:

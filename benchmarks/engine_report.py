@@ -11,13 +11,17 @@ from bars import Bar, at_least, at_most, latest, median, print_bars, ratio
 
 Results = Mapping[str, list[dict[str, Any]]]
 TOKENS_PER_S = "output_tokens_per_s"
+MANY = {"zipf_resident": "all resident", "zipf_pool64": "64 fit"}
+"""Cases that run at several rates of requests, each in lines of its own."""
+FIRST_RATE = 60.0
+"""Requests a second of lines that do not say: there was one rate once."""
 
 
 def report(path: Path, peers: Sequence[Path], fidelity: Path) -> None:
     """Print the figures and the bars; draw them beside the results. `fidelity`: what `fidelity.py` has written."""
     results = latest(path)
     found = [json.loads(peer.read_text()) for peer in peers]
-    for case, lines in results.items():
+    for case, lines in _split_rates(results).items():
         names = [name for name, value in lines[0].items() if isinstance(value, int | float)]
         figures = ", ".join(f"{name} {value:,.5g}" for name in names if (value := median(lines, name)) is not None)
         print(f"{case}: {figures}")
@@ -35,6 +39,27 @@ def differences(fidelity: Path) -> dict[str, float]:
             largest = max(line[phase]["max_of_max"] for phase in ("prefill", "decode"))
             found[line["dtype"], line["comparison"]] = largest
     return {dtype: max(value for (of, _), value in found.items() if of == dtype) for dtype, _ in found}
+
+
+def rates(results: Results) -> list[float]:
+    """Requests a second that the cases of `MANY` were run at."""
+    return sorted({_rate(line) for case in MANY for line in results.get(case, ())}) or [FIRST_RATE]
+
+
+def at_rate(results: Results, case: str, rate: float) -> list[dict[str, Any]]:
+    """The case's lines of so many requests a second."""
+    return [line for line in results.get(case, ()) if _rate(line) == rate]
+
+
+def _rate(line: Mapping[str, Any]) -> float:
+    return float(line.get("per_second", FIRST_RATE))
+
+
+def _split_rates(results: Results) -> Results:
+    """With a case of its own for every rate."""
+    split = {f"{case} at {rate:g}/s": at_rate(results, case, rate) for case in MANY for rate in rates(results)}
+    others = {case: lines for case, lines in results.items() if case not in MANY}
+    return {**others, **{case: lines for case, lines in split.items() if lines}}
 
 
 def engine_bars(
@@ -59,8 +84,10 @@ def engine_bars(
     )
     yield at_most("decode step of 64 sequences, base, ms", of("decode_base", "gap_ms_p50"), 5.5)
     yield at_most("decode step of 64 sequences, 64 adapters, ms", of("decode_lora64", "gap_ms_p50"), 7.5)
-    p99 = [of(case, "first_token_ms_p99") for case in ("zipf_pool64", "zipf_resident")]
-    yield at_most("first token p99, pool of 64 of 512 adapters, over all resident", ratio(*p99), 5.0)
+    for rate in rates(results):
+        resident, pool64 = (median(at_rate(results, case, rate), "first_token_ms_p99") for case in MANY)
+        name = f"first token p99, pool of 64 of 512 adapters, over all resident, at {rate:g} a second"
+        yield at_most(name, ratio(pool64, resident), 5.0)
     yield at_most("cold adapter's first token over a warm one's, ms", of("cold", "over_warm_ms_p50"), 15.0)
     hot = [of("hot", f"{kind}_gap_ms_p99") for kind in ("beside", "alone")]
     yield at_most("hot streams' p99 beside cold adapters, over alone", ratio(*hot), 1.1)
@@ -94,13 +121,14 @@ def _draw(results: Results, peers: Sequence[Mapping[str, Any]], path: Path) -> N
         throughput.legend(handles.values(), handles.keys(), fontsize=8)
     steps = {"decode_no_lora": "no LoRA", "decode_base": "base", "decode_lora64": "64 adapters"}
     _bars(step, results, steps, "gap_ms_p50", "decode step of 64 sequences, ms", "{:.2f}")
-    for place, case in enumerate(("zipf_resident", "zipf_pool64")):
+    runs = [(rate, case) for rate in rates(results) for case in MANY]
+    for place, (rate, case) in enumerate(runs):
         for offset, name in ((-0.2, "first_token_ms_p50"), (0.2, "first_token_ms_p99")):
-            value = median(results.get(case), name)
+            value = median(at_rate(results, case, rate), name)
             if value is not None:
                 bar = latency.bar(place + offset, value, 0.38, color="0.7" if offset < 0 else "C1")
                 latency.bar_label(bar, fmt="{:,.0f}")
-    latency.set_xticks([0, 1], ["all resident", "64 fit"])
+    latency.set_xticks(range(len(runs)), [f"{MANY[case]},\n{rate:g} a second" for rate, case in runs])
     latency.set_title("512 adapters: first token p50 and p99, ms")
     for place, case in enumerate(("start", "start_weights")):
         bottom = 0.0

@@ -27,6 +27,9 @@ from lorafleet.cluster.http_app import build_http_app
 from lorafleet.workers.request import GenerateDelta, GenerateRequest, TokenLogprobs
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS))
+import measured  # noqa: E402 (beside this file, in no package)
+
 BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Schema = Mapping[str, Any]
@@ -310,8 +313,15 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "adapter-rules": adapter_rules,
     "bad-request-codes": bad_request_codes,
     "config": config,
+    "engine-bars": lambda: table(("", "measured", "bar", ""), measured.engine_bars()),
+    "engine-speeds": lambda: table(("", "output tokens/s", "of the base"), measured.engine_rows()),
+    "fidelity": lambda: table(
+        ("dtype", "comparison", "prefill: max, mean", "decode: max, mean", "same text"), measured.fidelity_rows()
+    ),
     "handle-delta": handle_delta,
     "handle-request": handle_request,
+    "kernel-bars": lambda: table(("", "measured", "bar", ""), measured.kernel_bars()),
+    "kernel-cases": lambda: table(measured.kernel_head(), measured.kernel_rows()),
     "metrics": metrics_table,
     "neutral-fields": neutral_fields,
     "peft-fields": peft_fields,

@@ -23,8 +23,9 @@ _BLOCK_ELEMENTS = 256
 def lookup(token_ids: Tensor, weights: LoraEmbeddingWeights, segments: Segments) -> Tensor:
     """h[0, i, 0, r] = A[slot(i)][r, token_ids[row(i)]], for r below the adapter's rank.
 
-    token_ids: (rows,) int32 or int64. Returns (1, rows, 1, max_rank) fp32 as `expand` takes it, rows in the order of
-    `segments.permutation`; what lies at base rows and beyond an adapter's rank is unspecified.
+    token_ids: (rows,) int32 or int64, written before the kernel ahead began. Returns (1, rows, 1, max_rank) fp32 as
+    `expand` takes it, rows in the order of `segments.permutation`; what lies at base rows and beyond an adapter's rank
+    is unspecified.
     """
     num_rows, max_rank = segments.num_rows, weights.max_rank
     h = torch.empty((1, num_rows, 1, max_rank), dtype=torch.float32, device=token_ids.device)
@@ -79,9 +80,6 @@ def _lookup_kernel(
     BLOCK_RANKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = tl.load(permutation + i, mask=i < num_rows, other=0)
     slot = tl.load(row_slots + row, mask=i < num_rows, other=-1).to(tl.int64)
@@ -93,6 +91,10 @@ def _lookup_kernel(
     page_start = tl.load(a_pages + slot * a_slot_stride + page, mask=used, other=0).to(tl.int64) * ROW_ALIGN
     first = page_start + (token - page * page_tokens) * rank
     r = tl.arange(0, BLOCK_RANKS)
+    if PDL:
+        # Tables and token ids are older than the kernel ahead, which may still read the memory of h.
+        gdc_wait()
+        gdc_launch_dependents()
     values = tl.load(pool + first[:, None] + r[None, :], mask=used[:, None] & (r[None, :] < rank[:, None]), other=0.0)
     mask = (i < num_rows)[:, None] & (r < max_rank)[None, :]
     tl.store(h + i.to(tl.int64)[:, None] * max_rank + r[None, :], values.to(tl.float32), mask=mask)

@@ -69,9 +69,13 @@ class Segments:
         return self.num_lora_chunks > 0
 
 
-def chunk_length_for(largest_segment: int, mean_segment: float) -> int:
-    """The power of two in [16, 128] nearest above what an adapter really has, not the batch's total."""
-    wanted = min(largest_segment, max(16.0, mean_segment))
+FEW_BATCH_ROWS = 128
+"""Batches up to this size are cut into the shortest chunks: one adapter's rows then make programs enough."""
+
+
+def chunk_length_for(num_rows: int, largest_segment: int, mean_segment: float) -> int:
+    """The power of two in [16, 128] nearest above what an adapter really has; the least where the batch is small."""
+    wanted = min(largest_segment, max(16.0, mean_segment)) if num_rows > FEW_BATCH_ROWS else 16
     return next((length for length in CHUNK_LENGTHS if wanted <= length), CHUNK_LENGTHS[-1])
 
 
@@ -139,7 +143,7 @@ def plan_segments(
     if chunk_length is None:
         lora_lengths = lengths[slots != BASE_SLOT]
         if lora_lengths.size:
-            chunk_length = chunk_length_for(int(lora_lengths.max()), float(lora_lengths.mean()))
+            chunk_length = chunk_length_for(num_rows, int(lora_lengths.max()), float(lora_lengths.mean()))
         else:
             chunk_length = 128
     chunks_per_segment = -(-lengths // chunk_length)

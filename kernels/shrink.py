@@ -1,7 +1,7 @@
 """Shrink: h = x @ A^T over the paged pool, each row with its own adapter's A.
 
-A program takes a tile of rows of one chunk and a split of the input width, for all slices at once: x is read once, and
-of A the ranks that the adapter has. h keeps the splits' sums apart; expand adds them up in a fixed order.
+A program takes a tile of rows of one chunk, a split of the input width and a block of ranks, for all slices at once. It
+reads the ranks that the adapter has. h keeps the splits' sums apart; expand adds them up in a fixed order.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from lorafleet.kernels.launching import launch
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.tiling import (
+    FEW_ROWS,
     MAX_SPLITS,
     VIEWS,
     Shape,
@@ -30,6 +31,13 @@ MAX_SLICES = 4
 """Slices that may share an input."""
 MAX_COLUMNS = 256
 """Columns of h, over all slices, that a program accumulates at once."""
+FEW_RANKS = 16
+"""Ranks of a block where rows are few: programs are small then, whatever ranks the tables have room for, and many have
+their loads in flight. x is so small that reading it for each block costs nothing."""
+RANK_PROGRAMS = 8
+"""Programs that share an adapter's rank blocks: those that a low rank leaves without one end at once."""
+SPLIT_RANKS = 512
+"""Splits times ranks, at most: every program of expand reads all splits of its rows."""
 
 
 def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTiling | None = None) -> Tensor:
@@ -41,12 +49,15 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
     num_slices, in_dim, max_rank = weights.num_slices, weights.in_dim, weights.max_rank
     if num_slices > MAX_SLICES:
         raise ValueError(f"{num_slices} slices share an input; at most {MAX_SLICES} can")
+    block_ranks = rank_block(num_slices, max_rank, segments.chunk_length)
     if tiling is None:
-        max_chunks = power_of_two(segments.max_chunks)
-        shape = Shape(num_slices, in_dim, max_rank, segments.chunk_length, max_chunks, weights.pool.dtype, x.device)
+        ranks, max_chunks = min(max_rank, block_ranks), power_of_two(segments.max_chunks)
+        shape = Shape(num_slices, in_dim, ranks, segments.chunk_length, max_chunks, weights.pool.dtype, x.device)
         tiling = shrink_tiling(shape)
-    block_ranks = min(power_of_two(max(16, max_rank)), MAX_COLUMNS // power_of_two(num_slices))
-    steps = -(-min(max(tiling.split_width, -(-in_dim // MAX_SPLITS)), in_dim) // tiling.block_k)
+    rank_blocks = -(-max_rank // block_ranks)
+    rank_programs = min(rank_blocks, RANK_PROGRAMS) if segments.chunk_length <= FEW_ROWS else 1
+    max_splits = max(2, min(MAX_SPLITS, SPLIT_RANKS // max_rank))
+    steps = -(-min(max(tiling.split_width, -(-in_dim // max_splits)), in_dim) // tiling.block_k)
     num_splits = -(-in_dim // (steps * tiling.block_k))
     h = torch.empty((num_splits, segments.num_rows, num_slices, max_rank), dtype=torch.float32, device=x.device)
     row_tiles = -(-segments.chunk_length // tiling.block_rows)
@@ -55,7 +66,7 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
         return h
     tile_bytes = (tiling.block_rows + num_slices * block_ranks) * tiling.block_k * x.element_size()
     pdl = dependent_launch(x)
-    launch(_shrink_kernel, (programs,))(
+    launch(_shrink_kernel, (programs, rank_programs))(
         x,
         weights.pool,
         weights.ranks,
@@ -77,7 +88,8 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
         NUM_SPLITS=num_splits,
         BLOCK_ROWS=tiling.block_rows,
         BLOCK_RANKS=block_ranks,
-        RANK_BLOCKS=-(-max_rank // block_ranks),
+        RANK_BLOCKS=rank_blocks,
+        RANK_PROGRAMS=rank_programs,
         BLOCK_K=tiling.block_k,
         STEPS=steps,
         EVEN_K=in_dim % (steps * tiling.block_k) == 0,
@@ -88,6 +100,13 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
         launch_pdl=pdl,
     )
     return h
+
+
+def rank_block(num_slices: int, max_rank: int, chunk_length: int) -> int:
+    """Ranks of each slice that a program takes, where the tables have room for `max_rank`."""
+    if chunk_length <= FEW_ROWS:
+        return FEW_RANKS
+    return min(power_of_two(max(16, max_rank)), MAX_COLUMNS // power_of_two(num_slices))
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=VIEWS)
@@ -114,18 +133,15 @@ def _shrink_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANKS: tl.constexpr,
     RANK_BLOCKS: tl.constexpr,
+    RANK_PROGRAMS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STEPS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    if PDL:
-        # Nothing is read before the kernel ahead has finished, nor by who comes up beside this one.
-        gdc_wait()
-    if EARLY:
-        gdc_launch_dependents()
     pid = tl.program_id(0)
+    first = tl.program_id(1) * BLOCK_RANKS
     split = pid % NUM_SPLITS
     tile = pid // NUM_SPLITS
     chunk = tile // ROW_TILES
@@ -133,6 +149,9 @@ def _shrink_kernel(
     start = tl.load(chunk_indptr + chunk) + tile % ROW_TILES * BLOCK_ROWS
     end = tl.load(chunk_indptr + chunk + 1)
     if (slot < 0) | (start >= end):
+        if PDL:
+            # Every program ends after the kernel ahead: who waits for this kernel relies on that.
+            gdc_wait()
         return
     slot = slot.to(tl.int64)
     slot_ranks = ranks + slot * ranks_stride
@@ -144,29 +163,35 @@ def _shrink_kernel(
     HIGH: tl.constexpr = max(NUM_SLICES - 2, 1) * BLOCK_RANKS
     low = tl.arange(0, LOW)
     high = LOW + tl.arange(0, HIGH)
-    low_starts, low_ranks = _locate(slot_ranks, table, low, 0, a_slice_stride, max_rank, NUM_SLICES, BLOCK_RANKS)
-    high_starts, high_ranks = _locate(slot_ranks, table, high, 0, a_slice_stride, max_rank, NUM_SLICES, BLOCK_RANKS)
+    low_starts, low_ranks = _locate(slot_ranks, table, low, first, a_slice_stride, max_rank, NUM_SLICES, BLOCK_RANKS)
+    high_starts, high_ranks = _locate(slot_ranks, table, high, first, a_slice_stride, max_rank, NUM_SLICES, BLOCK_RANKS)
     rank = tl.maximum(tl.max(low_ranks, axis=0), tl.max(high_ranks, axis=0))
     k = split * (STEPS * BLOCK_K) + tl.arange(0, BLOCK_K)
     x_pointers = x + rows[:, None] * x_stride + k[None, :]
     h_rows = h + (split.to(tl.int64) * num_rows + i) * (NUM_SLICES * max_rank)
+    if PDL:
+        # The tables are older than the kernel ahead, x is not. Who comes up beside this one relies on what was ahead.
+        gdc_wait()
+    if EARLY:
+        gdc_launch_dependents()
     # A low-rank adapter takes a small tile also where the tables have room for high ranks.
     SMALL: tl.constexpr = BLOCK_RANKS // 4 if BLOCK_RANKS >= 64 else 0
-    if rank > SMALL:
+    if rank > tl.maximum(first, SMALL):
         _walk(
-            x_pointers, pool, h_rows, low, low_starts, low_ranks, high, high_starts, high_ranks, 0, i < end, k, in_dim,
-            max_rank, NUM_SLICES, ROW_ALIGN, BLOCK_ROWS, BLOCK_RANKS, BLOCK_K, STEPS, EVEN_K,
+            x_pointers, pool, h_rows, low, low_starts, low_ranks, high, high_starts, high_ranks, first, i < end, k,
+            in_dim, max_rank, NUM_SLICES, ROW_ALIGN, BLOCK_ROWS, BLOCK_RANKS, BLOCK_K, STEPS, EVEN_K,
         )  # fmt: skip
-        if RANK_BLOCKS > 1:
-            for first in range(BLOCK_RANKS, rank, BLOCK_RANKS):
+        if RANK_BLOCKS > RANK_PROGRAMS:
+            STRIDE: tl.constexpr = RANK_PROGRAMS * BLOCK_RANKS
+            for block in range(first + STRIDE, rank, STRIDE):
                 low_starts, low_ranks = _locate(
-                    slot_ranks, table, low, first, a_slice_stride, max_rank, NUM_SLICES, BLOCK_RANKS
+                    slot_ranks, table, low, block, a_slice_stride, max_rank, NUM_SLICES, BLOCK_RANKS
                 )
                 high_starts, high_ranks = _locate(
-                    slot_ranks, table, high, first, a_slice_stride, max_rank, NUM_SLICES, BLOCK_RANKS
+                    slot_ranks, table, high, block, a_slice_stride, max_rank, NUM_SLICES, BLOCK_RANKS
                 )
                 _walk(
-                    x_pointers, pool, h_rows, low, low_starts, low_ranks, high, high_starts, high_ranks, first, i < end,
+                    x_pointers, pool, h_rows, low, low_starts, low_ranks, high, high_starts, high_ranks, block, i < end,
                     k, in_dim, max_rank, NUM_SLICES, ROW_ALIGN, BLOCK_ROWS, BLOCK_RANKS, BLOCK_K, STEPS, EVEN_K,
                 )  # fmt: skip
     elif SMALL > 0:  # noqa: SIM102 (one is known when compiling, the other is not)

@@ -29,7 +29,7 @@ from triton.runtime.errors import OutOfResources
 
 from lorafleet.kernels.expand import expand
 from lorafleet.kernels.segments import Segments, build_segments
-from lorafleet.kernels.shrink import shrink
+from lorafleet.kernels.shrink import rank_block, shrink
 from lorafleet.kernels.tiling import FEW_ROWS, ExpandTiling, ShrinkTiling, table_path
 from lorafleet.kernels.weights import ROW_ALIGN, LoraWeights
 
@@ -48,8 +48,13 @@ _SHRINK_FEW = [
     (16, 64, 1024, 2, 5),
     (16, 128, 1024, 4, 3),
     (16, 128, 1792, 2, 3),
+    (16, 128, 1792, 2, 5),
     (16, 128, 2048, 8, 5),
     (16, 128, 3584, 4, 3),
+    (16, 256, 512, 2, 2),
+    (16, 256, 1024, 4, 4),
+    (16, 256, 1792, 4, 4),
+    (16, 256, 1792, 2, 3),
 ]
 _SHRINK_MANY = [
     (64, 64, 128, 4, 2),
@@ -69,7 +74,10 @@ _EXPAND_FEW = [
     (16, 256, 4096, 512, True, 4, 2),
     (16, 128, 4096, 1024, True, 4, 4),
     (16, 256, 4096, 1024, True, 4, 3),
+    (16, 256, 4096, 1024, True, 2, 3),
+    (16, 256, 4096, 2048, True, 4, 4),
     (16, 256, 8192, 2048, True, 4, 3),
+    (16, 512, 8192, 1024, True, 4, 2),
     (16, 512, 16384, 2048, True, 8, 3),
 ]
 _EXPAND_MANY = [
@@ -246,35 +254,36 @@ def tune(workloads: Sequence[Workload], processes: int) -> dict[str, Any]:
         def compile_all(what: str, jobs: list[Future[None]]) -> None:
             for done, job in enumerate(as_completed(jobs), 1):
                 job.result()
-                say(f"{what} compiled: {done}/{len(jobs)} groups")
+                say(f"{what} compiled: {done}/{len(jobs)}")
 
         compile_all("shrink", [pool.submit(_compile_shrinks, group[0]) for group in groups.values()])
         finalists = {}
         for workload in workloads:
             finalists[workload] = _Bench(workload).best_shrinks()
         say("shrink timed")
-        jobs = []
-        for group in groups.values():
-            shrinks = [tiling for workload in group for tiling in finalists[workload]]
-            jobs.append(pool.submit(_compile_expands, group[0], shrinks))
-        compile_all("expand", jobs)
+        compile_all("expand", [pool.submit(_compile_expands, *of_workload) for of_workload in finalists.items()])
     entries: dict[str, list[dict[str, Any]]] = {"shrink": [], "expand": []}
     for done, workload in enumerate(workloads, 1):
         shrink_tiling, expand_tiling, us = _Bench(workload).best_pair(finalists[workload])
         segments = workload.segments(torch.device("cpu"))
-        shape = {
-            "num_slices": len(workload.widths),
-            "max_rank": max(workload.ranks),
-            "chunk_length": segments.chunk_length,
-            "max_chunks": segments.max_chunks,
-        }
-        for kind, width, tiling in (
-            ("shrink", workload.in_dim, shrink_tiling),
-            ("expand", sum(workload.widths), expand_tiling),
+        num_slices, max_rank = len(workload.widths), max(workload.ranks)
+        ranks = min(max_rank, rank_block(num_slices, max_rank, segments.chunk_length))
+        for kind, width, depends_on, tiling in (
+            ("shrink", workload.in_dim, ranks, shrink_tiling),
+            ("expand", sum(workload.widths), max_rank, expand_tiling),
         ):
-            entries[kind].append({"shape": {"width": width, **shape}, "tiling": asdict(tiling)})
+            shape = {
+                "width": width,
+                "num_slices": num_slices,
+                "max_rank": depends_on,
+                "chunk_length": segments.chunk_length,
+                "max_chunks": segments.max_chunks,
+            }
+            if all(entry["shape"] != shape for entry in entries[kind]):
+                entries[kind].append({"shape": shape, "tiling": asdict(tiling)})
         module = f"{workload.in_dim} -> {workload.widths}"
-        say(f"{done}/{len(workloads)} {module}, {workload.num_rows} rows, {shape}: {us:.1f} us")
+        rows = f"{workload.num_rows} rows of {len(set(workload.row_slots))}"
+        say(f"{done}/{len(workloads)} {module}, rank {max_rank}, {rows}: {us:.1f} us")
     versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     return {**versions, **entries}
 

@@ -121,6 +121,10 @@ class AdapterLoader:
             sequence.lease = self._residency.acquire(version)
         return AdapterReadiness.READY if sequence.lease.is_ready else AdapterReadiness.LOADING
 
+    def is_coming(self, version: str) -> bool:
+        """See `AdapterGate`."""
+        return self._residency.state(version) == "loading"
+
     def take_failures(self) -> dict[str, Exception]:
         """Versions that could not be loaded since the last call. The caller ends the requests that wait for them, which
         releases their leases, and then calls `forget`.

@@ -33,6 +33,16 @@ def most_chunks(num_rows: int, num_slots: int, chunk_length: int = GRAPH_CHUNK_L
     return num_segments + (num_rows - num_segments) // chunk_length
 
 
+def chunk_bounds(num_rows: int, num_slots: int) -> tuple[int, ...]:
+    """Rising bounds of the chunks of captured batches of so many rows, each worth a graph of its own.
+
+    They hold a 64th, a quarter and all as many adapters as there are rows: a kernel's programs for chunks that a batch
+    does not have end at once, but where few adapters share many rows they would be most of the launch.
+    """
+    adapters = (num_rows // 64, num_rows // 4, num_rows) if num_rows >= 32 else (num_rows,)
+    return tuple(sorted({most_chunks(num_rows, min(max(n, 1), num_slots)) for n in adapters}))
+
+
 @dataclass(frozen=True, slots=True)
 class ScheduledRows:
     """The next `num_rows` uncomputed tokens of a sequence."""
@@ -95,6 +105,12 @@ class StepBatch:
     @property
     def num_rows(self) -> int:
         return len(self.segments.row_slots)
+
+    @property
+    def graph_key(self) -> tuple[int, int]:
+        """Rows and chunks of the LoRA work that the batch's graph was captured with; no chunks without such work."""
+        assert self.graph_size is not None
+        return self.graph_size, self.segments.max_chunks if self.segments.num_lora_chunks else 0
 
     @property
     def num_prompt_rows(self) -> int:
@@ -196,7 +212,7 @@ class BatchBuilder:
         ]
         logits_rows = np.concatenate([*prompt_rows, sampled_rows])
 
-        graph_size = self._graph_size(len(positions))
+        graph_size, max_chunks = self._graph_size(len(positions)), None
         if graph_size is not None and any(seq.lease is not None and seq.lease.has_extras for seq in sequences):
             graph_size = None  # which rows have parameters of their own is decided on the host, layer by layer
         num_pages = self._tables.shape[1] if graph_size is not None else int(-(-ends.max() // self._page_tokens))
@@ -214,6 +230,9 @@ class BatchBuilder:
         )
         wanted_rows = None
         if graph_size is not None:
+            num_adapters = np.unique(slots[slots != BASE_SLOT]).size
+            needed = most_chunks(graph_size, num_adapters) if num_adapters else 0
+            max_chunks = next(n for n in chunk_bounds(graph_size, self._num_slots) if n >= needed)
             layout = layout.by_rows(row_sequence).padded(graph_size, self._null_page)
             if not np.array_equal(logits_rows, np.arange(len(logits_rows))):
                 wanted_rows = logits_rows
@@ -221,8 +240,7 @@ class BatchBuilder:
             layout,
             graph_size=graph_size,
             chunk_length=None if graph_size is None else GRAPH_CHUNK_LENGTH,
-            # A graph is captured for the most chunks that its rows could make.
-            max_chunks=None if graph_size is None else most_chunks(graph_size, self._num_slots),
+            max_chunks=max_chunks,
             pass_rows=self._pass_rows,
             wanted_rows=wanted_rows,
             rows=rows,

@@ -83,7 +83,7 @@ class EngineConfig(Settings):
         "step that needs more makes them in several passes, and runs without a CUDA graph.",
     )
     max_wait_s: float = Field(
-        default=2.0,
+        default=1.0,
         gt=0,
         description="A waiting request older than this is not passed by others that take what it needs.",
     )

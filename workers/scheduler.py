@@ -2,9 +2,9 @@
 
 Continuous batching with chunked prefill: decodes come first, then prefills in chunks, all under one token budget. A
 waiting sequence is admitted only when its KV pages and its adapter are there; one that does not fit is looked past, but
-not for longer than `max_wait_s`: then nothing behind it takes what it waits for. When KV runs out, the sequence
-admitted last gives its pages back and is computed anew. Pure logic over page counts: no tensors, no threads, and a
-clock passed in.
+not for longer than `max_wait_s`: then nothing behind it takes what it waits for, nor keeps it from being given back.
+When KV runs out, the sequence admitted last gives its pages back and is computed anew. Pure logic over page counts: no
+tensors, no threads, and a clock passed in.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ class AdapterGate(Protocol):
 
     def try_ready(self, sequence: Sequence) -> AdapterReadiness:
         """Take the lease of the sequence's version if need be and possible, and say whether it is resident."""
+
+    def is_coming(self, version: str) -> bool:
+        """Whether the version has its pages and is being written into them."""
 
 
 @dataclass(slots=True)
@@ -125,8 +128,10 @@ class Scheduler:
                 continue
             is_overdue = now - sequence.arrival_s > self._max_wait_s
             if sequence.version is not None:
-                # Behind an overdue one that waits for adapter pages, no further adapter takes any.
-                if adapters_held_back and sequence.lease is None:
+                # Behind an overdue one that waits for adapter pages, no further adapter takes any, and none that is
+                # there is leased anew, or it might never go. Who joins one that is coming keeps it no longer than those
+                # do that it comes for.
+                if adapters_held_back and sequence.lease is None and not self._gate.is_coming(sequence.version):
                     continue
                 readiness = self._gate.try_ready(sequence)
                 if readiness is AdapterReadiness.NO_ROOM:

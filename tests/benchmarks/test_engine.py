@@ -43,6 +43,8 @@ def test_every_case_leaves_its_lines(engine: ModuleType, results: Path) -> None:
     by_case = {line["case"]: line for line in lines}
     assert by_case["zipf_pool64"]["loads"] > 0 == by_case["zipf_resident"]["loads"]
     assert by_case["zipf_pool64"]["bytes_moved"] > 0
+    for case in ("zipf_pool64", "zipf_resident"):
+        assert [line["per_second"] for line in lines if line["case"] == case] == [60.0, 40.0]
     assert by_case["start_weights"]["ready"] >= by_case["start_weights"]["load"] > 0
 
 
@@ -66,7 +68,7 @@ def test_report_holds_every_case_against_its_bar(
     engine.main(["--out", str(results), "--report", *files])
     said = capsys.readouterr().out
     verdicts = [line.split()[0] for line in said.splitlines() if line.startswith(("holds", "misses", "unseen"))]
-    assert len(verdicts) == 15
+    assert len(verdicts) == 16
     assert "unseen" not in verdicts
     assert "holds   base only, of the better peer's" in said
     assert "holds   largest logprob difference from PEFT's, float16" in said
@@ -80,6 +82,31 @@ def test_bars_without_a_measurement(script: Callable[[str], ModuleType], capsys:
     said = capsys.readouterr().out.splitlines()
     assert len(said) == len(found)
     assert all(line.startswith("unseen") for line in said)
+
+
+def test_every_rate_has_a_bar_of_its_own(
+    script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, bars = script("engine_report"), script("bars")
+
+    def said(results: dict[str, list[dict[str, float]]]) -> list[str]:
+        bars.print_bars(report.engine_bars(results, [], {}))
+        return [line.split() for line in capsys.readouterr().out.splitlines() if "pool of 64" in line]
+
+    before = {"zipf_pool64": [{"first_token_ms_p99": 600.0}], "zipf_resident": [{"first_token_ms_p99": 100.0}]}
+    ((verdict, *_, rate, _, _, value, _, _),) = said(before)
+    assert (verdict, rate, value) == ("misses", "60", "6"), "a line that does not say was at 60 a second"
+    now = {
+        "zipf_pool64": [
+            {"first_token_ms_p99": 600.0, "per_second": 60.0},
+            {"first_token_ms_p99": 40.0, "per_second": 40.0},
+        ],
+        "zipf_resident": [
+            {"first_token_ms_p99": 150.0, "per_second": 60.0},
+            {"first_token_ms_p99": 20.0, "per_second": 40.0},
+        ],
+    }
+    assert [(line[0], line[-6], line[-3]) for line in said(now)] == [("holds", "40", "2"), ("holds", "60", "4")]
 
 
 def test_only_the_last_run_counts(script: Callable[[str], ModuleType], tmp_path: Path) -> None:

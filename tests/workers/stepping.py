@@ -36,7 +36,6 @@ class Lease:
     def __init__(self, gate: Gate, version: str) -> None:
         self.gate = gate
         self.version = version
-        self.slot = gate.resident.index(version)
         gate.leases[version] += 1
 
     def release(self) -> None:
@@ -58,11 +57,12 @@ class Gate:
         version = sequence.version
         assert version is not None
         if sequence.lease is not None:
-            return AdapterReadiness.READY
+            return AdapterReadiness.READY if version in self.resident else AdapterReadiness.LOADING
         if version in self.resident:
             sequence.lease = Lease(self, version)  # type: ignore[assignment]
             return AdapterReadiness.READY
         if version in self.loading:
+            sequence.lease = Lease(self, version)  # type: ignore[assignment]
             return AdapterReadiness.LOADING
         if len(self.resident) + len(self.loading) == self.capacity:
             victim = next((one for one in self.resident if not self.leases[one]), None)
@@ -70,7 +70,11 @@ class Gate:
                 return AdapterReadiness.NO_ROOM
             self.resident.remove(victim)
         self.loading.append(version)
+        sequence.lease = Lease(self, version)  # type: ignore[assignment]
         return AdapterReadiness.LOADING
+
+    def is_coming(self, version: str) -> bool:
+        return version in self.loading
 
     def tick(self) -> None:
         if not self.is_loading_held_up:

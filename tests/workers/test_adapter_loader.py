@@ -142,6 +142,17 @@ def test_loads_are_timed_from_the_first_wish() -> None:
     assert list(run.loader.load_s) == [3.0]
 
 
+def test_a_version_is_coming_while_it_has_pages_and_is_not_live() -> None:
+    run = Loading()
+    assert not run.loader.is_coming("a")
+    future = run.loader.make_resident("a", hold_s=0.0, pinned=False)
+    assert not run.loader.is_coming("a"), "it may find no room yet"
+    run.until(lambda: "a" in run.residency)
+    assert run.loader.is_coming("a")
+    run.until(future.done)
+    assert not run.loader.is_coming("a")
+
+
 def test_a_failure_is_forgotten_and_tried_again() -> None:
     run = Loading()
     with pytest.raises(AdapterUnavailable):

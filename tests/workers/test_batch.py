@@ -16,6 +16,7 @@ from lorafleet.workers.batch import (
     ScheduledRows,
     StepBatch,
     blank_batch,
+    chunk_bounds,
     most_chunks,
 )
 from lorafleet.workers.detokenizer import Detokenizer
@@ -57,12 +58,14 @@ def sequence_of(
     return sequence
 
 
-def builder(graph_sizes: tuple[int, ...] = (), pass_rows: tuple[int, int] = (1, 1000)) -> BatchBuilder:
+def builder(
+    graph_sizes: tuple[int, ...] = (), pass_rows: tuple[int, int] = (1, 1000), num_slots: int = NUM_SLOTS
+) -> BatchBuilder:
     return BatchBuilder(
         page_tokens=PAGE_TOKENS,
         max_pages=MAX_PAGES,
         stop_token_ids=STOP_IDS,
-        num_slots=NUM_SLOTS,
+        num_slots=num_slots,
         pass_rows=pass_rows,
         graph_sizes=graph_sizes,
         null_page=999,
@@ -285,18 +288,41 @@ def test_a_graph_has_chunks_for_any_mix(data: st.DataObject) -> None:
     assert plan_segments(np.array(worst, np.int32), chunk_length=GRAPH_CHUNK_LENGTH).num_chunks == bound
 
 
+def test_few_adapters_take_a_graph_of_few_chunks() -> None:
+    """However many rows they have: a launch is not made of programs for chunks that nobody has."""
+
+    def graph_key(slots: list[int]) -> tuple[int, int]:
+        rows = []
+        for slot in slots:
+            sequence = sequence_of(6, 0, slot=slot)
+            sequence.num_computed, sequence.kv_pages = 5, [10, 20]
+            rows.append(ScheduledRows(sequence, 1))
+        return builder(graph_sizes=(256,), num_slots=256).build(rows).graph_key
+
+    assert chunk_bounds(256, 256) == (20, 76, 256)
+    assert graph_key([BASE_SLOT] * 200) == (256, 0)
+    assert graph_key([7] * 200) == (256, 20)
+    assert graph_key([i % 4 for i in range(256)]) == (256, 20)
+    assert graph_key([i % 64 for i in range(256)]) == (256, 76)
+    assert graph_key([i % 64 for i in range(255)] + [64]) == (256, 256)
+
+
 @given(rows=some_rows())
 @settings(max_examples=100, deadline=None)
 def test_a_batch_is_packed_as_its_graph_was_captured(rows: list[ScheduledRows]) -> None:
     batch = builder(graph_sizes=(8, 64, 400)).build(rows)
     assert batch.graph_size is not None
+    has_lora = batch.segments.num_lora_chunks > 0
+    bounds = chunk_bounds(batch.graph_size, NUM_SLOTS)
+    (max_chunks,) = [n for n in bounds if (batch.graph_size, n) == batch.graph_key] if has_lora else bounds[:1]
     captured = blank_batch(
         batch.graph_size,
-        max_chunks=most_chunks(batch.graph_size, NUM_SLOTS),
+        max_chunks=max_chunks,
         max_pages=MAX_PAGES,
         null_page=999,
-        has_lora=batch.segments.num_lora_chunks > 0,
+        has_lora=has_lora,
     )
+    assert captured.graph_key == batch.graph_key
     inputs, captured_inputs = (one.view(torch.from_numpy(one.packed)) for one in (batch, captured))
     (only,), (captured_only,) = inputs.passes, captured_inputs.passes
     for here, there in ((inputs.segments, captured_inputs.segments), (only.segments, captured_only.segments)):

@@ -121,6 +121,32 @@ def test_who_holds_a_lease_runs_behind_an_overdue_one() -> None:
     assert run.finished[-3:] == [leased, blocked, late]
 
 
+def test_who_joins_an_adapter_that_is_coming_passes_an_overdue_one() -> None:
+    """It takes no page, and what it joins is in use no longer for it."""
+    run = Stepping(capacity=2)
+    hot = run.add(2, max_tokens=12, version="hot")
+    run.step()
+    run.step()
+    run.gate.is_loading_held_up = True
+    first = run.add(2, max_tokens=4, version="a")
+    run.step()
+    overdue = run.add(2, version="b")
+    run.clock.now_s = 10.0
+    mate, late = run.add(2, max_tokens=4, version="a"), run.add(2, version="hot")
+    run.step()
+    assert mate.lease is not None
+    assert late.lease is None, "the overdue one may get the pages of what is leased no further"
+    run.gate.is_loading_held_up = False
+    assert run.step() == {hot: 1, first: 2, mate: 2}
+    later = run.add(2, version="a")
+    while overdue.lease is None:
+        assert later.lease is None, "what came is there now, and goes when those are done that it came for"
+        run.step()
+    assert mate in run.finished
+    run.run()
+    assert {late, later} <= set(run.finished)
+
+
 def test_loading_holds_nobody_up() -> None:
     run = Stepping()
     run.gate.is_loading_held_up = True

@@ -5,14 +5,21 @@ The plan knows the adapter's pages as `0 .. num_pages - 1`; the pool maps them t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Array
 from lorafleet.workers.memory.packing import Ints, Packing, pack_rows
 from lorafleet.workers.memory.pool_layout import Piece, PoolLayout, aligned, count_piece_pages
+
+with warnings.catch_warnings():
+    # Weights from an object store are read-only, and only read here; torch says so once a process, which is now.
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(bytes(1), dtype=np.uint8))
 
 BLOCK_BYTES = 16 << 20
 """Pages are laid out and copied in blocks of about this size, so that the one goes on while the other does."""
@@ -37,21 +44,24 @@ class Block:
     first_page: int
     num_pages: int
     page_elements: int
-    page_ends: Ints
-    """(num_pages,) elements of each page in use; they are its first."""
     runs: tuple[_Run, ...]
+    """In the order in which they lie."""
 
     def write(self, weights: AdapterWeights, target: Array) -> None:
         """Lay the block's rows into the first elements of `target`, which is flat, and zero what no row covers."""
-        pages = target[: self.num_pages * self.page_elements].reshape(-1, self.page_elements)
-        for end in np.unique(self.page_ends[self.page_ends < self.page_elements]).tolist():
-            pages[self.page_ends == end, end:] = 0
+        num_elements = self.num_pages * self.page_elements
+        parts, end = [], 0
         for run in self.runs:
-            width, pitch = run.piece.width, aligned(run.piece.width)
-            rows = target[run.start : run.start + run.count * pitch].reshape(run.count, pitch)
-            rows[:, :width] = _rows(run.piece, weights)[run.first : run.first + run.count]
-            if pitch > width:
-                rows[:, width:] = 0
+            if run.start > end:
+                parts.append(np.zeros(run.start - end, dtype=target.dtype))
+            parts.append(_padded(_rows(run.piece, weights)[run.first : run.first + run.count]))
+            end = run.start + parts[-1].size
+        parts.append(np.zeros(num_elements - end, dtype=target.dtype))
+        # One call for all: numpy would let the interpreter go and want it back for every run, and each time the step
+        # loop, which launches kernels meanwhile, might wait for it.
+        bits = np.dtype(f"i{target.itemsize}")  # every torch joins these
+        joined = torch.from_numpy(target[:num_elements].view(bits))
+        torch.cat([torch.from_numpy(part.view(bits)) for part in parts], out=joined)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +142,9 @@ def _blocks(pieces: list[Piece], packing: Packing, layout: PoolLayout) -> Iterat
         runs[block].append(_Run(pieces[piece], first, count, start))
     for index, block_runs in enumerate(runs):
         first_page = index * block_pages
-        page_ends = packing.page_ends[first_page : first_page + block_pages]
-        yield Block(first_page, len(page_ends), layout.page_elements, page_ends, tuple(block_runs))
+        num_pages = min(block_pages, packing.num_pages - first_page)
+        block_runs.sort(key=lambda run: run.start)
+        yield Block(first_page, num_pages, layout.page_elements, tuple(block_runs))
 
 
 def _first_entry(piece: Piece, layout: PoolLayout) -> int:
@@ -154,3 +165,9 @@ def _rows(piece: Piece, weights: AdapterWeights) -> Array:
         return rows[: piece.count * piece.width].reshape(piece.count, piece.width)
     strides = (piece.stride * rows.itemsize, rows.itemsize)
     return np.lib.stride_tricks.as_strided(rows, (piece.count, piece.width), strides, writeable=False)
+
+
+def _padded(rows: Array) -> Array:
+    """(count * pitch,) the rows one after another, each followed by zeros up to its pitch."""
+    padding = aligned(rows.shape[1]) - rows.shape[1]
+    return (np.pad(rows, ((0, 0), (0, padding))) if padding else rows).reshape(-1)

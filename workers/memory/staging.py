@@ -48,7 +48,8 @@ class Stager:
             # Some releases of torch leave the constructor untyped.
             make_stream = cast(Callable[[torch.device], torch.cuda.Stream], torch.cuda.Stream)
             self.stream = make_stream(elements.device)
-            self._threads = ThreadPoolExecutor(NUM_THREADS, "lorafleet-copy")
+            # A thread lays out its block alone: torch's own threads would be as many again for each of these.
+            self._threads = ThreadPoolExecutor(NUM_THREADS, "lorafleet-copy", lambda: torch.set_num_threads(1))
             self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
             for _ in range(NUM_BUFFERS):
                 pages = torch.empty((block_pages, page_elements), dtype=elements.dtype, pin_memory=True)

@@ -19,7 +19,7 @@ import torch
 from lorafleet.kernels.launching import compiled_ahead
 from lorafleet.kernels.reference import EXACT_ROWS
 from lorafleet.kernels.segments import Segments
-from lorafleet.workers.batch import StepBatch, StepInputs, blank_batch, blank_prompt, most_chunks
+from lorafleet.workers.batch import StepBatch, StepInputs, blank_batch, blank_prompt, chunk_bounds
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
@@ -79,7 +79,8 @@ class ModelRunner:
         self._lora = lora_layers.LoraContext(pool.extras)
         self._attention = attention.AttentionContext(cache)
         self._sampler = Sampler()
-        self._graphs: dict[tuple[int, bool], StepGraph] = {}
+        self._graphs: dict[tuple[int, int], StepGraph] = {}
+        """By `StepBatch.graph_key`."""
         self._kinds = (False, True) if pool.num_slots else (False,)
         """Whether a batch may have LoRA work."""
         self.stages_s: dict[str, float] = {}
@@ -117,7 +118,7 @@ class ModelRunner:
                     for plan, each in zip(batch.passes, inputs.passes, strict=True)
                 ]
         else:
-            graph = self._graphs[batch.graph_size, batch.segments.num_lora_chunks > 0]
+            graph = self._graphs[batch.graph_key]
             graph.packed.copy_(packed, non_blocking=True)
             self._fill_pending(graph.inputs, batch, previous)
             logits = graph.replay()
@@ -306,15 +307,17 @@ class ModelRunner:
         started_s = time.monotonic()
         pool = torch.cuda.graph_pool_handle()
         for size in reversed(self.graph_sizes):
-            for has_lora in reversed(self._kinds):
+            bounds = chunk_bounds(size, self.pool.num_slots)
+            variants = [(True, n) for n in reversed(bounds)] if self.pool.num_slots else []
+            for has_lora, max_chunks in (*variants, (False, bounds[0])):
                 blank = blank_batch(
                     size,
                     max_pages=self.max_pages,
                     null_page=self.null_pages[0],
                     has_lora=has_lora,
-                    max_chunks=most_chunks(size, self.pool.num_slots),
+                    max_chunks=max_chunks,
                 )
-                self._graphs[size, has_lora] = capture(self._forward, blank, self.base.device, pool)
+                self._graphs[blank.graph_key] = capture(self._forward, blank, self.base.device, pool)
             logger.info("captured a decode step of %d rows, %.1f s", size, time.monotonic() - started_s)
         self.stages_s["capture"] = time.monotonic() - started_s
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import threading
 
 import numpy as np
@@ -254,6 +255,16 @@ def test_every_element_of_a_written_page_is_defined(
     assert np.isfinite(pages[:-1]).all()
     assert np.isnan(pages[-1]).all()
     assert weights.manifest.num_bytes == np.count_nonzero(pages[:-1]) * pages.itemsize
+
+
+def test_weights_may_be_read_only(recwarn: pytest.WarningsRecorder) -> None:
+    """As they are in an object store."""
+    weights = weights_of(TINY, manifest_of(TINY, "v", 5, EVERYTHING, extras=EXTRAS))
+    for array in (*itertools.chain(*weights.tensors.values()), *weights.extras.values()):
+        array.setflags(write=False)
+    pool = make_pool(TINY)
+    assert_serves(pool, groups_of(TINY), load(pool, weights).slot, weights)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,0 +1,95 @@
+"""Tables of what the benchmarks measured, for `generate.py`: figures on a page come from benchmarks/results alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+sys.path.insert(0, str(BENCHMARKS))
+
+import engine_report  # noqa: E402 (they lie beside each other, in no package)
+import kernels_report  # noqa: E402
+from bars import Bar, latest, median  # noqa: E402
+
+Rows = Iterator[Sequence[str]]
+
+BATCHES = {
+    "decode_1": "1 row",
+    "decode_16_distinct": "16 rows of 16",
+    "decode_64_distinct": "64 of 64",
+    "decode_64_same": "64 of 1",
+    "decode_256_round": "256 of 64",
+    "prefill_2048_x8": "2,048 of 8",
+    "prefill_8192_x16": "8,192 of 16",
+}
+ENGINE_CASES = {
+    "base": "base only",
+    "one": "one adapter on all requests",
+    "lora64": "64 adapters",
+    "gsm8k": "shared prefix of 700 tokens, one adapter with embeddings and head (Llama-2-7B)",
+}
+
+
+def bar_rows(bars: Iterable[Bar]) -> Rows:
+    for bar in bars:
+        if bar.value is not None:
+            yield bar.name, number(bar.value), f"at {'most' if bar.is_most else 'least'} {bar.bound:,g}", bar.verdict
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def kernel_bars() -> Rows:
+    yield from bar_rows(kernels_report.kernel_bars(kernels_report.read_rows(RESULTS / "kernels.jsonl")))
+
+
+def kernel_head() -> Sequence[str]:
+    return "rank, module", *BATCHES.values()
+
+
+def kernel_rows() -> Rows:
+    """Ours, the floor and the better of the peers, for the projections of an 8B Llama."""
+    rows = kernels_report.read_rows(RESULTS / "kernels.jsonl")
+    found = {(row["rank"], row["module"], row["batch"]): row for row in rows if row["model"] == "llama-3.1-8b"}
+    for rank, module in dict.fromkeys(key[:2] for key in found if key[1] != "embedding"):
+        cells = (found[rank, module, batch] for batch in BATCHES)
+        yield f"{rank} {module}", *(_kernel_cell(row) for row in cells)
+
+
+def _kernel_cell(row: dict[str, Any]) -> str:
+    ours, peer = kernels_report.us(row, "ours"), kernels_report.us(row, *kernels_report.PEERS)
+    return f"**{ours:.1f}** / {row['floor_us']:.1f} / {peer:.1f}"
+
+
+def engine_rows() -> Rows:
+    results = latest(RESULTS / "engine.jsonl")
+    base = median(results["base"], engine_report.TOKENS_PER_S)
+    for case, name in ENGINE_CASES.items():
+        speed = median(results[case], engine_report.TOKENS_PER_S)
+        assert base is not None
+        assert speed is not None
+        yield name, number(speed), f"{speed / base:.2f}" if case != "gsm8k" else ""
+
+
+def engine_bars() -> Rows:
+    differences = engine_report.differences(RESULTS / "fidelity.jsonl")
+    yield from bar_rows(engine_report.engine_bars(latest(RESULTS / "engine.jsonl"), [], differences))
+
+
+def fidelity_rows() -> Rows:
+    """The last comparisons on a GPU: dtype, comparison, and the largest and mean differences."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in map(json.loads, (RESULTS / "fidelity.jsonl").read_text().splitlines()):
+        if "NVIDIA" in line["device"]:
+            found[line["dtype"], line["comparison"]] = line
+    for (dtype, comparison), line in found.items():
+        phases = (
+            f"{line[phase]['max_of_max']:.1e}, {line[phase]['mean_of_mean']:.1e}" for phase in ("prefill", "decode")
+        )
+        yield dtype, comparison, *phases, f"{line['strings_equal']} of {line['strings']}"
