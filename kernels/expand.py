@@ -24,7 +24,7 @@ from lorafleet.kernels.tiling import (
     dependent_launch,
     expand_tiling,
     power_of_two,
-    stages_that_fit,
+    stages,
 )
 from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights
 
@@ -59,6 +59,7 @@ def expand(
     programs = segments.max_chunks * row_tiles * sum(spans)
     if programs == 0:
         return
+    steps = -(-tiling.span // min(tiling.block_columns, tiling.block_elements // block_ranks))
     tile_bytes = tiling.block_elements * weights.pool.element_size()
     pdl = dependent_launch(y)
     launch(_expand_kernel, (programs,))(
@@ -98,7 +99,7 @@ def expand(
         ACCUMULATE=accumulate,
         PDL=pdl,
         num_warps=tiling.num_warps,
-        num_stages=stages_that_fit(tiling.num_stages, tile_bytes, y),
+        num_stages=stages(tiling.num_stages, steps, tile_bytes, y),
         launch_pdl=pdl,
     )
 

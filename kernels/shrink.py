@@ -23,7 +23,7 @@ from lorafleet.kernels.tiling import (
     dependent_launch,
     power_of_two,
     shrink_tiling,
-    stages_that_fit,
+    stages,
 )
 from lorafleet.kernels.weights import ROW_ALIGN, LoraWeights
 
@@ -36,7 +36,7 @@ FEW_RANKS = 16
 their loads in flight. x is so small that reading it for each block costs nothing."""
 RANK_PROGRAMS = 8
 """Programs that share an adapter's rank blocks: those that a low rank leaves without one end at once."""
-SPLIT_RANKS = 512
+SPLIT_RANKS = 1024
 """Splits times ranks, at most: every program of expand reads all splits of its rows."""
 
 
@@ -49,13 +49,15 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
     num_slices, in_dim, max_rank = weights.num_slices, weights.in_dim, weights.max_rank
     if num_slices > MAX_SLICES:
         raise ValueError(f"{num_slices} slices share an input; at most {MAX_SLICES} can")
-    block_ranks = rank_block(num_slices, max_rank, segments.chunk_length)
+    is_few = segments.chunk_length <= FEW_ROWS
+    most_ranks = FEW_RANKS if is_few else MAX_COLUMNS // power_of_two(num_slices)
+    block_ranks = min(power_of_two(max(16, max_rank)), most_ranks)
     if tiling is None:
-        ranks, max_chunks = min(max_rank, block_ranks), power_of_two(segments.max_chunks)
-        shape = Shape(num_slices, in_dim, ranks, segments.chunk_length, max_chunks, weights.pool.dtype, x.device)
+        max_chunks = power_of_two(segments.max_chunks)
+        shape = Shape(num_slices, in_dim, max_rank, segments.chunk_length, max_chunks, weights.pool.dtype, x.device)
         tiling = shrink_tiling(shape)
     rank_blocks = -(-max_rank // block_ranks)
-    rank_programs = min(rank_blocks, RANK_PROGRAMS) if segments.chunk_length <= FEW_ROWS else 1
+    rank_programs = min(rank_blocks, RANK_PROGRAMS) if is_few else 1
     max_splits = max(2, min(MAX_SPLITS, SPLIT_RANKS // max_rank))
     steps = -(-min(max(tiling.split_width, -(-in_dim // max_splits)), in_dim) // tiling.block_k)
     num_splits = -(-in_dim // (steps * tiling.block_k))
@@ -96,17 +98,10 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
         PDL=pdl,
         EARLY=pdl and tiling.early,
         num_warps=tiling.num_warps,
-        num_stages=stages_that_fit(tiling.num_stages, tile_bytes, x),
+        num_stages=stages(tiling.num_stages, steps, tile_bytes, x),
         launch_pdl=pdl,
     )
     return h
-
-
-def rank_block(num_slices: int, max_rank: int, chunk_length: int) -> int:
-    """Ranks of each slice that a program takes, where the tables have room for `max_rank`."""
-    if chunk_length <= FEW_ROWS:
-        return FEW_RANKS
-    return min(power_of_two(max(16, max_rank)), MAX_COLUMNS // power_of_two(num_slices))
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=VIEWS)

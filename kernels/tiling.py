@@ -94,8 +94,17 @@ def dependent_launch(tensor: Tensor) -> bool:
     return tensor.is_cuda and _capability(tensor.device)[0] >= 9
 
 
-def stages_that_fit(wanted: int, tile_bytes: int, tensor: Tensor) -> int:
-    """As many of the wanted stages as the shared memory of a program holds, each with its tiles in flight."""
+MOST_STAGES = 4
+
+
+def stages(wanted: int, steps: int, tile_bytes: int, tensor: Tensor) -> int:
+    """As many of the wanted stages as the shared memory of a program holds, each with its tiles in flight.
+
+    A tiling of one stage was found for a program of one step; where the ranks or the width make several of it, they
+    would wait for each other's loads.
+    """
+    if wanted == 1:
+        wanted = min(steps, MOST_STAGES)
     return max(1, min(wanted, _shared_bytes(tensor.device) // tile_bytes)) if tensor.is_cuda else wanted
 
 

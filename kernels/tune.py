@@ -29,7 +29,7 @@ from triton.runtime.errors import OutOfResources
 
 from lorafleet.kernels.expand import expand
 from lorafleet.kernels.segments import Segments, build_segments
-from lorafleet.kernels.shrink import rank_block, shrink
+from lorafleet.kernels.shrink import shrink
 from lorafleet.kernels.tiling import FEW_ROWS, ExpandTiling, ShrinkTiling, table_path
 from lorafleet.kernels.weights import ROW_ALIGN, LoraWeights
 
@@ -71,6 +71,8 @@ _SHRINK_MANY = [
 # rows, columns a step, elements of B a step, columns a program, h in two halves, warps, stages
 _EXPAND_FEW = [
     (16, 256, 4096, 256, True, 4, 1),
+    (16, 128, 16384, 128, True, 4, 1),
+    (16, 256, 16384, 256, True, 8, 1),
     (16, 256, 4096, 512, True, 4, 2),
     (16, 128, 4096, 1024, True, 4, 4),
     (16, 256, 4096, 1024, True, 4, 3),
@@ -169,12 +171,12 @@ def time_in_graph(call: Callable[[int], object], num_sets: int = NUM_SETS, repla
 
 
 def default_workloads() -> list[Workload]:
-    """Projections of an 8B Llama, ranks 16 and 64, from one decoding row to long prompts."""
+    """Projections of an 8B Llama, ranks 16, 64 and 128, from one decoding row to long prompts."""
     modules = [(4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,))]
     batches = [(1, 1), (16, 16), (64, 64), (256, 64), (64, 1), (2048, 8), (8192, 16)]
     return [
         Workload(in_dim, widths, (rank,) * slots, tuple(np.repeat(range(slots), rows // slots).tolist()))
-        for (in_dim, widths), rank, (rows, slots) in product(modules, (16, 64), batches)
+        for (in_dim, widths), rank, (rows, slots) in product(modules, (16, 64, 128), batches)
     ]
 
 
@@ -266,16 +268,14 @@ def tune(workloads: Sequence[Workload], processes: int) -> dict[str, Any]:
     for done, workload in enumerate(workloads, 1):
         shrink_tiling, expand_tiling, us = _Bench(workload).best_pair(finalists[workload])
         segments = workload.segments(torch.device("cpu"))
-        num_slices, max_rank = len(workload.widths), max(workload.ranks)
-        ranks = min(max_rank, rank_block(num_slices, max_rank, segments.chunk_length))
-        for kind, width, depends_on, tiling in (
-            ("shrink", workload.in_dim, ranks, shrink_tiling),
-            ("expand", sum(workload.widths), max_rank, expand_tiling),
+        for kind, width, tiling in (
+            ("shrink", workload.in_dim, shrink_tiling),
+            ("expand", sum(workload.widths), expand_tiling),
         ):
             shape = {
                 "width": width,
-                "num_slices": num_slices,
-                "max_rank": depends_on,
+                "num_slices": len(workload.widths),
+                "max_rank": max(workload.ranks),
                 "chunk_length": segments.chunk_length,
                 "max_chunks": segments.max_chunks,
             }
@@ -283,7 +283,7 @@ def tune(workloads: Sequence[Workload], processes: int) -> dict[str, Any]:
                 entries[kind].append({"shape": shape, "tiling": asdict(tiling)})
         module = f"{workload.in_dim} -> {workload.widths}"
         rows = f"{workload.num_rows} rows of {len(set(workload.row_slots))}"
-        say(f"{done}/{len(workloads)} {module}, rank {max_rank}, {rows}: {us:.1f} us")
+        say(f"{done}/{len(workloads)} {module}, rank {max(workload.ranks)}, {rows}: {us:.1f} us")
     versions = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     return {**versions, **entries}
 

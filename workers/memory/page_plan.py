@@ -5,6 +5,7 @@ The plan knows the adapter's pages as `0 .. num_pages - 1`; the pool maps them t
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +22,12 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.from_numpy(np.frombuffer(bytes(1), dtype=np.uint8))
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 8 << 20
 """Pages are laid out and copied in blocks of about this size, so that the one goes on while the other does."""
+
+
+RUNS_AT_ONCE = 8
+"""Runs that are looked up before another thread may have the interpreter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +61,11 @@ class Block:
                 parts.append(np.zeros(run.start - end, dtype=target.dtype))
             parts.append(_padded(_rows(run.piece, weights)[run.first : run.first + run.count]))
             end = run.start + parts[-1].size
+            if len(parts) % RUNS_AT_ONCE == 0:
+                time.sleep(0)
         parts.append(np.zeros(num_elements - end, dtype=target.dtype))
         # One call for all: numpy would let the interpreter go and want it back for every run, and each time the step
-        # loop, which launches kernels meanwhile, might wait for it.
+        # loop, which launches kernels meanwhile, might wait for it. Nor may the loop wait until all runs are found.
         bits = np.dtype(f"i{target.itemsize}")  # every torch joins these
         joined = torch.from_numpy(target[:num_elements].view(bits))
         torch.cat([torch.from_numpy(part.view(bits)) for part in parts], out=joined)

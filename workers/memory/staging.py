@@ -6,6 +6,7 @@ whole device meanwhile.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from lorafleet.adapter_store.manifest import AdapterWeights, Array
 from lorafleet.workers.memory.packing import Ints
 from lorafleet.workers.memory.page_plan import Block, PagePlan
 
-NUM_THREADS = 4
-"""Blocks that are laid out at once."""
-NUM_BUFFERS = 2 * NUM_THREADS
+MAX_THREADS = 8
+"""Blocks that are laid out at once, where there are processors enough: a core copies about 6 GB/s."""
+NUM_BUFFERS = 2 * MAX_THREADS
 """Blocks in pinned memory: as many again are on their way."""
 
 
@@ -49,7 +50,8 @@ class Stager:
             make_stream = cast(Callable[[torch.device], torch.cuda.Stream], torch.cuda.Stream)
             self.stream = make_stream(elements.device)
             # A thread lays out its block alone: torch's own threads would be as many again for each of these.
-            self._threads = ThreadPoolExecutor(NUM_THREADS, "lorafleet-copy", lambda: torch.set_num_threads(1))
+            num_threads = max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2))
+            self._threads = ThreadPoolExecutor(num_threads, "lorafleet-copy", lambda: torch.set_num_threads(1))
             self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
             for _ in range(NUM_BUFFERS):
                 pages = torch.empty((block_pages, page_elements), dtype=elements.dtype, pin_memory=True)
