@@ -313,6 +313,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "adapter-rules": adapter_rules,
     "bad-request-codes": bad_request_codes,
     "config": config,
+    "decode-step": lambda: table(("part", "base, ms", "64 adapters, ms"), measured.step_rows()),
     "engine-bars": lambda: table(("", "measured", "bar", ""), measured.engine_bars()),
     "engine-speeds": lambda: table(("", "output tokens/s", "of the base"), measured.engine_rows()),
     "fidelity": lambda: table(

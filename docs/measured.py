@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,18 @@ import kernels_report  # noqa: E402
 from bars import Bar, latest, median  # noqa: E402
 
 Rows = Iterator[Sequence[str]]
+
+PARTS = {
+    "shrink": r"_shrink_kernel",
+    "expand": r"_expand_kernel",
+    "embedding look-up": r"_lookup_kernel",
+    "products of the base, head included": r"nvjet|splitKreduce",
+    "attention over pages": r"decode_kernel|extend_kernel",
+    "norms with residual, SiLU, rotary with the write to pages": r"_rms_norm|_silu_mul|_rotate_and_store",
+    "sampling, inputs and what torch does beside": r".",
+}
+"""Part of a step -> its kernels; a kernel is of the first part that knows it."""
+LAYERS = 32
 
 BATCHES = {
     "decode_1": "1 row",
@@ -93,3 +106,29 @@ def fidelity_rows() -> Rows:
             f"{line[phase]['max_of_max']:.1e}, {line[phase]['mean_of_mean']:.1e}" for phase in ("prefill", "decode")
         )
         yield dtype, comparison, *phases, f"{line['strings_equal']} of {line['strings']}"
+
+
+def step_rows() -> Rows:
+    """Device milliseconds of a decode step by part, without adapters and with 64, as the profiler saw it."""
+    steps = [_profiled(RESULTS / f"profile-{case}.txt") for case in ("decode_base", "decode_lora64")]
+    for part in PARTS:
+        yield part, *(f"{step[part]:.2f}" if step[part] else "" for step in steps)
+    yield "together", *(f"{sum(step.values()):.2f}" for step in steps)
+
+
+def _profiled(path: Path) -> dict[str, float]:
+    """Part -> ms a step. A step rotates once a layer."""
+    calls: dict[str, tuple[float, int]] = {}
+    for line in path.read_text().splitlines():
+        found = re.match(r"\s*(\S.*?)\s{2,}.*\s([\d.]+)(us|ms|s)\s+[\d.]+%\s+\S+\s+\S+\s+(\d+)$", line)
+        if found:
+            name, value, unit, count = found.groups()
+            calls[name] = (
+                calls.get(name, (0.0, 0))[0] + float(value) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[unit],
+                int(count),
+            )
+    num_steps = calls["_rotate_and_store_kernel"][1] / LAYERS
+    parts = dict.fromkeys(PARTS, 0.0)
+    for name, (ms, _) in calls.items():
+        parts[next(part for part, kernels in PARTS.items() if re.search(kernels, name))] += ms / num_steps
+    return parts
