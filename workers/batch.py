@@ -25,6 +25,9 @@ Ints = npt.NDArray[np.integer[Any]]
 
 GRAPH_CHUNK_LENGTH = 16
 """Chunk length of captured batches, whatever their mix of adapters."""
+MAX_GRAPH_KEYS = 400_000
+"""Keys that the rows of prompts in a captured batch may attend to, counted for each row. Every row reads its own, as a
+decode does, where a prompt's rows would share them: beyond this it costs more than launching kernel by kernel does."""
 
 
 def most_chunks(num_rows: int, num_slots: int, chunk_length: int = GRAPH_CHUNK_LENGTH) -> int:
@@ -94,8 +97,6 @@ class StepBatch:
     """Rows that the batch is padded to, for a captured graph; None: not padded. Such a batch has every row as a
     sequence of its own: all keys of a layer are written before it attends, so a prompt's token finds those before it
     in the pages, as a decode does."""
-    wanted_rows: Ints | None
-    """Rows of a graph's logits that are wanted; None: the first ones."""
     sampled: tuple[Sequence, ...]
     """Sequences that get a token, in the order of the last `len(sampled)` logits rows (padding after them)."""
     prompts: tuple[tuple[Sequence, int, int], ...]
@@ -166,10 +167,9 @@ class BatchBuilder:
         null_page: int = 0,
     ) -> None:
         """`max_pages`: KV pages of the longest sequence. `num_slots`: most adapters in a batch. `pass_rows`: fewest and
-        most of a pass over the head. `graph_sizes`, rising, each of one pass: batches that fit are padded to one of
-        these rows; padding rows write their keys and values to `null_page`.
+        most of a pass over the head. `graph_sizes`, rising: batches that fit, with one pass, are padded to one of these
+        rows; padding rows write their keys and values to `null_page`.
         """
-        assert max(graph_sizes, default=0) <= pass_rows[1], "a graph has one pass"
         self._page_tokens = page_tokens
         self._sampling = SamplingTable(stop_token_ids)
         self._num_slots = num_slots
@@ -212,7 +212,9 @@ class BatchBuilder:
         ]
         logits_rows = np.concatenate([*prompt_rows, sampled_rows])
 
-        graph_size, max_chunks = self._graph_size(len(positions)), None
+        extended = lengths > 1
+        keys = int((lengths[extended] * ends[extended]).sum())
+        graph_size, max_chunks = self._graph_size(len(positions), len(logits_rows), keys), None
         if graph_size is not None and any(seq.lease is not None and seq.lease.has_extras for seq in sequences):
             graph_size = None  # which rows have parameters of their own is decided on the host, layer by layer
         num_pages = self._tables.shape[1] if graph_size is not None else int(-(-ends.max() // self._page_tokens))
@@ -228,29 +230,27 @@ class BatchBuilder:
             tables=tables,
             logits_rows=logits_rows,
         )
-        wanted_rows = None
         if graph_size is not None:
             num_adapters = np.unique(slots[slots != BASE_SLOT]).size
             needed = most_chunks(graph_size, num_adapters) if num_adapters else 0
             max_chunks = next(n for n in chunk_bounds(graph_size, self._num_slots) if n >= needed)
-            layout = layout.by_rows(row_sequence).padded(graph_size, self._null_page)
-            if not np.array_equal(logits_rows, np.arange(len(logits_rows))):
-                wanted_rows = logits_rows
+            layout = layout.by_rows(row_sequence).padded(graph_size, self._null_page, self._pass_rows[1])
         return _assemble(
             layout,
             graph_size=graph_size,
             chunk_length=None if graph_size is None else GRAPH_CHUNK_LENGTH,
             max_chunks=max_chunks,
             pass_rows=self._pass_rows,
-            wanted_rows=wanted_rows,
             rows=rows,
             sampled=sampled,
             prompts=tuple(prompt for _, prompt in prompts),
             sampling=self._sampling.batch(sampled, lines[samples]),
         )
 
-    def _graph_size(self, num_rows: int) -> int | None:
-        """The smallest captured size that holds so many rows; None when there is none."""
+    def _graph_size(self, num_rows: int, num_logits: int, num_keys: int) -> int | None:
+        """The smallest captured size that holds so many rows; None when none does, or not these logits and keys."""
+        if num_logits > self._pass_rows[1] or num_keys > MAX_GRAPH_KEYS:
+            return None
         return next((size for size in self._graph_sizes if size >= num_rows), None)
 
     def _line(self, sequence: Sequence) -> int:
@@ -306,6 +306,7 @@ def blank_batch(
     null_page: int,
     has_lora: bool,
     max_chunks: int,
+    max_logits: int,
     chunk_length: int = GRAPH_CHUNK_LENGTH,
 ) -> StepBatch:
     """A batch of padding alone, to capture a graph with; with `has_lora` one that goes through the LoRA kernels."""
@@ -313,7 +314,7 @@ def blank_batch(
     tables = np.zeros((0, max_pages), dtype=np.int32)
     layout = _Layout(none, none, none, none, none.astype(np.int32), none, none, tables, none)
     return _blank(
-        layout.padded(graph_size, null_page),
+        layout.padded(graph_size, null_page, max_logits),
         graph_size=graph_size,
         chunk_length=chunk_length,
         max_chunks=max_chunks,
@@ -337,7 +338,6 @@ def _blank(
         chunk_length=chunk_length,
         max_chunks=max_chunks,
         pass_rows=pass_rows,
-        wanted_rows=None,
         rows=(),
         sampled=(),
         prompts=(),
@@ -412,8 +412,11 @@ class _Layout:
             tables=self.tables[row_sequence],
         )
 
-    def padded(self, size: int, null_page: int) -> _Layout:
-        """As many one-row sequences as make `size` rows: they attend to nothing and write to `null_page`."""
+    def padded(self, size: int, null_page: int, max_logits: int) -> _Layout:
+        """With as many one-row sequences more as make `size` rows: they attend to nothing and write to `null_page`.
+
+        Logits are of as many rows too, or of `max_logits`; those beyond the wanted ones are of the first row.
+        """
         count = size - len(self.token_ids)
         tables = np.zeros((count, self.tables.shape[1]), dtype=self.tables.dtype)
         return _Layout(
@@ -425,7 +428,7 @@ class _Layout:
             query_lengths=_pad(self.query_lengths, count, 1),
             context_lengths=_pad(self.context_lengths, count, 0),
             tables=np.concatenate([self.tables, tables]),
-            logits_rows=np.arange(size),
+            logits_rows=_pad(self.logits_rows, min(size, max_logits) - len(self.logits_rows), 0),
         )
 
 
@@ -436,7 +439,6 @@ def _assemble(
     chunk_length: int | None,
     max_chunks: int | None,
     pass_rows: tuple[int, int],
-    wanted_rows: Ints | None,
     rows: tuple[ScheduledRows, ...],
     sampled: tuple[Sequence, ...],
     prompts: tuple[tuple[Sequence, int, int], ...],
@@ -477,7 +479,6 @@ def _assemble(
         passes=passes,
         has_pending=bool((layout.token_ids < 0).any()),
         graph_size=graph_size,
-        wanted_rows=wanted_rows,
         sampled=sampled,
         prompts=prompts,
         sampling=sampling,

@@ -270,7 +270,7 @@ def test_decodes_are_padded_to_a_captured_size() -> None:
     assert attention.context_lengths.tolist() == [6, 6, 6, 0]
     assert attention.block_tables.shape == (4, MAX_PAGES)
     assert inputs.segments.host_row_slots.tolist() == [0, 1, 2, BASE_SLOT]
-    assert [each.rows.tolist() for each in inputs.passes] == [[0, 1, 2, 3]]
+    assert [each.rows.tolist() for each in inputs.passes] == [[0, 1, 2, 0]], "the padding's logits are of any row"
     assert len(batch.sampled) == 3
     assert making.build(rows * 3).graph_size is None, "more than the largest size"
 
@@ -321,6 +321,7 @@ def test_a_batch_is_packed_as_its_graph_was_captured(rows: list[ScheduledRows]) 
         max_pages=MAX_PAGES,
         null_page=999,
         has_lora=has_lora,
+        max_logits=1000,
     )
     assert captured.graph_key == batch.graph_key
     inputs, captured_inputs = (one.view(torch.from_numpy(one.packed)) for one in (batch, captured))

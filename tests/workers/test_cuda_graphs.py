@@ -71,13 +71,21 @@ def test_any_batch_needs_only_kernels_that_are_compiled_at_start(table: None, gr
 
 
 @pytest.mark.parametrize(
-    ("max_running", "max_batch_tokens", "largest"), [(256, 8192, 512), (1, 2048, 512), (1024, 8192, 1024), (64, 64, 64)]
+    ("max_running", "max_batch_tokens", "max_pages", "largest"),
+    [
+        (256, 8192, 129, 2048),
+        (1, 2048, 129, 2048),
+        (1024, 8192, 8193, 1024),
+        (64, 64, 129, 64),
+        (256, 8192, 8193, 512),  # a long context's tables would be most of the step
+    ],
 )
-def test_graphs_reach_decodes_and_short_prompts(max_running: int, max_batch_tokens: int, largest: int) -> None:
-    sizes = graph_sizes(max_running, max_batch_tokens, 1024)
+def test_graphs_reach_decodes_and_prompts(
+    max_running: int, max_batch_tokens: int, max_pages: int, largest: int
+) -> None:
+    sizes = graph_sizes(max_running, max_batch_tokens, max_pages)
     assert list(sizes) == sorted(set(sizes))
     assert sizes[0] == 1
     assert sizes[-1] == largest >= max_running
     padding = [size - before - 1 for before, size in pairwise(sizes)]
-    assert graph_sizes(max_running, max_batch_tokens, 32)[-1] == 32
     assert all(rows <= max(7, size // 4) for rows, size in zip(padding, sizes[1:], strict=True))

@@ -16,7 +16,10 @@ from torch import Tensor
 from lorafleet.kernels.segments import CHUNK_LENGTHS
 from lorafleet.workers.batch import StepBatch, StepInputs, most_chunks
 
-MAX_ROWS = 512
+MAX_ROWS = 2048
+"""Of a graph for prompts beside decodes."""
+MAX_TABLE_ENTRIES = 1 << 20
+"""Of the block tables of such a graph, which hold a line a row and travel to the device with every step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class StepGraph:
     inputs: StepInputs
     """Views of `packed`."""
     logits: Tensor
-    """(size, vocab), overwritten by each replay."""
+    """(num_logits, vocab), overwritten by each replay."""
 
     def replay(self) -> Tensor:
         """Compute the step whose inputs are in `packed`; does not wait."""
@@ -58,13 +61,14 @@ def kernel_shapes(max_batch_tokens: int, num_slots: int) -> Iterator[tuple[int, 
         yield from ((chunk_length, 1 << n) for n in range((most - 1).bit_length() + 1))
 
 
-def graph_sizes(max_running: int, max_batch_tokens: int, logits_chunk_tokens: int) -> tuple[int, ...]:
-    """Numbers of rows worth a graph: dense where padding would cost most.
+def graph_sizes(max_running: int, max_batch_tokens: int, max_pages: int) -> tuple[int, ...]:
+    """Numbers of rows worth a graph: dense where padding would cost most. `max_pages`: of the longest sequence.
 
-    They go beyond `max_running` so that decodes with a short prompt or two beside them have one: below `MAX_ROWS` a
-    step without a graph takes longer to launch than to compute. A graph has the logits of all its rows, so none is
-    larger than `logits_chunk_tokens`.
+    They go beyond `max_running` so that decodes with prompts beside them have one: below some 1,500 rows a step without
+    a graph takes longer to launch than to compute.
     """
-    largest = min(max(max_running, MAX_ROWS), max(max_batch_tokens, max_running), logits_chunk_tokens)
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 4096, 64)]
+    for_prompts = min(MAX_ROWS, max(512, MAX_TABLE_ENTRIES // max_pages))
+    largest = min(max(max_running, for_prompts), max(max_batch_tokens, max_running))
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 64), *range(512, 1024, 128)]
+    sizes += range(1024, 1 << 20, 256)
     return (*(size for size in sizes if size < largest), largest)

@@ -122,8 +122,6 @@ class ModelRunner:
             graph.packed.copy_(packed, non_blocking=True)
             self._fill_pending(graph.inputs, batch, previous)
             logits = graph.replay()
-            if batch.wanted_rows is not None:
-                logits = logits[self._pinned(batch.wanted_rows).to(self.base.device, non_blocking=True)]
             parts = [self._choose(logits, batch, 0, targets)]
         prompts = Chosen.joined([part for part, _ in parts if part is not None])
         sampled = Chosen.joined([part for _, part in parts if part is not None])
@@ -250,6 +248,7 @@ class ModelRunner:
                     null_page=self.null_pages[0],
                     has_lora=self._kinds[-1],
                     max_chunks=max_chunks,
+                    max_logits=self.pass_rows[1],
                     chunk_length=chunk_length,
                 )
                 self._compute_blank(blank, max_batch_tokens)
@@ -264,7 +263,7 @@ class ModelRunner:
         self.stages_s["compile"] = time.monotonic() - started_s
         logger.info("compiled kernels, %.1f s", self.stages_s["compile"])
         started_s = time.monotonic()
-        sizes = [n for n in (self.graph_sizes[-1] + 1, 1024, 2048, 4096) if n < max_batch_tokens] + [max_batch_tokens]
+        sizes = [n for n in (1024, 2048, self.graph_sizes[-1] + 1, 4096) if n < max_batch_tokens] + [max_batch_tokens]
         variants: list[tuple[int, int, bool, int | None]] = [
             (n, 128, has_lora, None) for n in sizes for has_lora in self._kinds
         ]
@@ -316,6 +315,7 @@ class ModelRunner:
                     null_page=self.null_pages[0],
                     has_lora=has_lora,
                     max_chunks=max_chunks,
+                    max_logits=self.pass_rows[1],
                 )
                 self._graphs[blank.graph_key] = capture(self._forward, blank, self.base.device, pool)
             logger.info("captured a decode step of %d rows, %.1f s", size, time.monotonic() - started_s)

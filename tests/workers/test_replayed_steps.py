@@ -1,0 +1,82 @@
+"""What a captured step computes, on a CPU: the same layout, computed anew where a GPU would replay a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorafleet.workers.batch import StepBatch, StepInputs, blank_batch, chunk_bounds
+from lorafleet.workers.model.runner import ModelRunner, StepInFlight
+from tests.workers.harness import Shelf
+from tests.workers.test_step_in_flight import ask_all, assert_same
+
+SIZES = (4, 16, 64, 256)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Stands for a graph: its inputs are written into its buffer, and computed from there."""
+
+    packed: Tensor
+    inputs: StepInputs
+    compute: Callable[[StepInputs], Tensor]
+
+    def replay(self) -> Tensor:
+        return self.compute(self.inputs)
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[StepBatch]:
+    """Batches that a graph would have computed, in the order of their steps."""
+    batches: list[StepBatch] = []
+    init, launch = ModelRunner.__init__, ModelRunner.launch
+
+    def start(runner: ModelRunner, *arguments: Any, **options: Any) -> None:
+        init(runner, *arguments, **options)
+        runner.graph_sizes, runner.null_pages = SIZES, runner.cache.allocate(1)
+
+    def step(runner: ModelRunner, batch: StepBatch, previous: StepInFlight | None) -> StepInFlight:
+        if batch.graph_size is not None:
+            batches.append(batch)
+            packed = torch.full((batch.packed.size,), -7, dtype=torch.int32)
+            graph: Any = Replayed(packed, batch.view(packed), runner._forward)
+            bounds = chunk_bounds(batch.graph_size, runner.pool.num_slots)
+            has_lora = batch.graph_key[1] > 0
+            captured = blank_batch(
+                batch.graph_size,
+                max_pages=runner.max_pages,
+                null_page=runner.null_pages[0],
+                has_lora=has_lora,
+                max_chunks=batch.graph_key[1] if has_lora else bounds[0],
+                max_logits=runner.pass_rows[1],
+            )
+            assert (batch.graph_key[1] in bounds) == has_lora
+            assert (captured.graph_key, captured.packed.size) == (batch.graph_key, batch.packed.size)
+            runner._graphs = {batch.graph_key: graph}
+        return launch(runner, batch, previous)
+
+    monkeypatch.setattr(ModelRunner, "__init__", start)
+    monkeypatch.setattr(ModelRunner, "launch", step)
+    return batches
+
+
+async def test_the_answers_are_the_same(llama: Shelf, request: pytest.FixtureRequest) -> None:
+    """Decodes and prompts beside them, in batches that fit a graph and others."""
+    expected, _ = await ask_all(llama)
+    replayed: list[StepBatch] = request.getfixturevalue("replayed")
+    answers, _ = await ask_all(llama)
+    assert_same(answers, expected)
+    some = list(replayed)
+    assert {batch.graph_size for batch in some} >= {16, 64, 256}
+    assert any(batch.num_prompt_rows for batch in some)
+    assert any(len(batch.sampled) < batch.num_rows < len(batch.rows) + 64 for batch in some)
+    replayed.clear()
+    narrow, _ = await ask_all(llama, max_batch_tokens=24, logits_chunk_tokens=5)
+    assert replayed
+    assert all(len(batch.sampled) + batch.num_prompt_rows <= 5 for batch in replayed)
+    assert_same(narrow, expected)
