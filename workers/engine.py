@@ -20,7 +20,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorafleet.workers.adapter_loader import AdapterLoader
-from lorafleet.workers.batch import BatchBuilder, ScheduledRows, StepBatch
+from lorafleet.workers.batch import ScheduledRows, StepBatch
+from lorafleet.workers.batch_builder import BatchBuilder
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.errors import EngineFailed, InvalidTokenId, NonFiniteOutput, PromptTooLong, WorkerError

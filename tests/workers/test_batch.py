@@ -10,16 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafleet.kernels.segments import BASE_SLOT, plan_segments
-from lorafleet.workers.batch import (
-    GRAPH_CHUNK_LENGTH,
-    BatchBuilder,
-    ScheduledRows,
-    StepBatch,
-    blank_batch,
-    chunk_bounds,
-    most_chunks,
-)
+from lorafleet.workers.batch import ScheduledRows, StepBatch
+from lorafleet.workers.batch_builder import BatchBuilder
 from lorafleet.workers.detokenizer import Detokenizer
+from lorafleet.workers.layout import GRAPH_CHUNK_LENGTH, blank_batch, chunk_bounds, most_chunks
 from lorafleet.workers.model.sampler import SamplingBatch, uniforms
 from lorafleet.workers.request import EngineRequest, SamplingParams
 from lorafleet.workers.sampling_table import FORBIDDEN

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafleet.workers.batch import StepBatch, StepInputs, blank_batch, chunk_bounds
+from lorafleet.workers.batch import StepBatch, StepInputs
+from lorafleet.workers.layout import blank_batch, chunk_bounds
 from lorafleet.workers.model.runner import ModelRunner, StepInFlight
 from tests.workers.harness import Shelf
 from tests.workers.test_step_in_flight import ask_all, assert_same

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lorafleet.kernels.segments import CHUNK_LENGTHS
-from lorafleet.workers.batch import StepBatch, StepInputs, most_chunks
+from lorafleet.workers.batch import StepBatch, StepInputs
+from lorafleet.workers.layout import most_chunks
 
 MAX_ROWS = 2048
 """Of a graph for prompts beside decodes."""

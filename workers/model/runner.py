@@ -19,8 +19,9 @@ import torch
 from lorafleet.kernels.launching import compiled_ahead
 from lorafleet.kernels.reference import EXACT_ROWS
 from lorafleet.kernels.segments import Segments
-from lorafleet.workers.batch import StepBatch, StepInputs, blank_batch, blank_prompt, chunk_bounds
+from lorafleet.workers.batch import StepBatch, StepInputs
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
+from lorafleet.workers.layout import blank_batch, blank_prompt, chunk_bounds
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.model import attention, fused_layers, lora_layers, norm_layers

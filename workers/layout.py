@@ -1,0 +1,228 @@
+"""Lays a step's rows out in one array: padding for graphs, segments, passes over the head; and batches of nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lorafleet.kernels.segments import BASE_SLOT, SegmentPlan, plan_segments
+from lorafleet.workers.batch import ScheduledRows, StepBatch
+from lorafleet.workers.model.logits import plan_passes
+from lorafleet.workers.model.sampler import NO_SAMPLING, SamplingBatch
+from lorafleet.workers.sequence import Sequence
+
+Ints = npt.NDArray[np.integer[Any]]
+
+GRAPH_CHUNK_LENGTH = 16
+"""Chunk length of captured batches, whatever their mix of adapters."""
+
+
+def most_chunks(num_rows: int, num_slots: int, chunk_length: int = GRAPH_CHUNK_LENGTH) -> int:
+    """Most chunks that so many rows make, of at most `num_slots` adapters and of the base."""
+    num_segments = min(num_rows, num_slots + 1)
+    return num_segments + (num_rows - num_segments) // chunk_length
+
+
+def chunk_bounds(num_rows: int, num_slots: int) -> tuple[int, ...]:
+    """Rising bounds of the chunks of captured batches of so many rows, each worth a graph of its own.
+
+    They hold a 64th, a quarter and all as many adapters as there are rows: a kernel's programs for chunks that a batch
+    does not have end at once, but where few adapters share many rows they would be most of the launch.
+    """
+    adapters = (num_rows // 64, num_rows // 4, num_rows) if num_rows >= 32 else (num_rows,)
+    return tuple(sorted({most_chunks(num_rows, min(max(n, 1), num_slots)) for n in adapters}))
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The arrays of a batch before they are packed."""
+
+    token_ids: Ints
+    positions: Ints
+    row_pages: Ints
+    row_offsets: Ints
+    row_slots: npt.NDArray[np.int32]
+    query_lengths: Ints
+    context_lengths: Ints
+    tables: Ints
+    logits_rows: Ints
+
+    def by_rows(self, row_sequence: Ints) -> Layout:
+        """The same work with every row as a sequence of its own."""
+        return replace(
+            self,
+            query_lengths=np.ones_like(self.positions),
+            context_lengths=self.positions + 1,
+            tables=self.tables[row_sequence],
+        )
+
+    def padded(self, size: int, null_page: int, max_logits: int) -> Layout:
+        """With as many one-row sequences more as make `size` rows: they attend to nothing and write to `null_page`.
+
+        Logits are of as many rows too, or of `max_logits`; those beyond the wanted ones are of the first row.
+        """
+        count = size - len(self.token_ids)
+        tables = np.zeros((count, self.tables.shape[1]), dtype=self.tables.dtype)
+        return Layout(
+            token_ids=_pad(self.token_ids, count, 0),
+            positions=_pad(self.positions, count, 0),
+            row_pages=_pad(self.row_pages, count, null_page),
+            row_offsets=_pad(self.row_offsets, count, 0),
+            row_slots=_pad(self.row_slots, count, BASE_SLOT).astype(np.int32),
+            query_lengths=_pad(self.query_lengths, count, 1),
+            context_lengths=_pad(self.context_lengths, count, 0),
+            tables=np.concatenate([self.tables, tables]),
+            logits_rows=_pad(self.logits_rows, min(size, max_logits) - len(self.logits_rows), 0),
+        )
+
+    def pack(
+        self,
+        *,
+        graph_size: int | None,
+        chunk_length: int | None,
+        max_chunks: int | None,
+        pass_rows: tuple[int, int],
+        rows: tuple[ScheduledRows, ...],
+        sampled: tuple[Sequence, ...],
+        prompts: tuple[tuple[Sequence, int, int], ...],
+        sampling: SamplingBatch,
+    ) -> StepBatch:
+        """The batch of these arrays. `chunk_length`, `max_chunks`: of its segments, as in `plan_segments`.
+
+        `pass_rows`: fewest and most of a pass over the head.
+        """
+        segments = plan_segments(self.row_slots, chunk_length=chunk_length, max_chunks=max_chunks)
+        min_rows, max_rows = pass_rows
+        passes = plan_passes(
+            segments,
+            self.logits_rows,
+            min_rows=min_rows,
+            max_rows=max_rows,
+            chunk_length=chunk_length,
+            max_chunks=max_chunks,
+        )
+        packed = (
+            self.token_ids,
+            self.positions,
+            self.row_pages,
+            self.row_offsets,
+            np.zeros(1, np.int64),
+            np.cumsum(self.query_lengths),
+            self.context_lengths,
+            self.logits_rows,
+            self.tables.reshape(-1),
+            segments.packed,
+            *(plan.segments.packed for plan in passes),
+        )
+        return StepBatch(
+            rows=rows,
+            packed=np.concatenate(packed, dtype=np.int32, casting="unsafe"),
+            query_lengths=self.query_lengths.tolist(),
+            context_lengths=self.context_lengths.tolist(),
+            num_table_pages=self.tables.shape[1],
+            num_decodes=int(np.count_nonzero(self.query_lengths == 1)),
+            num_logits=len(self.logits_rows),
+            segments=segments,
+            passes=passes,
+            has_pending=bool((self.token_ids < 0).any()),
+            graph_size=graph_size,
+            sampled=sampled,
+            prompts=prompts,
+            sampling=sampling,
+        )
+
+
+def _pad(array: Ints, count: int, value: int) -> Ints:
+    return np.concatenate([array, np.full(count, value, dtype=array.dtype)])
+
+
+def blank_batch(
+    graph_size: int,
+    *,
+    max_pages: int,
+    null_page: int,
+    has_lora: bool,
+    max_chunks: int,
+    max_logits: int,
+    chunk_length: int = GRAPH_CHUNK_LENGTH,
+) -> StepBatch:
+    """A batch of padding alone, to capture a graph with; with `has_lora` one that goes through the LoRA kernels."""
+    none = np.zeros(0, dtype=np.int64)
+    tables = np.zeros((0, max_pages), dtype=np.int32)
+    layout = Layout(none, none, none, none, none.astype(np.int32), none, none, tables, none)
+    return _blank(
+        layout.padded(graph_size, null_page, max_logits),
+        graph_size=graph_size,
+        chunk_length=chunk_length,
+        max_chunks=max_chunks,
+        pass_rows=(1, graph_size),
+        has_lora=has_lora,
+    )
+
+
+def _blank(
+    layout: Layout,
+    *,
+    graph_size: int | None,
+    chunk_length: int,
+    max_chunks: int | None,
+    pass_rows: tuple[int, int],
+    has_lora: bool,
+) -> StepBatch:
+    batch = layout.pack(
+        graph_size=graph_size,
+        chunk_length=chunk_length,
+        max_chunks=max_chunks,
+        pass_rows=pass_rows,
+        rows=(),
+        sampled=(),
+        prompts=(),
+        sampling=NO_SAMPLING,
+    )
+    if not has_lora:
+        return batch
+    passes = tuple(replace(plan, segments=_all_lora(plan.segments)) for plan in batch.passes)
+    return replace(batch, segments=_all_lora(batch.segments), passes=passes)
+
+
+def _all_lora(plan: SegmentPlan) -> SegmentPlan:
+    return replace(plan, num_lora_chunks=plan.max_chunks)
+
+
+def blank_prompt(
+    num_rows: int,
+    *,
+    page_tokens: int,
+    null_page: int,
+    has_lora: bool,
+    chunk_length: int,
+    max_pass_rows: int | None = None,
+) -> StepBatch:
+    """One prompt of `num_rows` tokens that leaves nothing behind, to compile and warm up with.
+
+    Its last row has logits; all rows have, in passes of `max_pass_rows`, if that is given.
+    """
+    positions = np.arange(num_rows)
+    num_pages = -(-num_rows // page_tokens)
+    layout = Layout(
+        token_ids=np.zeros_like(positions),
+        positions=positions,
+        row_pages=np.full_like(positions, null_page),
+        row_offsets=positions % page_tokens,
+        row_slots=np.full(num_rows, BASE_SLOT, dtype=np.int32),
+        query_lengths=np.array([num_rows]),
+        context_lengths=np.array([num_rows]),
+        tables=np.full((1, num_pages), null_page, dtype=np.int32),
+        logits_rows=positions[-1:] if max_pass_rows is None else positions,
+    )
+    return _blank(
+        layout,
+        graph_size=None,
+        chunk_length=chunk_length,
+        max_chunks=None,
+        pass_rows=(1, max_pass_rows or 1),
+        has_lora=has_lora,
+    )
