@@ -56,12 +56,12 @@ class Block:
         """Lay the block's rows into the first elements of `target`, which is flat, and zero what no row covers."""
         num_elements = self.num_pages * self.page_elements
         parts, end = [], 0
-        for run in self.runs:
+        for number, run in enumerate(self.runs, 1):
             if run.start > end:
                 parts.append(np.zeros(run.start - end, dtype=target.dtype))
             parts.append(_padded(_rows(run.piece, weights)[run.first : run.first + run.count]))
             end = run.start + parts[-1].size
-            if len(parts) % RUNS_AT_ONCE == 0:
+            if number % RUNS_AT_ONCE == 0:
                 time.sleep(0)
         parts.append(np.zeros(num_elements - end, dtype=target.dtype))
         # One call for all: numpy would let the interpreter go and want it back for every run, and each time the step

@@ -49,7 +49,8 @@ class Stager:
             # Some releases of torch leave the constructor untyped.
             make_stream = cast(Callable[[torch.device], torch.cuda.Stream], torch.cuda.Stream)
             self.stream = make_stream(elements.device)
-            # A thread lays out its block alone: torch's own threads would be as many again for each of these.
+            # A thread lays out its block alone: torch's own threads would be as many again for each of these. Torch
+            # keeps that for every thread that starts later: on a GPU's worker none of them computes on the CPU.
             num_threads = max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2))
             self._threads = ThreadPoolExecutor(num_threads, "lorafleet-copy", lambda: torch.set_num_threads(1))
             self._buffers: SimpleQueue[_Buffer] = SimpleQueue()

@@ -33,7 +33,7 @@ class StepGraph:
     inputs: StepInputs
     """Views of `packed`."""
     logits: Tensor
-    """(num_logits, vocab), overwritten by each replay."""
+    """(num_logits, vocab), overwritten by each replay of any graph."""
 
     def replay(self) -> Tensor:
         """Compute the step whose inputs are in `packed`; does not wait."""
@@ -41,14 +41,23 @@ class StepGraph:
         return self.logits
 
 
-def capture(forward: Callable[[StepInputs], Tensor], blank: StepBatch, device: torch.device, pool: Any) -> StepGraph:
-    """Capture `forward` over a batch of padding. `pool` is shared by all graphs, which never run at once."""
+def capture(
+    forward: Callable[[StepInputs], Tensor], blank: StepBatch, device: torch.device, pool: Any, logits: Tensor | None
+) -> StepGraph:
+    """Capture `forward` over a batch of padding. `pool` is shared by all graphs, which never run at once.
+
+    So are `logits`, those of the largest, for which they are None: what each left of its own would stay for good.
+    """
     packed = torch.from_numpy(blank.packed).to(device)
     inputs = blank.view(packed)
-    forward(inputs)  # compiles kernels and sets up libraries, which a capture must not do
+    left = forward(inputs)  # compiles kernels and sets up libraries, which a capture must not do
+    if logits is None:
+        logits = torch.empty_like(left)
+    logits = logits[: len(left)]
+    del left
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
-        logits = forward(inputs)
+        logits.copy_(forward(inputs))
     return StepGraph(graph, packed, inputs, logits)
 
 
@@ -68,7 +77,7 @@ def graph_sizes(max_running: int, max_batch_tokens: int, max_pages: int) -> tupl
     They go beyond `max_running` so that decodes with prompts beside them have one: below some 1,500 rows a step without
     a graph takes longer to launch than to compute.
     """
-    for_prompts = min(MAX_ROWS, max(512, MAX_TABLE_ENTRIES // max_pages))
+    for_prompts = min(MAX_ROWS, max(512, MAX_TABLE_ENTRIES // max_pages // 256 * 256))
     largest = min(max(max_running, for_prompts), max(max_batch_tokens, max_running))
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 64), *range(512, 1024, 128)]
     sizes += range(1024, 1 << 20, 256)

@@ -305,7 +305,7 @@ class ModelRunner:
     def _capture_graphs(self) -> None:
         """Capture decode steps of every size, largest first, so that the smaller ones reuse its memory."""
         started_s = time.monotonic()
-        pool = torch.cuda.graph_pool_handle()
+        pool, logits = torch.cuda.graph_pool_handle(), None
         for size in reversed(self.graph_sizes):
             bounds = chunk_bounds(size, self.pool.num_slots)
             variants = [(True, n) for n in reversed(bounds)] if self.pool.num_slots else []
@@ -318,7 +318,15 @@ class ModelRunner:
                     max_chunks=max_chunks,
                     max_logits=self.pass_rows[1],
                 )
-                self._graphs[blank.graph_key] = capture(self._forward, blank, self.base.device, pool)
+                try:
+                    graph = capture(self._forward, blank, self.base.device, pool, logits)
+                except torch.OutOfMemoryError as error:
+                    raise WorkerConfigError(
+                        f"no memory is left for a CUDA graph of {size} rows: lower worker.gpu_memory_utilization, "
+                        f"worker.kv_bytes, adapters.pool_bytes or worker.logits_chunk_tokens ({self.pass_rows[1]})"
+                    ) from error
+                logits = graph.logits if logits is None else logits
+                self._graphs[blank.graph_key] = graph
             logger.info("captured a decode step of %d rows, %.1f s", size, time.monotonic() - started_s)
         self.stages_s["capture"] = time.monotonic() - started_s
 
