@@ -49,10 +49,15 @@ def ratio(value: float | None, other: float | None) -> float | None:
     return None if value is None or other is None else value / other
 
 
+def number(value: float) -> str:
+    """With three digits, or all of those before the point."""
+    return f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"
+
+
 def print_bars(bars: Iterable[Bar]) -> None:
     """A line a bar."""
     for bar in bars:
-        value = "-" if bar.value is None else f"{bar.value:,.3g}" if bar.value < 1000 else f"{bar.value:,.0f}"
+        value = "-" if bar.value is None else number(bar.value)
         print(f"{bar.verdict:7} {bar.name:82} {value:>9}   {'<=' if bar.is_most else '>='} {bar.bound:,g}")
 
 

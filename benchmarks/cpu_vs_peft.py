@@ -29,8 +29,9 @@ from typing import Any
 import bars
 import matplotlib as mpl
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft_adapters import write_peft_adapters
 from transformers import AutoModelForCausalLM
 
 from lorafleet.adapter_store.manifest import AdapterWeights
@@ -76,19 +77,12 @@ class Work:
 
 def make_adapters(base: Path, root: Path) -> dict[str, Path]:
     """Let PEFT write the adapters of `ADAPTERS`, with random weights that change what is said."""
-    folders = {}
-    for number, (name, recipe) in enumerate(ADAPTERS.items()):
-        torch.manual_seed(number)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_alpha=16, **recipe))
-        with torch.no_grad():
-            for module in peft_model.modules():
-                if isinstance(module, LoraLayer):
-                    b = module.lora_B["default"].weight
-                    b.normal_(0, 0.3 / (module.scaling["default"] * b.shape[1] ** 0.5))
-        folders[name] = root / name
-        peft_model.save_pretrained(folders[name])
-    return folders
+
+    def fill(module: LoraLayer) -> None:
+        b = module.lora_B["default"].weight
+        b.normal_(0, 0.3 / (module.scaling["default"] * b.shape[1] ** 0.5))
+
+    return write_peft_adapters(base, root, ADAPTERS, fill)
 
 
 def make_work(base: Path, num_tokens: int) -> Work:

@@ -30,15 +30,20 @@ def report(path: Path, peers: Sequence[Path], fidelity: Path) -> None:
     _draw(results, found, path.with_suffix(".png"))
 
 
+def on_gpu(fidelity: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """(Dtype, comparison) -> the last line of it that is of a GPU, of what `fidelity.py` has written."""
+    lines = map(json.loads, fidelity.read_text().splitlines() if fidelity.exists() else ())
+    return {(line["dtype"], line["comparison"]): line for line in lines if "NVIDIA" in line["device"]}
+
+
 def differences(fidelity: Path) -> dict[str, float]:
     """Dtype -> largest difference of any logprob from transformers + PEFT, in the last comparisons on a GPU."""
-    found: dict[tuple[str, str], float] = {}
-    lines = fidelity.read_text().splitlines() if fidelity.exists() else []
-    for line in map(json.loads, lines):
-        if "NVIDIA" in line["device"] and line["comparison"] != "transformers' own":
-            largest = max(line[phase]["max_of_max"] for phase in ("prefill", "decode"))
-            found[line["dtype"], line["comparison"]] = largest
-    return {dtype: max(value for (of, _), value in found.items() if of == dtype) for dtype, _ in found}
+    largest: dict[str, float] = {}
+    for (dtype, comparison), line in on_gpu(fidelity).items():
+        if comparison != "transformers' own":
+            found = (line[phase]["max_of_max"] for phase in ("prefill", "decode"))
+            largest[dtype] = max(largest.get(dtype, 0.0), *found)
+    return largest
 
 
 def rates(results: Results) -> list[float]:

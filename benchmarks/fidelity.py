@@ -32,8 +32,9 @@ import bars
 import random_models
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft_adapters import write_peft_adapters
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -91,22 +92,15 @@ def write_base(folder: Path, geometry: str, dtype: torch.dtype) -> Path:
 
 def make_adapters(base: Path, root: Path, dtype: torch.dtype) -> dict[str, Path]:
     """Let PEFT write the adapters of `ADAPTERS`; their random weights change what is said, and are exact in `dtype`."""
-    folders = {}
-    for number, (name, recipe) in enumerate(ADAPTERS.items()):
-        torch.manual_seed(number)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", lora_alpha=16, **recipe))
-        with torch.no_grad():
-            for module in peft_model.modules():
-                if isinstance(module, LoraLayer):
-                    for a, b in _factors(module):
-                        a.normal_(0, a.shape[1] ** -0.5 if module.lora_A else 0.5)
-                        b.normal_(0, 0.5 / (module.scaling["default"] * a.shape[0] ** 0.5))
-                        for factor in (a, b):
-                            factor.copy_(factor.to(dtype))
-        folders[name] = root / name
-        peft_model.save_pretrained(folders[name], save_embedding_layers=False)
-    return folders
+
+    def fill(module: LoraLayer) -> None:
+        for a, b in _factors(module):
+            a.normal_(0, a.shape[1] ** -0.5 if module.lora_A else 0.5)
+            b.normal_(0, 0.5 / (module.scaling["default"] * a.shape[0] ** 0.5))
+            for factor in (a, b):
+                factor.copy_(factor.to(dtype))
+
+    return write_peft_adapters(base, root, ADAPTERS, fill, save_embedding_layers=False)
 
 
 def _factors(module: LoraLayer) -> Iterable[tuple[Tensor, Tensor]]:

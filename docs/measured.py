@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +14,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import engine_report  # noqa: E402 (they lie beside each other, in no package)
 import kernels_report  # noqa: E402
-from bars import Bar, latest, median  # noqa: E402
+from bars import Bar, latest, median, number  # noqa: E402
 
 Rows = Iterator[Sequence[str]]
 
@@ -52,10 +51,6 @@ def bar_rows(bars: Iterable[Bar]) -> Rows:
     for bar in bars:
         if bar.value is not None:
             yield bar.name, number(bar.value), f"at {'most' if bar.is_most else 'least'} {bar.bound:,g}", bar.verdict
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def kernel_bars() -> Rows:
@@ -97,11 +92,7 @@ def engine_bars() -> Rows:
 
 def fidelity_rows() -> Rows:
     """The last comparisons on a GPU: dtype, comparison, and the largest and mean differences."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for line in map(json.loads, (RESULTS / "fidelity.jsonl").read_text().splitlines()):
-        if "NVIDIA" in line["device"]:
-            found[line["dtype"], line["comparison"]] = line
-    for (dtype, comparison), line in found.items():
+    for (dtype, comparison), line in engine_report.on_gpu(RESULTS / "fidelity.jsonl").items():
         phases = (
             f"{line[phase]['max_of_max']:.1e}, {line[phase]['mean_of_mean']:.1e}" for phase in ("prefill", "decode")
         )

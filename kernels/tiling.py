@@ -94,7 +94,8 @@ def dependent_launch(tensor: Tensor) -> bool:
     return tensor.is_cuda and _capability(tensor.device)[0] >= 9
 
 
-MOST_STAGES = 4
+_MOST_STAGES = 4
+"""Of a program whose tiling says one, when it has more steps than one."""
 
 
 def stages(wanted: int, steps: int, tile_bytes: int, tensor: Tensor) -> int:
@@ -104,7 +105,7 @@ def stages(wanted: int, steps: int, tile_bytes: int, tensor: Tensor) -> int:
     would wait for each other's loads.
     """
     if wanted == 1:
-        wanted = min(steps, MOST_STAGES)
+        wanted = min(steps, _MOST_STAGES)
     return max(1, min(wanted, _shared_bytes(tensor.device) // tile_bytes)) if tensor.is_cuda else wanted
 
 

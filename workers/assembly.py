@@ -72,11 +72,12 @@ def assemble(
     )
     residency = Residency(adapter_pool)
     loader = AdapterLoader(adapter_pool, residency, fetch, on_gone=cache.drop)
-    max_pages = -(-(base.max_model_len + 1) // cache.page_tokens)
+    max_pages = cache.pages_for(base.max_model_len + 1)
     runner = ModelRunner(
         base,
         cache,
         adapter_pool,
+        max_pages=max_pages,
         graph_sizes=graph_sizes(engine.max_running, engine.max_batch_tokens, max_pages) if captures else (),
         max_batch_tokens=engine.max_batch_tokens,
         max_pass_rows=engine.logits_chunk_tokens,

@@ -168,7 +168,7 @@ class Scheduler:
         budget.tokens -= num_rows
 
     def _missing_pages(self, sequence: Sequence, num_tokens: int) -> int:
-        return max(0, -(-num_tokens // self._cache.page_tokens) - len(sequence.kv_pages))
+        return max(0, self._cache.pages_for(num_tokens) - len(sequence.kv_pages))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the head of the queue, without pages; its adapter stays leased, so it resumes on the same version."""

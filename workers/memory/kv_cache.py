@@ -63,6 +63,10 @@ class KVCache:
         shape = (num_pages, layer.num_kv_heads, self.page_tokens, layer.head_dim)
         return torch.zeros(shape, dtype=dtype, device=device)
 
+    def pages_for(self, num_tokens: int) -> int:
+        """How many pages so many tokens of a sequence take."""
+        return -(-num_tokens // self.page_tokens)
+
     @staticmethod
     def page_bytes(layers: Sequence[LayerKV], page_tokens: int, dtype: torch.dtype) -> int:
         """Bytes that one page takes over all layers, K and V."""

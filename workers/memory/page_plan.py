@@ -24,9 +24,7 @@ with warnings.catch_warnings():
 
 BLOCK_BYTES = 8 << 20
 """Pages are laid out and copied in blocks of about this size, so that the one goes on while the other does."""
-
-
-RUNS_AT_ONCE = 8
+_RUNS_AT_ONCE = 8
 """Runs that are looked up before another thread may have the interpreter."""
 
 
@@ -61,7 +59,7 @@ class Block:
                 parts.append(np.zeros(run.start - end, dtype=target.dtype))
             parts.append(_padded(_rows(run.piece, weights)[run.first : run.first + run.count]))
             end = run.start + parts[-1].size
-            if number % RUNS_AT_ONCE == 0:
+            if number % _RUNS_AT_ONCE == 0:
                 time.sleep(0)
         parts.append(np.zeros(num_elements - end, dtype=target.dtype))
         # One call for all: numpy would let the interpreter go and want it back for every run, and each time the step

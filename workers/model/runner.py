@@ -67,12 +67,13 @@ class ModelRunner:
         cache: KVCache,
         pool: AdapterPool,
         *,
+        max_pages: int,
         graph_sizes: tuple[int, ...] = (),
         max_batch_tokens: int = 2048,
         max_pass_rows: int = 512,
     ) -> None:
-        """`graph_sizes`, rising: rows of the decode batches to capture; none on a CPU. `max_pass_rows`: rows whose
-        logits exist at once.
+        """`max_pages`: KV pages of the longest sequence. `graph_sizes`, rising: rows of the batches to capture; none on
+        a CPU. `max_pass_rows`: rows whose logits exist at once.
         """
         self.base = base
         self.cache = cache
@@ -86,8 +87,7 @@ class ModelRunner:
         """Whether a batch may have LoRA work."""
         self.stages_s: dict[str, float] = {}
         """Seconds of what was done at start."""
-        self.max_pages = -(-(base.max_model_len + 1) // cache.page_tokens)
-        """KV pages of the longest sequence."""
+        self.max_pages = max_pages
         self.graph_sizes = graph_sizes if base.device.type == "cuda" else ()
         self.null_pages = cache.allocate(1) if self.graph_sizes else []
         """Takes the keys and values of padding rows; never given back. None where nothing is padded."""
@@ -352,7 +352,7 @@ class ModelRunner:
     def _probe_difference(self) -> float:
         """How far the probe's logprobs are off transformers' own, in the mean over the likeliest tokens."""
         num_tokens = len(self.base.probe_token_ids)
-        pages = self.cache.allocate(-(-num_tokens // self.cache.page_tokens))
+        pages = self.cache.allocate(self.cache.pages_for(num_tokens))
         bounds = (0, num_tokens // 2, num_tokens - 1, num_tokens)
         try:
             parts = [part for start, end in pairwise(bounds) for part in self._probe_part(pages, start, end)]
