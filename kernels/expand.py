@@ -16,8 +16,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from lorafleet.kernels.launching import launch
+from lorafleet.kernels.prefetch import prefetch_rows
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.tiling import (
+    FEW_ROWS,
     VIEWS,
     ExpandTiling,
     Shape,
@@ -98,6 +100,7 @@ def expand(
         SPLIT_H=weights.pool.dtype != torch.float32 and (tiling.split_h or weights.pool.dtype == torch.float16),
         ACCUMULATE=accumulate,
         PDL=pdl,
+        AHEAD=pdl and segments.chunk_length <= FEW_ROWS,
         num_warps=tiling.num_warps,
         num_stages=stages(tiling.num_stages, steps, tile_bytes, y),
         launch_pdl=pdl,
@@ -141,6 +144,7 @@ def _expand_kernel(
     SPLIT_H: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     NUM_PARTS: tl.constexpr = len(PART_WIDTHS)
     pid = tl.program_id(0)
@@ -206,7 +210,7 @@ def _expand_kernel(
                     h_slice, h_row_stride, h_split_stride, pool, table, y_part, bias_part, rows, y_stride, start, end,
                     column, column_end, rank, max_rank, scaling, NUM_SPLITS, ROW_ALIGN, BLOCK_ROWS,
                     BLOCK_RANKS >> (LEVELS - 1 - level) * 2, RANK_BLOCKS if level == LEVELS - 1 else 1, BLOCK_COLUMNS,
-                    BLOCK_ELEMENTS, SPAN, SPLIT_H, ACCUMULATE, PDL,
+                    BLOCK_ELEMENTS, SPAN, SPLIT_H, ACCUMULATE, PDL, AHEAD,
                 )  # fmt: skip
 
 
@@ -239,6 +243,7 @@ def _walk_span(
     SPLIT_H: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Columns column..column_end, in blocks of as many as BLOCK_ELEMENTS elements of B allow."""
     COLUMNS: tl.constexpr = min(BLOCK_COLUMNS, BLOCK_ELEMENTS // BLOCK_RANKS)
@@ -246,6 +251,8 @@ def _walk_span(
     n = column + tl.arange(0, COLUMNS)
     i = start + tl.arange(0, BLOCK_ROWS)
     b_starts = _locate(table, r, max_rank, ROW_ALIGN)
+    if AHEAD:
+        prefetch_rows(pool + b_starts + column, r < rank, column_end - column)
     if PDL:
         gdc_wait()
     if RANK_BLOCKS == 1:

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lorafleet.kernels.launching import launch
+from lorafleet.kernels.prefetch import prefetch_rows
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.tiling import (
     FEW_ROWS,
@@ -96,6 +97,7 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
         STEPS=steps,
         EVEN_K=in_dim % (steps * tiling.block_k) == 0,
         PDL=pdl,
+        AHEAD=pdl and is_few,
         EARLY=pdl and tiling.early,
         num_warps=tiling.num_warps,
         num_stages=stages(tiling.num_stages, steps, tile_bytes, x),
@@ -133,6 +135,7 @@ def _shrink_kernel(
     STEPS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -164,8 +167,16 @@ def _shrink_kernel(
     k = split * (STEPS * BLOCK_K) + tl.arange(0, BLOCK_K)
     x_pointers = x + rows[:, None] * x_stride + k[None, :]
     h_rows = h + (split.to(tl.int64) * num_rows + i) * (NUM_SLICES * max_rank)
+    if AHEAD:
+        begin = split * (STEPS * BLOCK_K)
+        width = tl.minimum(in_dim - begin, STEPS * BLOCK_K)
+        low_rows = pool + low_starts.to(tl.int64) * ROW_ALIGN + begin
+        prefetch_rows(low_rows, first + low % BLOCK_RANKS < low_ranks, width)
+        if NUM_SLICES > 2:
+            high_rows = pool + high_starts.to(tl.int64) * ROW_ALIGN + begin
+            prefetch_rows(high_rows, first + high % BLOCK_RANKS < high_ranks, width)
     if PDL:
-        # The tables are older than the kernel ahead, x is not. Who comes up beside this one relies on what was ahead.
+        # The adapters are older than the kernel ahead, x is not. Who comes up beside this one relies on what was ahead.
         gdc_wait()
     if EARLY:
         gdc_launch_dependents()
