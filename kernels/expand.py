@@ -16,10 +16,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from lorafleet.kernels.launching import launch
-from lorafleet.kernels.prefetch import prefetch_rows
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.tiling import (
-    FEW_ROWS,
     VIEWS,
     ExpandTiling,
     Shape,
@@ -100,7 +98,6 @@ def expand(
         SPLIT_H=weights.pool.dtype != torch.float32 and (tiling.split_h or weights.pool.dtype == torch.float16),
         ACCUMULATE=accumulate,
         PDL=pdl,
-        AHEAD=pdl and segments.chunk_length <= FEW_ROWS,
         num_warps=tiling.num_warps,
         num_stages=stages(tiling.num_stages, steps, tile_bytes, y),
         launch_pdl=pdl,
@@ -144,7 +141,6 @@ def _expand_kernel(
     SPLIT_H: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PDL: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     NUM_PARTS: tl.constexpr = len(PART_WIDTHS)
     pid = tl.program_id(0)
@@ -210,7 +206,7 @@ def _expand_kernel(
                     h_slice, h_row_stride, h_split_stride, pool, table, y_part, bias_part, rows, y_stride, start, end,
                     column, column_end, rank, max_rank, scaling, NUM_SPLITS, ROW_ALIGN, BLOCK_ROWS,
                     BLOCK_RANKS >> (LEVELS - 1 - level) * 2, RANK_BLOCKS if level == LEVELS - 1 else 1, BLOCK_COLUMNS,
-                    BLOCK_ELEMENTS, SPAN, SPLIT_H, ACCUMULATE, PDL, AHEAD,
+                    BLOCK_ELEMENTS, SPAN, SPLIT_H, ACCUMULATE, PDL,
                 )  # fmt: skip
 
 
@@ -243,7 +239,6 @@ def _walk_span(
     SPLIT_H: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     PDL: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     """Columns column..column_end, in blocks of as many as BLOCK_ELEMENTS elements of B allow."""
     COLUMNS: tl.constexpr = min(BLOCK_COLUMNS, BLOCK_ELEMENTS // BLOCK_RANKS)
@@ -251,11 +246,17 @@ def _walk_span(
     n = column + tl.arange(0, COLUMNS)
     i = start + tl.arange(0, BLOCK_ROWS)
     b_starts = _locate(table, r, max_rank, ROW_ALIGN)
-    if AHEAD:
-        prefetch_rows(pool + b_starts + column, r < rank, column_end - column)
-    if PDL:
-        gdc_wait()
-    if RANK_BLOCKS == 1:
+    if (RANK_BLOCKS == 1) & (SPAN <= COLUMNS):
+        # B does not wait for h, and one step's fits into registers.
+        b = _load_b(pool, b_starts, r < rank, n, column_end)
+        if PDL:
+            gdc_wait()
+        h = _load_h(h_slice, h_row_stride, h_split_stride, i, end, r, rank, max_rank, scaling, NUM_SPLITS)
+        sums = _product(h, b, tl.zeros((BLOCK_ROWS, COLUMNS), dtype=tl.float32), SPLIT_H)
+        _store(y_part, rows, y_stride, bias_part, sums, i < end, n, column_end, ACCUMULATE)
+    elif RANK_BLOCKS == 1:
+        if PDL:
+            gdc_wait()
         h = _load_h(h_slice, h_row_stride, h_split_stride, i, end, r, rank, max_rank, scaling, NUM_SPLITS)
         for offset in range(0, column_end - column, COLUMNS):
             b = _load_b(pool, b_starts, r < rank, n + offset, column_end)
@@ -263,6 +264,8 @@ def _walk_span(
             sums = _product(h, b, sums, SPLIT_H)
             _store(y_part, rows, y_stride, bias_part, sums, i < end, n + offset, column_end, ACCUMULATE)
     else:
+        if PDL:
+            gdc_wait()
         for offset in range(0, column_end - column, COLUMNS):
             sums = tl.zeros((BLOCK_ROWS, COLUMNS), dtype=tl.float32)
             for first in range(0, rank, BLOCK_RANKS):

@@ -13,7 +13,6 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lorafleet.kernels.launching import launch
-from lorafleet.kernels.prefetch import prefetch_rows
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.tiling import (
     FEW_ROWS,
@@ -97,7 +96,6 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments, tiling: ShrinkTi
         STEPS=steps,
         EVEN_K=in_dim % (steps * tiling.block_k) == 0,
         PDL=pdl,
-        AHEAD=pdl and is_few,
         EARLY=pdl and tiling.early,
         num_warps=tiling.num_warps,
         num_stages=stages(tiling.num_stages, steps, tile_bytes, x),
@@ -135,7 +133,6 @@ def _shrink_kernel(
     STEPS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
-    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -167,26 +164,33 @@ def _shrink_kernel(
     k = split * (STEPS * BLOCK_K) + tl.arange(0, BLOCK_K)
     x_pointers = x + rows[:, None] * x_stride + k[None, :]
     h_rows = h + (split.to(tl.int64) * num_rows + i) * (NUM_SLICES * max_rank)
-    if AHEAD:
-        begin = split * (STEPS * BLOCK_K)
-        width = tl.minimum(in_dim - begin, STEPS * BLOCK_K)
-        low_rows = pool + low_starts.to(tl.int64) * ROW_ALIGN + begin
-        prefetch_rows(low_rows, first + low % BLOCK_RANKS < low_ranks, width)
+    # A low-rank adapter takes a small tile also where the tables have room for high ranks.
+    SMALL: tl.constexpr = BLOCK_RANKS // 4 if BLOCK_RANKS >= 64 else 0
+    ONE_STEP: tl.constexpr = (STEPS == 1) & (SMALL == 0)
+    inside = ((k < in_dim) | EVEN_K)[None, :]
+    if ONE_STEP:
+        # A does not wait for x, and one step's fits into registers.
+        low_a = _load_a(pool, low_starts, first + low % BLOCK_RANKS < low_ranks, k, inside, ROW_ALIGN)
         if NUM_SLICES > 2:
-            high_rows = pool + high_starts.to(tl.int64) * ROW_ALIGN + begin
-            prefetch_rows(high_rows, first + high % BLOCK_RANKS < high_ranks, width)
+            high_a = _load_a(pool, high_starts, first + high % BLOCK_RANKS < high_ranks, k, inside, ROW_ALIGN)
     if PDL:
         # The adapters are older than the kernel ahead, x is not. Who comes up beside this one relies on what was ahead.
         gdc_wait()
     if EARLY:
         gdc_launch_dependents()
-    # A low-rank adapter takes a small tile also where the tables have room for high ranks.
-    SMALL: tl.constexpr = BLOCK_RANKS // 4 if BLOCK_RANKS >= 64 else 0
     if rank > tl.maximum(first, SMALL):
-        _walk(
-            x_pointers, pool, h_rows, low, low_starts, low_ranks, high, high_starts, high_ranks, first, i < end, k,
-            in_dim, max_rank, NUM_SLICES, ROW_ALIGN, BLOCK_ROWS, BLOCK_RANKS, BLOCK_K, STEPS, EVEN_K,
-        )  # fmt: skip
+        if ONE_STEP:
+            x_tile = tl.load(x_pointers, mask=(i < end)[:, None] & inside, other=0.0)
+            low_sums = tl.dot(x_tile, tl.trans(low_a), input_precision="ieee")
+            _store(h_rows, low_sums, low, first, i < end, max_rank, NUM_SLICES, BLOCK_RANKS)
+            if NUM_SLICES > 2:
+                high_sums = tl.dot(x_tile, tl.trans(high_a), input_precision="ieee")
+                _store(h_rows, high_sums, high, first, i < end, max_rank, NUM_SLICES, BLOCK_RANKS)
+        else:
+            _walk(
+                x_pointers, pool, h_rows, low, low_starts, low_ranks, high, high_starts, high_ranks, first, i < end, k,
+                in_dim, max_rank, NUM_SLICES, ROW_ALIGN, BLOCK_ROWS, BLOCK_RANKS, BLOCK_K, STEPS, EVEN_K,
+            )  # fmt: skip
         if RANK_BLOCKS > RANK_PROGRAMS:
             STRIDE: tl.constexpr = RANK_PROGRAMS * BLOCK_RANKS
             for block in range(first + STRIDE, rank, STRIDE):
@@ -260,24 +264,29 @@ def _walk(
     EVEN_K: tl.constexpr,
 ):
     """Walk a split for one block of ranks: the first two slices in one product, the others in a second."""
-    low_used = (first + low % BLOCK_RANKS < low_ranks)[:, None]
-    low_pointers = pool + low_starts.to(tl.int64)[:, None] * ROW_ALIGN + k[None, :]
+    low_used = first + low % BLOCK_RANKS < low_ranks
     low_sums = tl.zeros((BLOCK_ROWS, low.shape[0]), dtype=tl.float32)
     if NUM_SLICES > 2:
-        high_used = (first + high % BLOCK_RANKS < high_ranks)[:, None]
-        high_pointers = pool + high_starts.to(tl.int64)[:, None] * ROW_ALIGN + k[None, :]
+        high_used = first + high % BLOCK_RANKS < high_ranks
         high_sums = tl.zeros((BLOCK_ROWS, high.shape[0]), dtype=tl.float32)
     for step in range(STEPS):
         inside = ((k + step * BLOCK_K < in_dim) | EVEN_K)[None, :]
         x_tile = tl.load(x_pointers + step * BLOCK_K, mask=row_mask[:, None] & inside, other=0.0)
-        low_a = tl.load(low_pointers + step * BLOCK_K, mask=low_used & inside, other=0.0)
+        low_a = _load_a(pool, low_starts, low_used, k + step * BLOCK_K, inside, ROW_ALIGN)
         low_sums = tl.dot(x_tile, tl.trans(low_a), low_sums, input_precision="ieee")
         if NUM_SLICES > 2:
-            high_a = tl.load(high_pointers + step * BLOCK_K, mask=high_used & inside, other=0.0)
+            high_a = _load_a(pool, high_starts, high_used, k + step * BLOCK_K, inside, ROW_ALIGN)
             high_sums = tl.dot(x_tile, tl.trans(high_a), high_sums, input_precision="ieee")
     _store(h_rows, low_sums, low, first, row_mask, max_rank, NUM_SLICES, BLOCK_RANKS)
     if NUM_SLICES > 2:
         _store(h_rows, high_sums, high, first, row_mask, max_rank, NUM_SLICES, BLOCK_RANKS)
+
+
+@triton.jit
+def _load_a(pool, starts, used, k, inside, ROW_ALIGN: tl.constexpr):
+    """A's rows at columns k, zero where they are not used."""
+    pointers = pool + starts.to(tl.int64)[:, None] * ROW_ALIGN + k[None, :]
+    return tl.load(pointers, mask=used[:, None] & inside, other=0.0)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Measures candidate tilings on this GPU and writes its table: `python -m lorafleet.kernels.tune`.
 
-Every time is a CUDA-graph replay over several weight sets in turn, so that L2 holds none of them. The best two of
-shrink and of expand are then timed together, and the best pair is kept.
+Every time is a CUDA-graph replay over several weight sets in turn, so that L2 holds none of them. The best few
+of shrink and of expand are then timed together, few rows between a norm and the base product as in a decoding step,
+and the best pair is kept.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from lorafleet.kernels import fused
 from lorafleet.kernels.expand import expand
 from lorafleet.kernels.segments import Segments, build_segments
 from lorafleet.kernels.shrink import shrink
@@ -35,7 +37,7 @@ from lorafleet.kernels.weights import ROW_ALIGN, LoraWeights
 
 NUM_SETS = 8
 """Weight sets of one measurement."""
-_FINALISTS = 2
+_FINALISTS = 3
 """Tilings of each kernel that are timed together with each of the other's."""
 
 # rows, columns of x a step, columns a program, warps, stages
@@ -46,10 +48,10 @@ _SHRINK_FEW = [
     (16, 128, 512, 4, 4),
     (16, 64, 512, 2, 4),
     (16, 64, 1024, 2, 5),
-    (16, 128, 1024, 4, 3),
     (16, 128, 1792, 2, 3),
-    (16, 256, 512, 2, 2),
-    (16, 256, 1792, 2, 3),
+    (16, 256, 256, 4, 1),
+    (16, 512, 512, 4, 1),
+    (16, 512, 512, 8, 1),
 ]
 _SHRINK_MANY = [
     (64, 64, 512, 4, 3),
@@ -66,6 +68,7 @@ _EXPAND_FEW = [
     (16, 256, 4096, 256, True, 4, 1),
     (16, 128, 16384, 128, True, 4, 1),
     (16, 256, 16384, 256, True, 8, 1),
+    (16, 512, 8192, 512, True, 4, 1),
     (16, 128, 4096, 1024, True, 4, 4),
     (16, 256, 4096, 1024, True, 4, 3),
     (16, 256, 8192, 2048, True, 4, 3),
@@ -158,12 +161,14 @@ def time_in_graph(call: Callable[[int], object], num_sets: int = NUM_SETS, repla
 
 
 def default_workloads() -> list[Workload]:
-    """Projections of an 8B Llama, ranks 16 to 128, from one decoding row to long prompts."""
-    modules = [(4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,))]
+    """Projections of an 8B Llama, ranks 16 to 128, and of a 0.5B Qwen; from one decoding row to long prompts."""
+    large = [(4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,))]
+    small = [(896, (896, 128, 128)), (896, (896,)), (896, (4864, 4864)), (4864, (896,))]
     batches = [(1, 1), (16, 16), (64, 64), (256, 64), (64, 1), (2048, 8), (8192, 16)]
     return [
         Workload(in_dim, widths, (rank,) * slots, tuple(np.repeat(range(slots), rows // slots).tolist()))
-        for (in_dim, widths), rank, (rows, slots) in product(modules, (16, 32, 64, 128), batches)
+        for modules, ranks in ((large, (16, 32, 64, 128)), (small, (16,)))
+        for (in_dim, widths), rank, (rows, slots) in product(modules, ranks, batches)
     ]
 
 
@@ -178,6 +183,10 @@ class _Bench:
         self.x = torch.randn(workload.num_rows, workload.in_dim, device=device, dtype=torch.bfloat16)
         self.y = torch.empty(workload.num_rows, sum(workload.widths), device=device, dtype=torch.bfloat16)
         few = self.segments.chunk_length <= FEW_ROWS
+        self.norm = torch.ones(workload.in_dim, device=device, dtype=torch.bfloat16)
+        shape = (num_sets if few else 0, self.y.shape[1], workload.in_dim)
+        self.bases = torch.zeros(shape, device=device, dtype=torch.bfloat16)
+        """Of the base product: one a set, so that L2 holds none; none for many rows."""
         self.shrinks = [ShrinkTiling(*sizes) for sizes in (_SHRINK_FEW if few else _SHRINK_MANY)]
         self.expands = [ExpandTiling(*sizes) for sizes in (_EXPAND_FEW if few else _EXPAND_MANY)]
 
@@ -186,6 +195,20 @@ class _Bench:
 
     def expand(self, i: int, h: Tensor, tiling: ExpandTiling) -> None:
         expand(h, self.weights[i], self.segments, self.y, accumulate=False, tiling=tiling)
+
+    def pair(self, i: int, shrink_tiling: ShrinkTiling, expand_tiling: ExpandTiling) -> None:
+        """Both, amid what is around them in the engine where rows are few: how they begin and end counts then."""
+        x = fused.rms_norm(self.x, self.norm, 1e-5) if len(self.bases) else self.x
+        expand(
+            shrink(x, self.weights[i], self.segments, shrink_tiling),
+            self.weights[i],
+            self.segments,
+            self.y,
+            accumulate=False,
+            tiling=expand_tiling,
+        )
+        if len(self.bases):
+            torch.addmm(self.y, x, self.bases[i].t(), out=self.y)
 
     def time(self, call: Callable[[int], object]) -> float:
         """Microseconds; endless for a candidate that needs more than the GPU has."""
@@ -203,7 +226,7 @@ class _Bench:
         times = [self.time(lambda i, tiling=tiling: self.expand(i, h, tiling)) for tiling in self.expands]  # type: ignore[misc]
         expands = [self.expands[i] for i in np.argsort(times)[:_FINALISTS]]
         pairs = [(replace(s, early=early), e) for s, e, early in product(shrinks, expands, (True, False))]
-        times = [self.time(lambda i, s=s, e=e: self.expand(i, self.shrink(i, s), e)) for s, e in pairs]  # type: ignore[misc]
+        times = [self.time(lambda i, s=s, e=e: self.pair(i, s, e)) for s, e in pairs]  # type: ignore[misc]
         best = int(np.argmin(times))
         return *pairs[best], times[best]
 
@@ -218,6 +241,7 @@ def _compile_shrinks(workload: Workload) -> None:
 
 
 def _compile_expands(workload: Workload, shrinks: Sequence[ShrinkTiling]) -> None:
+    """The same for expand, after each of these."""
     bench = _Bench(workload, num_sets=1)
     hidden = {h.shape[0]: h for h in (bench.shrink(0, replace(tiling, early=False)) for tiling in shrinks)}
     for h, tiling in product(hidden.values(), bench.expands):
@@ -236,8 +260,8 @@ def tune(workloads: Sequence[Workload], processes: int) -> dict[str, Any]:
     # Batches that compile to the same kernels.
     groups: dict[object, list[Workload]] = {}
     for workload in workloads:
-        few = workload.segments(torch.device("cpu")).chunk_length <= FEW_ROWS
-        groups.setdefault((workload.in_dim, workload.widths, max(workload.ranks), few), []).append(workload)
+        length = workload.segments(torch.device("cpu")).chunk_length
+        groups.setdefault((workload.in_dim, workload.widths, max(workload.ranks), length), []).append(workload)
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
 
         def compile_all(what: str, jobs: list[Future[None]]) -> None:
@@ -246,11 +270,10 @@ def tune(workloads: Sequence[Workload], processes: int) -> dict[str, Any]:
                 say(f"{what} compiled: {done}/{len(jobs)}")
 
         compile_all("shrink", [pool.submit(_compile_shrinks, group[0]) for group in groups.values()])
-        finalists = {}
-        for workload in workloads:
-            finalists[workload] = _Bench(workload).best_shrinks()
+        finalists = {workload: _Bench(workload).best_shrinks() for workload in workloads}
         say("shrink timed")
-        compile_all("expand", [pool.submit(_compile_expands, *of_workload) for of_workload in finalists.items()])
+        of_group = [(group[0], sorted({s for w in group for s in finalists[w]}, key=str)) for group in groups.values()]
+        compile_all("expand", [pool.submit(_compile_expands, *arguments) for arguments in of_group])
     entries: dict[str, list[dict[str, Any]]] = {"shrink": [], "expand": []}
     for done, workload in enumerate(workloads, 1):
         shrink_tiling, expand_tiling, us = _Bench(workload).best_pair(finalists[workload])
