@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Final, Literal
 
 import numpy as np
@@ -102,7 +103,7 @@ Array = npt.NDArray[np.generic]
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """The weights of one version in host memory: read-only arrays, wide side contiguous, in the served dtype.
+    """The weights of one version in host memory: one read-only array of all tensors, in the served dtype.
 
     This is where B is transposed against PEFT's files, once: for a linear module `a` is (rank, in_dim) and `b`
     (rank, out_dim); for an embedding `a` is token-major, (num_embeddings, rank), and `b` (rank, embedding_dim).
@@ -110,10 +111,64 @@ class AdapterWeights:
 
     manifest: AdapterManifest
     dtype: Dtype
-    tensors: Mapping[str, tuple[Array, Array]]
-    """Module name -> (a, b); dtypes as in `NUMPY_DTYPES`."""
-    extras: Mapping[str, Array] = field(default_factory=dict)
-    """Name of an extra -> (num_rows, width)."""
+    flat: Array
+    """(num_elements,) contiguous, dtype as in `NUMPY_DTYPES`: a and then b of each module, then each extra, end to end,
+    modules and extras in the manifest's order.
+    """
+    shapes: tuple[tuple[int, int], ...]
+    """Of the tensors in `flat`, in their order."""
+
+    @classmethod
+    def of(
+        cls,
+        manifest: AdapterManifest,
+        dtype: Dtype,
+        tensors: Mapping[str, tuple[Array, Array]],
+        extras: Mapping[str, Array] | None = None,
+    ) -> AdapterWeights:
+        """Copy the tensors, which may have any strides, into one array: both are in memory for a moment.
+
+        `tensors` and `extras` are as the properties say, in the manifest's order.
+        """
+        extras = extras or {}
+        assert [*tensors] == [module.name for module in manifest.modules], manifest.version
+        assert [*extras] == [extra.name for extra in manifest.extras], manifest.version
+        for module, (a, b) in zip(manifest.modules, tensors.values(), strict=True):
+            assert module.rank in a.shape, (module, a.shape)
+            assert module.rank == len(b), (module, b.shape)
+        for extra, array in zip(manifest.extras, extras.values(), strict=True):
+            assert array.shape == (extra.num_rows, extra.width), (extra, array.shape)
+        arrays = [*(array for pair in tensors.values() for array in pair), *extras.values()]
+        flat: Array = np.empty(sum(array.size for array in arrays), NUMPY_DTYPES[dtype])
+        assert flat.nbytes == manifest.num_bytes, (flat.nbytes, manifest.num_bytes)
+        shapes = tuple((len(array), array.shape[1]) for array in arrays)
+        for view, array in zip(_cut(flat, shapes), arrays, strict=True):
+            assert view.dtype == array.dtype, (view.dtype, array.dtype)
+            view[:] = array
+        flat.setflags(write=False)
+        return cls(manifest, dtype, flat, shapes)
+
+    @property
+    def tensors(self) -> dict[str, tuple[Array, Array]]:
+        """Module name -> (a, b), views of `flat`."""
+        views = _cut(self.flat, self.shapes)
+        return {module.name: (next(views), next(views)) for module in self.manifest.modules}
+
+    @property
+    def extras(self) -> dict[str, Array]:
+        """Name of an extra -> (num_rows, width), a view of `flat`."""
+        views = islice(_cut(self.flat, self.shapes), 2 * len(self.manifest.modules), None)
+        return {extra.name: view for extra, view in zip(self.manifest.extras, views, strict=True)}
+
+
+def _cut(flat: Array, shapes: Iterable[tuple[int, int]]) -> Iterator[Array]:
+    """Views of these shapes, end to end."""
+    first = 0
+    for rows, columns in shapes:
+        last = first + rows * columns
+        yield flat[first:last].reshape(rows, columns)
+        first = last
+    assert first == flat.size, (first, flat.size)
 
 
 Origin = Literal["admin", "config", "resolve"]

@@ -84,7 +84,7 @@ class AdapterReader:
             b_array = check_values(b_name, b, served).array
             # PEFT's B is (out_dim, rank), an embedding's A (rank, num_embeddings): transposed here and only here.
             is_embedding = self.geometry.modules[module.name].kind == "embedding"
-            tensors[module.name] = (_frozen(a_array.T if is_embedding else a_array), _frozen(b_array.T))
+            tensors[module.name] = (a_array.T if is_embedding else a_array, b_array.T)
         scalings = {module.name: module.scaling for module in plan.modules}
         for name, rows in read_token_rows(file, contents, plan.trained, self.base_weights, self.geometry).items():
             digest.update(rows.head)
@@ -96,10 +96,10 @@ class AdapterReader:
         for extra in read_extras(file, contents, scalings, self.base_weights, self.geometry):
             digest.update(extra.head)
             digest.update(extra.tensor.array.data)
-            extras[extra.manifest.name] = _frozen(check_values(extra.source, extra.tensor, served).array)
+            extras[extra.manifest.name] = check_values(extra.source, extra.tensor, served).array
             manifests.append(extra.manifest)
         manifest = self._manifest(digest.hexdigest()[:_VERSION_CHARS], plan.modules, tuple(manifests))
-        return AdapterWeights(manifest, self.geometry.dtype, dict(sorted(tensors.items())), extras)
+        return AdapterWeights.of(manifest, self.geometry.dtype, dict(sorted(tensors.items())), extras)
 
     def drop_base_copies(self, folder: Path) -> None:
         """Rewrite the weights file of an adapter that `read` accepted without what is not the adapter's, if any is."""
@@ -213,11 +213,5 @@ def _update(digest: hashlib._Hash, module: ModuleManifest, a: Tensor, b: Tensor)
 def _beside(lora: tuple[Array, Array] | None, rows: tuple[Array, Array]) -> tuple[Array, Array]:
     """More ranks for a module; with LoRA on it, it is a linear one: both factors have their ranks in rows."""
     if lora is None:
-        return _frozen(rows[0]), _frozen(rows[1])
-    return _frozen(np.concatenate((lora[0], rows[0]))), _frozen(np.concatenate((lora[1], rows[1])))
-
-
-def _frozen(array: Array) -> Array:
-    array = np.ascontiguousarray(array)
-    array.setflags(write=False)
-    return array
+        return rows
+    return np.concatenate((lora[0], rows[0])), np.concatenate((lora[1], rows[1]))

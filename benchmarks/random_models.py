@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,31 +113,31 @@ class RandomAdapters:
         geometry = read_geometry(ModelConfig(id="base", source=str(base), dtype="bfloat16"))
         wanted = (*targets, *(("embed_tokens", "lm_head") if embeddings else ()))
         self._modules = {n: s for n, s in geometry.modules.items() if n.rpartition(".")[2] in wanted}
-        self._made: dict[int, dict[str, Pair]] = {}
+        self._made: dict[int, AdapterWeights] = {}
         self.fetched_bytes = 0
 
     def fetch(self, version: str) -> AdapterWeights:
         """The weights of a version, which is called `name-r<rank>`."""
         rank = int(version.rpartition("-r")[2])
-        tensors = self.of_rank(rank)
-        manifest = AdapterManifest(
-            version=version,
-            rank=rank,
-            targets=tuple(sorted({n.rpartition(".")[2] for n in self._modules})),
-            modules=tuple(ModuleManifest(name, rank, 1.0) for name in self._modules),
-            num_bytes=self.num_bytes(rank),
-        )
-        self.fetched_bytes += manifest.num_bytes
-        return AdapterWeights(manifest, "bfloat16", tensors)
+        made = self._of_rank(rank)
+        self.fetched_bytes += made.manifest.num_bytes
+        return replace(made, manifest=replace(made.manifest, version=version))
 
     def num_bytes(self, rank: int) -> int:
         """Of the weights of an adapter."""
         return sum(2 * rank * (shape.in_dim + shape.out_dim) for shape in self._modules.values())
 
-    def of_rank(self, rank: int) -> dict[str, Pair]:
-        """Module -> A and B, bfloat16 bits."""
+    def _of_rank(self, rank: int) -> AdapterWeights:
         if rank not in self._made:
-            self._made[rank] = {name: _random_pair(shape, rank) for name, shape in self._modules.items()}
+            manifest = AdapterManifest(
+                version=f"r{rank}",
+                rank=rank,
+                targets=tuple(sorted({n.rpartition(".")[2] for n in self._modules})),
+                modules=tuple(ModuleManifest(name, rank, 1.0) for name in self._modules),
+                num_bytes=self.num_bytes(rank),
+            )
+            tensors = {name: _random_pair(shape, rank) for name, shape in self._modules.items()}
+            self._made[rank] = AdapterWeights.of(manifest, "bfloat16", tensors)
         return self._made[rank]
 
 

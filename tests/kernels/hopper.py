@@ -15,7 +15,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lorafleet.kernels import attention, elementwise, embedding, expand, paged_attention, shrink
+from lorafleet.kernels import attention, elementwise, embedding, expand, paged_attention, row_copy, shrink
 from lorafleet.kernels.attention import DecodeWorkspace
 from lorafleet.kernels.fused import HeadNorm, KVPlace
 from lorafleet.kernels.launching import compiled_ahead
@@ -36,6 +36,7 @@ KERNELS = {
     "rotate_and_store": elementwise._rotate_and_store_kernel,
     "store": elementwise._store_kernel,
     "silu_mul": elementwise._silu_mul_kernel,
+    "copy_rows": row_copy._copy_rows_kernel,
 }
 
 
@@ -82,6 +83,11 @@ def launch_each() -> None:
     elementwise.rms_norm(rotation, weight, 1e-5, rotation.clone())
     elementwise.silu_mul(torch.zeros(4, 128, dtype=DTYPE))
 
+    rows = torch.zeros(3, 5, dtype=torch.int64)
+    for is_aligned in (True, False):
+        for part in (rows, rows[:, :1], rows[:, 1:]):
+            row_copy.copy_rows(weight, rotation.view(-1), part, is_aligned=is_aligned)
+
 
 def variants(kernel: Any) -> list[Any]:
     """What has been compiled of a kernel."""
@@ -97,6 +103,7 @@ def main() -> None:
     compiled = {name: variants(kernel) for name, kernel in KERNELS.items()}
     with compiled_ahead(2):
         launch_each()
+    assert len(compiled["copy_rows"]) == 2, "one for rows that are aligned, and one for the others"
     assert compiled == {name: variants(kernel) for name, kernel in KERNELS.items()}, "something was compiled twice"
     print(json.dumps({name: max(each.metadata.shared for each in found) for name, found in compiled.items()}))
 

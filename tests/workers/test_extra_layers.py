@@ -109,7 +109,7 @@ class Bench:
             a = (shape.in_dim, module.rank) if shape.kind == "embedding" else (module.rank, shape.in_dim)
             tensors[module.name] = (array(*a), array(module.rank, shape.out_dim))
         own = {extra.name: array(extra.num_rows, extra.width) for extra in manifest.extras}
-        return AdapterWeights(replace(manifest, modules=modules), self.geometry.dtype, tensors, own)
+        return AdapterWeights.of(replace(manifest, modules=modules), self.geometry.dtype, tensors, own)
 
 
 @pytest.fixture(params=["float32", "float16", "bfloat16"])

@@ -69,7 +69,7 @@ class Cases:
         plain = self.shelf.weights[self.shelf.version_of(recipe)] if recipe else _nothing()
         num_bytes = plain.manifest.num_bytes + sum(array.nbytes for array in arrays.values())
         manifest = replace(plain.manifest, version=f"own{number}", extras=tuple(extras), num_bytes=num_bytes)
-        self.shelf.weights[manifest.version] = replace(plain, manifest=manifest, extras=arrays)
+        self.shelf.weights[manifest.version] = AdapterWeights.of(manifest, plain.dtype, plain.tensors, arrays)
         return manifest.version, recipe, arrays
 
     def _extra(self, name: str) -> ExtraManifest:
@@ -116,7 +116,7 @@ class Cases:
 
 def _nothing() -> AdapterWeights:
     """An adapter without low-rank factors."""
-    return AdapterWeights(AdapterManifest("nothing", 0, (), (), 0), "float32", {})
+    return AdapterWeights.of(AdapterManifest("nothing", 0, (), (), 0), "float32", {})
 
 
 @pytest.fixture(scope="module")

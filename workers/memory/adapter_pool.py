@@ -19,7 +19,7 @@ from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeigh
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.extras import Extra, ExtraMatrix, ExtraVector
 from lorafleet.workers.memory.packing import Ints
-from lorafleet.workers.memory.page_plan import PagePlan, count_adapter_pages, pack, pages_of_block
+from lorafleet.workers.memory.page_plan import PagePlan, count_adapter_pages, elements_of_block, pack
 from lorafleet.workers.memory.pages import PageAllocator
 from lorafleet.workers.memory.pool_layout import PoolLayout, parts_of
 from lorafleet.workers.memory.staging import Stager
@@ -59,9 +59,10 @@ class StagedAdapter:
 class AdapterPool:
     """A flat tensor cut into equal pages. A page belongs to one adapter; a slot is the index of a resident adapter.
 
-    Every element of the pool is finite at all times, whoever owned it. Base rows need nothing here. Beside the pages
-    there are the slots' tables, of a fixed size, and 4 bytes for each row of a matrix that a resident adapter replaces:
-    0.2 % of a row of 1,024 bfloat16.
+    Every element of the pool is finite at all times, whoever owned it: zero at first, then adapters' values and the
+    zeros between a row's end and where the next may start. What no row of a page covers keeps what its former owners
+    left there. Base rows need nothing here. Beside the pages there are the slots' tables, of a fixed size, and 4 bytes
+    for each row of a matrix that a resident adapter replaces: 0.2 % of a row of 1,024 bfloat16.
     """
 
     def __init__(self, layout: PoolLayout, *, pool_bytes: int, max_slots: int, device: torch.device) -> None:
@@ -90,8 +91,8 @@ class AdapterPool:
         self._plans: dict[Hashable, PagePlan] = {}
         self._extras: dict[int, Mapping[str, Extra]] = {}
         self._ideal_bytes = 0
-        block_pages = min(num_pages, pages_of_block(layout))
-        self._stager = Stager(self._elements, page_elements=layout.page_elements, block_pages=block_pages)
+        block_elements = min(self._elements.numel(), elements_of_block(layout))
+        self._stager = Stager(self._elements, block_elements=block_elements)
 
     @property
     def num_pages_total(self) -> int:
@@ -149,6 +150,11 @@ class AdapterPool:
         event = torch.cuda.current_stream(self.device).record_event() if self._stager.stream else None
         return Allocation(manifest, slot, page_ids, event)
 
+    def warm_up(self) -> None:
+        """Launch every kernel that `stage` launches, on nothing: within `compiled_ahead` they are compiled."""
+        if self.num_slots:
+            self._stager.warm_up()
+
     def stage(self, allocation: Allocation, weights: AdapterWeights) -> StagedAdapter:
         """Lay the weights into the allocated pages and make the slot's table rows.
 
@@ -160,9 +166,8 @@ class AdapterPool:
         layout = self.layout
         plan = self._plan(weights.manifest)
         assert plan.num_pages == len(allocation.page_ids), "packing is not what it was when the pages were counted"
-        page_ids = np.array(allocation.page_ids, dtype=np.int64)
         tables = self._host((layout.num_tables, layout.max_rank), torch.int32).zero_()
-        starts = plan.starts(page_ids)
+        starts = plan.starts(np.array(allocation.page_ids, dtype=np.int64))
         tables.numpy().reshape(-1)[plan.entries] = starts[: len(plan.entries)] // ROW_ALIGN
         modules = weights.manifest.modules
         columns = [layout.places[module.name].index for module in modules]
@@ -173,11 +178,11 @@ class AdapterPool:
 
         stream = self._stager.stream
         if stream is None:
-            self._stager.write(plan, weights, page_ids)
+            self._stager.write(plan, weights, starts)
             return StagedAdapter(allocation, tables, ranks, scalings, self._find_extras(weights, plan, starts), None)
         assert allocation.is_free_of_readers is not None
         stream.wait_event(allocation.is_free_of_readers)
-        self._stager.write(plan, weights, page_ids)
+        self._stager.write(plan, weights, starts)
         with torch.cuda.stream(stream):
             tables, ranks, scalings = (host.to(self.device, non_blocking=True) for host in (tables, ranks, scalings))
             extras = self._find_extras(weights, plan, starts)

@@ -32,9 +32,9 @@ def aligned(num_elements: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """`count` rows of one width, out of one array of an adapter, that go into the pool as they are.
+    """`count` rows of one width, out of one tensor of an adapter, that go into the pool as they are.
 
-    Row `i` is elements `start + i * stride` to `... + width` of the flattened array in `AdapterWeights`.
+    Row `i` is elements `start + i * stride` to `... + width` of `AdapterWeights.flat`.
     """
 
     name: str
@@ -50,29 +50,36 @@ class Piece:
     count: int
 
 
-def pieces_of(module: ModuleManifest, shape: ModuleShape, page_elements: int) -> list[Piece]:
-    """The rows that one module of an adapter puts into the pool, none wider than a page."""
+def pieces_of(module: ModuleManifest, shape: ModuleShape, page_elements: int, base: int = 0) -> list[Piece]:
+    """The rows that one module of an adapter puts into the pool, none wider than a page.
+
+    `base`: where the module's tensors begin in the adapter's array.
+    """
     name, rank = module.name, module.rank
     if shape.kind == "linear":
-        pieces = [Piece(name, "a", 0, 0, start=0, stride=shape.in_dim, width=shape.in_dim, count=rank)]
+        pieces = [Piece(name, "a", 0, 0, start=base, stride=shape.in_dim, width=shape.in_dim, count=rank)]
     else:
         # A token's values are `rank` neighbours; a row is as many whole tokens as a page holds.
         tokens = page_elements // rank
         full, rest = divmod(shape.in_dim, tokens)
         row = tokens * rank
-        pieces = [Piece(name, "a", 0, 0, start=0, stride=row, width=row, count=full)] if full else []
+        pieces = [Piece(name, "a", 0, 0, start=base, stride=row, width=row, count=full)] if full else []
         if rest:
-            pieces.append(Piece(name, "a", 0, full, start=full * row, stride=row, width=rest * rank, count=1))
+            pieces.append(Piece(name, "a", 0, full, start=base + full * row, stride=row, width=rest * rank, count=1))
+    base += rank * shape.in_dim
     for part, (start, width) in enumerate(parts_of(shape.out_dim, page_elements)):
-        pieces.append(Piece(name, "b", part, 0, start=start, stride=shape.out_dim, width=width, count=rank))
+        pieces.append(Piece(name, "b", part, 0, start=base + start, stride=shape.out_dim, width=width, count=rank))
     return pieces
 
 
-def extra_pieces_of(extra: ExtraManifest, page_elements: int) -> list[Piece]:
-    """The rows of an extra, a piece a part. The rows of a matrix have one part, for they are found by one start."""
+def extra_pieces_of(extra: ExtraManifest, page_elements: int, base: int) -> list[Piece]:
+    """The rows of an extra, a piece a part. The rows of a matrix have one part, for they are found by one start.
+
+    `base`: where the extra begins in the adapter's array.
+    """
     assert extra.num_rows == 1 or extra.width <= page_elements, (extra, page_elements)
     return [
-        Piece(extra.name, "extra", part, 0, start=start, stride=extra.width, width=width, count=extra.num_rows)
+        Piece(extra.name, "extra", part, 0, start=base + start, stride=extra.width, width=width, count=extra.num_rows)
         for part, (start, width) in enumerate(parts_of(extra.width, page_elements))
     ]
 
@@ -155,11 +162,15 @@ class PoolLayout:
     def pieces(self, manifest: AdapterManifest) -> list[Piece]:
         """The rows of all modules of an adapter, then those of its extras."""
         pieces = []
+        base = 0
         for module in manifest.modules:
             assert 0 < module.rank <= self.max_rank, (module.name, module.rank, self.max_rank)
-            pieces += pieces_of(module, self.places[module.name].shape, self.page_elements)
+            shape = self.places[module.name].shape
+            pieces += pieces_of(module, shape, self.page_elements, base)
+            base += module.rank * (shape.in_dim + shape.out_dim)
         for extra in manifest.extras:
-            pieces += extra_pieces_of(extra, self.page_elements)
+            pieces += extra_pieces_of(extra, self.page_elements, base)
+            base += extra.num_rows * extra.width
         return pieces
 
 

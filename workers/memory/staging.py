@@ -1,27 +1,36 @@
-"""Brings adapters' pages to the device, block by block: one is laid out while the one before is on its way.
+"""Brings adapters' weights to the device, block by block: one is copied to pinned memory while others are on their way.
 
-The blocks are pinned once, at the start: pinning memory takes as long as copying it several times, and holds up the
-whole device meanwhile.
+A block is a part of the adapter's array as it is. What puts its rows into their pages is a kernel, so that a load costs
+the host a few calls a block. The blocks are pinned once, at the start: pinning memory takes as long as copying it
+several times, and holds up the whole device meanwhile.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lorafleet.adapter_store.manifest import AdapterWeights, Array
+from lorafleet.adapter_store.manifest import AdapterWeights
+from lorafleet.kernels.placement import place_rows
 from lorafleet.workers.memory.packing import Ints
 from lorafleet.workers.memory.page_plan import Block, PagePlan
 
+with warnings.catch_warnings():
+    # Weights from an object store are read-only, and only read here; torch says so once a process, which is now.
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(bytes(1), dtype=np.uint8))
+
 MAX_THREADS = 8
-"""Blocks that are laid out at once, where there are processors enough: a core copies about 6 GB/s."""
+"""Blocks that are copied to pinned memory at once, where there are processors enough: a core copies about 6 GB/s."""
 NUM_BUFFERS = 2 * MAX_THREADS
 """Blocks in pinned memory: as many again are on their way."""
 
@@ -30,75 +39,70 @@ NUM_BUFFERS = 2 * MAX_THREADS
 class _Buffer:
     """Pinned memory of one block."""
 
-    pages: Tensor
-    """(block_pages, page_elements)."""
+    elements: Tensor
+    """(block_elements,)."""
     is_copied: torch.cuda.Event | None = None
     """After it the buffer may be written again."""
 
 
 class Stager:
-    """Writes adapters into their pages of a pool. Safe to use from several threads at once."""
+    """Writes adapters into their places in a pool. Safe to use from several threads at once."""
 
-    def __init__(self, elements: Tensor, *, page_elements: int, block_pages: int) -> None:
-        """elements: the whole pool, flat; it is cut into pages, and pages into blocks."""
-        self._pages = elements.view(-1, page_elements)
-        self._block_pages = block_pages
+    def __init__(self, pool: Tensor, *, block_elements: int) -> None:
+        """pool: the whole of it, flat. block_elements: the most that a plan's blocks have."""
+        self._pool = pool
         self.stream: torch.cuda.Stream | None = None
         """What the copies run on; None on a CPU, where they are done when `write` returns."""
-        if elements.is_cuda:
+        if pool.is_cuda:
             # Some releases of torch leave the constructor untyped.
             make_stream = cast(Callable[[torch.device], torch.cuda.Stream], torch.cuda.Stream)
-            self.stream = make_stream(elements.device)
-            # A thread lays out its block alone: torch's own threads would be as many again for each of these. Torch
+            self.stream = make_stream(pool.device)
+            # A thread copies its block alone: torch's own threads would be as many again for each of these. Torch
             # keeps that for every thread that starts later: on a GPU's worker none of them computes on the CPU.
             num_threads = max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2))
             self._threads = ThreadPoolExecutor(num_threads, "lorafleet-copy", lambda: torch.set_num_threads(1))
             self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
             for _ in range(NUM_BUFFERS):
-                pages = torch.empty((block_pages, page_elements), dtype=elements.dtype, pin_memory=True)
-                self._buffers.put(_Buffer(pages))
+                self._buffers.put(_Buffer(torch.empty(block_elements, dtype=pool.dtype, pin_memory=True)))
 
-    def write(self, plan: PagePlan, weights: AdapterWeights, page_ids: Ints) -> None:
-        """Lay the adapter into the pages `page_ids`, (plan.num_pages,), and zero what no row covers in them.
+    def warm_up(self) -> None:
+        """Launch what `write` launches, in all its forms, for a row of no elements."""
+        moves = torch.zeros((3, 1), dtype=torch.int64, device=self._pool.device)
+        for is_aligned in (True, False):
+            place_rows(torch.empty_like(self._pool[:1]), self._pool, moves, is_aligned=is_aligned)
 
-        On CUDA it returns when everything is laid out and the last copies are queued on `stream`.
+    def write(self, plan: PagePlan, weights: AdapterWeights, starts: Ints) -> None:
+        """Write the adapter's rows to `starts`, which are the plan's, each with zeros up to where the next may start.
+
+        On CUDA it returns when the weights have been read and the last copies are queued on `stream`.
         """
-        ids = torch.from_numpy(page_ids)
+        source = torch.from_numpy(weights.flat).view(self._pool.dtype)
+        assert not plan.blocks or plan.blocks[-1].last == len(source), (plan.blocks[-1], len(source))
+        moves = torch.empty((3, len(starts)), dtype=torch.int64, pin_memory=self.stream is not None)
+        plan.fill_moves(starts, moves.numpy(), by_block=self.stream is not None)
         if self.stream is None:
-            pages = torch.empty((self._block_pages, self._pages.shape[1]), dtype=self._pages.dtype)
-            for block in plan.blocks:
-                self._fill(block, weights, pages)
-                self._copy(block, pages, ids)
+            place_rows(source, self._pool, moves, is_aligned=plan.is_aligned)
             return
         with torch.cuda.stream(self.stream):
-            device_ids = ids.pin_memory().to(self._pages.device, non_blocking=True)
-        list(self._threads.map(lambda block: self._write_block(block, weights, device_ids), plan.blocks))
+            moves_there = moves.to(self._pool.device, non_blocking=True)
 
-    def _write_block(self, block: Block, weights: AdapterWeights, ids: Tensor) -> None:
+        def write_block(block: Block) -> None:
+            moves_of_block = moves_there[:, block.first_row : block.last_row]
+            self._write_block(source[block.first : block.last], moves_of_block, is_aligned=plan.is_aligned)
+
+        list(self._threads.map(write_block, plan.blocks))
+
+    def _write_block(self, source: Tensor, moves: Tensor, *, is_aligned: bool) -> None:
         buffer = self._buffers.get()
         try:
             if buffer.is_copied is not None:
                 buffer.is_copied.synchronize()
-            self._fill(block, weights, buffer.pages)
+            pinned = buffer.elements[: len(source)]
+            pinned.copy_(source)
             assert self.stream is not None
             with torch.cuda.stream(self.stream):
-                self._copy(block, buffer.pages, ids)
+                elements = pinned.to(self._pool.device, non_blocking=True)
                 buffer.is_copied = self.stream.record_event()
+                place_rows(elements, self._pool, moves, is_aligned=is_aligned)
         finally:
             self._buffers.put(buffer)
-
-    def _fill(self, block: Block, weights: AdapterWeights, pages: Tensor) -> None:
-        block.write(weights, as_numpy(pages).reshape(-1))
-
-    def _copy(self, block: Block, pages: Tensor, ids: Tensor) -> None:
-        # Pages lie anywhere: one copy to the device, where one kernel puts them into their places.
-        last_page = block.first_page + block.num_pages
-        image = pages[: block.num_pages].to(self._pages.device, non_blocking=True)
-        self._pages.index_copy_(0, ids[block.first_page : last_page], image)
-
-
-def as_numpy(tensor: Tensor) -> Array:
-    """The tensor's memory as numpy has it: bfloat16 bits are uint16."""
-    if tensor.dtype == torch.bfloat16:
-        return cast(Array, tensor.view(torch.uint16).numpy())
-    return cast(Array, tensor.numpy())

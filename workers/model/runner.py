@@ -261,6 +261,7 @@ class ModelRunner:
                 chunk_length=16,
             )
             self._compute_blank(prompt, max_batch_tokens)
+            self.pool.warm_up()
         self.stages_s["compile"] = time.monotonic() - started_s
         logger.info("compiled kernels, %.1f s", self.stages_s["compile"])
         started_s = time.monotonic()

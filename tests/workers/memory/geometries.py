@@ -106,7 +106,7 @@ def manifest_of(
 
 
 def weights_of(geometry: BaseGeometry, manifest: AdapterManifest, seed: int = 0) -> AdapterWeights:
-    """Random read-only arrays, each value a different one as far as the dtype allows."""
+    """Random values, each a different one as far as the dtype allows, and none zero."""
     rng = np.random.default_rng(seed)
 
     def array(rows: int, columns: int) -> Array:
@@ -115,7 +115,6 @@ def weights_of(geometry: BaseGeometry, manifest: AdapterManifest, seed: int = 0)
             made: Array = rng.integers(0x3000, 0x4000, (rows, columns), dtype=np.uint16)
         else:
             made = rng.standard_normal((rows, columns)).astype(NUMPY_DTYPES[geometry.dtype])
-        made.flags.writeable = False
         return made
 
     tensors = {}
@@ -124,4 +123,4 @@ def weights_of(geometry: BaseGeometry, manifest: AdapterManifest, seed: int = 0)
         a = array(shape.in_dim, module.rank) if shape.kind == "embedding" else array(module.rank, shape.in_dim)
         tensors[module.name] = (a, array(module.rank, shape.out_dim))
     extras = {extra.name: array(extra.num_rows, extra.width) for extra in manifest.extras}
-    return AdapterWeights(manifest, geometry.dtype, tensors, extras)
+    return AdapterWeights.of(manifest, geometry.dtype, tensors, extras)

@@ -1,18 +1,18 @@
 from __future__ import annotations
 
-import itertools
 import threading
 
 import numpy as np
 import pytest
 import torch
 
-from lorafleet.adapter_store.manifest import NUMPY_DTYPES, AdapterManifest, AdapterWeights, BaseGeometry, ModuleShape
+from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, BaseGeometry, ModuleShape
+from lorafleet.kernels.placement import place_rows
 from lorafleet.kernels.weights import ROW_ALIGN
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory import page_plan
 from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation
-from lorafleet.workers.memory.page_plan import pack
+from lorafleet.workers.memory.page_plan import elements_of_block, pack
 from lorafleet.workers.memory.pool_layout import MAX_PAGE_ROWS, PoolLayout, aligned
 from tests.workers.memory.geometries import (
     ATTENTION,
@@ -239,32 +239,92 @@ def test_packing_depends_on_nothing_else() -> None:
 
 @pytest.mark.parametrize("block_pages", [1, 3, 1000])
 @pytest.mark.parametrize("geometry", [TINY, ODD], ids=["tiny", "odd"])
-def test_every_element_of_a_written_page_is_defined(
+def test_blocks_are_whole_rows_and_all_of_an_adapter(
     geometry: BaseGeometry, block_pages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = PoolLayout.of(geometry, groups_of(geometry), 8)
     monkeypatch.setattr(page_plan, "BLOCK_BYTES", block_pages * layout.page_bytes)
     weights = weights_of(geometry, manifest_of(geometry, "v", 5, EVERYTHING, extras=EXTRAS))
     plan = pack(weights.manifest, layout)
-    num_blocks = -(-plan.num_pages // block_pages)
-    assert len(plan.blocks) == num_blocks
-    assert [block.first_page for block in plan.blocks] == [block_pages * i for i in range(num_blocks)]
-    pages = np.full((plan.num_pages + 1, layout.page_elements), np.nan, NUMPY_DTYPES[geometry.dtype])
+    assert sorted(plan.order.tolist()) == list(range(len(plan.offsets)))
+    assert plan.sources.tolist() == [0, *np.cumsum(plan.widths)[:-1].tolist()]
+    assert plan.is_aligned == (geometry is TINY and not np.any(plan.widths % 8))
+    rows = [row for block in plan.blocks for row in range(block.first_row, block.last_row)]
+    assert rows == list(range(len(plan.order)))
     for block in plan.blocks:
-        block.write(weights, pages[block.first_page :].reshape(-1))
-    assert np.isfinite(pages[:-1]).all()
-    assert np.isnan(pages[-1]).all()
-    assert weights.manifest.num_bytes == np.count_nonzero(pages[:-1]) * pages.itemsize
+        assert block.first == plan.sources[block.first_row]
+        assert block.last == plan.sources[block.last_row - 1] + plan.widths[block.last_row - 1]
+        assert block.last - block.first <= elements_of_block(layout)
+    assert plan.blocks[-1].last == weights.flat.size
+    assert len(plan.blocks) == 1 or block_pages < 1000
+
+
+@pytest.mark.parametrize("block_pages", [1, 3, 1000])
+@of_every_kind
+def test_moves_of_blocks_are_those_of_the_whole(
+    geometry: BaseGeometry, block_pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = PoolLayout.of(geometry, groups_of(geometry), 8)
+    monkeypatch.setattr(page_plan, "BLOCK_BYTES", block_pages * layout.page_bytes)
+    weights = weights_of(geometry, manifest_of(geometry, "v", 5, EVERYTHING, extras=EXTRAS))
+    plan = pack(weights.manifest, layout)
+    starts = plan.starts(np.random.default_rng(0).permutation(plan.num_pages))
+    source = torch.from_numpy(weights.flat).view(getattr(torch, geometry.dtype))
+    moves = torch.empty((3, len(starts)), dtype=torch.int64)
+    whole, of_blocks = (torch.zeros(plan.num_pages * layout.page_elements, dtype=source.dtype) for _ in range(2))
+    plan.fill_moves(starts, moves.numpy(), by_block=False)
+    place_rows(source, whole, moves)
+    plan.fill_moves(starts, moves.numpy(), by_block=True)
+    for block in reversed(plan.blocks):
+        rows = moves[:, block.first_row : block.last_row]
+        place_rows(source[block.first : block.last], of_blocks, rows, is_aligned=plan.is_aligned)
+    assert torch.equal(whole, of_blocks)
+    assert torch.count_nonzero(whole) == weights.flat.size
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("block_pages", [1, 1000])
+@of_every_kind
+def test_rows_are_written_with_zeros_behind_and_nothing_else(
+    geometry: BaseGeometry, block_pages: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_plan, "BLOCK_BYTES", block_pages * make_pool(geometry).layout.page_bytes)
+    pool = make_pool(geometry, num_pages=3000, device=device)
+    elements = pool.embedding_weights("model.embed_tokens").pool
+    weights = weights_of(geometry, manifest_of(geometry, "v", 5, EVERYTHING, extras=EXTRAS))
+    elements.fill_(torch.nan)
+    allocation = load(pool, weights)
+    plan = pack(weights.manifest, pool.layout)
+    starts = plan.starts(np.array(allocation.page_ids))[plan.order]
+    in_rows, in_padding = (np.zeros(elements.numel(), dtype=bool) for _ in range(2))
+    for start, width in zip(starts.tolist(), plan.widths.tolist(), strict=True):
+        assert not in_rows[start : start + aligned(width)].any()
+        in_rows[start : start + width] = True
+        in_padding[start + width : start + aligned(width)] = True
+    assert weights.manifest.num_bytes == np.count_nonzero(in_rows) * elements.itemsize
+    values = elements.float().cpu().numpy()
+    assert np.isfinite(values[in_rows]).all()
+    assert (values[in_rows] != 0).all()
+    assert (values[in_padding] == 0).all()
+    assert np.isnan(values[~in_rows & ~in_padding]).all()
 
 
 def test_weights_may_be_read_only(recwarn: pytest.WarningsRecorder) -> None:
     """As they are in an object store."""
     weights = weights_of(TINY, manifest_of(TINY, "v", 5, EVERYTHING, extras=EXTRAS))
-    for array in (*itertools.chain(*weights.tensors.values()), *weights.extras.values()):
-        array.setflags(write=False)
+    assert not any(array.flags.writeable for array in (weights.flat, *weights.extras.values()))
     pool = make_pool(TINY)
     assert_serves(pool, groups_of(TINY), load(pool, weights).slot, weights)
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_warming_up_writes_nothing(device: str) -> None:
+    pool = make_pool(TINY, device=device)
+    elements = pool.embedding_weights("model.embed_tokens").pool.fill_(5.0)
+    pool.warm_up()
+    assert (elements == 5.0).all()
+    make_pool(TINY, num_pages=0, max_slots=0, device=device).warm_up()
 
 
 @pytest.mark.parametrize("device", DEVICES)
