@@ -282,6 +282,7 @@ class ModelRunner:
                 max_pass_rows=max_pass_rows,
             )
             self._compute_blank(batch, max_batch_tokens)
+        self.pool.warm_up()
         self.stages_s["warm up"] = time.monotonic() - started_s
         logger.info("warmed up with prompts of %s tokens, %.1f s", sizes, self.stages_s["warm up"])
 
