@@ -52,11 +52,8 @@ class Shelf:
         """A copy of an adapter whose weights are finite, but so large that activations overflow."""
         weights = self.weights[version]
         manifest = replace(weights.manifest, version=f"huge-{version}")
-        tensors = {
-            name: (np.multiply(a, factor, dtype=a.dtype), np.multiply(b, factor, dtype=b.dtype))
-            for name, (a, b) in weights.tensors.items()
-        }
-        self.weights[manifest.version] = replace(weights, manifest=manifest, tensors=tensors)
+        flat = np.multiply(weights.flat, factor, dtype=weights.flat.dtype)
+        self.weights[manifest.version] = replace(weights, manifest=manifest, flat=flat)
         return manifest.version
 
     @property
