@@ -246,17 +246,17 @@ def _walk_span(
     n = column + tl.arange(0, COLUMNS)
     i = start + tl.arange(0, BLOCK_ROWS)
     b_starts = _locate(table, r, max_rank, ROW_ALIGN)
-    if (RANK_BLOCKS == 1) & (SPAN <= COLUMNS):
+    ONE_STEP: tl.constexpr = (RANK_BLOCKS == 1) & (SPAN <= COLUMNS)
+    if ONE_STEP:
         # B does not wait for h, and one step's fits into registers.
         b = _load_b(pool, b_starts, r < rank, n, column_end)
-        if PDL:
-            gdc_wait()
+    if PDL:
+        gdc_wait()
+    if ONE_STEP:
         h = _load_h(h_slice, h_row_stride, h_split_stride, i, end, r, rank, max_rank, scaling, NUM_SPLITS)
         sums = _product(h, b, tl.zeros((BLOCK_ROWS, COLUMNS), dtype=tl.float32), SPLIT_H)
         _store(y_part, rows, y_stride, bias_part, sums, i < end, n, column_end, ACCUMULATE)
     elif RANK_BLOCKS == 1:
-        if PDL:
-            gdc_wait()
         h = _load_h(h_slice, h_row_stride, h_split_stride, i, end, r, rank, max_rank, scaling, NUM_SPLITS)
         for offset in range(0, column_end - column, COLUMNS):
             b = _load_b(pool, b_starts, r < rank, n + offset, column_end)
@@ -264,8 +264,6 @@ def _walk_span(
             sums = _product(h, b, sums, SPLIT_H)
             _store(y_part, rows, y_stride, bias_part, sums, i < end, n + offset, column_end, ACCUMULATE)
     else:
-        if PDL:
-            gdc_wait()
         for offset in range(0, column_end - column, COLUMNS):
             sums = tl.zeros((BLOCK_ROWS, COLUMNS), dtype=tl.float32)
             for first in range(0, rank, BLOCK_RANKS):

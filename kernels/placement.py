@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lorafleet.kernels.weights import ROW_ALIGN
+from lorafleet.kernels.weights import ROW_ALIGN, aligned
 
 LOAD_ALIGN = 8
 """Elements of a 16-byte load in the narrowest dtype: rows that begin and end at multiples of it are copied in those."""
@@ -55,7 +55,7 @@ def _copy_rows(
 ) -> None:
     """Rows of one width that are neighbours in both, as the ranks of a module are for the most part, in one copy."""
     starts, widths, places = moves
-    pitches = -(-widths // ROW_ALIGN) * ROW_ALIGN
+    pitches = aligned(widths)
     is_first = np.ones(len(starts), dtype=bool)
     is_first[1:] = (np.diff(widths) != 0) | (np.diff(starts) != widths[:-1]) | (np.diff(places) != pitches[:-1])
     if np.any(starts < 0) or np.any(widths < 0) or np.any(starts + widths > len(source)):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
@@ -182,13 +183,15 @@ class _Bench:
         self.weights = random_weights(workload, device, num_sets)
         self.x = torch.randn(workload.num_rows, workload.in_dim, device=device, dtype=torch.bfloat16)
         self.y = torch.empty(workload.num_rows, sum(workload.widths), device=device, dtype=torch.bfloat16)
-        few = self.segments.chunk_length <= FEW_ROWS
         self.norm = torch.ones(workload.in_dim, device=device, dtype=torch.bfloat16)
-        shape = (num_sets if few else 0, self.y.shape[1], workload.in_dim)
-        self.bases = torch.zeros(shape, device=device, dtype=torch.bfloat16)
-        """Of the base product: one a set, so that L2 holds none; none for many rows."""
-        self.shrinks = [ShrinkTiling(*sizes) for sizes in (_SHRINK_FEW if few else _SHRINK_MANY)]
-        self.expands = [ExpandTiling(*sizes) for sizes in (_EXPAND_FEW if few else _EXPAND_MANY)]
+        self.is_few = self.segments.chunk_length <= FEW_ROWS
+        self.shrinks = [ShrinkTiling(*sizes) for sizes in (_SHRINK_FEW if self.is_few else _SHRINK_MANY)]
+        self.expands = [ExpandTiling(*sizes) for sizes in (_EXPAND_FEW if self.is_few else _EXPAND_MANY)]
+
+    @cached_property
+    def bases(self) -> Tensor:
+        """(num_sets, out_dim, in_dim), of the base product: one a set, so that L2 holds none."""
+        return self.x.new_zeros(self.num_sets, self.y.shape[1], self.x.shape[1])
 
     def shrink(self, i: int, tiling: ShrinkTiling) -> Tensor:
         return shrink(self.x, self.weights[i], self.segments, tiling)
@@ -198,16 +201,9 @@ class _Bench:
 
     def pair(self, i: int, shrink_tiling: ShrinkTiling, expand_tiling: ExpandTiling) -> None:
         """Both, amid what is around them in the engine where rows are few: how they begin and end counts then."""
-        x = fused.rms_norm(self.x, self.norm, 1e-5) if len(self.bases) else self.x
-        expand(
-            shrink(x, self.weights[i], self.segments, shrink_tiling),
-            self.weights[i],
-            self.segments,
-            self.y,
-            accumulate=False,
-            tiling=expand_tiling,
-        )
-        if len(self.bases):
+        x = fused.rms_norm(self.x, self.norm, 1e-5) if self.is_few else self.x
+        self.expand(i, shrink(x, self.weights[i], self.segments, shrink_tiling), expand_tiling)
+        if self.is_few:
             torch.addmm(self.y, x, self.bases[i].t(), out=self.y)
 
     def time(self, call: Callable[[int], object]) -> float:

@@ -11,12 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 ROW_ALIGN = 16
 """Every row starts at a multiple of this many elements, so 16-byte loads are aligned in any dtype."""
+
+_Elements = TypeVar("_Elements", int, npt.NDArray[np.int64])
+
+
+def aligned(num_elements: _Elements) -> _Elements:
+    """`num_elements`, rounded up to where the next row may start."""
+    return -(-num_elements // ROW_ALIGN) * ROW_ALIGN
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ import numpy as np
 
 from lorafleet.adapter_store.manifest import AdapterManifest
 from lorafleet.kernels.placement import LOAD_ALIGN
+from lorafleet.kernels.weights import aligned
 from lorafleet.workers.memory.packing import Ints, pack_rows
-from lorafleet.workers.memory.pool_layout import Piece, PoolLayout, aligned, count_piece_pages
+from lorafleet.workers.memory.pool_layout import Piece, PoolLayout, count_piece_pages
 
 BLOCK_BYTES = 8 << 20
 """Weights are copied in blocks of about this size, so that the one is on its way while the next is made ready."""
@@ -58,17 +59,16 @@ class PagePlan:
         pages, within = np.divmod(self.offsets, self.page_elements)
         return page_ids[pages] * self.page_elements + within
 
-    def fill_moves(self, starts: Ints, moves: Ints, *, by_block: bool) -> None:
-        """Write what `place_rows` takes, in `order`, into `moves`, (3, num_rows), when the rows' places are `starts`.
+    def fill_moves(self, starts: Ints, moves: Ints) -> None:
+        """Write what `place_rows` takes for the rows of each block into `moves`, (3, num_rows) in `order`.
 
-        `by_block`: rows are to be taken from their block's part of the adapter's array, instead of from all of it.
+        starts: where the rows are to lie. The rows are taken from their block's part of the adapter's array.
         """
         moves[0] = self.sources
         moves[1] = self.widths
         np.take(starts, self.order, out=moves[2])
-        if by_block:
-            for block in self.blocks:
-                moves[0, block.first_row : block.last_row] -= block.first
+        for block in self.blocks:
+            moves[0, block.first_row : block.last_row] -= block.first
 
     def extra_starts(self, starts: Ints) -> dict[str, list[Ints]]:
         """Of each extra, by part: (num_rows,) those of `starts` that are its rows'."""

@@ -18,16 +18,11 @@ from lorafleet.adapter_store.manifest import (
     ModuleManifest,
     ModuleShape,
 )
-from lorafleet.kernels.weights import ROW_ALIGN
+from lorafleet.kernels.weights import ROW_ALIGN, aligned
 from lorafleet.workers.memory.packing import count_pages
 
 MAX_PAGE_ROWS = 8
 """A page is at most this many rows of the widest input."""
-
-
-def aligned(num_elements: int) -> int:
-    """`num_elements`, rounded up to where the next row may start."""
-    return -(-num_elements // ROW_ALIGN) * ROW_ALIGN
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,18 +79,19 @@ class Stager:
         source = torch.from_numpy(weights.flat).view(self._pool.dtype)
         assert not plan.blocks or plan.blocks[-1].last == len(source), (plan.blocks[-1], len(source))
         moves = torch.empty((3, len(starts)), dtype=torch.int64, pin_memory=self.stream is not None)
-        plan.fill_moves(starts, moves.numpy(), by_block=self.stream is not None)
-        if self.stream is None:
-            place_rows(source, self._pool, moves, is_aligned=plan.is_aligned)
-            return
-        with torch.cuda.stream(self.stream):
-            moves_there = moves.to(self._pool.device, non_blocking=True)
+        plan.fill_moves(starts, moves.numpy())
+        if self.stream is not None:
+            with torch.cuda.stream(self.stream):
+                moves = moves.to(self._pool.device, non_blocking=True)
 
         def write_block(block: Block) -> None:
-            moves_of_block = moves_there[:, block.first_row : block.last_row]
-            self._write_block(source[block.first : block.last], moves_of_block, is_aligned=plan.is_aligned)
+            part, rows = source[block.first : block.last], moves[:, block.first_row : block.last_row]
+            if self.stream is None:
+                place_rows(part, self._pool, rows, is_aligned=plan.is_aligned)
+            else:
+                self._write_block(part, rows, is_aligned=plan.is_aligned)
 
-        list(self._threads.map(write_block, plan.blocks))
+        list((map if self.stream is None else self._threads.map)(write_block, plan.blocks))
 
     def _write_block(self, source: Tensor, moves: Tensor, *, is_aligned: bool) -> None:
         buffer = self._buffers.get()

@@ -8,12 +8,12 @@ import torch
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, BaseGeometry, ModuleShape
 from lorafleet.kernels.placement import place_rows
-from lorafleet.kernels.weights import ROW_ALIGN
+from lorafleet.kernels.weights import ROW_ALIGN, aligned
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory import page_plan
 from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation
-from lorafleet.workers.memory.page_plan import elements_of_block, pack
-from lorafleet.workers.memory.pool_layout import MAX_PAGE_ROWS, PoolLayout, aligned
+from lorafleet.workers.memory.page_plan import PagePlan, elements_of_block, pack
+from lorafleet.workers.memory.pool_layout import MAX_PAGE_ROWS, PoolLayout
 from tests.workers.memory.geometries import (
     ATTENTION,
     BIASES,
@@ -237,15 +237,22 @@ def test_packing_depends_on_nothing_else() -> None:
     np.testing.assert_array_equal(first.entries, second.entries)
 
 
+def plan_in_blocks(
+    geometry: BaseGeometry, block_pages: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[PoolLayout, AdapterWeights, PagePlan]:
+    """An adapter of everything, and its plan with blocks of about so many pages."""
+    layout = PoolLayout.of(geometry, groups_of(geometry), 8)
+    monkeypatch.setattr(page_plan, "BLOCK_BYTES", block_pages * layout.page_bytes)
+    weights = weights_of(geometry, manifest_of(geometry, "v", 5, EVERYTHING, extras=EXTRAS))
+    return layout, weights, pack(weights.manifest, layout)
+
+
 @pytest.mark.parametrize("block_pages", [1, 3, 1000])
 @pytest.mark.parametrize("geometry", [TINY, ODD], ids=["tiny", "odd"])
 def test_blocks_are_whole_rows_and_all_of_an_adapter(
     geometry: BaseGeometry, block_pages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout = PoolLayout.of(geometry, groups_of(geometry), 8)
-    monkeypatch.setattr(page_plan, "BLOCK_BYTES", block_pages * layout.page_bytes)
-    weights = weights_of(geometry, manifest_of(geometry, "v", 5, EVERYTHING, extras=EXTRAS))
-    plan = pack(weights.manifest, layout)
+    layout, weights, plan = plan_in_blocks(geometry, block_pages, monkeypatch)
     assert sorted(plan.order.tolist()) == list(range(len(plan.offsets)))
     assert plan.sources.tolist() == [0, *np.cumsum(plan.widths)[:-1].tolist()]
     assert plan.is_aligned == (geometry is TINY and not np.any(plan.widths % 8))
@@ -264,17 +271,13 @@ def test_blocks_are_whole_rows_and_all_of_an_adapter(
 def test_moves_of_blocks_are_those_of_the_whole(
     geometry: BaseGeometry, block_pages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout = PoolLayout.of(geometry, groups_of(geometry), 8)
-    monkeypatch.setattr(page_plan, "BLOCK_BYTES", block_pages * layout.page_bytes)
-    weights = weights_of(geometry, manifest_of(geometry, "v", 5, EVERYTHING, extras=EXTRAS))
-    plan = pack(weights.manifest, layout)
+    layout, weights, plan = plan_in_blocks(geometry, block_pages, monkeypatch)
     starts = plan.starts(np.random.default_rng(0).permutation(plan.num_pages))
     source = torch.from_numpy(weights.flat).view(getattr(torch, geometry.dtype))
     moves = torch.empty((3, len(starts)), dtype=torch.int64)
     whole, of_blocks = (torch.zeros(plan.num_pages * layout.page_elements, dtype=source.dtype) for _ in range(2))
-    plan.fill_moves(starts, moves.numpy(), by_block=False)
-    place_rows(source, whole, moves)
-    plan.fill_moves(starts, moves.numpy(), by_block=True)
+    place_rows(source, whole, torch.from_numpy(np.stack([plan.sources, plan.widths, starts[plan.order]])))
+    plan.fill_moves(starts, moves.numpy())
     for block in reversed(plan.blocks):
         rows = moves[:, block.first_row : block.last_row]
         place_rows(source[block.first : block.last], of_blocks, rows, is_aligned=plan.is_aligned)
