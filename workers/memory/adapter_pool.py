@@ -41,7 +41,7 @@ class Allocation:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StagedAdapter:
-    """An adapter whose pages are written, or on their way, and whose slot is not live yet."""
+    """An adapter whose pages are written, and whose slot is not live yet."""
 
     allocation: Allocation
     tables: Tensor
@@ -52,8 +52,6 @@ class StagedAdapter:
     """(num_modules,) float32 on the device."""
     extras: Mapping[str, Extra]
     """What the adapter brings beside low-rank factors, by name."""
-    is_copied: torch.cuda.Event | None
-    """After it the pages and the tensors here are complete. None on a CPU."""
 
 
 class AdapterPool:
@@ -159,7 +157,8 @@ class AdapterPool:
         """Lay the weights into the allocated pages and make the slot's table rows.
 
         May run in another thread than the engine's: it touches only the allocation's own pages. On CUDA the copies go
-        from pinned memory over a side stream, and it returns before they are done.
+        from pinned memory over a side stream, and it waits for them: a step that was launched behind copies would keep
+        every sequence waiting for one adapter.
         """
         assert weights.manifest.version == allocation.manifest.version, weights.manifest.version
         assert weights.dtype == self.layout.dtype, (weights.dtype, self.layout.dtype)
@@ -179,15 +178,16 @@ class AdapterPool:
         stream = self._stager.stream
         if stream is None:
             self._stager.write(plan, weights, starts)
-            return StagedAdapter(allocation, tables, ranks, scalings, self._find_extras(weights, plan, starts), None)
+            return StagedAdapter(allocation, tables, ranks, scalings, self._find_extras(weights, plan, starts))
         assert allocation.is_free_of_readers is not None
         stream.wait_event(allocation.is_free_of_readers)
         self._stager.write(plan, weights, starts)
         with torch.cuda.stream(stream):
             tables, ranks, scalings = (host.to(self.device, non_blocking=True) for host in (tables, ranks, scalings))
             extras = self._find_extras(weights, plan, starts)
-            is_copied = stream.record_event()
-        return StagedAdapter(allocation, tables, ranks, scalings, extras, is_copied)
+            is_written = stream.record_event()
+        is_written.synchronize()
+        return StagedAdapter(allocation, tables, ranks, scalings, extras)
 
     def _plan(self, manifest: AdapterManifest) -> PagePlan:
         """The adapter's packing; remembered, since adapters of a fleet tend to have the same modules and ranks."""
@@ -200,14 +200,10 @@ class AdapterPool:
         return plan
 
     def publish(self, staged: StagedAdapter) -> None:
-        """Make the slot live, between two steps: kernels that are launched from now on see the adapter.
-
-        On CUDA the current stream waits for the copies; the host does not.
-        """
+        """Make the slot live, between two steps: kernels that are launched from now on see the adapter."""
         slot = staged.allocation.slot
-        if staged.is_copied is not None:
+        if self._stager.stream is not None:
             stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(staged.is_copied)
             matrices = [extra.starts for extra in staged.extras.values() if isinstance(extra, ExtraMatrix)]
             for tensor in (staged.tables, staged.ranks, staged.scalings, *matrices):
                 tensor.record_stream(stream)
