@@ -19,7 +19,7 @@ from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeigh
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.extras import Extra, ExtraMatrix, ExtraVector
 from lorafleet.workers.memory.packing import Ints
-from lorafleet.workers.memory.page_plan import PagePlan, count_adapter_pages, elements_of_block, pack
+from lorafleet.workers.memory.page_plan import PagePlan, elements_of_block, pack
 from lorafleet.workers.memory.pages import PageAllocator
 from lorafleet.workers.memory.pool_layout import PoolLayout, parts_of
 from lorafleet.workers.memory.staging import Stager
@@ -133,7 +133,7 @@ class AdapterPool:
         if count is None:
             if len(self._page_counts) >= _MAX_REMEMBERED_COUNTS:
                 self._page_counts.clear()
-            count = self._page_counts[manifest.version] = count_adapter_pages(manifest, self.layout)
+            count = self._page_counts[manifest.version] = self._plan(manifest).num_pages
         return count
 
     def can_allocate(self, manifest: AdapterManifest) -> bool:

@@ -14,7 +14,7 @@ from lorafleet.adapter_store.manifest import AdapterManifest
 from lorafleet.kernels.placement import LOAD_ALIGN
 from lorafleet.kernels.weights import aligned
 from lorafleet.workers.memory.packing import Ints, pack_rows
-from lorafleet.workers.memory.pool_layout import Piece, PoolLayout, count_piece_pages
+from lorafleet.workers.memory.pool_layout import Piece, PoolLayout
 
 BLOCK_BYTES = 8 << 20
 """Weights are copied in blocks of about this size, so that the one is on its way while the next is made ready."""
@@ -79,11 +79,6 @@ class PagePlan:
                 found.setdefault(piece.name, []).append(starts[first : first + piece.count])
                 first += piece.count
         return found
-
-
-def count_adapter_pages(manifest: AdapterManifest, layout: PoolLayout) -> int:
-    """`pack(manifest, layout).num_pages`, without the plan."""
-    return count_piece_pages(layout.pieces(manifest), layout.page_elements)
 
 
 def pack(manifest: AdapterManifest, layout: PoolLayout) -> PagePlan:
