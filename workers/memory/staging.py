@@ -1,8 +1,9 @@
 """Brings adapters' weights to the device, block by block: one is copied to pinned memory while others are on their way.
 
 A block is a part of the adapter's array as it is. What puts its rows into their pages is a kernel, so that a load costs
-the host a few calls a block. The blocks are pinned once, at the start: pinning memory takes as long as copying it
-several times, and holds up the whole device meanwhile.
+the host a few calls a block. They are made by one thread: the engine's thread waits for the interpreter behind every
+other that wants it, and its streams with it. The blocks are pinned once, at the start: pinning memory takes as long as
+copying it several times, and holds up the whole device meanwhile.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import cast
@@ -22,7 +22,7 @@ from torch import Tensor
 from lorafleet.adapter_store.manifest import AdapterWeights
 from lorafleet.kernels.placement import place_rows
 from lorafleet.workers.memory.packing import Ints
-from lorafleet.workers.memory.page_plan import Block, PagePlan
+from lorafleet.workers.memory.page_plan import PagePlan
 
 with warnings.catch_warnings():
     # Weights from an object store are read-only, and only read here; torch says so once a process, which is now.
@@ -30,9 +30,10 @@ with warnings.catch_warnings():
     torch.from_numpy(np.frombuffer(bytes(1), dtype=np.uint8))
 
 MAX_THREADS = 8
-"""Blocks that are copied to pinned memory at once, where there are processors enough: a core copies about 6 GB/s."""
-NUM_BUFFERS = 2 * MAX_THREADS
-"""Blocks in pinned memory: as many again are on their way."""
+"""Torch's own, that copy a block to pinned memory without the interpreter: a core copies about 6 GB/s, and so many are
+as fast as the way to the device."""
+NUM_BUFFERS = 8
+"""Blocks in pinned memory, of all loads together: those that are being copied and those that are on their way."""
 
 
 @dataclass(slots=True, eq=False)
@@ -57,10 +58,7 @@ class Stager:
             # Some releases of torch leave the constructor untyped.
             make_stream = cast(Callable[[torch.device], torch.cuda.Stream], torch.cuda.Stream)
             self.stream = make_stream(pool.device)
-            # A thread copies its block alone: torch's own threads would be as many again for each of these. Torch
-            # keeps that for every thread that starts later: on a GPU's worker none of them computes on the CPU.
-            num_threads = max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2))
-            self._threads = ThreadPoolExecutor(num_threads, "lorafleet-copy", lambda: torch.set_num_threads(1))
+            self._num_threads = max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2))
             self._buffers: SimpleQueue[_Buffer] = SimpleQueue()
             for _ in range(NUM_BUFFERS):
                 self._buffers.put(_Buffer(torch.empty(block_elements, dtype=pool.dtype, pin_memory=True)))
@@ -80,30 +78,28 @@ class Stager:
         assert not plan.blocks or plan.blocks[-1].last == len(source), (plan.blocks[-1], len(source))
         moves = torch.empty((3, len(starts)), dtype=torch.int64, pin_memory=self.stream is not None)
         plan.fill_moves(starts, moves.numpy())
-        if self.stream is not None:
-            with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream):
+            if self.stream is not None:
+                # Of this thread. Ray gives a worker's torch one, and on a GPU nothing else computes on the CPU.
+                torch.set_num_threads(self._num_threads)
                 moves = moves.to(self._pool.device, non_blocking=True)
+            for block in plan.blocks:
+                rows = moves[:, block.first_row : block.last_row]
+                elements = self._to_device(source[block.first : block.last])
+                place_rows(elements, self._pool, rows, is_aligned=plan.is_aligned)
 
-        def write_block(block: Block) -> None:
-            part, rows = source[block.first : block.last], moves[:, block.first_row : block.last_row]
-            if self.stream is None:
-                place_rows(part, self._pool, rows, is_aligned=plan.is_aligned)
-            else:
-                self._write_block(part, rows, is_aligned=plan.is_aligned)
-
-        list((map if self.stream is None else self._threads.map)(write_block, plan.blocks))
-
-    def _write_block(self, source: Tensor, moves: Tensor, *, is_aligned: bool) -> None:
+    def _to_device(self, source: Tensor) -> Tensor:
+        """A block of an adapter's array where the pool is; on CUDA it is on its way there when this returns."""
+        if self.stream is None:
+            return source
         buffer = self._buffers.get()
         try:
             if buffer.is_copied is not None:
                 buffer.is_copied.synchronize()
             pinned = buffer.elements[: len(source)]
             pinned.copy_(source)
-            assert self.stream is not None
-            with torch.cuda.stream(self.stream):
-                elements = pinned.to(self._pool.device, non_blocking=True)
-                buffer.is_copied = self.stream.record_event()
-                place_rows(elements, self._pool, moves, is_aligned=is_aligned)
+            elements = pinned.to(self._pool.device, non_blocking=True)
+            buffer.is_copied = self.stream.record_event()
         finally:
             self._buffers.put(buffer)
+        return elements
