@@ -321,12 +321,16 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     ),
     "handle-delta": handle_delta,
     "handle-request": handle_request,
+    "hot-by-threads": lambda: table(("loads", "tokens, ms", "device's steps, ms"), measured.hot_rows()),
     "kernel-bars": lambda: table(("", "measured", "bar", ""), measured.kernel_bars()),
     "kernel-cases": lambda: table(measured.kernel_head(), measured.kernel_rows()),
     "metrics": metrics_table,
     "neutral-fields": neutral_fields,
     "peft-fields": peft_fields,
     "routes": routes,
+    "serve-gpu": lambda: table(
+        ("", "output tokens/s", "first token, ms: p50, p99", "between tokens, ms: p50, p99"), measured.serve_rows()
+    ),
     "service-errors": service_errors,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,12 @@ ENGINE_CASES = {
     "one": "one adapter on all requests",
     "lora64": "64 adapters",
     "gsm8k": "shared prefix of 700 tokens, one adapter with embeddings and head (Llama-2-7B)",
+}
+
+SERVE_WAYS = {
+    "http": "two workers, over HTTP",
+    "engines": "the same two engines, in-process",
+    "engine": "one engine on the whole GPU, in-process",
 }
 
 
@@ -123,3 +130,22 @@ def _profiled(path: Path) -> dict[str, float]:
     for name, (ms, _) in calls.items():
         parts[next(part for part, kernels in PARTS.items() if re.search(kernels, name))] += ms / num_steps
     return parts
+
+
+def serve_rows() -> Rows:
+    """What HTTP through Ray Serve makes of the engines on a GPU, and what they make alone."""
+    results = latest(RESULTS / "serve_gpu.jsonl")
+    for way, name in SERVE_WAYS.items():
+        (line,) = results[way]
+        yield (
+            name,
+            number(line["output_tokens_per_s"]),
+            *(f"{line[f'{kind}_ms_p50']:,.0f}, {line[f'{kind}_ms_p99']:,.0f}" for kind in ("first_token", "gap")),
+        )
+
+
+def hot_rows() -> Rows:
+    """What hot streams feel of loads, by how many threads make them."""
+    lines = map(json.loads, (RESULTS / "engine_tried.jsonl").read_text().splitlines())
+    for line in (line for line in lines if line["case"] == "hot_by_threads"):
+        yield line["variant"], f"{line['gap_ms_p99']:.2f}", f"{line['device_step_ms_p99']:.2f}"

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from lorafleet.adapter_store.manifest import AdapterWeights
 from lorafleet.workers.adapter_loader import AdapterLoader
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
@@ -104,4 +106,7 @@ def assemble(
         layout.page_bytes,
         ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in stages_s.items()),
     )
+    if device.type == "cuda":
+        free, total = (num_bytes / 2**30 for num_bytes in torch.cuda.mem_get_info(device))
+        logger.info("worker %s: %.1f of the GPU's %.1f GiB are left", worker_id, free, total)
     return parts
