@@ -142,6 +142,49 @@ def test_extend_matches_float64(shape: str, window: int | None, dtype: torch.dty
             assert_near(out[mine], attend(query[mine], cache.tokens[index], 0.2, window))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 20])
+def test_lines_that_no_sequence_has_cost_nothing_and_padding_is_zero(window: int | None, dtype: torch.dtype) -> None:
+    """As a graph has them: lines for decodes, then for prompts, and one with the padding rows, which attend to nothing.
+
+    On a GPU the launches are captured while all rows are padding.
+    """
+    shape = SHAPES["llama"]
+    decodes, prompts, padding = [30, 1, 0, 0, 0, 0], [(5, 5), (20, 75), (0, 0), (0, 0)], 9
+    cache = make_cache([*decodes, *(length for _, length in prompts), 0], shape, dtype)
+    starts = torch.tensor([2, *(rows for rows, _ in prompts), padding]).cumsum(0).to(torch.int32).to(DEVICE)
+    num_rows = int(starts[-1])
+    query, num_lines = random_query(num_rows, shape, dtype), len(decodes)
+    lengths, indptr = torch.zeros_like(cache.lengths), torch.zeros_like(starts)
+    indptr[-1] = num_rows
+    out, workspace = poisoned(query), workspace_for(shape, 8)
+
+    def run() -> None:
+        paged = (cache.keys, cache.values)
+        lines = (cache.tables[:num_lines], lengths[:num_lines])
+        decode(query[:num_lines], *paged, *lines, out[:num_lines], workspace, scaling=0.2, window=window)
+        extend(query, *paged, cache.tables[num_lines:], lengths[num_lines:], indptr, out, scaling=0.2, window=window)
+
+    run()
+    assert not out.any()
+    if DEVICE.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+    lengths.copy_(cache.lengths)
+    indptr.copy_(starts)
+    out.fill_(float("nan"))
+    run()
+    for index in range(2):
+        assert_near(out[index : index + 1], attend(query[index : index + 1], cache.tokens[index], 0.2, window))
+    for index, (start, (rows, _)) in enumerate(zip(starts.tolist(), prompts, strict=False)):
+        if rows:
+            mine = slice(start, start + rows)
+            assert_near(out[mine], attend(query[mine], cache.tokens[num_lines + index], 0.2, window))
+    assert not out[num_rows - padding :].any()
+
+
 def test_long_tables_are_int64_and_results_do_not_depend_on_their_width() -> None:
     shape = SHAPES["llama"]
     cache = make_cache([200, 300], shape, torch.float32)
