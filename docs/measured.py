@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -146,6 +145,5 @@ def serve_rows() -> Rows:
 
 def hot_rows() -> Rows:
     """What hot streams feel of loads, by how many threads make them."""
-    lines = map(json.loads, (RESULTS / "engine_tried.jsonl").read_text().splitlines())
-    for line in (line for line in lines if line["case"] == "hot_by_threads"):
+    for line in latest(RESULTS / "engine_tried.jsonl")["hot_by_threads"]:
         yield line["variant"], f"{line['gap_ms_p99']:.2f}", f"{line['device_step_ms_p99']:.2f}"

@@ -176,17 +176,15 @@ class AdapterPool:
         scalings.numpy()[columns] = [module.scaling for module in modules]
 
         stream = self._stager.stream
-        if stream is None:
-            self._stager.write(plan, weights, starts)
-            return StagedAdapter(allocation, tables, ranks, scalings, self._find_extras(weights, plan, starts))
-        assert allocation.is_free_of_readers is not None
-        stream.wait_event(allocation.is_free_of_readers)
+        if stream is not None:
+            assert allocation.is_free_of_readers is not None
+            stream.wait_event(allocation.is_free_of_readers)
         self._stager.write(plan, weights, starts)
-        with torch.cuda.stream(stream):
+        with self._stager.on_stream():
             tables, ranks, scalings = (host.to(self.device, non_blocking=True) for host in (tables, ranks, scalings))
             extras = self._find_extras(weights, plan, starts)
-            is_written = stream.record_event()
-        is_written.synchronize()
+        if stream is not None:
+            stream.record_event().synchronize()
         return StagedAdapter(allocation, tables, ranks, scalings, extras)
 
     def _plan(self, manifest: AdapterManifest) -> PagePlan:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import cast
@@ -63,6 +64,10 @@ class Stager:
             for _ in range(NUM_BUFFERS):
                 self._buffers.put(_Buffer(torch.empty(block_elements, dtype=pool.dtype, pin_memory=True)))
 
+    def on_stream(self) -> AbstractContextManager[object]:
+        """What is launched within goes on `stream`. On a CPU nothing does, and CUDA is not touched."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
     def warm_up(self) -> None:
         """Launch what `write` launches, in all its forms, for a row of no elements."""
         moves = torch.zeros((3, 1), dtype=torch.int64, device=self._pool.device)
@@ -78,11 +83,11 @@ class Stager:
         assert not plan.blocks or plan.blocks[-1].last == len(source), (plan.blocks[-1], len(source))
         moves = torch.empty((3, len(starts)), dtype=torch.int64, pin_memory=self.stream is not None)
         plan.fill_moves(starts, moves.numpy())
-        with torch.cuda.stream(self.stream):
+        with self.on_stream():
             if self.stream is not None:
                 # Of this thread. Ray gives a worker's torch one, and on a GPU nothing else computes on the CPU.
                 torch.set_num_threads(self._num_threads)
-                moves = moves.to(self._pool.device, non_blocking=True)
+            moves = moves.to(self._pool.device, non_blocking=True)
             for block in plan.blocks:
                 rows = moves[:, block.first_row : block.last_row]
                 elements = self._to_device(source[block.first : block.last])
