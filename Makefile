@@ -47,9 +47,10 @@ unit: setup
 gpu: setup
 	$(BIN)/pytest -m gpu
 
-# Logprobs against transformers + PEFT; on a GPU: make fidelity ARGS="--device cuda --dtype bfloat16 --base llama-7b-4-layers"
+# Logprobs against transformers + PEFT; on a GPU: make fidelity ARGS="--device cuda --dtype bfloat16 --base llama-7b-4-layers".
+# What is to be kept is measured with --out benchmarks/results/fidelity.jsonl.
 fidelity: setup
-	$(BIN)/python benchmarks/fidelity.py $(ARGS)
+	$(BIN)/python benchmarks/fidelity.py --out build/fidelity.jsonl $(ARGS)
 
 format: setup
 	$(BIN)/ruff format .

@@ -254,16 +254,15 @@ def main() -> int:
     num_tokens = NUM_REQUESTS * options.tokens
     rates = {name: run.rate(num_tokens) for name, run in runs.items()}
     about = {"commit": bars.commit(), "base": options.base.parent.name, "tokens": num_tokens, **_machine()}
-    with options.out.open("a") as file:
-        for name, run in runs.items():
-            figures = {
-                "way": name,
-                "tokens_per_s": round(rates[name], 1),
-                "seconds": [round(value, 3) for value in run.seconds],
-                "cpu_seconds": [round(value, 3) for value in run.cpu_seconds],
-                "same_answers": run.num_same,
-            }
-            file.write(json.dumps(figures | about) + "\n")
+    for name, run in runs.items():
+        figures = {
+            "way": name,
+            "tokens_per_s": round(rates[name], 1),
+            "seconds": [round(value, 3) for value in run.seconds],
+            "cpu_seconds": [round(value, 3) for value in run.cpu_seconds],
+            "same_answers": run.num_same,
+        }
+        bars.append(options.out, figures | about)
     draw(options.out.with_suffix(".png"), rates)
 
     print(f"\n{'':36} {'tokens/s':>9} {'lorafleet is':>13} {'CPU s':>7} {'same answers':>13}")

@@ -406,9 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "commit": options.commit or bars.commit(),
         **_machine(options.device),
     }
-    with options.out.open("a") as file:
-        for name, figures in reports.items():
-            file.write(json.dumps({"comparison": name, **figures, "missed": bool(missed), **about}) + "\n")
+    for name, figures in reports.items():
+        bars.append(options.out, {"comparison": name, **figures, "missed": bool(missed), **about})
     show(reports)
     for line in missed:
         print(f"missed: {line}")

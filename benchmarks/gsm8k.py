@@ -223,8 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
         print(f"\n{error or type(error).__name__}", file=sys.stderr)
         return 1
-    with options.out.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    bars.append(options.out, line)
     for name in ("accuracy", "invalid", "latency_s", "question_s_p50", "output_tokens", "output_tokens_per_s"):
         print(f"{name:22} {line[name]:>10,}")
     return 0

@@ -373,8 +373,8 @@ def main() -> None:
     }
     shape = {"streams": args.streams, "max_tokens": args.max_tokens, "rounds": args.rounds, "threads": args.threads}
     lines = [{"way": way, **figures, **shape, **machine()} for way, figures in zip(WAYS, (here, http), strict=True)]
-    with args.out.open("a") as out:
-        out.writelines(json.dumps(line) + "\n" for line in lines)
+    for line in lines:
+        bars.append(args.out, line)
     print_table(lines)
     plot(lines, args.out.with_suffix(".png"))
 
