@@ -13,11 +13,11 @@ from lorafleet.adapter_store.manifest import AdapterWeights
 from lorafleet.workers.adapter_loader import AdapterLoader
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
 from lorafleet.workers.engine import Delivery, Engine
+from lorafleet.workers.graph_forms import graph_forms
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.memory.residency import Residency
-from lorafleet.workers.model.cuda_graphs import graph_sizes
 from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, resolve_device
 from lorafleet.workers.model.loader import load_base, load_tokenizer
 from lorafleet.workers.model.runner import ModelRunner
@@ -80,7 +80,7 @@ def assemble(
         cache,
         adapter_pool,
         max_pages=max_pages,
-        graph_sizes=graph_sizes(engine.max_running, engine.max_batch_tokens, max_pages) if captures else (),
+        graph_forms=graph_forms(engine.max_running, engine.max_batch_tokens, max_pages) if captures else (),
         max_batch_tokens=engine.max_batch_tokens,
         max_pass_rows=engine.logits_chunk_tokens,
     )

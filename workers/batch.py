@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorafleet.kernels.segments import SegmentPlan, Segments
+from lorafleet.workers.graph_forms import GraphForm
 from lorafleet.workers.model.attention import AttentionBatch
 from lorafleet.workers.model.logits import LogitsPass, PassPlan
 from lorafleet.workers.model.sampler import SamplingBatch
@@ -56,20 +57,19 @@ class StepBatch:
     """Token ids, positions, KV pages, KV offsets, query offsets, context lengths, logits rows, block tables, segments
     and the passes' segments, one after another."""
     query_lengths: list[int]
-    """Rows of each sequence; padding counts as sequences of one row."""
+    """Rows of each sequence; 0 for a line of a graph that no sequence has."""
     context_lengths: list[int]
-    """Tokens each sequence attends to; 0 for padding."""
+    """Tokens each sequence attends to; 0 for padding and for lines that no sequence has."""
     num_table_pages: int
     num_decodes: int
+    """Lines at the beginning for sequences of one row."""
     num_logits: int
     segments: SegmentPlan
     passes: tuple[PassPlan, ...]
     has_pending: bool
     """Whether any token is one that the step in flight chooses."""
-    graph_size: int | None
-    """Rows that the batch is padded to, for a captured graph; None: not padded. Such a batch has every row as a
-    sequence of its own: all keys of a layer are written before it attends, so a prompt's token finds those before it
-    in the pages, as a decode does."""
+    form: GraphForm | None
+    """Of the captured graph that computes the batch, which is padded to it; None: none does."""
     sampled: tuple[Sequence, ...]
     """Sequences that get a token, in the order of the last `len(sampled)` logits rows (padding after them)."""
     prompts: tuple[tuple[Sequence, int, int], ...]
@@ -81,10 +81,10 @@ class StepBatch:
         return len(self.segments.row_slots)
 
     @property
-    def graph_key(self) -> tuple[int, int]:
-        """Rows and chunks of the LoRA work that the batch's graph was captured with; no chunks without such work."""
-        assert self.graph_size is not None
-        return self.graph_size, self.segments.max_chunks if self.segments.num_lora_chunks else 0
+    def graph_key(self) -> tuple[GraphForm, int]:
+        """Form and chunks of the LoRA work that the batch's graph was captured with; no chunks without such work."""
+        assert self.form is not None
+        return self.form, self.segments.max_chunks if self.segments.num_lora_chunks else 0
 
     @property
     def num_prompt_rows(self) -> int:

@@ -8,13 +8,10 @@ import numpy as np
 
 from lorafleet.kernels.segments import BASE_SLOT
 from lorafleet.workers.batch import ScheduledRows, StepBatch
+from lorafleet.workers.graph_forms import GraphForm, choose_form
 from lorafleet.workers.layout import GRAPH_CHUNK_LENGTH, Ints, Layout, chunk_bounds, most_chunks
 from lorafleet.workers.sampling_table import SamplingTable
 from lorafleet.workers.sequence import Sequence
-
-MAX_GRAPH_KEYS = 400_000
-"""Keys that the rows of prompts in a captured batch may attend to, counted for each row. Every row reads its own, as a
-decode does, where a prompt's rows would share them: beyond this it costs more than launching kernel by kernel does."""
 
 
 class BatchBuilder:
@@ -28,18 +25,18 @@ class BatchBuilder:
         stop_token_ids: frozenset[int],
         num_slots: int,
         pass_rows: tuple[int, int],
-        graph_sizes: tuple[int, ...] = (),
+        graph_forms: tuple[GraphForm, ...] = (),
         null_page: int = 0,
     ) -> None:
         """`max_pages`: KV pages of the longest sequence. `num_slots`: most adapters in a batch. `pass_rows`: fewest and
-        most of a pass over the head. `graph_sizes`, rising: batches that fit, with one pass, are padded to one of these
-        rows; padding rows write their keys and values to `null_page`.
+        most of a pass over the head. `graph_forms`, rising: batches that fit one, with one pass, are padded to it;
+        padding rows write their keys and values to `null_page`.
         """
         self._page_tokens = page_tokens
         self._sampling = SamplingTable(stop_token_ids)
         self._num_slots = num_slots
         self._pass_rows = pass_rows
-        self._graph_sizes = graph_sizes
+        self._graph_forms = graph_forms
         self._null_page = null_page
         self._tables = np.zeros((0, max_pages), dtype=np.int32)
         self._free_lines: list[int] = []
@@ -79,10 +76,12 @@ class BatchBuilder:
 
         extended = lengths > 1
         keys = int((lengths[extended] * ends[extended]).sum())
-        graph_size, max_chunks = self._graph_size(len(positions), len(logits_rows), keys), None
-        if graph_size is not None and any(seq.lease is not None and seq.lease.has_extras for seq in sequences):
-            graph_size = None  # which rows have parameters of their own is decided on the host, layer by layer
-        num_pages = self._tables.shape[1] if graph_size is not None else int(-(-ends.max() // self._page_tokens))
+        form, max_chunks = None, None
+        # Which rows have parameters of their own is decided on the host, layer by layer.
+        has_extras = any(seq.lease is not None and seq.lease.has_extras for seq in sequences)
+        if not has_extras and len(logits_rows) <= self._pass_rows[1]:
+            form = choose_form(self._graph_forms, len(positions), int(np.count_nonzero(extended)), keys)
+        num_pages = self._tables.shape[1] if form is not None else int(-(-ends.max() // self._page_tokens))
         tables = self._tables[lines, :num_pages]
         layout = Layout(
             token_ids=np.array(token_ids),
@@ -95,14 +94,14 @@ class BatchBuilder:
             tables=tables,
             logits_rows=logits_rows,
         )
-        if graph_size is not None:
+        if form is not None:
             num_adapters = np.unique(slots[slots != BASE_SLOT]).size
-            needed = most_chunks(graph_size, num_adapters) if num_adapters else 0
-            max_chunks = next(n for n in chunk_bounds(graph_size, self._num_slots) if n >= needed)
-            layout = layout.by_rows(row_sequence).padded(graph_size, self._null_page, self._pass_rows[1])
+            needed = most_chunks(form.num_rows, num_adapters) if num_adapters else 0
+            max_chunks = next(n for n in chunk_bounds(form.num_rows, self._num_slots) if n >= needed)
+            layout = layout.in_form(form, row_sequence, self._null_page, self._pass_rows[1])
         return layout.pack(
-            graph_size=graph_size,
-            chunk_length=None if graph_size is None else GRAPH_CHUNK_LENGTH,
+            form=form,
+            chunk_length=None if form is None else GRAPH_CHUNK_LENGTH,
             max_chunks=max_chunks,
             pass_rows=self._pass_rows,
             rows=rows,
@@ -110,12 +109,6 @@ class BatchBuilder:
             prompts=tuple(prompt for _, prompt in prompts),
             sampling=self._sampling.batch(sampled, lines[samples]),
         )
-
-    def _graph_size(self, num_rows: int, num_logits: int, num_keys: int) -> int | None:
-        """The smallest captured size that holds so many rows; None when none does, or not these logits and keys."""
-        if num_logits > self._pass_rows[1] or num_keys > MAX_GRAPH_KEYS:
-            return None
-        return next((size for size in self._graph_sizes if size >= num_rows), None)
 
     def _line(self, sequence: Sequence) -> int:
         """The sequence's line, its page table brought up to date."""

@@ -111,7 +111,7 @@ class Engine:
             stop_token_ids=runner.base.stop_token_ids,
             num_slots=runner.pool.num_slots,
             pass_rows=runner.pass_rows,
-            graph_sizes=runner.graph_sizes,
+            graph_forms=runner.graph_forms,
             null_page=next(iter(runner.null_pages), 0),
         )
         self._sequences: dict[str, Sequence] = {}

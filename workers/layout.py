@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from lorafleet.kernels.segments import BASE_SLOT, SegmentPlan, plan_segments
 from lorafleet.workers.batch import ScheduledRows, StepBatch
+from lorafleet.workers.graph_forms import GraphForm
 from lorafleet.workers.model.logits import plan_passes
 from lorafleet.workers.model.sampler import NO_SAMPLING, SamplingBatch
 from lorafleet.workers.sequence import Sequence
@@ -50,38 +51,45 @@ class Layout:
     tables: Ints
     logits_rows: Ints
 
-    def by_rows(self, row_sequence: Ints) -> Layout:
-        """The same work with every row as a sequence of its own."""
-        return replace(
-            self,
-            query_lengths=np.ones_like(self.positions),
-            context_lengths=self.positions + 1,
-            tables=self.tables[row_sequence],
-        )
+    @property
+    def num_decodes(self) -> int:
+        """Sequences of one row, which come first."""
+        return int(np.count_nonzero(self.query_lengths == 1))
 
-    def padded(self, size: int, null_page: int, max_logits: int) -> Layout:
-        """With as many one-row sequences more as make `size` rows: they attend to nothing and write to `null_page`.
+    def in_form(self, form: GraphForm, row_sequence: Ints, null_page: int, max_logits: int) -> Layout:
+        """The same work as a graph of `form` takes it. `row_sequence`: the sequence of each row.
 
-        Logits are of as many rows too, or of `max_logits`; those beyond the wanted ones are of the first row.
+        Rows more than there are attend to nothing and write to `null_page`. Logits are of as many rows as the form has,
+        or of `max_logits`; those beyond the wanted ones are of the first row.
         """
-        count = size - len(self.token_ids)
-        tables = np.zeros((count, self.tables.shape[1]), dtype=self.tables.dtype)
+        padding = form.num_rows - len(self.token_ids)
+        query_lengths: Ints
+        if form.num_prompts == 0:
+            num_lines, places = form.num_rows, np.arange(len(self.token_ids))
+            query_lengths, context_lengths = np.ones(num_lines, dtype=np.int64), self.positions + 1
+            tables = self.tables[row_sequence]
+        else:
+            num_lines, places = form.num_decodes + form.num_prompts + 1, np.arange(len(self.tables))
+            places[self.num_decodes :] += form.num_decodes - self.num_decodes
+            query_lengths = _spread(self.query_lengths, places, num_lines)
+            query_lengths[-1] = padding
+            context_lengths, tables = self.context_lengths, self.tables
         return Layout(
-            token_ids=_pad(self.token_ids, count, 0),
-            positions=_pad(self.positions, count, 0),
-            row_pages=_pad(self.row_pages, count, null_page),
-            row_offsets=_pad(self.row_offsets, count, 0),
-            row_slots=_pad(self.row_slots, count, BASE_SLOT).astype(np.int32),
-            query_lengths=_pad(self.query_lengths, count, 1),
-            context_lengths=_pad(self.context_lengths, count, 0),
-            tables=np.concatenate([self.tables, tables]),
-            logits_rows=_pad(self.logits_rows, min(size, max_logits) - len(self.logits_rows), 0),
+            token_ids=_pad(self.token_ids, padding, 0),
+            positions=_pad(self.positions, padding, 0),
+            row_pages=_pad(self.row_pages, padding, null_page),
+            row_offsets=_pad(self.row_offsets, padding, 0),
+            row_slots=_pad(self.row_slots, padding, BASE_SLOT).astype(np.int32),
+            query_lengths=query_lengths,
+            context_lengths=_spread(context_lengths, places, num_lines),
+            tables=_spread(tables, places, num_lines),
+            logits_rows=_pad(self.logits_rows, min(form.num_rows, max_logits) - len(self.logits_rows), 0),
         )
 
     def pack(
         self,
         *,
-        graph_size: int | None,
+        form: GraphForm | None,
         chunk_length: int | None,
         max_chunks: int | None,
         pass_rows: tuple[int, int],
@@ -123,12 +131,12 @@ class Layout:
             query_lengths=self.query_lengths.tolist(),
             context_lengths=self.context_lengths.tolist(),
             num_table_pages=self.tables.shape[1],
-            num_decodes=int(np.count_nonzero(self.query_lengths == 1)),
+            num_decodes=self.num_decodes if form is None else form.num_decodes,
             num_logits=len(self.logits_rows),
             segments=segments,
             passes=passes,
             has_pending=bool((self.token_ids < 0).any()),
-            graph_size=graph_size,
+            form=form,
             sampled=sampled,
             prompts=prompts,
             sampling=sampling,
@@ -139,8 +147,15 @@ def _pad(array: Ints, count: int, value: int) -> Ints:
     return np.concatenate([array, np.full(count, value, dtype=array.dtype)])
 
 
+def _spread(array: Ints, places: Ints, count: int) -> Ints:
+    """`count` lines of zeros, but for the array's, which come to `places`."""
+    lines = np.zeros((count, *array.shape[1:]), dtype=array.dtype)
+    lines[places] = array
+    return lines
+
+
 def blank_batch(
-    graph_size: int,
+    form: GraphForm,
     *,
     max_pages: int,
     null_page: int,
@@ -154,11 +169,11 @@ def blank_batch(
     tables = np.zeros((0, max_pages), dtype=np.int32)
     layout = Layout(none, none, none, none, none.astype(np.int32), none, none, tables, none)
     return _blank(
-        layout.padded(graph_size, null_page, max_logits),
-        graph_size=graph_size,
+        layout.in_form(form, none, null_page, max_logits),
+        form=form,
         chunk_length=chunk_length,
         max_chunks=max_chunks,
-        pass_rows=(1, graph_size),
+        pass_rows=(1, form.num_rows),
         has_lora=has_lora,
     )
 
@@ -166,14 +181,14 @@ def blank_batch(
 def _blank(
     layout: Layout,
     *,
-    graph_size: int | None,
+    form: GraphForm | None,
     chunk_length: int,
     max_chunks: int | None,
     pass_rows: tuple[int, int],
     has_lora: bool,
 ) -> StepBatch:
     batch = layout.pack(
-        graph_size=graph_size,
+        form=form,
         chunk_length=chunk_length,
         max_chunks=max_chunks,
         pass_rows=pass_rows,
@@ -220,7 +235,7 @@ def blank_prompt(
     )
     return _blank(
         layout,
-        graph_size=None,
+        form=None,
         chunk_length=chunk_length,
         max_chunks=None,
         pass_rows=(1, max_pass_rows or 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -10,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafleet.kernels.segments import BASE_SLOT, plan_segments
+from lorafleet.workers import graph_forms as forms
 from lorafleet.workers.batch import ScheduledRows, StepBatch
 from lorafleet.workers.batch_builder import BatchBuilder
 from lorafleet.workers.detokenizer import Detokenizer
+from lorafleet.workers.graph_forms import GraphForm
 from lorafleet.workers.layout import GRAPH_CHUNK_LENGTH, blank_batch, chunk_bounds, most_chunks
 from lorafleet.workers.model.sampler import SamplingBatch, uniforms
 from lorafleet.workers.request import EngineRequest, SamplingParams
@@ -53,7 +56,7 @@ def sequence_of(
 
 
 def builder(
-    graph_sizes: tuple[int, ...] = (), pass_rows: tuple[int, int] = (1, 1000), num_slots: int = NUM_SLOTS
+    graph_forms: tuple[GraphForm, ...] = (), pass_rows: tuple[int, int] = (1, 1000), num_slots: int = NUM_SLOTS
 ) -> BatchBuilder:
     return BatchBuilder(
         page_tokens=PAGE_TOKENS,
@@ -61,9 +64,14 @@ def builder(
         stop_token_ids=STOP_IDS,
         num_slots=num_slots,
         pass_rows=pass_rows,
-        graph_sizes=graph_sizes,
+        graph_forms=graph_forms,
         null_page=999,
     )
+
+
+def by_row(*sizes: int) -> tuple[GraphForm, ...]:
+    """Forms whose rows are sequences of their own."""
+    return tuple(GraphForm(size, size) for size in sizes)
 
 
 def assert_lays_out(batch: StepBatch, scheduled: list[ScheduledRows]) -> None:
@@ -255,9 +263,9 @@ def test_decodes_are_padded_to_a_captured_size() -> None:
         sequence = sequence_of(6, 0, slot=number)
         sequence.num_computed, sequence.kv_pages = 5, [10 + number, 20 + number]
         rows.append(ScheduledRows(sequence, 1))
-    making = builder(graph_sizes=(2, 4, 8))
+    making = builder(graph_forms=by_row(2, 4, 8))
     batch = making.build(rows)
-    assert batch.graph_size == 4
+    assert batch.form == GraphForm(4, 4)
     inputs = batch.view(torch.from_numpy(batch.packed))
     attention = inputs.attention
     assert attention.row_pages.tolist() == [20, 21, 22, 999]
@@ -266,7 +274,7 @@ def test_decodes_are_padded_to_a_captured_size() -> None:
     assert inputs.segments.host_row_slots.tolist() == [0, 1, 2, BASE_SLOT]
     assert [each.rows.tolist() for each in inputs.passes] == [[0, 1, 2, 0]], "the padding's logits are of any row"
     assert len(batch.sampled) == 3
-    assert making.build(rows * 3).graph_size is None, "more than the largest size"
+    assert making.build(rows * 3).form is None, "more than the largest size"
 
 
 @given(data=st.data())
@@ -291,7 +299,8 @@ def test_few_adapters_take_a_graph_of_few_chunks() -> None:
             sequence = sequence_of(6, 0, slot=slot)
             sequence.num_computed, sequence.kv_pages = 5, [10, 20]
             rows.append(ScheduledRows(sequence, 1))
-        return builder(graph_sizes=(256,), num_slots=256).build(rows).graph_key
+        form, num_chunks = builder(graph_forms=by_row(256), num_slots=256).build(rows).graph_key
+        return form.num_rows, num_chunks
 
     assert chunk_bounds(256, 256) == (20, 76, 256)
     assert graph_key([BASE_SLOT] * 200) == (256, 0)
@@ -301,16 +310,18 @@ def test_few_adapters_take_a_graph_of_few_chunks() -> None:
     assert graph_key([i % 64 for i in range(255)] + [64]) == (256, 256)
 
 
-@given(rows=some_rows())
-@settings(max_examples=100, deadline=None)
-def test_a_batch_is_packed_as_its_graph_was_captured(rows: list[ScheduledRows]) -> None:
-    batch = builder(graph_sizes=(8, 64, 400)).build(rows)
-    assert batch.graph_size is not None
+@given(rows=some_rows(), num_prompts=st.sampled_from([0, 8]))
+@settings(max_examples=200, deadline=None)
+def test_a_batch_is_packed_as_its_graph_was_captured(rows: list[ScheduledRows], num_prompts: int) -> None:
+    kinds = [*by_row(8, 64, 400)] if num_prompts == 0 else [*by_row(8), *(GraphForm(n, 9, 8) for n in (32, 400))]
+    with patch.object(forms, "FEW_KEYS", 0):
+        batch = builder(graph_forms=tuple(kinds)).build(rows)
+    assert batch.form is not None
     has_lora = batch.segments.num_lora_chunks > 0
-    bounds = chunk_bounds(batch.graph_size, NUM_SLOTS)
-    (max_chunks,) = [n for n in bounds if (batch.graph_size, n) == batch.graph_key] if has_lora else bounds[:1]
+    bounds = chunk_bounds(batch.form.num_rows, NUM_SLOTS)
+    (max_chunks,) = [n for n in bounds if (batch.form, n) == batch.graph_key] if has_lora else bounds[:1]
     captured = blank_batch(
-        batch.graph_size,
+        batch.form,
         max_chunks=max_chunks,
         max_pages=MAX_PAGES,
         null_page=999,
@@ -323,7 +334,41 @@ def test_a_batch_is_packed_as_its_graph_was_captured(rows: list[ScheduledRows]) 
     for here, there in ((inputs.segments, captured_inputs.segments), (only.segments, captured_only.segments)):
         assert (here.max_chunks, here.chunk_length) == (there.max_chunks, there.chunk_length)
     assert inputs.attention.block_tables.shape == captured_inputs.attention.block_tables.shape
+    assert inputs.attention.num_decodes == captured_inputs.attention.num_decodes
     assert batch.packed.shape == captured.packed.shape
+
+
+@given(rows=some_rows())
+@settings(max_examples=200, deadline=None)
+def test_prompts_have_lines_behind_the_decodes(rows: list[ScheduledRows]) -> None:
+    """Each row belongs to one line: its sequence's or, for padding, the last, which attends to nothing."""
+    form = GraphForm(300, 9, 8)
+    with patch.object(forms, "FEW_KEYS", 0):
+        making = builder(graph_forms=(form,))
+        batch = making.build(rows)
+    for item in rows:
+        making.release(item.sequence)
+    plain = builder().build(rows)
+    if all(item.num_rows == 1 for item in rows):
+        assert batch.form is None
+        return
+    assert batch.form == form
+    attention = batch.view(torch.from_numpy(batch.packed)).attention
+    eager = plain.view(torch.from_numpy(plain.packed)).attention
+    assert attention.num_decodes == form.num_decodes
+    ends, num_lines = attention.query_indptr.tolist(), form.num_decodes + form.num_prompts + 1
+    assert len(ends) == num_lines + 1
+    assert (ends[0], ends[-1]) == (0, form.num_rows)
+    lines = [*range(eager.num_decodes), *range(form.num_decodes, num_lines)][: len(rows)]
+    for index, line in enumerate(lines):
+        assert ends[line : line + 2] == eager.query_indptr[index : index + 2].tolist()
+        assert attention.context_lengths[line] == eager.context_lengths[index]
+        num_pages = eager.block_tables.shape[1]
+        assert attention.block_tables[line, :num_pages].tolist() == eager.block_tables[index].tolist()
+    assert ends[-2:] == [plain.num_rows, form.num_rows]
+    empty = [line for line in range(num_lines) if line not in lines]
+    assert attention.context_lengths[empty].tolist() == [0] * len(empty)
+    assert all(ends[line] == ends[line + 1] for line in empty[:-1])
 
 
 def test_rows_with_parameters_of_their_own_have_no_graph() -> None:
@@ -333,11 +378,11 @@ def test_rows_with_parameters_of_their_own_have_no_graph() -> None:
         sequence.num_computed, sequence.kv_pages = 5, [10 + number, 20 + number]
         rows.append(ScheduledRows(sequence, 1))
     rows[1].sequence.lease = FixedLease(1, has_extras=True)  # type: ignore[assignment]
-    making = builder(graph_sizes=(2, 4, 8))
+    making = builder(graph_forms=by_row(2, 4, 8))
     batch = making.build(rows)
-    assert batch.graph_size is None
+    assert batch.form is None
     assert_lays_out(batch, rows)
-    assert making.build([rows[0], rows[2]]).graph_size == 2
+    assert making.build([rows[0], rows[2]]).form == GraphForm(2, 2)
 
 
 def test_a_prefill_that_goes_on_has_no_logits() -> None:

@@ -1,9 +1,8 @@
-"""Which batches have a graph, and which kernels are compiled before the first request. Without a GPU."""
+"""Which kernels are compiled before the first request. Without a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from lorafleet.kernels import tiling
 from lorafleet.kernels.segments import BASE_SLOT, plan_segments
 from lorafleet.kernels.tiling import Shape, Table, power_of_two, read_table
-from lorafleet.workers.model.cuda_graphs import graph_sizes, kernel_shapes
+from lorafleet.workers.model.cuda_graphs import kernel_shapes
 
 TABLES = sorted((Path(tiling.__file__).parent / "tuned").glob("*.json"))
 CPU = torch.device("cpu")
@@ -68,24 +67,3 @@ def test_any_batch_needs_only_kernels_that_are_compiled_at_start(table: None, gr
                 plan.chunk_length,
                 plan.max_chunks,
             )
-
-
-@pytest.mark.parametrize(
-    ("max_running", "max_batch_tokens", "max_pages", "largest"),
-    [
-        (256, 8192, 129, 2048),
-        (1, 2048, 129, 2048),
-        (1024, 8192, 8193, 1024),
-        (64, 64, 129, 64),
-        (256, 8192, 8193, 512),  # a long context's tables would be most of the step
-    ],
-)
-def test_graphs_reach_decodes_and_prompts(
-    max_running: int, max_batch_tokens: int, max_pages: int, largest: int
-) -> None:
-    sizes = graph_sizes(max_running, max_batch_tokens, max_pages)
-    assert list(sizes) == sorted(set(sizes))
-    assert sizes[0] == 1
-    assert sizes[-1] == largest >= max_running
-    padding = [size - before - 1 for before, size in pairwise(sizes)]
-    assert all(rows <= max(7, size // 4) for rows, size in zip(padding, sizes[1:], strict=True))

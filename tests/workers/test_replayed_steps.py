@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorafleet.workers import graph_forms
 from lorafleet.workers.batch import StepBatch, StepInputs
+from lorafleet.workers.graph_forms import GraphForm
 from lorafleet.workers.layout import blank_batch, chunk_bounds
 from lorafleet.workers.model.runner import ModelRunner, StepInFlight
 from tests.workers.harness import Shelf
 from tests.workers.test_step_in_flight import ask_all, assert_same
 
-SIZES = (4, 16, 64, 256)
+BY_ROW = tuple(GraphForm(n, n) for n in (4, 16, 64, 256))
+BY_PROMPT = (*BY_ROW[:2], *(GraphForm(n, 40, 16) for n in (64, 256)))
 
 
 @dataclass(frozen=True)
@@ -31,25 +34,26 @@ class Replayed:
         return self.compute(self.inputs)
 
 
-@pytest.fixture
-def replayed(monkeypatch: pytest.MonkeyPatch) -> list[StepBatch]:
-    """Batches that a graph would have computed, in the order of their steps."""
+def replay(monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> list[StepBatch]:
+    """From here on steps are computed as graphs of these forms would; returns their batches, as they come."""
+    if forms is BY_PROMPT:
+        monkeypatch.setattr(graph_forms, "FEW_KEYS", 0)
     batches: list[StepBatch] = []
     init, launch = ModelRunner.__init__, ModelRunner.launch
 
     def start(runner: ModelRunner, *arguments: Any, **options: Any) -> None:
         init(runner, *arguments, **options)
-        runner.graph_sizes, runner.null_pages = SIZES, runner.cache.allocate(1)
+        runner.graph_forms, runner.null_pages = forms, runner.cache.allocate(1)
 
     def step(runner: ModelRunner, batch: StepBatch, previous: StepInFlight | None) -> StepInFlight:
-        if batch.graph_size is not None:
+        if batch.form is not None:
             batches.append(batch)
             packed = torch.full((batch.packed.size,), -7, dtype=torch.int32)
             graph: Any = Replayed(packed, batch.view(packed), runner._forward)
-            bounds = chunk_bounds(batch.graph_size, runner.pool.num_slots)
+            bounds = chunk_bounds(batch.form.num_rows, runner.pool.num_slots)
             has_lora = batch.graph_key[1] > 0
             captured = blank_batch(
-                batch.graph_size,
+                batch.form,
                 max_pages=runner.max_pages,
                 null_page=runner.null_pages[0],
                 has_lora=has_lora,
@@ -58,6 +62,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[StepBatch]:
             )
             assert (batch.graph_key[1] in bounds) == has_lora
             assert (captured.graph_key, captured.packed.size) == (batch.graph_key, batch.packed.size)
+            assert captured.num_decodes == batch.num_decodes
             runner._graphs = {batch.graph_key: graph}
         return launch(runner, batch, previous)
 
@@ -66,15 +71,19 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[StepBatch]:
     return batches
 
 
-async def test_the_answers_are_the_same(llama: Shelf, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("forms", [BY_ROW, BY_PROMPT], ids=["by row", "by prompt"])
+async def test_the_answers_are_the_same(
+    llama: Shelf, monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]
+) -> None:
     """Decodes and prompts beside them, in batches that fit a graph and others."""
     expected, _ = await ask_all(llama)
-    replayed: list[StepBatch] = request.getfixturevalue("replayed")
+    replayed = replay(monkeypatch, forms)
     answers, _ = await ask_all(llama)
     assert_same(answers, expected)
     some = list(replayed)
-    assert {batch.graph_size for batch in some} >= {16, 64, 256}
+    assert {batch.num_rows for batch in some} >= {16, 64, 256}
     assert any(batch.num_prompt_rows for batch in some)
+    assert any(batch.form is not None and batch.form.num_prompts for batch in some) == (forms is BY_PROMPT)
     assert any(len(batch.sampled) < batch.num_rows < len(batch.rows) + 64 for batch in some)
     replayed.clear()
     narrow, _ = await ask_all(llama, max_batch_tokens=24, logits_chunk_tokens=5)

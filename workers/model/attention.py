@@ -47,7 +47,7 @@ class AttentionBatch:
     block_tables: Tensor
     """(num_sequences, max_pages) int32: KV pages of each sequence; the tail is unused."""
     num_decodes: int
-    """The first sequences, which have exactly one row each."""
+    """Lines at the beginning for sequences of one row; in a graph some of the last are empty, with a context of 0."""
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     """(sequence, sliding window) -> mask on the CPU, the decodes' under sequence -1. Made by the first layer that needs
     it, used by the others."""
@@ -183,6 +183,9 @@ def _decode(
     if num == 0:
         return
     num_pages = -(-max(batch.host_context_lengths[:num]) // keys.shape[2])
+    if num_pages == 0:
+        out[:num] = 0
+        return
     table = batch.block_tables[:num, :num_pages]
     mask = batch.masks.get((-1, window))
     if mask is None:
@@ -204,10 +207,14 @@ def _prefill(
     query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, scaling: float, window: int | None, out: Tensor
 ) -> None:
     """Sequences with several rows, one after another."""
-    start = batch.num_decodes
+    start = sum(batch.query_lengths[: batch.num_decodes])
     page_tokens = keys.shape[2]
     for index in range(batch.num_decodes, len(batch.query_lengths)):
         num_rows, length = batch.query_lengths[index], batch.host_context_lengths[index]
+        if length == 0:
+            out[start : start + num_rows] = 0
+            start += num_rows
+            continue
         table = batch.block_tables[index : index + 1, : -(-length // page_tokens)]
         mask = batch.masks.get((index, window))
         if mask is None:

@@ -21,6 +21,7 @@ from lorafleet.kernels.reference import EXACT_ROWS
 from lorafleet.kernels.segments import Segments
 from lorafleet.workers.batch import StepBatch, StepInputs
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
+from lorafleet.workers.graph_forms import GraphForm
 from lorafleet.workers.layout import blank_batch, blank_prompt, chunk_bounds
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
@@ -68,12 +69,12 @@ class ModelRunner:
         pool: AdapterPool,
         *,
         max_pages: int,
-        graph_sizes: tuple[int, ...] = (),
+        graph_forms: tuple[GraphForm, ...] = (),
         max_batch_tokens: int = 2048,
         max_pass_rows: int = 512,
     ) -> None:
-        """`max_pages`: KV pages of the longest sequence. `graph_sizes`, rising: rows of the batches to capture; none on
-        a CPU. `max_pass_rows`: rows whose logits exist at once.
+        """`max_pages`: KV pages of the longest sequence. `graph_forms`, rising: of the batches to capture; none on a
+        CPU. `max_pass_rows`: rows whose logits exist at once.
         """
         self.base = base
         self.cache = cache
@@ -81,22 +82,22 @@ class ModelRunner:
         self._lora = lora_layers.LoraContext(pool.extras)
         self._attention = attention.AttentionContext(cache)
         self._sampler = Sampler()
-        self._graphs: dict[tuple[int, int], StepGraph] = {}
+        self._graphs: dict[tuple[GraphForm, int], StepGraph] = {}
         """By `StepBatch.graph_key`."""
         self._kinds = (False, True) if pool.num_slots else (False,)
         """Whether a batch may have LoRA work."""
         self.stages_s: dict[str, float] = {}
         """Seconds of what was done at start."""
         self.max_pages = max_pages
-        self.graph_sizes = graph_sizes if base.device.type == "cuda" else ()
-        self.null_pages = cache.allocate(1) if self.graph_sizes else []
+        self.graph_forms = graph_forms if base.device.type == "cuda" else ()
+        self.null_pages = cache.allocate(1) if self.graph_forms else []
         """Takes the keys and values of padding rows; never given back. None where nothing is padded."""
         self.pass_rows = 1 if base.device.type == "cuda" else EXACT_ROWS, max_pass_rows
         """Fewest and most rows of a pass over the head. On a CPU a row's bits do not depend on the passes."""
         self._substitute()
         self._body = BodyOnce(base.model)
         self._probe()
-        if self.graph_sizes:
+        if self.graph_forms:
             self._warm_up(max_batch_tokens)
             self._capture_graphs()
 
@@ -110,7 +111,7 @@ class ModelRunner:
         """Begin one step. Placeholder tokens of the batch are taken from `previous`, which may be in flight."""
         packed = self._pinned(batch.packed)
         targets = self._prompt_targets(batch)
-        if batch.graph_size is None:
+        if batch.form is None:
             inputs = batch.view(packed.to(self.base.device, non_blocking=True))
             self._fill_pending(inputs, batch, previous)
             with self._step(inputs):
@@ -243,8 +244,9 @@ class ModelRunner:
         started_s = time.monotonic()
         with compiled_ahead(len(os.sched_getaffinity(0))):
             for chunk_length, max_chunks in kernel_shapes(max_batch_tokens, self.pool.num_slots):
+                num_rows = min(max_chunks, self.graph_forms[-1].num_rows)
                 blank = blank_batch(
-                    min(max_chunks, self.graph_sizes[-1]),
+                    GraphForm(num_rows, num_rows),
                     max_pages=self.max_pages,
                     null_page=self.null_pages[0],
                     has_lora=self._kinds[-1],
@@ -265,7 +267,8 @@ class ModelRunner:
         self.stages_s["compile"] = time.monotonic() - started_s
         logger.info("compiled kernels, %.1f s", self.stages_s["compile"])
         started_s = time.monotonic()
-        sizes = [n for n in (1024, 2048, self.graph_sizes[-1] + 1, 4096) if n < max_batch_tokens] + [max_batch_tokens]
+        beyond_graphs = self.graph_forms[-1].num_rows + 1
+        sizes = [n for n in (1024, 2048, beyond_graphs, 4096) if n < max_batch_tokens] + [max_batch_tokens]
         variants: list[tuple[int, int, bool, int | None]] = [
             (n, 128, has_lora, None) for n in sizes for has_lora in self._kinds
         ]
@@ -305,15 +308,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _capture_graphs(self) -> None:
-        """Capture decode steps of every size, largest first, so that the smaller ones reuse its memory."""
+        """Capture steps of every form, largest first, so that the smaller ones reuse its memory."""
         started_s = time.monotonic()
         pool, logits = torch.cuda.graph_pool_handle(), None
-        for size in reversed(self.graph_sizes):
-            bounds = chunk_bounds(size, self.pool.num_slots)
+        for form in reversed(self.graph_forms):
+            bounds = chunk_bounds(form.num_rows, self.pool.num_slots)
             variants = [(True, n) for n in reversed(bounds)] if self.pool.num_slots else []
             for has_lora, max_chunks in (*variants, (False, bounds[0])):
                 blank = blank_batch(
-                    size,
+                    form,
                     max_pages=self.max_pages,
                     null_page=self.null_pages[0],
                     has_lora=has_lora,
@@ -324,12 +327,13 @@ class ModelRunner:
                     graph = capture(self._forward, blank, self.base.device, pool, logits)
                 except torch.OutOfMemoryError as error:
                     raise WorkerConfigError(
-                        f"no memory is left for a CUDA graph of {size} rows: lower worker.gpu_memory_utilization, "
-                        f"worker.kv_bytes, adapters.pool_bytes or worker.logits_chunk_tokens ({self.pass_rows[1]})"
+                        f"no memory is left for a CUDA graph of {form.num_rows} rows: lower "
+                        "worker.gpu_memory_utilization, worker.kv_bytes, adapters.pool_bytes or "
+                        f"worker.logits_chunk_tokens ({self.pass_rows[1]})"
                     ) from error
                 logits = graph.logits if logits is None else logits
                 self._graphs[blank.graph_key] = graph
-            logger.info("captured a decode step of %d rows, %.1f s", size, time.monotonic() - started_s)
+            logger.info("captured a step of %d rows, %.1f s", form.num_rows, time.monotonic() - started_s)
         self.stages_s["capture"] = time.monotonic() - started_s
 
     @torch.inference_mode()

@@ -1,0 +1,69 @@
+"""Which batches have a graph, and of which form."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorafleet.workers.graph_forms import FEW_KEYS, MOST_KEYS, PROMPT_LINES, GraphForm, choose_form, graph_forms
+
+
+@pytest.mark.parametrize(
+    ("max_running", "max_batch_tokens", "max_pages", "by_row", "by_prompt"),
+    [
+        (256, 8192, 129, 512, 2048),
+        (1, 2048, 129, 512, 2048),
+        (1024, 8192, 129, 1024, 2048),
+        (64, 64, 129, 64, None),
+        (64, 300, 129, 300, 300),
+        (256, 8192, 8193, 512, None),  # a long context's tables would be most of the step
+    ],
+)
+def test_forms_reach_decodes_and_prompts(
+    max_running: int, max_batch_tokens: int, max_pages: int, by_row: int, by_prompt: int | None
+) -> None:
+    forms = graph_forms(max_running, max_batch_tokens, max_pages)
+    assert list(forms) == sorted(forms, key=lambda form: (form.num_rows, form.num_prompts))
+    for num_prompts, largest in ((0, by_row), (PROMPT_LINES, by_prompt)):
+        sizes = [form.num_rows for form in forms if form.num_prompts == num_prompts]
+        assert (sizes[-1] if sizes else None) == largest
+        assert len(set(sizes)) == len(sizes)
+        padding = [size - before - 1 for before, size in pairwise(sizes)]
+        assert all(rows <= max(7, size // 4) for rows, size in zip(padding, sizes[1:], strict=True))
+    assert forms[0] == GraphForm(1, 1)
+    assert all(form.num_decodes == min(form.num_rows, max_running) for form in forms if form.num_prompts)
+    assert all(form.num_decodes == form.num_rows for form in forms if not form.num_prompts)
+
+
+@given(
+    num_decodes=st.integers(0, 256),
+    prompts=st.lists(st.tuples(st.integers(2, 900), st.integers(0, 1100)), max_size=200),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_form_holds_the_batch(num_decodes: int, prompts: list[tuple[int, int]]) -> None:
+    """`prompts`: rows of each, and tokens before them."""
+    forms = graph_forms(256, 8192, 129)
+    num_rows = num_decodes + sum(rows for rows, _ in prompts)
+    num_keys = sum(rows * (rows + before) for rows, before in prompts)
+    if num_rows == 0:
+        return
+    form = choose_form(forms, num_rows, len(prompts), num_keys)
+    if form is None:
+        assert num_rows > 2048 or len(prompts) > PROMPT_LINES
+        assert num_rows > 512 or num_keys > MOST_KEYS
+        return
+    assert num_decodes <= form.num_decodes
+    assert num_rows <= form.num_rows
+    assert not any(
+        num_rows <= other.num_rows < form.num_rows for other in forms if other.num_prompts == form.num_prompts
+    )
+    if not prompts:
+        assert form.num_prompts == 0
+    elif form.num_prompts:
+        assert len(prompts) <= form.num_prompts
+        assert num_keys > FEW_KEYS or num_rows > 512
+    else:
+        assert num_keys <= FEW_KEYS or (len(prompts) > PROMPT_LINES and num_keys <= MOST_KEYS)

@@ -1,0 +1,75 @@
+"""Which batches are captured as CUDA graphs: how many rows they have, and what their attention takes for a sequence.
+
+Pure logic. Forms are dense where padding would cost most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_ROWS = 2048
+"""Of prompts beside decodes. A larger step takes longer to compute than to launch."""
+FEWEST_BESIDE_PROMPTS = 256
+"""Rows of the smallest form with lines for prompts."""
+PROMPT_LINES = 128
+"""Prompts that such a form has lines for."""
+MAX_TABLE_ENTRIES = 1 << 20
+"""Of the block tables of such a form, a line a sequence, which travel to the device with every step."""
+FEW_KEYS = 50_000
+"""Keys that the rows of prompts attend to, counted for each row, which cost less than a launch a layer does when each
+row reads its own, as a decode does."""
+MOST_KEYS = 400_000
+"""More of them cost more than launching kernel by kernel does."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphForm:
+    """A captured batch: smaller ones are padded to it.
+
+    Attention takes decodes, which are one row each, and then prompts, whose rows share their keys. Without lines for
+    prompts every row is a sequence of its own: all keys of a layer are written before it attends, so a prompt's token
+    finds those before it in the pages, as a decode does.
+    """
+
+    num_rows: int
+    num_decodes: int
+    """Lines for sequences of one row."""
+    num_prompts: int = 0
+    """Lines for sequences of several rows; one more has the padding."""
+
+
+def graph_forms(max_running: int, max_batch_tokens: int, max_pages: int) -> tuple[GraphForm, ...]:
+    """Rising forms for up to `max_running` sequences, whose block tables have `max_pages` entries.
+
+    They go beyond `max_running` rows so that decodes with prompts beside them have one: below some 1,500 rows a step
+    without a graph takes longer to launch than to compute.
+    """
+    most = max(max_running, max_batch_tokens)
+    forms = [GraphForm(n, n) for n in _sizes(min(most, max(max_running, 512)))]
+    for num_rows in _sizes(min(most, max(max_running, MAX_ROWS))):
+        num_decodes = min(num_rows, max_running)
+        if num_rows >= FEWEST_BESIDE_PROMPTS and (num_decodes + PROMPT_LINES + 1) * max_pages <= MAX_TABLE_ENTRIES:
+            forms.append(GraphForm(num_rows, num_decodes, PROMPT_LINES))
+    return tuple(sorted(forms, key=lambda form: (form.num_rows, form.num_prompts)))
+
+
+def choose_form(forms: Sequence[GraphForm], num_rows: int, num_prompts: int, num_keys: int) -> GraphForm | None:
+    """The smallest for so many rows, of which some are of prompts; None when none is, or kernel by kernel is faster.
+
+    `forms`: as `graph_forms` gives them. `num_keys`: that the prompts' rows attend to, counted for each row.
+    """
+    large = [form for form in forms if form.num_rows >= num_rows]
+    by_row = next((form for form in large if form.num_prompts == 0), None)
+    by_prompt = next((form for form in large if form.num_prompts >= max(num_prompts, 1)), None)
+    if num_prompts == 0 or (by_row is not None and num_keys <= FEW_KEYS):
+        return by_row
+    if by_prompt is not None:
+        return by_prompt
+    return by_row if num_keys <= MOST_KEYS else None
+
+
+def _sizes(largest: int) -> tuple[int, ...]:
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 64), *range(512, 1024, 128)]
+    sizes += range(1024, 1 << 20, 256)
+    return (*(size for size in sizes if size < largest), largest)
