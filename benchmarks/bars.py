@@ -68,10 +68,12 @@ def append(path: Path, line: Line) -> None:
         out.write(json.dumps(line) + "\n")
 
 
-def latest(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Case -> its lines in the last run that has any."""
+def latest(path: Path, **of: object) -> dict[str, list[dict[str, Any]]]:
+    """Case -> its lines in the last run that has any; only lines that say what `of` does."""
     found: dict[str, list[dict[str, Any]]] = {}
     for line in map(json.loads, path.read_text().splitlines()):
+        if any(line.get(name) != value for name, value in of.items()):
+            continue
         before = found.get(line["case"])
         if before and before[0].get("run") == line.get("run") is not None:
             before.append(line)

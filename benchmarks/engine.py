@@ -1,13 +1,13 @@
 """The engine on a GPU: what many adapters cost against none, in one run.
 
     python benchmarks/engine.py --out benchmarks/results/engine.jsonl [--cases base,lora64] [--seconds 500]
-    python benchmarks/engine.py --out benchmarks/results/engine.jsonl --report [--peers vllm.json sglang.json]
+    python benchmarks/engine.py --out benchmarks/results/engine.jsonl --report
 
 Random weights and random token ids, so nothing is downloaded: 256 requests of 512 prompt and 128 output tokens;
 adapters of rank 16 on all seven projections. Each engine shape has a process of its own. Every case runs after a
 warm-up of itself and writes its lines of JSON at once. `--report` holds the last run against the bars, with what
-`fidelity.py` found on a GPU, and draws it; PEERS are what other servers did with the same work:
-`{"engine": ..., "base": {"out_tok_s": ...}, "lora64": ...}`.
+`fidelity.py` found on a GPU and what other servers did with the same work, a file each in results/peers:
+`{"engine": ..., "version": ..., "base": {"out_tok_s": ...}, "lora64": ...}`; and draws it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def _profile(case: Case, lab: Lab, folder: Path) -> None:
         for _ in case(lab):
             break
     table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90)
-    (folder / f"profile-{case.__name__}.txt").write_text(table)
+    lines = [line.rstrip() for line in table.splitlines()]
+    (folder / f"profile-{case.__name__}.txt").write_text("\n".join(lines) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -103,8 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--report", action="store_true", help="only hold what `--out` has against the bars, and draw it"
     )
-    parser.add_argument("--peers", type=Path, nargs="*", default=[], help="results of other servers, for the report")
     results = Path(__file__).with_name("results")
+    peers = sorted((results / "peers").glob("*.json"))
+    parser.add_argument("--peers", type=Path, nargs="*", default=peers, help="results of other servers, for the report")
     parser.add_argument("--fidelity", type=Path, default=results / "fidelity.jsonl", help="for the report")
     parser.add_argument("--run", default=time.strftime("%Y-%m-%dT%H:%M:%S"), help="the run that the lines are of")
     parser.add_argument("--process", choices=PROCESSES, help="only the cases of this one, and in this process")

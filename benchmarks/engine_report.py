@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ MANY = {"zipf_resident": "all resident", "zipf_pool64": "64 fit"}
 """Cases that run at several rates of requests, each in lines of its own."""
 FIRST_RATE = 60.0
 """Requests a second of lines that do not say: there was one rate once."""
+PEER_RUNS = {"base": ("base", "base2"), "one": ("lora1",), "lora64": ("lora64", "lora64_2")}
+"""Case -> what another server's results call its runs."""
+PEER_STEPS = {"decode_base": "decode64_base", "decode_lora64": "decode64_lora64"}
+"""The same of decode steps."""
 
 
 def report(path: Path, peers: Sequence[Path], fidelity: Path) -> None:
@@ -46,6 +50,23 @@ def differences(fidelity: Path) -> dict[str, float]:
     return largest
 
 
+def peer_speed(peer: Mapping[str, Any], case: str) -> float | None:
+    """Output tokens/s of another server's best run of the case."""
+    return max((peer[run]["out_tok_s"] for run in PEER_RUNS.get(case, ()) if run in peer), default=None)
+
+
+def peer_step_ms(peer: Mapping[str, Any], case: str) -> float | None:
+    """Milliseconds of another server's decode step."""
+    found = peer.get(PEER_STEPS.get(case, ""), {}).get("ms_per_step")
+    return None if found is None else float(found)
+
+
+def peer_name(peer: Mapping[str, Any]) -> str:
+    """With its version, and whether it ran without LoRA."""
+    name = " ".join(filter(None, (peer.get("engine"), peer.get("version"))))
+    return name if peer.get("lora", True) else f"{name}, LoRA off"
+
+
 def rates(results: Results) -> list[float]:
     """Requests a second that the cases of `MANY` were run at."""
     return sorted({_rate(line) for case in MANY for line in results.get(case, ())}) or [FIRST_RATE]
@@ -75,14 +96,13 @@ def engine_bars(
     def of(case: str, name: str = TOKENS_PER_S) -> float | None:
         return median(results.get(case), name)
 
-    def best_peer(*cases: str) -> float | None:
-        runs = [peer[case]["out_tok_s"] for peer in peers for case in cases if case in peer]
-        return max(runs, default=None)
+    def best_peer(case: str) -> float | None:
+        return max((speed for peer in peers if (speed := peer_speed(peer, case)) is not None), default=None)
 
     base = of("base")
-    yield at_least("base only, of the better peer's", ratio(base, best_peer("base", "base2")), 1.0)
+    yield at_least("base only, of the better peer's", ratio(base, best_peer("base")), 1.0)
     yield at_least("64 adapters, of our own base", ratio(of("lora64"), base), 0.85)
-    yield at_least("64 adapters, of the better peer's", ratio(of("lora64"), best_peer("lora64", "lora64_2")), 1.3)
+    yield at_least("64 adapters, of the better peer's", ratio(of("lora64"), best_peer("lora64")), 1.3)
     yield at_least("one adapter on all requests, of our own base", ratio(of("one"), base), 0.92)
     yield at_least(
         "LoRA enabled and no adapter used, of LoRA disabled", ratio(of("base_enabled"), of("base_no_lora")), 0.99
@@ -116,16 +136,10 @@ def _draw(results: Results, peers: Sequence[Mapping[str, Any]], path: Path) -> N
         "gsm8k": "shared prefix (7B)",
     }
     _bars(throughput, results, cases, TOKENS_PER_S, "output tokens/s", "{:,.0f}")
-    for number, peer in enumerate(peers):
-        for place, case in enumerate(case for case in cases if case in results):
-            theirs = {"one": "lora1"}.get(case, case)
-            if theirs in peer:
-                throughput.plot(place, peer[theirs]["out_tok_s"], "_D"[number % 2], color="k", label=peer.get("engine"))
-    if peers:
-        handles = {label: handle for handle, label in zip(*throughput.get_legend_handles_labels(), strict=True)}
-        throughput.legend(handles.values(), handles.keys(), fontsize=8)
+    _mark(throughput, results, cases, peers, peer_speed)
     steps = {"decode_no_lora": "no LoRA", "decode_base": "base", "decode_lora64": "64 adapters"}
     _bars(step, results, steps, "gap_ms_p50", "decode step of 64 sequences, ms", "{:.2f}")
+    _mark(step, results, steps, peers, peer_step_ms)
     runs = [(rate, case) for rate in rates(results) for case in MANY]
     for place, (rate, case) in enumerate(runs):
         for offset, name in ((-0.2, "first_token_ms_p50"), (0.2, "first_token_ms_p99")):
@@ -155,7 +169,25 @@ def _draw(results: Results, peers: Sequence[Mapping[str, Any]], path: Path) -> N
 
 def _bars(panel: Any, results: Results, cases: Mapping[str, str], name: str, title: str, form: str) -> None:
     shown = {label: value for case, label in cases.items() if (value := median(results.get(case), name)) is not None}
-    bars = panel.bar(list(shown), list(shown.values()), color=[f"C{i}" for i in range(len(shown))])
-    panel.bar_label(bars, fmt=form)
+    names = [f"{label}\n{form.format(value)}" for label, value in shown.items()]
+    panel.bar(names, list(shown.values()), color=[f"C{i}" for i in range(len(shown))])
     panel.set_title(title)
     panel.tick_params(axis="x", labelsize=8)
+
+
+def _mark(
+    panel: Any,
+    results: Results,
+    cases: Mapping[str, str],
+    peers: Sequence[Mapping[str, Any]],
+    figure: Callable[[Mapping[str, Any], str], float | None],
+) -> None:
+    """Other servers' figures on the bars of the same cases."""
+    shown = [case for case in cases if case in results]
+    for marker, peer in zip("_Dxv^o", peers, strict=False):
+        points = [(place, value) for place, case in enumerate(shown) if (value := figure(peer, case)) is not None]
+        places, values = [place for place, _ in points], [value for _, value in points]
+        panel.plot(places, values, marker, color="k", label=peer_name(peer))
+    if peers:
+        panel.set_ylim(top=panel.get_ylim()[1] * 1.2)
+        panel.legend(fontsize=8, ncols=len(peers), loc="upper left", frameon=False, handletextpad=0.2, columnspacing=1)

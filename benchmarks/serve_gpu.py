@@ -5,7 +5,9 @@
 Llama-3.1-8B geometry with random weights, 64 adapters of rank 16 all resident, 64 clients that each send one request
 after another: 512 prompt tokens, 128 output tokens. Three ways, each in processes of its own: `engine`, one engine on
 the whole GPU; `engines`, as many as there are workers, side by side on it, each with its share of the clients; `http`,
-the service, whose workers take an equal share of the GPU. A line of JSON a way; the bars last.
+the service, whose workers take an equal share of the GPU. Processes on one GPU take turns, unless CUDA's Multi-Process
+Service lets them run at once: start `nvidia-cuda-mps-control -d` with CUDA_MPS_PIPE_DIRECTORY set, here too. A line of
+JSON a way; the bars last.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ from lorafleet.workers.request import EngineRequest, SamplingParams
 from lorafleet.workers.worker import Worker
 
 WAYS = ("engine", "engines", "http")
+SETUP = ("workers", "mps")
+"""Fields of lines that can be held against each other where they are the same."""
 MAX_RANK = 64
 BAR = 0.85
 
@@ -333,8 +337,9 @@ def show_logs(folder: Path, chars: int = 3000) -> None:
 
 
 def report(path: Path) -> None:
-    """The last run, held against its bars."""
-    results = bars.latest(path)
+    """The last run, and what else was measured of as many workers, held against its bars."""
+    last = json.loads(path.read_text().splitlines()[-1])
+    results = bars.latest(path, **{name: last.get(name) for name in SETUP})
     for way, lines in results.items():
         print(way, ", ".join(f"{k} {v:,.5g}" for k, v in lines[-1].items() if isinstance(v, int | float)))
     speeds = {way: bars.median(results.get(way), "output_tokens_per_s") for way in WAYS}
@@ -368,6 +373,7 @@ def main(arguments: list[str] | None = None) -> None:
         **machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "ray": ray.__version__,
+        "mps": "CUDA_MPS_PIPE_DIRECTORY" in os.environ,
         "commit": args.commit,
         "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
         **asdict(work),

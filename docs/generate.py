@@ -315,6 +315,9 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "config": config,
     "decode-step": lambda: table(("part", "base, ms", "64 adapters, ms"), measured.step_rows()),
     "engine-bars": lambda: table(("", "measured", "bar", ""), measured.engine_bars()),
+    "engine-peers": lambda: table(
+        ("", "base", "one adapter", "64 adapters", "decode step, base", "64 adapters", "start, s"), measured.peer_rows()
+    ),
     "engine-speeds": lambda: table(("", "output tokens/s", "of the base"), measured.engine_rows()),
     "fidelity": lambda: table(
         ("dtype", "comparison", "prefill: max, mean", "decode: max, mean", "same text"), measured.fidelity_rows()
@@ -327,6 +330,9 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "metrics": metrics_table,
     "neutral-fields": neutral_fields,
     "peft-fields": peft_fields,
+    "prompt-graphs": lambda: table(
+        ("graphs", "40 a second: p99, ms", "60 a second: p99, ms", "tokens/s"), measured.prompt_graph_rows()
+    ),
     "routes": routes,
     "serve-gpu": lambda: table(
         ("", "output tokens/s", "first token, ms: p50, p99", "between tokens, ms: p50, p99"), measured.serve_rows()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -46,11 +47,12 @@ ENGINE_CASES = {
     "gsm8k": "shared prefix of 700 tokens, one adapter with embeddings and head (Llama-2-7B)",
 }
 
-SERVE_WAYS = {
-    "http": "two workers, over HTTP",
-    "engines": "the same two engines, in-process",
-    "engine": "one engine on the whole GPU, in-process",
+SERVE_SETUPS = {
+    "one worker": {"workers": 1, "mps": False},
+    "two workers": {"workers": 2, "mps": False},
+    "two workers, with CUDA's Multi-Process Service": {"workers": 2, "mps": True},
 }
+SERVE_WAYS = {"http": "over HTTP", "engines": "in-process"}
 
 
 def bar_rows(bars: Iterable[Bar]) -> Rows:
@@ -93,7 +95,28 @@ def engine_rows() -> Rows:
 
 def engine_bars() -> Rows:
     differences = engine_report.differences(RESULTS / "fidelity.jsonl")
-    yield from bar_rows(engine_report.engine_bars(latest(RESULTS / "engine.jsonl"), [], differences))
+    yield from bar_rows(engine_report.engine_bars(latest(RESULTS / "engine.jsonl"), peers(), differences))
+
+
+def peers() -> list[dict[str, Any]]:
+    """What other servers did with the engine's work, in the same lease of the machine."""
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / "peers").glob("*.json"))]
+
+
+def peer_rows() -> Rows:
+    """Output tokens/s, ms a decode step and seconds to start, ours and the other servers'."""
+    results = latest(RESULTS / "engine.jsonl")
+    speeds = [median(results[case], engine_report.TOKENS_PER_S) for case in engine_report.PEER_RUNS]
+    steps = [median(results[case], "gap_ms_p50") for case in engine_report.PEER_STEPS]
+    yield "lorafleet", *map(_shown, (*speeds, *steps, median(results["start"], "ready")))
+    for peer in peers():
+        speeds = [engine_report.peer_speed(peer, case) for case in engine_report.PEER_RUNS]
+        steps = [engine_report.peer_step_ms(peer, case) for case in engine_report.PEER_STEPS]
+        yield engine_report.peer_name(peer), *map(_shown, (*speeds, *steps, peer["start_s"]))
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else number(value)
 
 
 def fidelity_rows() -> Rows:
@@ -133,13 +156,32 @@ def _profiled(path: Path) -> dict[str, float]:
 
 def serve_rows() -> Rows:
     """What HTTP through Ray Serve makes of the engines on a GPU, and what they make alone."""
-    results = latest(RESULTS / "serve_gpu.jsonl")
-    for way, name in SERVE_WAYS.items():
-        (line,) = results[way]
+    for setup, of in SERVE_SETUPS.items():
+        results = latest(RESULTS / "serve_gpu.jsonl", **of)
+        for way, name in SERVE_WAYS.items():
+            (line,) = results[way]
+            yield (
+                f"{setup}, {name}",
+                number(line["output_tokens_per_s"]),
+                *(f"{line[f'{kind}_ms_p50']:,.0f}, {line[f'{kind}_ms_p99']:,.0f}" for kind in ("first_token", "gap")),
+            )
+
+
+def prompt_graph_rows() -> Rows:
+    """What graphs for prompts beside decodes are worth, by what they take for a sequence and how far they reach."""
+    lines = [json.loads(line) for line in (RESULTS / "engine_tried.jsonl").read_text().splitlines()]
+    found = {
+        (line["variant"], line["per_second"]): line
+        for line in lines
+        if line["case"] == "prompt_graphs" and line["work"] == "zipf_resident"
+    }
+    for variant in dict.fromkeys(variant for variant, _ in found):
+        slow, fast = found[variant, 40.0], found[variant, 60.0]
         yield (
-            name,
-            number(line["output_tokens_per_s"]),
-            *(f"{line[f'{kind}_ms_p50']:,.0f}, {line[f'{kind}_ms_p99']:,.0f}" for kind in ("first_token", "gap")),
+            variant,
+            f"{slow['first_token_ms_p99']:,.0f}",
+            f"{fast['first_token_ms_p99']:,.0f}",
+            number(fast["output_tokens_per_s"]),
         )
 
 
