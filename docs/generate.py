@@ -313,7 +313,9 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "adapter-rules": adapter_rules,
     "bad-request-codes": bad_request_codes,
     "config": config,
-    "decode-step": lambda: table(("part", "base, ms", "64 adapters, ms"), measured.step_rows()),
+    "decode-step": lambda: table(
+        ("part", "its bytes, ms", "base, ms", "64 adapters before, ms", "64 adapters, ms"), measured.step_rows()
+    ),
     "engine-bars": lambda: table(("", "measured", "bar", ""), measured.engine_bars()),
     "engine-peers": lambda: table(
         ("", "base", "one adapter", "64 adapters", "decode step, base", "64 adapters", "start, s"), measured.peer_rows()

@@ -16,6 +16,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import engine_report  # noqa: E402 (they lie beside each other, in no package)
 import kernels_report  # noqa: E402
 from bars import Bar, latest, median, number  # noqa: E402
+from random_models import GEOMETRIES  # noqa: E402
 
 Rows = Iterator[Sequence[str]]
 
@@ -30,6 +31,9 @@ PARTS = {
 }
 """Part of a step -> its kernels; a kernel is of the first part that knows it."""
 LAYERS = 32
+DECODES = 64
+MEAN_CONTEXT = 144
+"""Of the profiled decodes: prompts of 16 tokens, answers of 256."""
 
 BATCHES = {
     "decode_1": "1 row",
@@ -129,11 +133,29 @@ def fidelity_rows() -> Rows:
 
 
 def step_rows() -> Rows:
-    """Device milliseconds of a decode step by part, without adapters and with 64, as the profiler saw it."""
-    steps = [_profiled(RESULTS / f"profile-{case}.txt") for case in ("decode_base", "decode_lora64")]
+    """Device milliseconds of a decode step by part: its bytes' floor, then what the profiler saw."""
+    cases = ("decode_base", "decode_lora64-before", "decode_lora64")
+    steps = [_step_floors(), *(_profiled(RESULTS / f"profile-{case}.txt") for case in cases)]
     for part in PARTS:
-        yield part, *(f"{step[part]:.2f}" if step[part] else "" for step in steps)
+        yield part, *(f"{step[part]:.2f}" if step.get(part) else "" for step in steps)
     yield "together", *(f"{sum(step.values()):.2f}" for step in steps)
+
+
+def _step_floors() -> dict[str, float]:
+    """Part -> ms that its bytes take at the speed of a copy; of shrink and expand together under the latter."""
+    rows = kernels_report.read_rows(RESULTS / "kernels.jsonl")
+    of = {"model": "llama-3.1-8b", "batch": f"decode_{DECODES}_distinct", "rank": "16"}
+    lora_us = {row["module"]: row["floor_us"] for row in rows if of.items() <= row.items() and "floor_us" in row}
+    base = GEOMETRIES["llama-8b"]
+    hidden, mlp, layers = base["hidden_size"], base["intermediate_size"], base["num_hidden_layers"]
+    kv = hidden // base["num_attention_heads"] * base["num_key_value_heads"]
+    weights = layers * hidden * (2 * hidden + 2 * kv + 3 * mlp) + base["vocab_size"] * hidden
+    ms_a_value = 2 / (rows[-1]["copy_tb_s"] * 1e9)
+    return {
+        "expand": layers * sum(lora_us.values()) / 1e3,
+        "products of the base, head included": weights * ms_a_value,
+        "attention over pages": layers * 2 * kv * DECODES * MEAN_CONTEXT * ms_a_value,
+    }
 
 
 def _profiled(path: Path) -> dict[str, float]:
