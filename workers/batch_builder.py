@@ -79,10 +79,16 @@ class BatchBuilder:
         form, max_chunks = None, None
         # Which rows have parameters of their own is decided on the host, layer by layer.
         has_extras = any(seq.lease is not None and seq.lease.has_extras for seq in sequences)
+        num_pages = int(-(-ends.max() // self._page_tokens))
         if not has_extras and len(logits_rows) <= self._pass_rows[1]:
-            form = choose_form(self._graph_forms, len(positions), int(np.count_nonzero(extended)), keys)
-        num_pages = self._tables.shape[1] if form is not None else int(-(-ends.max() // self._page_tokens))
-        tables = self._tables[lines, :num_pages]
+            form = choose_form(
+                self._graph_forms,
+                num_rows=len(positions),
+                num_prompts=int(np.count_nonzero(extended)),
+                num_keys=keys,
+                num_pages=num_pages,
+            )
+        tables = self._tables[lines, : num_pages if form is None else form.num_pages]
         layout = Layout(
             token_ids=np.array(token_ids),
             positions=positions,

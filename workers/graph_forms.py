@@ -15,7 +15,7 @@ FEWEST_BESIDE_PROMPTS = 256
 PROMPT_LINES = 128
 """Prompts that such a form has lines for."""
 MAX_TABLE_ENTRIES = 1 << 20
-"""Of the block tables of such a form, a line a sequence, which travel to the device with every step."""
+"""Of the block tables of such a form, which travel to the device with every step: a longer context goes without."""
 FEW_KEYS = 50_000
 """Keys that the rows of prompts attend to, counted for each row, which cost less than a launch a layer does when each
 row reads its own, as a decode does."""
@@ -35,31 +35,37 @@ class GraphForm:
     num_rows: int
     num_decodes: int
     """Lines for sequences of one row."""
+    num_pages: int
+    """Entries of a line's block table."""
     num_prompts: int = 0
     """Lines for sequences of several rows; one more has the padding."""
 
 
 def graph_forms(max_running: int, max_batch_tokens: int, max_pages: int) -> tuple[GraphForm, ...]:
-    """Rising forms for up to `max_running` sequences, whose block tables have `max_pages` entries.
+    """Rising forms for up to `max_running` sequences of up to `max_pages` KV pages.
 
     They go beyond `max_running` rows so that decodes with prompts beside them have one: below some 1,500 rows a step
     without a graph takes longer to launch than to compute.
     """
     most = max(max_running, max_batch_tokens)
-    forms = [GraphForm(n, n) for n in _sizes(min(most, max(max_running, 512)))]
+    forms = [GraphForm(n, n, max_pages) for n in _sizes(min(most, max(max_running, 512)))]
     for num_rows in _sizes(min(most, max(max_running, MAX_ROWS))):
-        num_decodes = min(num_rows, max_running)
-        if num_rows >= FEWEST_BESIDE_PROMPTS and (num_decodes + PROMPT_LINES + 1) * max_pages <= MAX_TABLE_ENTRIES:
-            forms.append(GraphForm(num_rows, num_decodes, PROMPT_LINES))
+        if num_rows >= FEWEST_BESIDE_PROMPTS:
+            num_decodes = min(num_rows, max_running)
+            num_pages = min(max_pages, MAX_TABLE_ENTRIES // (num_decodes + PROMPT_LINES + 1))
+            forms.append(GraphForm(num_rows, num_decodes, num_pages, PROMPT_LINES))
     return tuple(sorted(forms, key=lambda form: (form.num_rows, form.num_prompts)))
 
 
-def choose_form(forms: Sequence[GraphForm], num_rows: int, num_prompts: int, num_keys: int) -> GraphForm | None:
+def choose_form(
+    forms: Sequence[GraphForm], *, num_rows: int, num_prompts: int, num_keys: int, num_pages: int
+) -> GraphForm | None:
     """The smallest for so many rows, of which some are of prompts; None when none is, or kernel by kernel is faster.
 
     `forms`: as `graph_forms` gives them. `num_keys`: that the prompts' rows attend to, counted for each row.
+    `num_pages`: of the longest sequence.
     """
-    large = [form for form in forms if form.num_rows >= num_rows]
+    large = [form for form in forms if form.num_rows >= num_rows and form.num_pages >= num_pages]
     by_row = next((form for form in large if form.num_prompts == 0), None)
     by_prompt = next((form for form in large if form.num_prompts >= max(num_prompts, 1)), None)
     if num_prompts == 0 or (by_row is not None and num_keys <= FEW_KEYS):

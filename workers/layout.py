@@ -157,7 +157,6 @@ def _spread(array: Ints, places: Ints, count: int) -> Ints:
 def blank_batch(
     form: GraphForm,
     *,
-    max_pages: int,
     null_page: int,
     has_lora: bool,
     max_chunks: int,
@@ -166,7 +165,7 @@ def blank_batch(
 ) -> StepBatch:
     """A batch of padding alone, to capture a graph with; with `has_lora` one that goes through the LoRA kernels."""
     none = np.zeros(0, dtype=np.int64)
-    tables = np.zeros((0, max_pages), dtype=np.int32)
+    tables = np.zeros((0, form.num_pages), dtype=np.int32)
     layout = Layout(none, none, none, none, none.astype(np.int32), none, none, tables, none)
     return _blank(
         layout.in_form(form, none, null_page, max_logits),

@@ -71,7 +71,7 @@ def builder(
 
 def by_row(*sizes: int) -> tuple[GraphForm, ...]:
     """Forms whose rows are sequences of their own."""
-    return tuple(GraphForm(size, size) for size in sizes)
+    return tuple(GraphForm(size, size, MAX_PAGES) for size in sizes)
 
 
 def assert_lays_out(batch: StepBatch, scheduled: list[ScheduledRows]) -> None:
@@ -265,7 +265,7 @@ def test_decodes_are_padded_to_a_captured_size() -> None:
         rows.append(ScheduledRows(sequence, 1))
     making = builder(graph_forms=by_row(2, 4, 8))
     batch = making.build(rows)
-    assert batch.form == GraphForm(4, 4)
+    assert batch.form == GraphForm(4, 4, MAX_PAGES)
     inputs = batch.view(torch.from_numpy(batch.packed))
     attention = inputs.attention
     assert attention.row_pages.tolist() == [20, 21, 22, 999]
@@ -313,9 +313,10 @@ def test_few_adapters_take_a_graph_of_few_chunks() -> None:
 @given(rows=some_rows(), num_prompts=st.sampled_from([0, 8]))
 @settings(max_examples=200, deadline=None)
 def test_a_batch_is_packed_as_its_graph_was_captured(rows: list[ScheduledRows], num_prompts: int) -> None:
-    kinds = [*by_row(8, 64, 400)] if num_prompts == 0 else [*by_row(8), *(GraphForm(n, 9, 8) for n in (32, 400))]
+    by_prompt = [GraphForm(n, 9, MAX_PAGES, num_prompts) for n in (32, 400)]
+    kinds = by_row(8, 64, 400) if num_prompts == 0 else (*by_row(8), *by_prompt)
     with patch.object(forms, "FEW_KEYS", 0):
-        batch = builder(graph_forms=tuple(kinds)).build(rows)
+        batch = builder(graph_forms=kinds).build(rows)
     assert batch.form is not None
     has_lora = batch.segments.num_lora_chunks > 0
     bounds = chunk_bounds(batch.form.num_rows, NUM_SLOTS)
@@ -323,7 +324,6 @@ def test_a_batch_is_packed_as_its_graph_was_captured(rows: list[ScheduledRows], 
     captured = blank_batch(
         batch.form,
         max_chunks=max_chunks,
-        max_pages=MAX_PAGES,
         null_page=999,
         has_lora=has_lora,
         max_logits=1000,
@@ -342,7 +342,7 @@ def test_a_batch_is_packed_as_its_graph_was_captured(rows: list[ScheduledRows], 
 @settings(max_examples=200, deadline=None)
 def test_prompts_have_lines_behind_the_decodes(rows: list[ScheduledRows]) -> None:
     """Each row belongs to one line: its sequence's or, for padding, the last, which attends to nothing."""
-    form = GraphForm(300, 9, 8)
+    form = GraphForm(300, 9, MAX_PAGES, 8)
     with patch.object(forms, "FEW_KEYS", 0):
         making = builder(graph_forms=(form,))
         batch = making.build(rows)
@@ -382,7 +382,20 @@ def test_rows_with_parameters_of_their_own_have_no_graph() -> None:
     batch = making.build(rows)
     assert batch.form is None
     assert_lays_out(batch, rows)
-    assert making.build([rows[0], rows[2]]).form == GraphForm(2, 2)
+    assert making.build([rows[0], rows[2]]).form == GraphForm(2, 2, MAX_PAGES)
+
+
+def test_a_context_that_is_longer_than_a_graphs_tables_goes_without() -> None:
+    form = GraphForm(8, 4, 2, 3)
+    for num_tokens in (PAGE_TOKENS * 2, PAGE_TOKENS * 2 + 1):
+        sequence = sequence_of(num_tokens, 0)
+        sequence.kv_pages = [7, 5, 3]
+        with patch.object(forms, "FEW_KEYS", 0):
+            batch = builder(graph_forms=(form,)).build([ScheduledRows(sequence, num_tokens)])
+        assert batch.form == (form if num_tokens == PAGE_TOKENS * 2 else None)
+        tables = batch.view(torch.from_numpy(batch.packed)).attention.block_tables
+        assert tables.tolist()[4 if batch.form else 0] == sequence.kv_pages[: tables.shape[1]]
+        assert tables.shape[1] == -(-num_tokens // PAGE_TOKENS)
 
 
 def test_a_prefill_that_goes_on_has_no_logits() -> None:

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafleet.workers.graph_forms import FEW_KEYS, MOST_KEYS, PROMPT_LINES, GraphForm, choose_form, graph_forms
+from lorafleet.workers.graph_forms import (
+    FEW_KEYS,
+    MAX_TABLE_ENTRIES,
+    MOST_KEYS,
+    PROMPT_LINES,
+    GraphForm,
+    choose_form,
+    graph_forms,
+)
 
 
 @pytest.mark.parametrize(
@@ -19,7 +27,7 @@ from lorafleet.workers.graph_forms import FEW_KEYS, MOST_KEYS, PROMPT_LINES, Gra
         (1024, 8192, 129, 1024, 2048),
         (64, 64, 129, 64, None),
         (64, 300, 129, 300, 300),
-        (256, 8192, 8193, 512, None),  # a long context's tables would be most of the step
+        (256, 8192, 8193, 512, 2048),
     ],
 )
 def test_forms_reach_decodes_and_prompts(
@@ -33,7 +41,12 @@ def test_forms_reach_decodes_and_prompts(
         assert len(set(sizes)) == len(sizes)
         padding = [size - before - 1 for before, size in pairwise(sizes)]
         assert all(rows <= max(7, size // 4) for rows, size in zip(padding, sizes[1:], strict=True))
-    assert forms[0] == GraphForm(1, 1)
+    assert forms[0] == GraphForm(1, 1, max_pages)
+    for form in forms:
+        num_lines = form.num_decodes + PROMPT_LINES + 1
+        # A long context's tables would be most of the step.
+        widest = MAX_TABLE_ENTRIES // num_lines if form.num_prompts else max_pages
+        assert form.num_pages == min(max_pages, widest)
     assert all(form.num_decodes == min(form.num_rows, max_running) for form in forms if form.num_prompts)
     assert all(form.num_decodes == form.num_rows for form in forms if not form.num_prompts)
 
@@ -50,7 +63,9 @@ def test_the_form_holds_the_batch(num_decodes: int, prompts: list[tuple[int, int
     num_keys = sum(rows * (rows + before) for rows, before in prompts)
     if num_rows == 0:
         return
-    form = choose_form(forms, num_rows, len(prompts), num_keys)
+    shape = {"num_rows": num_rows, "num_prompts": len(prompts), "num_keys": num_keys}
+    form = choose_form(forms, **shape, num_pages=129)
+    assert choose_form(forms, **shape, num_pages=130) is None
     if form is None:
         assert num_rows > 2048 or len(prompts) > PROMPT_LINES
         assert num_rows > 512 or num_keys > MOST_KEYS

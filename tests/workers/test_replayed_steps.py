@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,8 +18,9 @@ from lorafleet.workers.model.runner import ModelRunner, StepInFlight
 from tests.workers.harness import Shelf
 from tests.workers.test_step_in_flight import ask_all, assert_same
 
-BY_ROW = tuple(GraphForm(n, n) for n in (4, 16, 64, 256))
-BY_PROMPT = (*BY_ROW[:2], *(GraphForm(n, 40, 16) for n in (64, 256)))
+BY_ROW = tuple(GraphForm(n, n, 0) for n in (4, 16, 64, 256))
+"""They get as many pages as the longest sequence has."""
+BY_PROMPT = (*BY_ROW[:2], *(GraphForm(n, 40, 0, 16) for n in (64, 256)))
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def replay(monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> lis
 
     def start(runner: ModelRunner, *arguments: Any, **options: Any) -> None:
         init(runner, *arguments, **options)
-        runner.graph_forms, runner.null_pages = forms, runner.cache.allocate(1)
+        runner.graph_forms = tuple(replace(form, num_pages=runner.max_pages) for form in forms)
+        runner.null_pages = runner.cache.allocate(1)
 
     def step(runner: ModelRunner, batch: StepBatch, previous: StepInFlight | None) -> StepInFlight:
         if batch.form is not None:
@@ -54,7 +56,6 @@ def replay(monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> lis
             has_lora = batch.graph_key[1] > 0
             captured = blank_batch(
                 batch.form,
-                max_pages=runner.max_pages,
                 null_page=runner.null_pages[0],
                 has_lora=has_lora,
                 max_chunks=batch.graph_key[1] if has_lora else bounds[0],

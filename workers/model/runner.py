@@ -246,8 +246,7 @@ class ModelRunner:
             for chunk_length, max_chunks in kernel_shapes(max_batch_tokens, self.pool.num_slots):
                 num_rows = min(max_chunks, self.graph_forms[-1].num_rows)
                 blank = blank_batch(
-                    GraphForm(num_rows, num_rows),
-                    max_pages=self.max_pages,
+                    GraphForm(num_rows, num_rows, self.max_pages),
                     null_page=self.null_pages[0],
                     has_lora=self._kinds[-1],
                     max_chunks=max_chunks,
@@ -317,7 +316,6 @@ class ModelRunner:
             for has_lora, max_chunks in (*variants, (False, bounds[0])):
                 blank = blank_batch(
                     form,
-                    max_pages=self.max_pages,
                     null_page=self.null_pages[0],
                     has_lora=has_lora,
                     max_chunks=max_chunks,
