@@ -56,7 +56,7 @@ def peer_speed(peer: Mapping[str, Any], case: str) -> float | None:
 
 
 def peer_step_ms(peer: Mapping[str, Any], case: str) -> float | None:
-    """Milliseconds of another server's decode step."""
+    """Milliseconds of another server's decode step: of all of its seconds, that of the prompts included."""
     found = peer.get(PEER_STEPS.get(case, ""), {}).get("ms_per_step")
     return None if found is None else float(found)
 

@@ -30,7 +30,6 @@ PARTS = {
     "sampling, inputs and what torch does beside": r".",
 }
 """Part of a step -> its kernels; a kernel is of the first part that knows it."""
-LAYERS = 32
 DECODES = 64
 MEAN_CONTEXT = 144
 """Of the profiled decodes: prompts of 16 tokens, answers of 256."""
@@ -111,7 +110,10 @@ def peer_rows() -> Rows:
     """Output tokens/s, ms a decode step and seconds to start, ours and the other servers'."""
     results = latest(RESULTS / "engine.jsonl")
     speeds = [median(results[case], engine_report.TOKENS_PER_S) for case in engine_report.PEER_RUNS]
-    steps = [median(results[case], "gap_ms_p50") for case in engine_report.PEER_STEPS]
+    steps = [
+        median([{"ms": line["seconds"] / line["steps"] * 1e3} for line in results[case]], "ms")
+        for case in engine_report.PEER_STEPS
+    ]
     yield "lorafleet", *map(_shown, (*speeds, *steps, median(results["start"], "ready")))
     for peer in peers():
         speeds = [engine_report.peer_speed(peer, case) for case in engine_report.PEER_RUNS]
@@ -133,7 +135,7 @@ def fidelity_rows() -> Rows:
 
 
 def step_rows() -> Rows:
-    """Device milliseconds of a decode step by part: its bytes' floor, then what the profiler saw."""
+    """Device milliseconds of a decode step by part: what the bytes take with 64 adapters, and what the profiler saw."""
     cases = ("decode_base", "decode_lora64-before", "decode_lora64")
     steps = [_step_floors(), *(_profiled(RESULTS / f"profile-{case}.txt") for case in cases)]
     for part in PARTS:
@@ -169,7 +171,7 @@ def _profiled(path: Path) -> dict[str, float]:
                 calls.get(name, (0.0, 0))[0] + float(value) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[unit],
                 int(count),
             )
-    num_steps = calls["_rotate_and_store_kernel"][1] / LAYERS
+    num_steps = calls["_rotate_and_store_kernel"][1] / GEOMETRIES["llama-8b"]["num_hidden_layers"]
     parts = dict.fromkeys(PARTS, 0.0)
     for name, (ms, _) in calls.items():
         parts[next(part for part, kernels in PARTS.items() if re.search(kernels, name))] += ms / num_steps

@@ -57,9 +57,9 @@ class StepBatch:
     """Token ids, positions, KV pages, KV offsets, query offsets, context lengths, logits rows, block tables, segments
     and the passes' segments, one after another."""
     query_lengths: list[int]
-    """Rows of each sequence; 0 for a line of a graph that no sequence has."""
+    """Rows of each sequence, or of each line of a graph's form: those without one are empty or have the padding."""
     context_lengths: list[int]
-    """Tokens each sequence attends to; 0 for padding and for lines that no sequence has."""
+    """Tokens each sequence attends to; 0 for lines that no sequence has."""
     num_table_pages: int
     num_decodes: int
     """Lines at the beginning for sequences of one row."""

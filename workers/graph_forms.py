@@ -6,7 +6,7 @@ Pure logic. Forms are dense where padding would cost most.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MAX_ROWS = 2048
 """Of prompts beside decodes. A larger step takes longer to compute than to launch."""
@@ -14,13 +14,14 @@ FEWEST_BESIDE_PROMPTS = 256
 """Rows of the smallest form with lines for prompts."""
 PROMPT_LINES = 128
 """Prompts that such a form has lines for."""
-MAX_TABLE_ENTRIES = 1 << 20
-"""Of the block tables of such a form, which travel to the device with every step: a longer context goes without."""
+MAX_TABLE_ENTRIES = 1 << 19
+"""Of the block tables of such a form, which travel to the device with every step. A longer context goes without: the
+more lines there are, the fewer programs read the keys of one."""
 FEW_KEYS = 50_000
-"""Keys that the rows of prompts attend to, counted for each row, which cost less than a launch a layer does when each
-row reads its own, as a decode does."""
+"""Keys of prompts, counted anew for every row that attends to them. So many are read faster row by row, as for decodes,
+than by the launch a layer that lines for prompts cost."""
 MOST_KEYS = 400_000
-"""More of them cost more than launching kernel by kernel does."""
+"""Beyond so many, reading them row by row takes longer than launching kernel by kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,11 @@ class GraphForm:
     num_prompts: int = 0
     """Lines for sequences of several rows; one more has the padding."""
 
+    @property
+    def num_lines(self) -> int:
+        """Sequences that attention takes, empty ones and the padding's included."""
+        return self.num_decodes + (self.num_prompts + 1 if self.num_prompts else 0)
+
 
 def graph_forms(max_running: int, max_batch_tokens: int, max_pages: int) -> tuple[GraphForm, ...]:
     """Rising forms for up to `max_running` sequences of up to `max_pages` KV pages.
@@ -51,9 +57,8 @@ def graph_forms(max_running: int, max_batch_tokens: int, max_pages: int) -> tupl
     forms = [GraphForm(n, n, max_pages) for n in _sizes(min(most, max(max_running, 512)))]
     for num_rows in _sizes(min(most, max(max_running, MAX_ROWS))):
         if num_rows >= FEWEST_BESIDE_PROMPTS:
-            num_decodes = min(num_rows, max_running)
-            num_pages = min(max_pages, MAX_TABLE_ENTRIES // (num_decodes + PROMPT_LINES + 1))
-            forms.append(GraphForm(num_rows, num_decodes, num_pages, PROMPT_LINES))
+            form = GraphForm(num_rows, min(num_rows, max_running), max_pages, PROMPT_LINES)
+            forms.append(replace(form, num_pages=min(max_pages, MAX_TABLE_ENTRIES // form.num_lines)))
     return tuple(sorted(forms, key=lambda form: (form.num_rows, form.num_prompts)))
 
 
@@ -67,9 +72,9 @@ def choose_form(
     """
     large = [form for form in forms if form.num_rows >= num_rows and form.num_pages >= num_pages]
     by_row = next((form for form in large if form.num_prompts == 0), None)
-    by_prompt = next((form for form in large if form.num_prompts >= max(num_prompts, 1)), None)
     if num_prompts == 0 or (by_row is not None and num_keys <= FEW_KEYS):
         return by_row
+    by_prompt = next((form for form in large if form.num_prompts >= num_prompts), None)
     if by_prompt is not None:
         return by_prompt
     return by_row if num_keys <= MOST_KEYS else None

@@ -65,13 +65,14 @@ class Layout:
         padding = form.num_rows - len(self.token_ids)
         query_lengths: Ints
         if form.num_prompts == 0:
-            num_lines, places = form.num_rows, np.arange(len(self.token_ids))
-            query_lengths, context_lengths = np.ones(num_lines, dtype=np.int64), self.positions + 1
+            places = np.arange(len(self.token_ids))
+            query_lengths, context_lengths = np.ones(form.num_lines, dtype=np.int64), self.positions + 1
             tables = self.tables[row_sequence]
         else:
-            num_lines, places = form.num_decodes + form.num_prompts + 1, np.arange(len(self.tables))
+            assert self.num_decodes <= form.num_decodes, "the scheduler runs no more than the engine was made for"
+            places = np.arange(len(self.tables))
             places[self.num_decodes :] += form.num_decodes - self.num_decodes
-            query_lengths = _spread(self.query_lengths, places, num_lines)
+            query_lengths = _spread(self.query_lengths, places, form.num_lines)
             query_lengths[-1] = padding
             context_lengths, tables = self.context_lengths, self.tables
         return Layout(
@@ -81,8 +82,8 @@ class Layout:
             row_offsets=_pad(self.row_offsets, padding, 0),
             row_slots=_pad(self.row_slots, padding, BASE_SLOT).astype(np.int32),
             query_lengths=query_lengths,
-            context_lengths=_spread(context_lengths, places, num_lines),
-            tables=_spread(tables, places, num_lines),
+            context_lengths=_spread(context_lengths, places, form.num_lines),
+            tables=_spread(tables, places, form.num_lines),
             logits_rows=_pad(self.logits_rows, min(form.num_rows, max_logits) - len(self.logits_rows), 0),
         )
 

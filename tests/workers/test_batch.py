@@ -356,7 +356,7 @@ def test_prompts_have_lines_behind_the_decodes(rows: list[ScheduledRows]) -> Non
     attention = batch.view(torch.from_numpy(batch.packed)).attention
     eager = plain.view(torch.from_numpy(plain.packed)).attention
     assert attention.num_decodes == form.num_decodes
-    ends, num_lines = attention.query_indptr.tolist(), form.num_decodes + form.num_prompts + 1
+    ends, num_lines = attention.query_indptr.tolist(), form.num_lines
     assert len(ends) == num_lines + 1
     assert (ends[0], ends[-1]) == (0, form.num_rows)
     lines = [*range(eager.num_decodes), *range(form.num_decodes, num_lines)][: len(rows)]

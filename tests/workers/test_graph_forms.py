@@ -43,9 +43,9 @@ def test_forms_reach_decodes_and_prompts(
         assert all(rows <= max(7, size // 4) for rows, size in zip(padding, sizes[1:], strict=True))
     assert forms[0] == GraphForm(1, 1, max_pages)
     for form in forms:
-        num_lines = form.num_decodes + PROMPT_LINES + 1
+        assert form.num_lines == form.num_decodes + (PROMPT_LINES + 1 if form.num_prompts else 0)
         # A long context's tables would be most of the step.
-        widest = MAX_TABLE_ENTRIES // num_lines if form.num_prompts else max_pages
+        widest = MAX_TABLE_ENTRIES // form.num_lines if form.num_prompts else max_pages
         assert form.num_pages == min(max_pages, widest)
     assert all(form.num_decodes == min(form.num_rows, max_running) for form in forms if form.num_prompts)
     assert all(form.num_decodes == form.num_rows for form in forms if not form.num_prompts)

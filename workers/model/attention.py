@@ -162,6 +162,7 @@ def _attend_cuda(
             query[:num], keys, values, tables[:num], lengths[:num], out[:num], workspace, scaling=scaling, window=window
         )
     if num < lengths.shape[0]:
+        # After the decodes, since a graph's empty lines write zeros where rows of prompts may be.
         kernels.extend(
             query,
             keys,
