@@ -77,10 +77,8 @@ class BatchBuilder:
         extended = lengths > 1
         keys = int((lengths[extended] * ends[extended]).sum())
         form, max_chunks = None, None
-        # Which rows have parameters of their own is decided on the host, layer by layer.
-        has_extras = any(seq.lease is not None and seq.lease.has_extras for seq in sequences)
         num_pages = int(-(-ends.max() // self._page_tokens))
-        if not has_extras and len(logits_rows) <= self._pass_rows[1]:
+        if len(logits_rows) <= self._pass_rows[1]:
             form = choose_form(
                 self._graph_forms,
                 num_rows=len(positions),
@@ -88,6 +86,8 @@ class BatchBuilder:
                 num_keys=keys,
                 num_pages=num_pages,
             )
+        if form is not None and any(seq.lease is not None and seq.lease.has_extras for seq in sequences):
+            form = None  # which rows have parameters of their own is decided on the host, layer by layer
         tables = self._tables[lines, : num_pages if form is None else form.num_pages]
         layout = Layout(
             token_ids=np.array(token_ids),
