@@ -68,12 +68,16 @@ def append(path: Path, line: Line) -> None:
         out.write(json.dumps(line) + "\n")
 
 
+def read(path: Path, **of: object) -> list[dict[str, Any]]:
+    """The lines that say what `of` does."""
+    lines = map(json.loads, path.read_text().splitlines())
+    return [line for line in lines if all(line.get(name) == value for name, value in of.items())]
+
+
 def latest(path: Path, **of: object) -> dict[str, list[dict[str, Any]]]:
     """Case -> its lines in the last run that has any; only lines that say what `of` does."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for line in map(json.loads, path.read_text().splitlines()):
-        if any(line.get(name) != value for name, value in of.items()):
-            continue
+    for line in read(path, **of):
         before = found.get(line["case"])
         if before and before[0].get("run") == line.get("run") is not None:
             before.append(line)

@@ -104,9 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--report", action="store_true", help="only hold what `--out` has against the bars, and draw it"
     )
-    results = Path(__file__).with_name("results")
-    peers = sorted((results / "peers").glob("*.json"))
+    peers = engine_report.peer_files()
     parser.add_argument("--peers", type=Path, nargs="*", default=peers, help="results of other servers, for the report")
+    results = Path(__file__).with_name("results")
     parser.add_argument("--fidelity", type=Path, default=results / "fidelity.jsonl", help="for the report")
     parser.add_argument("--run", default=time.strftime("%Y-%m-%dT%H:%M:%S"), help="the run that the lines are of")
     parser.add_argument("--process", choices=PROCESSES, help="only the cases of this one, and in this process")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bars import Bar, at_least, at_most, latest, median, print_bars, ratio
+from bars import Bar, at_least, at_most, latest, median, print_bars, ratio, read
 
 Results = Mapping[str, list[dict[str, Any]]]
 TOKENS_PER_S = "output_tokens_per_s"
@@ -24,7 +24,7 @@ PEER_STEPS = {"decode_base": "decode64_base", "decode_lora64": "decode64_lora64"
 def report(path: Path, peers: Sequence[Path], fidelity: Path) -> None:
     """Print the figures and the bars; draw them beside the results. `fidelity`: what `fidelity.py` has written."""
     results = latest(path)
-    found = [json.loads(peer.read_text()) for peer in peers]
+    found = read_peers(peers)
     for case, lines in _split_rates(results).items():
         names = [name for name, value in lines[0].items() if isinstance(value, int | float)]
         figures = ", ".join(f"{name} {value:,.5g}" for name in names if (value := median(lines, name)) is not None)
@@ -36,7 +36,7 @@ def report(path: Path, peers: Sequence[Path], fidelity: Path) -> None:
 
 def on_gpu(fidelity: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """(Dtype, comparison) -> the last line of it that is of a GPU, of what `fidelity.py` has written."""
-    lines = map(json.loads, fidelity.read_text().splitlines() if fidelity.exists() else ())
+    lines = read(fidelity) if fidelity.exists() else []
     return {(line["dtype"], line["comparison"]): line for line in lines if "NVIDIA" in line["device"]}
 
 
@@ -48,6 +48,16 @@ def differences(fidelity: Path) -> dict[str, float]:
             found = (line[phase]["max_of_max"] for phase in ("prefill", "decode"))
             largest[dtype] = max(largest.get(dtype, 0.0), *found)
     return largest
+
+
+def peer_files() -> list[Path]:
+    """What other servers did with the same work, beside our own results."""
+    return sorted((Path(__file__).with_name("results") / "peers").glob("*.json"))
+
+
+def read_peers(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """A server's results each."""
+    return [json.loads(file.read_text()) for file in files]
 
 
 def peer_speed(peer: Mapping[str, Any], case: str) -> float | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
-from bars import Bar, at_least, at_most, print_bars
+from bars import Bar, at_least, at_most, print_bars, read
 
 Row = dict[str, Any]
 SGLANG = ("sglang16", "sglang128")
@@ -50,7 +49,7 @@ def report(path: Path) -> None:
 def read_rows(path: Path) -> list[Row]:
     """The last line of each case, in the order of the first."""
     rows: dict[tuple[str, ...], Row] = {}
-    for row in map(json.loads, path.read_text().splitlines()):
+    for row in read(path):
         rows[tuple(row[name] for name in ("model", "module", "rank", "batch"))] = row
     return list(rows.values())
 

@@ -338,7 +338,7 @@ def show_logs(folder: Path, chars: int = 3000) -> None:
 
 def report(path: Path) -> None:
     """The last run, and what else was measured of as many workers, held against its bars."""
-    last = json.loads(path.read_text().splitlines()[-1])
+    *_, last = bars.read(path)
     results = bars.latest(path, **{name: last.get(name) for name in SETUP})
     for way, lines in results.items():
         print(way, ", ".join(f"{k} {v:,.5g}" for k, v in lines[-1].items() if isinstance(v, int | float)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import engine_report  # noqa: E402 (they lie beside each other, in no package)
 import kernels_report  # noqa: E402
-from bars import Bar, latest, median, number  # noqa: E402
+from bars import Bar, latest, median, number, read  # noqa: E402
 from random_models import GEOMETRIES  # noqa: E402
 
 Rows = Iterator[Sequence[str]]
@@ -98,12 +98,11 @@ def engine_rows() -> Rows:
 
 def engine_bars() -> Rows:
     differences = engine_report.differences(RESULTS / "fidelity.jsonl")
-    yield from bar_rows(engine_report.engine_bars(latest(RESULTS / "engine.jsonl"), peers(), differences))
+    yield from bar_rows(engine_report.engine_bars(latest(RESULTS / "engine.jsonl"), _peers(), differences))
 
 
-def peers() -> list[dict[str, Any]]:
-    """What other servers did with the engine's work, in the same lease of the machine."""
-    return [json.loads(path.read_text()) for path in sorted((RESULTS / "peers").glob("*.json"))]
+def _peers() -> list[dict[str, Any]]:
+    return engine_report.read_peers(engine_report.peer_files())
 
 
 def peer_rows() -> Rows:
@@ -111,11 +110,11 @@ def peer_rows() -> Rows:
     results = latest(RESULTS / "engine.jsonl")
     speeds = [median(results[case], engine_report.TOKENS_PER_S) for case in engine_report.PEER_RUNS]
     steps = [
-        median([{"ms": line["seconds"] / line["steps"] * 1e3} for line in results[case]], "ms")
+        statistics.median(line["seconds"] / line["steps"] * 1e3 for line in results[case])
         for case in engine_report.PEER_STEPS
     ]
     yield "lorafleet", *map(_shown, (*speeds, *steps, median(results["start"], "ready")))
-    for peer in peers():
+    for peer in _peers():
         speeds = [engine_report.peer_speed(peer, case) for case in engine_report.PEER_RUNS]
         steps = [engine_report.peer_step_ms(peer, case) for case in engine_report.PEER_STEPS]
         yield engine_report.peer_name(peer), *map(_shown, (*speeds, *steps, peer["start_s"]))
@@ -193,12 +192,8 @@ def serve_rows() -> Rows:
 
 def prompt_graph_rows() -> Rows:
     """What graphs for prompts beside decodes are worth, by what they take for a sequence and how far they reach."""
-    lines = [json.loads(line) for line in (RESULTS / "engine_tried.jsonl").read_text().splitlines()]
-    found = {
-        (line["variant"], line["per_second"]): line
-        for line in lines
-        if line["case"] == "prompt_graphs" and line["work"] == "zipf_resident"
-    }
+    lines = read(RESULTS / "engine_tried.jsonl", case="prompt_graphs", work="zipf_resident")
+    found = {(line["variant"], line["per_second"]): line for line in lines}
     for variant in dict.fromkeys(variant for variant, _ in found):
         slow, fast = found[variant, 40.0], found[variant, 60.0]
         yield (
