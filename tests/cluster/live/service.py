@@ -35,10 +35,12 @@ class LiveService:
     """Folder with `base` and `adapters`; the store's state lies beside them."""
     args: dict[str, Any]
     http: httpx.Client = field(init=False)
+    """For many threads: a connection for each request, as httpcore's pool may close one that another
+    thread has just taken for reuse (encode/httpcore#1110)."""
 
     def __post_init__(self) -> None:
         limits = httpx.Limits(max_connections=256)
-        headers = {"authorization": f"Bearer {TOKEN}"}
+        headers = {"authorization": f"Bearer {TOKEN}", "connection": "close"}
         self.http = httpx.Client(base_url=self.url, timeout=150, headers=headers, limits=limits)
 
     def deploy(self, user_config: dict[str, Any] | None = None) -> None:
