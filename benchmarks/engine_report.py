@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,12 @@ def read_peers(files: Sequence[Path]) -> list[dict[str, Any]]:
 def peer_speed(peer: Mapping[str, Any], case: str) -> float | None:
     """Output tokens/s of another server's best run of the case."""
     return max((peer[run]["out_tok_s"] for run in PEER_RUNS.get(case, ()) if run in peer), default=None)
+
+
+def step_ms(results: Results, case: str) -> float | None:
+    """Milliseconds of our decode step, taken as `peer_step_ms` takes another server's."""
+    lines = results.get(case)
+    return statistics.median(line["seconds"] / line["steps"] * 1e3 for line in lines) if lines else None
 
 
 def peer_step_ms(peer: Mapping[str, Any], case: str) -> float | None:
@@ -145,10 +152,12 @@ def _draw(results: Results, peers: Sequence[Mapping[str, Any]], path: Path) -> N
         "lora64": "64 adapters",
         "gsm8k": "shared prefix (7B)",
     }
-    _bars(throughput, results, cases, TOKENS_PER_S, "output tokens/s", "{:,.0f}")
+    speeds = {label: median(results.get(case), TOKENS_PER_S) for case, label in cases.items()}
+    _bars(throughput, speeds, "output tokens/s", "{:,.0f}")
     _mark(throughput, results, cases, peers, peer_speed)
     steps = {"decode_no_lora": "no LoRA", "decode_base": "base", "decode_lora64": "64 adapters"}
-    _bars(step, results, steps, "gap_ms_p50", "decode step of 64 sequences, ms", "{:.2f}")
+    times = {label: step_ms(results, case) for case, label in steps.items()}
+    _bars(step, times, "decode step of 64 sequences, prompts included, ms", "{:.2f}")
     _mark(step, results, steps, peers, peer_step_ms)
     runs = [(rate, case) for rate in rates(results) for case in MANY]
     for place, (rate, case) in enumerate(runs):
@@ -160,9 +169,10 @@ def _draw(results: Results, peers: Sequence[Mapping[str, Any]], path: Path) -> N
     latency.set_xticks(range(len(runs)), [f"{MANY[case]},\n{rate:g} a second" for rate, case in runs])
     latency.set_title("512 adapters: first token p50 and p99, ms")
     for place, case in enumerate(("start", "start_weights")):
+        stages = {stage: median(results.get(case), stage) or 0.0 for stage in ("load", "compile", "warm up", "capture")}
+        stages["other"] = (median(results.get(case), "ready") or 0.0) - sum(stages.values())
         bottom = 0.0
-        for color, stage in enumerate(("load", "compile", "warm up", "capture")):
-            seconds = median(results.get(case), stage) or 0.0
+        for color, (stage, seconds) in enumerate(stages.items()):
             start.bar(place, seconds, 0.5, bottom, color=f"C{color}", label=stage if place == 0 else None)
             bottom += seconds
     start.set_xticks([0, 1], ["made-up weights", "from the page cache"])
@@ -177,8 +187,8 @@ def _draw(results: Results, peers: Sequence[Mapping[str, Any]], path: Path) -> N
     plt.close(figure)
 
 
-def _bars(panel: Any, results: Results, cases: Mapping[str, str], name: str, title: str, form: str) -> None:
-    shown = {label: value for case, label in cases.items() if (value := median(results.get(case), name)) is not None}
+def _bars(panel: Any, values: Mapping[str, float | None], title: str, form: str) -> None:
+    shown = {label: value for label, value in values.items() if value is not None}
     names = [f"{label}\n{form.format(value)}" for label, value in shown.items()]
     panel.bar(names, list(shown.values()), color=[f"C{i}" for i in range(len(shown))])
     panel.set_title(title)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -109,10 +108,7 @@ def peer_rows() -> Rows:
     """Output tokens/s, ms a decode step and seconds to start, ours and the other servers'."""
     results = latest(RESULTS / "engine.jsonl")
     speeds = [median(results[case], engine_report.TOKENS_PER_S) for case in engine_report.PEER_RUNS]
-    steps = [
-        statistics.median(line["seconds"] / line["steps"] * 1e3 for line in results[case])
-        for case in engine_report.PEER_STEPS
-    ]
+    steps = [engine_report.step_ms(results, case) for case in engine_report.PEER_STEPS]
     yield "lorafleet", *map(_shown, (*speeds, *steps, median(results["start"], "ready")))
     for peer in _peers():
         speeds = [engine_report.peer_speed(peer, case) for case in engine_report.PEER_RUNS]
