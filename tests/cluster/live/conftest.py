@@ -1,4 +1,4 @@
-"""One deployment for all tests of this folder that leave it as it was."""
+"""One deployment for all tests of this folder that leave it as it was; it ends with the last of them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def world(base_of: Callable[[BaseKind], Path], tmp_path_factory: pytest.TempPath
     return root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[None]:
     """Ray, without a service."""
     with ray_cluster(LORAFLEET_ADMIN_TOKEN=TOKEN):
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def live(cluster: None, world: Path) -> Iterator[LiveService]:
     """Two workers, and one adapter preloaded."""
     args = args_for(world)
