@@ -88,7 +88,7 @@ class BatchBuilder:
             )
         if form is not None and any(seq.lease is not None and seq.lease.has_extras for seq in sequences):
             form = None  # which rows have parameters of their own is decided on the host, layer by layer
-        tables = self._tables[lines, : num_pages if form is None else form.num_pages]
+        tables = self._tables[lines, :num_pages]
         layout = Layout(
             token_ids=np.array(token_ids),
             positions=positions,

@@ -83,7 +83,7 @@ class Layout:
             row_slots=_pad(self.row_slots, padding, BASE_SLOT).astype(np.int32),
             query_lengths=query_lengths,
             context_lengths=_spread(context_lengths, places, form.num_lines),
-            tables=_spread(tables, places, form.num_lines),
+            tables=_spread(tables, places, form.num_lines, form.num_pages),
             logits_rows=_pad(self.logits_rows, min(form.num_rows, max_logits) - len(self.logits_rows), 0),
         )
 
@@ -148,10 +148,11 @@ def _pad(array: Ints, count: int, value: int) -> Ints:
     return np.concatenate([array, np.full(count, value, dtype=array.dtype)])
 
 
-def _spread(array: Ints, places: Ints, count: int) -> Ints:
-    """`count` lines of zeros, but for the array's, which come to `places`."""
-    lines = np.zeros((count, *array.shape[1:]), dtype=array.dtype)
-    lines[places] = array
+def _spread(array: Ints, places: Ints, *shape: int) -> Ints:
+    """Zeros of that shape, but for the array's lines, which come to `places`, each at the beginning of its own."""
+    lines = np.zeros(shape, dtype=array.dtype)
+    where: tuple[Any, ...] = (places, *map(slice, array.shape[1:]))
+    lines[where] = array
     return lines
 
 
