@@ -97,7 +97,7 @@ def commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:  # a machine that is lent for its GPU need not have git
+    except FileNotFoundError:  # a machine with a GPU need not have git
         found = ""
     return found or "unknown"
 

@@ -152,13 +152,13 @@ def _draw(results: Results, peers: Sequence[Mapping[str, Any]], path: Path) -> N
         "lora64": "64 adapters",
         "gsm8k": "shared prefix (7B)",
     }
-    speeds = {label: median(results.get(case), TOKENS_PER_S) for case, label in cases.items()}
-    _bars(throughput, speeds, "output tokens/s", "{:,.0f}")
-    _mark(throughput, results, cases, peers, peer_speed)
+    throughput.set_title("output tokens/s")
+    speeds = {case: median(results.get(case), TOKENS_PER_S) for case in cases}
+    _compare(throughput, cases, speeds, "{:,.0f}", peers, peer_speed)
     steps = {"decode_no_lora": "no LoRA", "decode_base": "base", "decode_lora64": "64 adapters"}
-    times = {label: step_ms(results, case) for case, label in steps.items()}
-    _bars(step, times, "decode step of 64 sequences, prompts included, ms", "{:.2f}")
-    _mark(step, results, steps, peers, peer_step_ms)
+    step.set_title("decode step of 64 sequences, prompts included, ms")
+    times = {case: step_ms(results, case) for case in steps}
+    _compare(step, steps, times, "{:.2f}", peers, peer_step_ms)
     runs = [(rate, case) for rate in rates(results) for case in MANY]
     for place, (rate, case) in enumerate(runs):
         for offset, name in ((-0.2, "first_token_ms_p50"), (0.2, "first_token_ms_p99")):
@@ -187,25 +187,21 @@ def _draw(results: Results, peers: Sequence[Mapping[str, Any]], path: Path) -> N
     plt.close(figure)
 
 
-def _bars(panel: Any, values: Mapping[str, float | None], title: str, form: str) -> None:
-    shown = {label: value for label, value in values.items() if value is not None}
-    names = [f"{label}\n{form.format(value)}" for label, value in shown.items()]
-    panel.bar(names, list(shown.values()), color=[f"C{i}" for i in range(len(shown))])
-    panel.set_title(title)
-    panel.tick_params(axis="x", labelsize=8)
-
-
-def _mark(
+def _compare(
     panel: Any,
-    results: Results,
     cases: Mapping[str, str],
+    ours: Mapping[str, float | None],
+    form: str,
     peers: Sequence[Mapping[str, Any]],
-    figure: Callable[[Mapping[str, Any], str], float | None],
+    theirs: Callable[[Mapping[str, Any], str], float | None],
 ) -> None:
-    """Other servers' figures on the bars of the same cases."""
-    shown = [case for case in cases if case in results]
+    """A bar for each case that we have a figure of, and other servers' figures of the same cases on them."""
+    bars = {case: value for case, value in ours.items() if value is not None}
+    names = [f"{cases[case]}\n{form.format(value)}" for case, value in bars.items()]
+    panel.bar(names, list(bars.values()), color=[f"C{i}" for i in range(len(bars))])
+    panel.tick_params(axis="x", labelsize=8)
     for marker, peer in zip("_Dxv^o", peers, strict=False):
-        points = [(place, value) for place, case in enumerate(shown) if (value := figure(peer, case)) is not None]
+        points = [(place, value) for place, case in enumerate(bars) if (value := theirs(peer, case)) is not None]
         places, values = [place for place, _ in points], [value for _, value in points]
         panel.plot(places, values, marker, color="k", label=peer_name(peer))
     if peers:
