@@ -15,8 +15,8 @@ from ray.serve.schema import LoggingConfig
 
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.ingress import Ingress, take_http_app
-from lorafleet.cluster.store_replica import StoreReplica
-from lorafleet.cluster.worker_replica import WorkerReplica
+from lorafleet.cluster.store.replica import StoreReplica
+from lorafleet.cluster.worker.replica import WorkerReplica
 
 ADMIN_CALLS = 256
 """Calls of the admin plane that a worker takes beside the requests that the router sends it."""
@@ -46,7 +46,9 @@ def _store(config: AppConfig) -> Application:
         num_replicas=1,
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=MAX_CALLS,
-        request_router_config=RequestRouterConfig(request_router_class="lorafleet.cluster.router:StoreRouter"),
+        request_router_config=RequestRouterConfig(
+            request_router_class="lorafleet.cluster.routing.store_router:StoreRouter"
+        ),
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=5.0,
@@ -64,7 +66,7 @@ def _workers(config: AppConfig, store: Application) -> Application:
         ray_actor_options={"num_cpus": worker.num_cpus, "num_gpus": worker.num_gpus},
         max_ongoing_requests=worker.max_load + ADMIN_CALLS,
         request_router_config=RequestRouterConfig(
-            request_router_class="lorafleet.cluster.router:WorkerRouter",
+            request_router_class="lorafleet.cluster.routing.worker_router:WorkerRouter",
             request_router_kwargs=router_options(config),
             request_routing_stats_period_s=STATS_PERIOD_S,
             request_routing_stats_timeout_s=HEALTH_TIMEOUT_S,

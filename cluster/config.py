@@ -16,17 +16,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lorafleet.adapter_store.manifest import NAME_GRAMMAR
 from lorafleet.adapter_store.sources import DirectoryConfig, SourceConfig
-from lorafleet.cluster.auth import Keys
+from lorafleet.cluster.http.auth import Keys
+from lorafleet.cluster.validation import with_integers
 from lorafleet.workers.config import Bytes, EngineConfig, ModelConfig, PoolConfig, Settings
 
 NAME_PATTERN = rf"^{NAME_GRAMMAR}$"
-
-
-def with_integers(value: object) -> object:
-    """A JSON value with 10.0 as 10, which JSON does not tell apart."""
-    if isinstance(value, list) and {float, list} & set(map(type, value)):
-        return [with_integers(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Warm = Literal["all"] | Annotated[int, Field(ge=0), BeforeValidator(with_integers)]

@@ -14,17 +14,18 @@ from typing import Any
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
-from lorafleet.cluster.admin_plane import AdminPlane
-from lorafleet.cluster.auth import http_hosts
+from lorafleet.cluster.admin.controller import AdminPlane
 from lorafleet.cluster.config import AppConfig
-from lorafleet.cluster.dispatch import Dispatcher
-from lorafleet.cluster.http_app import build_http_app
+from lorafleet.cluster.http.app import build_http_app
+from lorafleet.cluster.http.probes import build_probes
 from lorafleet.cluster.metrics import RequestMetrics
-from lorafleet.cluster.names import Names
-from lorafleet.cluster.openai_api import build_probes, build_router
-from lorafleet.cluster.prompts import Prompts
-from lorafleet.cluster.store_client import StoreClient
-from lorafleet.cluster.worker_client import ServeWorkers
+from lorafleet.cluster.openai.routes import build_router
+from lorafleet.cluster.ray_internals import http_hosts
+from lorafleet.cluster.serving.dispatch import Dispatcher
+from lorafleet.cluster.serving.names import Names
+from lorafleet.cluster.serving.prompts import Prompts
+from lorafleet.cluster.serving.streams import ServeWorkers
+from lorafleet.cluster.store.client import StoreClient
 from lorafleet.workers.request import GenerateDelta, GenerateRequest
 
 _http_app: ContextVar[FastAPI] = ContextVar("http_app")

@@ -17,8 +17,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
 
-from lorafleet.cluster.auth import is_loopback
 from lorafleet.cluster.config import AppConfig, UserConfig
+from lorafleet.cluster.http.auth import is_loopback
 
 IMPORT_PATH = "lorafleet.cluster.app:build"
 DEPLOYMENTS = ("ingress", "worker", "adapter_store")

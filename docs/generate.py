@@ -20,10 +20,14 @@ from ray.util.metrics import Metric
 
 from lorafleet.adapter_store.peft_config import FIELDS
 from lorafleet.adapter_store.validation import RULES
-from lorafleet.cluster import admin_api, errors, metrics, openai_api, openai_requests
-from lorafleet.cluster.auth import Keys
+from lorafleet.cluster import errors, metrics
+from lorafleet.cluster.admin import routes as admin_routes
 from lorafleet.cluster.config import AppConfig, UserConfig
-from lorafleet.cluster.http_app import build_http_app
+from lorafleet.cluster.http.app import build_http_app
+from lorafleet.cluster.http.auth import Keys
+from lorafleet.cluster.http.probes import build_probes
+from lorafleet.cluster.openai import requests as openai_requests
+from lorafleet.cluster.openai import routes as openai_routes
 from lorafleet.workers.request import GenerateDelta, GenerateRequest, TokenLogprobs
 
 DOCS = Path(__file__).parent
@@ -156,9 +160,9 @@ def _section(title: str, schema: Schema, definitions: Schema) -> str:
 def routes() -> str:
     app = build_http_app(
         [
-            openai_api.build_router(cast(Any, None), Keys(), started=0),
-            openai_api.build_probes(cast(Any, None)),
-            admin_api.build_router(cast(Any, None), Keys(), ()),
+            openai_routes.build_router(cast(Any, None), Keys(), started=0),
+            build_probes(cast(Any, None)),
+            admin_routes.build_router(cast(Any, None), Keys(), ()),
         ]
     )
     description = app.openapi()

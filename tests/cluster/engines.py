@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
-from lorafleet.cluster.prompts import Prompts
+from lorafleet.cluster.serving.prompts import Prompts
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.request import EngineRequest, GenerateDelta
 from lorafleet.workers.worker import Worker

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from lorafleet.adapter_store.errors import UnknownAdapter
 from lorafleet.cluster.errors import StoreUnavailable, WorkerGone
-from lorafleet.cluster.names import NamedVersion, NamesAt
-from lorafleet.cluster.prompts import Prompts
+from lorafleet.cluster.serving.prompts import Prompts
+from lorafleet.cluster.wire import NamedVersion, NamesAt
 from lorafleet.workers.request import EngineRequest, GenerateDelta, TokenLogprobs
 from tests.support.bases import MAX_LENGTH, VOCAB_SIZE, make_tokenizer
 

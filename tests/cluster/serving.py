@@ -16,13 +16,14 @@ import openai
 import uvicorn
 from fastapi import FastAPI
 
-from lorafleet.cluster.auth import Keys
-from lorafleet.cluster.dispatch import Dispatcher
-from lorafleet.cluster.http_app import build_http_app
+from lorafleet.cluster.http.app import build_http_app
+from lorafleet.cluster.http.auth import Keys
+from lorafleet.cluster.http.probes import build_probes
 from lorafleet.cluster.metrics import RequestMetrics
-from lorafleet.cluster.names import Names
-from lorafleet.cluster.openai_api import build_probes, build_router
-from lorafleet.cluster.prompts import Prompts
+from lorafleet.cluster.openai.routes import build_router
+from lorafleet.cluster.serving.dispatch import Dispatcher
+from lorafleet.cluster.serving.names import Names
+from lorafleet.cluster.serving.prompts import Prompts
 from tests.cluster.fakes import FakeStore, FakeWorkers, make_prompts
 
 BASE_ID = "org/tiny"

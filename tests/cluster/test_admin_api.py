@@ -11,12 +11,12 @@ import pytest
 
 from lorafleet.adapter_store.errors import InvalidKey, UnknownKey
 from lorafleet.adapter_store.sources import DirectoryConfig, HubConfig
-from lorafleet.cluster.admin_api import build_router
-from lorafleet.cluster.auth import Keys
+from lorafleet.cluster.admin.peer_routes import locate
+from lorafleet.cluster.admin.rollout import Rollout
+from lorafleet.cluster.admin.routes import build_router
 from lorafleet.cluster.errors import StoreUnavailable
-from lorafleet.cluster.http_app import build_http_app
-from lorafleet.cluster.peer_api import locate
-from lorafleet.cluster.rollout import Rollout
+from lorafleet.cluster.http.app import build_http_app
+from lorafleet.cluster.http.auth import Keys
 from tests.cluster.fleets import DictFleet, DictStore, manifest_of
 
 ADMIN = {"authorization": "Bearer admin"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lorafleet.cluster.auth import Keys, is_loopback
 from lorafleet.cluster.errors import ExposedWithoutToken, Forbidden, Unauthenticated
+from lorafleet.cluster.http.auth import Keys, is_loopback
 
 KEYS = Keys(api_keys=("client", "other"), admin_token="admin")
 

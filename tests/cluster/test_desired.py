@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from lorafleet.cluster.admin.desired import DesiredAdapters
+from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.config import DesiredAdapter, UserConfig
-from lorafleet.cluster.desired import DesiredAdapters
-from lorafleet.cluster.rollout import Rollout
 from tests.cluster.fleets import DictFleet, DictStore, manifest_of
 
 
@@ -122,7 +122,7 @@ async def test_what_an_admin_deleted_or_pinned_since_stays_so(world: World) -> N
 
 
 async def test_what_a_dead_worker_had_is_made_resident_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafleet.cluster.desired.POLL_S", 0.0)
+    monkeypatch.setattr("lorafleet.cluster.admin.desired.POLL_S", 0.0)
     task = asyncio.create_task(world.start(wanted("x", "a")).run())
     try:
         async with asyncio.timeout(5):

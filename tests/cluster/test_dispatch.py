@@ -8,11 +8,11 @@ from contextlib import aclosing
 
 import pytest
 
-from lorafleet.cluster.dispatch import MAX_ATTEMPTS, Dispatcher
 from lorafleet.cluster.errors import BadRequest, ModelNotFound, NoWorker, Overloaded, StreamBroken, WorkerGone
 from lorafleet.cluster.metrics import RequestMetrics
-from lorafleet.cluster.names import Names
-from lorafleet.cluster.prompts import Prompts
+from lorafleet.cluster.serving.dispatch import MAX_ATTEMPTS, Dispatcher
+from lorafleet.cluster.serving.names import Names
+from lorafleet.cluster.serving.prompts import Prompts
 from lorafleet.workers.errors import AdapterUnavailable, EngineFailed
 from lorafleet.workers.request import GenerateDelta, GenerateRequest
 from tests.cluster.fakes import VERSIONS, FakeStore, FakeWorkers, answer_token_ids, make_prompts

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Body, HTTPException
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 
-from lorafleet.cluster.http_app import build_http_app
+from lorafleet.cluster.http.app import build_http_app
 from tests.cluster.serving import Service
 
 

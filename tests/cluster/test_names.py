@@ -9,7 +9,8 @@ import pytest
 
 from lorafleet.adapter_store.errors import SourceUnavailable
 from lorafleet.cluster.errors import ModelNotFound, StoreUnavailable
-from lorafleet.cluster.names import NamedVersion, Names
+from lorafleet.cluster.serving.names import Names
+from lorafleet.cluster.wire import NamedVersion
 from tests.cluster.fakes import VERSIONS, FakeStore
 
 

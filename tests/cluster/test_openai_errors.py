@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorafleet.cluster.auth import Keys
 from lorafleet.cluster.errors import NoWorker, Overloaded, WorkerGone
-from lorafleet.cluster.openai_api import MAX_BODY_BYTES
-from lorafleet.cluster.openai_requests import ChatBody, CompletionBody
+from lorafleet.cluster.http.auth import Keys
+from lorafleet.cluster.http.bodies import MAX_BODY_BYTES
+from lorafleet.cluster.openai.requests import ChatBody, CompletionBody
 from lorafleet.workers.errors import AdapterUnavailable, NoRoomError
 from tests.cluster.serving import BASE_ID, Service, eventually, serving
 

@@ -17,14 +17,16 @@ from schemathesis.engine import Status, events, from_schema
 
 from lorafleet.adapter_store.manifest import NamedAdapter
 from lorafleet.adapter_store.sources import DirectoryConfig
-from lorafleet.cluster import admin_api, openai_api
-from lorafleet.cluster.auth import Keys
+from lorafleet.cluster.admin import routes as admin_routes
+from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.config import NAME_PATTERN
-from lorafleet.cluster.dispatch import Dispatcher
-from lorafleet.cluster.http_app import build_http_app
+from lorafleet.cluster.http.app import build_http_app
+from lorafleet.cluster.http.auth import Keys
+from lorafleet.cluster.http.probes import build_probes
 from lorafleet.cluster.metrics import RequestMetrics
-from lorafleet.cluster.names import Names
-from lorafleet.cluster.rollout import Rollout
+from lorafleet.cluster.openai import routes as openai_routes
+from lorafleet.cluster.serving.dispatch import Dispatcher
+from lorafleet.cluster.serving.names import Names
 from tests.cluster.fakes import FakeStore, FakeWorkers, make_prompts
 from tests.cluster.fleets import DictFleet, DictStore, manifest_of
 from tests.cluster.serving import BASE_ID, STARTED
@@ -66,9 +68,9 @@ def whole_app(root: Path) -> FastAPI:
 
     return build_http_app(
         [
-            openai_api.build_router(dispatcher, keys, started=STARTED),
-            openai_api.build_probes(not_ready),
-            admin_api.build_router(rollout, keys, [DirectoryConfig(name="demo", root=root)]),
+            openai_routes.build_router(dispatcher, keys, started=STARTED),
+            build_probes(not_ready),
+            admin_routes.build_router(rollout, keys, [DirectoryConfig(name="demo", root=root)]),
         ]
     )
 

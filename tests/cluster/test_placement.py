@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 
-from lorafleet.cluster.placement import MAX_REMEMBERED, VERSION_PREFIX, Candidate, Placement
+from lorafleet.cluster.routing.placement import MAX_REMEMBERED, Candidate, Placement
+from lorafleet.cluster.wire import VERSION_PREFIX
 
 SHOUT, WHISPER = "aa" * 32, "bb" * 32
 

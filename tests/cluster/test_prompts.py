@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lorafleet.cluster.errors import BadRequest, ContextLengthExceeded
-from lorafleet.cluster.prompts import LONG_TEXT, Prompts
+from lorafleet.cluster.serving.prompts import LONG_TEXT, Prompts
 from lorafleet.workers.request import GenerateRequest
 from tests.support.bases import VOCAB_SIZE, make_tokenizer
 

@@ -9,7 +9,7 @@ import pytest
 
 from lorafleet.adapter_store.manifest import Desired
 from lorafleet.cluster.errors import StoreUnavailable
-from lorafleet.cluster.reconciler import Reconciler
+from lorafleet.cluster.worker.reconciler import Reconciler
 
 
 class Follower:

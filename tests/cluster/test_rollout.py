@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from lorafleet.adapter_store.errors import InvalidName, UnknownAdapter, UnknownKey
+from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.errors import AdapterDoesNotFit, NoWorker, RolloutFailed, StoreUnavailable
-from lorafleet.cluster.rollout import Rollout
 from lorafleet.workers.errors import AdapterUnavailable
 from tests.cluster.fleets import DictFleet, DictStore, manifest_of
 

@@ -11,11 +11,12 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest, RequestRouter
 
-from lorafleet.cluster import router as router_module
+from lorafleet.cluster import ray_internals
 from lorafleet.cluster.errors import Overloaded, StoreUnavailable, WorkerGone
-from lorafleet.cluster.placement import VERSION_PREFIX
-from lorafleet.cluster.router import StoreRouter, WorkerRouter
-from lorafleet.cluster.whereabouts import live_workers, worker_of
+from lorafleet.cluster.routing.store_router import StoreRouter
+from lorafleet.cluster.routing.whereabouts import live_workers, worker_of
+from lorafleet.cluster.routing.worker_router import WorkerRouter
+from lorafleet.cluster.wire import VERSION_PREFIX, RoutingReport
 from lorafleet.workers.request import EngineRequest, SamplingParams
 
 DEPLOYMENT = DeploymentID(name="worker", app_name="lorafleet")
@@ -39,7 +40,7 @@ class FakeReplica:
 
 
 def replicas(*worker_ids: str, resident: Iterable[str] = ()) -> list[Any]:
-    stats = {"resident": [version[:VERSION_PREFIX] for version in resident], "free_pages": 10}
+    stats = RoutingReport(tuple(version[:VERSION_PREFIX] for version in resident), free_pages=10).packed()
     return [FakeReplica(worker_id, stats) for worker_id in worker_ids]
 
 
@@ -184,7 +185,7 @@ async def test_one_that_waits_for_another_worker_does_not_hold_up_those_behind()
 
 
 async def test_a_rejected_call_tries_another_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router_module, "RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(ray_internals, "RETRY_PAUSE_S", 0.0)
     router = worker_router(max_load=100)
     router.update_replicas(replicas("w0", "w1"))
     for _ in range(8):

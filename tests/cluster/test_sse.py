@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 import pytest
 from starlette.types import Message
 
-from lorafleet.cluster.sse import ClientGone, EventStream, while_connected
+from lorafleet.cluster.http.sse import ClientGone, EventStream, while_connected
 from tests.cluster.serving import BASE_ID, Service, eventually
 
 

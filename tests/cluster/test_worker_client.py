@@ -16,12 +16,12 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
-from lorafleet.cluster import worker_client
 from lorafleet.cluster.errors import Overloaded, WorkerGone
-from lorafleet.cluster.outbox import KEEP_S, Outboxes
-from lorafleet.cluster.outcome import Failure
-from lorafleet.cluster.whereabouts import note_request
-from lorafleet.cluster.worker_client import ServeStream, ServeWorkers
+from lorafleet.cluster.routing.whereabouts import note_request
+from lorafleet.cluster.serving import streams
+from lorafleet.cluster.serving.streams import ServeStream, ServeWorkers
+from lorafleet.cluster.wire import Failure
+from lorafleet.cluster.worker.outbox import KEEP_S, Outboxes
 from lorafleet.workers.errors import EngineFailed, NoRoomError
 from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams, TokenLogprobs
 
@@ -208,9 +208,9 @@ async def test_a_lost_outbox_ends_the_streams_of_its_worker_and_the_next_gets_a_
 async def test_a_worker_that_left_the_service_is_left_alone_once_its_streams_are_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(worker_client, "SWEEP_S", 0.001)
+    monkeypatch.setattr(streams, "SWEEP_S", 0.001)
     live = {"w1"}
-    monkeypatch.setattr(worker_client, "live_workers", lambda deployment_id: frozenset(live))
+    monkeypatch.setattr(streams, "live_workers", lambda deployment_id: frozenset(live))
     handle = Handle([Response(["w1", None], ends=True)])
     (stream,) = start(handle, "r")
     await asyncio.sleep(0.02)

@@ -9,9 +9,9 @@ import time
 import pytest
 from ray import serve
 
-from lorafleet.cluster.auth import http_hosts
+from lorafleet.cluster.admin.fleet import ServeFleet
 from lorafleet.cluster.errors import WorkerGone
-from lorafleet.cluster.fleet import ServeFleet
+from lorafleet.cluster.ray_internals import http_hosts
 from tests.cluster.live.service import APP, LiveService, eventually, served_by, version_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("tidy")]

@@ -1,0 +1,1 @@
+"""The control plane: what changes names, and its routes."""

@@ -1,0 +1,188 @@
+"""Brings the names of the store in line with configuration: `adapters.preload`, and the ingress's `user_config`.
+
+Applied in the background and again until it holds. Names that came from configuration and are no longer in it are
+deleted; what the admin plane or a request brought is left alone, also where configuration names it too, until the
+`user_config` of a running service says something new of it. A `user_config` that is refused changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from pydantic import ValidationError
+
+from lorafleet.adapter_store.manifest import NamedAdapter
+from lorafleet.cluster.admin.rollout import Rollout
+from lorafleet.cluster.config import DesiredAdapter, UserConfig
+from lorafleet.cluster.errors import describe
+from lorafleet.cluster.validation import refusal_of
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+"""How often to look whether workers came or went."""
+RETRY_S = 1.0
+MAX_RETRY_S = 30.0
+START_S = 120.0
+"""How long the first round waits for the last workers once one is there."""
+MAX_AT_ONCE = 4
+
+
+class DesiredAdapters:
+    """What configuration wants, and how far it has come."""
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        preload: Sequence[DesiredAdapter],
+        *,
+        num_workers: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._rollout = rollout
+        self._preload = {adapter.name: adapter for adapter in preload}
+        self._num_workers = num_workers
+        self._clock = clock
+        self._user: dict[str, DesiredAdapter] = {}
+        self._has_user_config = False
+        self._refusal: str | None = None
+        self._news: set[str] = set()
+        self._done: dict[str, DesiredAdapter] = {}
+        self._changed = asyncio.Event()
+        self._has_applied = False
+        self._is_preloaded = False
+        self._problems: dict[str, str] = {}
+
+    def take_user_config(self, user_config: object) -> None:
+        """Take a `user_config` as Serve brings it. One that is refused is logged, and what was wanted before stays:
+        Serve would take the service down for an error, and requests have no part in it.
+        """
+        try:
+            config = UserConfig.model_validate(user_config)
+        except ValidationError as error:
+            self._refusal = refusal_of(error.errors(include_url=False)).message
+            logger.error("user_config is refused and changes nothing: %s", self._refusal)
+        else:
+            self._refusal = None
+            self._has_user_config = True
+            self.set_user_config(config)
+
+    def set_user_config(self, config: UserConfig) -> None:
+        """Take a `user_config`; it is applied soon. The one that a service starts with says nothing new."""
+        wanted = {adapter.name: adapter for adapter in config.adapters}
+        if self._has_applied:
+            self._news |= {name for name, adapter in wanted.items() if self._user.get(name) != adapter}
+        self._user = wanted
+        self._changed.set()
+
+    async def not_ready(self) -> str | None:
+        """Why the service is not ready yet; None: it is."""
+        if not await self._rollout.worker_ids():
+            return "no worker is up"
+        if self._is_at_a_loss:
+            return f"user_config is refused: {self._refusal}"
+        if not self._is_preloaded:
+            problems = [problem for name, problem in sorted(self._problems.items()) if name in self._preload]
+            return problems[0] if problems else "adapters are being loaded"
+        return None
+
+    @property
+    def _is_at_a_loss(self) -> bool:
+        """Whether the service started with a `user_config` that says nothing."""
+        return self._refusal is not None and not self._has_user_config
+
+    async def run(self) -> None:
+        """Apply what is wanted when it changes and when workers come and go, until cancelled."""
+        await self._await_workers()
+        retry_s = RETRY_S
+        while True:
+            self._changed.clear()
+            workers = await self._rollout.worker_ids()
+            await self.apply()
+            retry_s = min(2 * retry_s, MAX_RETRY_S) if self._problems else RETRY_S
+            again_s = self._clock() + (retry_s if self._problems else math.inf)
+            while self._clock() < again_s and not self._changed.is_set():
+                if await self._rollout.worker_ids() != workers:
+                    break
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), POLL_S)
+
+    async def apply(self) -> None:
+        """One round. What went wrong is logged and kept; it never raises.
+
+        What has been in place once is only made resident again: an admin may have changed or deleted it since.
+        """
+        self._has_applied = True
+        wanted = self._preload | self._user
+        try:
+            current = {adapter.name: adapter for adapter in (await self._rollout.table()).adapters}
+        except Exception as error:
+            self._problems = {"": _explain("the adapter store", error)}
+            return
+        stale = [name for name, adapter in current.items() if adapter.origin == "config" and name not in wanted]
+        if self._is_at_a_loss:
+            stale = []  # who knows whether they are
+        due = [adapter for adapter in wanted.values() if self._is_due(adapter, current)]
+        kept = [adapter for adapter in wanted.values() if adapter not in due and adapter.name in current]
+        limit = asyncio.Semaphore(MAX_AT_ONCE)
+        self._problems = {}
+        await asyncio.gather(
+            *(self._try(limit, name, self._rollout.delete, name) for name in stale),
+            *(self._try(limit, adapter.name, self._put, adapter) for adapter in due),
+            *(self._try(limit, adapter.name, self._rollout.warm, adapter.name, adapter.warm) for adapter in kept),
+        )
+        self._done = {name: adapter for name, adapter in wanted.items() if name not in self._problems}
+        self._news &= set(self._problems)
+        if not any(name in self._problems for name in self._preload):
+            self._is_preloaded = True
+
+    def _is_due(self, adapter: DesiredAdapter, current: Mapping[str, NamedAdapter]) -> bool:
+        if self._done.get(adapter.name) == adapter:
+            return False
+        named = current.get(adapter.name)
+        if named is None:
+            return True
+        if named.origin != "config":
+            return adapter.name in self._news
+        return (named.source, named.key, named.pinned) != (adapter.source, adapter.key, adapter.pinned)
+
+    async def _put(self, adapter: DesiredAdapter) -> None:
+        await self._rollout.put(
+            adapter.name,
+            source=adapter.source,
+            key=adapter.key,
+            pinned=adapter.pinned,
+            warm=adapter.warm,
+            origin="config",
+        )
+
+    async def _try(self, limit: asyncio.Semaphore, name: str, change: Callable[..., object], *args: object) -> None:
+        async with limit:
+            try:
+                await change(*args)  # type: ignore[misc]
+            except Exception as error:
+                self._problems[name] = _explain(f"adapter {name!r}", error)
+
+    async def _await_workers(self) -> None:
+        since_s: float | None = None
+        while (num_workers := len(await self._rollout.worker_ids())) < self._num_workers:
+            now_s = self._clock()
+            since_s = since_s if since_s is not None or not num_workers else now_s
+            if since_s is not None and now_s - since_s > START_S:
+                logger.warning(
+                    "only %d of %d workers are up; adapters are loaded there", num_workers, self._num_workers
+                )
+                return
+            await asyncio.sleep(0.1)
+
+
+def _explain(what: str, error: Exception) -> str:
+    reply = describe(error)
+    problem = f"{what}: {reply.message} ({reply.code})"
+    logger.warning("configuration is not in place yet: %s", problem)
+    return problem

@@ -1,0 +1,356 @@
+"""Publishes, replaces, pins and deletes adapters over the whole cluster, all or nothing.
+
+A replacement is staged where the old version is resident, and on as many other workers as `warm` says, before the name
+flips at the store; requests ask the store for the version, so none sees the old one afterwards, on whatever worker. If
+a worker that must have it cannot, what was staged is let go and nothing flips. Changes of one name come one after
+another, and what has begun is finished even if the client that asked for it goes away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import weakref
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+from lorafleet.adapter_store.errors import InvalidName, UnknownAdapter
+from lorafleet.adapter_store.manifest import AdapterManifest, NamedAdapter, NameTable, Origin
+from lorafleet.cluster.admin.fleet import Fleet
+from lorafleet.cluster.admin.holds import Staging
+from lorafleet.cluster.config import NAME_PATTERN, Warm
+from lorafleet.cluster.errors import AdapterDoesNotFit, NoWorker, ServiceUnavailable, StoreUnavailable, WorkerGone
+from lorafleet.cluster.wire import Estimate
+from lorafleet.workers.errors import NoRoomError
+from lorafleet.workers.state import WorkerState
+
+logger = logging.getLogger(__name__)
+
+RECONCILE_S = 2.0
+"""How long a change waits for workers to follow it at once; those that are late follow on their timer."""
+
+Result = TypeVar("Result")
+
+
+class Store(Protocol):
+    """The adapter store, which alone decides what names stand for. Every method raises StoreUnavailable."""
+
+    async def stage(self, source: str, key: str) -> AdapterManifest: ...
+
+    async def validate(self, source: str, key: str) -> AdapterManifest: ...
+
+    async def flip(
+        self, name: str, version: str, *, source: str, key: str, pinned: bool, warm: Warm, origin: Origin
+    ) -> NamedAdapter: ...
+
+    async def delete(self, name: str) -> None: ...
+
+    async def set_pinned(self, name: str, pinned: bool) -> None: ...
+
+    async def table(self) -> NameTable: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An adapter, and the workers that may hold it."""
+
+    adapter: NamedAdapter
+    workers: tuple[WorkerState, ...]
+    estimated_pages: int | None = None
+    """Pages that it would take where no worker has it, if one was asked."""
+
+    @property
+    def pages(self) -> int | None:
+        """Pages that it takes in a worker's pool; None if that is not known."""
+        for worker in self.workers:
+            for held in worker.adapters:
+                if held.version == self.adapter.version:
+                    return held.pages
+        return self.estimated_pages
+
+    def state_on(self, worker: WorkerState) -> str:
+        """`resident`, `loading`, `retired` or `absent`."""
+        for held in worker.adapters:
+            if held.version == self.adapter.version:
+                return held.state
+        return "absent"
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What came of a dry run."""
+
+    manifest: AdapterManifest
+    estimates: tuple[Estimate, ...]
+
+
+class Rollout:
+    """The one place that changes what names stand for."""
+
+    def __init__(
+        self,
+        store: Store,
+        fleet: Fleet,
+        *,
+        observe: Callable[[str, str | None], None],
+        reserved: Collection[str] = (),
+    ) -> None:
+        """observe: told of every name that was flipped (and its version) or deleted (None), before the reply.
+
+        reserved: names that requests understand otherwise: the base's.
+        """
+        self._reserved = reserved
+        self._store = store
+        self._fleet = fleet
+        self._observe = observe
+        self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._under_way: set[asyncio.Task[Any]] = set()
+
+    # --- changes ---
+
+    async def put(
+        self, name: str, *, source: str, key: str, pinned: bool = False, warm: Warm = 1, origin: Origin = "admin"
+    ) -> Placed:
+        """Publish what `source` has under `key` and flip `name` to it.
+
+        Raises InvalidName, what the store refuses the adapter for, AdapterDoesNotFit, RolloutFailed, NoWorker and
+        StoreUnavailable.
+        """
+        self._check_name(name)
+        return await self._to_the_end(self._put(name, source, key, pinned, warm, origin))
+
+    async def delete(self, name: str) -> None:
+        """Take a name away; streams on its version end as they began. Raises UnknownAdapter, StoreUnavailable."""
+        await self._to_the_end(self._delete(name))
+
+    async def set_pinned(self, name: str, pinned: bool) -> Placed:
+        """Keep an adapter resident on every worker, or no longer.
+
+        Raises UnknownAdapter, AdapterDoesNotFit, RolloutFailed, NoWorker, StoreUnavailable.
+        """
+        return await self._to_the_end(self._set_pinned(name, pinned))
+
+    async def warm(self, name: str, warm: Warm) -> None:
+        """Have an adapter that has a name resident on at least `warm` workers. Raises as `put`."""
+        await self._to_the_end(self._warm(name, warm))
+
+    async def _put(self, name: str, source: str, key: str, pinned: bool, warm: Warm, origin: Origin) -> Placed:
+        async with self._lock(name):
+            manifest = await self._store.stage(source, key)
+            table, states = await asyncio.gather(self._store.table(), self._living())
+            before = _find(table, name)
+            async with self._staging(name, manifest.version, states, pinned) as staging:
+                if pinned or warm == "all":
+                    must = states
+                else:
+                    must = [state for state in states if before is not None and _holds(state, before.version)]
+                await staging.require([state.worker_id for state in must])
+                others = sorted(
+                    (state for state in states if state not in must), key=lambda s: _reluctance(s, manifest)
+                )
+                if others and isinstance(warm, int):
+                    await staging.extend([state.worker_id for state in others], min(warm, len(others)))
+                if not must and not warm:
+                    await self._check_fit(name, manifest, states)
+                adapter = await self._store.flip(
+                    name, manifest.version, source=source, key=key, pinned=pinned, warm=warm, origin=origin
+                )
+                self._observe(name, adapter.version)
+            return await self._placed(adapter)
+
+    async def _delete(self, name: str) -> None:
+        async with self._lock(name):
+            await self._store.delete(name)
+            self._observe(name, None)
+            await self._reconcile(await self._states())
+
+    async def _warm(self, name: str, warm: Warm) -> None:
+        async with self._lock(name):
+            adapter = await self._named(name)
+            states = await self._living()
+            count = len(states) if warm == "all" else min(warm, len(states))
+            missing = [state for state in states if not _holds(state, adapter.version)]
+            count -= len(states) - len(missing)
+            if count <= 0:
+                return
+            missing.sort(key=lambda state: _reluctance(state, adapter.manifest))
+            async with self._staging(name, adapter.version, states, adapter.pinned) as staging:
+                await staging.extend([state.worker_id for state in missing], count)
+
+    async def _set_pinned(self, name: str, pinned: bool) -> Placed:
+        async with self._lock(name):
+            adapter = await self._named(name)
+            states = await self._living() if pinned else await self._states()
+            async with self._staging(name, adapter.version, states, pinned) as staging:
+                if pinned:
+                    await staging.require([state.worker_id for state in states])
+                await self._store.set_pinned(name, pinned)
+            return await self._placed(await self._named(name))
+
+    # --- questions ---
+
+    async def validate(self, source: str, key: str) -> Validation:
+        """Dry run: what an adapter would take and evict, and where. Raises what the store refuses it for."""
+        manifest = await self._store.validate(source, key)
+        states = await self._states()
+        estimates = await asyncio.gather(*(self._estimate(state.worker_id, manifest) for state in states))
+        return Validation(manifest, tuple(estimate for estimate in estimates if estimate is not None))
+
+    async def adapter(self, name: str) -> Placed:
+        """One adapter. Raises UnknownAdapter, StoreUnavailable."""
+        return await self._placed(await self._named(name))
+
+    async def adapters(self) -> list[Placed]:
+        """All adapters. Raises StoreUnavailable."""
+        table, states = await asyncio.gather(self._store.table(), self._states())
+        return [Placed(adapter, tuple(states)) for adapter in table.adapters]
+
+    async def worker_ids(self) -> frozenset[str]:
+        """Workers that take requests now."""
+        return await self._fleet.worker_ids()
+
+    async def table(self) -> NameTable:
+        """What all names stand for. Raises StoreUnavailable."""
+        return await self._store.table()
+
+    async def workers(self) -> list[WorkerState]:
+        """All workers that answer, with the names of what they hold as far as the store can be asked."""
+        states = await self._states()
+        names: dict[str, str] = {}
+        with contextlib.suppress(StoreUnavailable):
+            for adapter in (await self._store.table()).adapters:
+                names.setdefault(adapter.version, adapter.name)
+        return [
+            state.model_copy(
+                update={"adapters": tuple(h.model_copy(update={"name": names.get(h.version)}) for h in state.adapters)}
+            )
+            for state in states
+        ]
+
+    # --- parts ---
+
+    def _check_name(self, name: str) -> None:
+        if re.fullmatch(NAME_PATTERN, name) is None:
+            raise InvalidName("invalid_name", f"name {name[:140]!r} does not match {NAME_PATTERN}", "name")
+        if name in self._reserved:
+            raise InvalidName("name_reserved", f"{name!r} is the base model's name", "name")
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
+
+    async def _to_the_end(self, change: Coroutine[Any, Any, Result]) -> Result:
+        """Run a change in a task of its own, which outlives whoever waits for it."""
+        task = asyncio.create_task(change)
+        self._under_way.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._under_way.discard(task)
+        # Taken here too, for who asked may be gone.
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            logger.info("a change was not made: %s", error)
+
+    @contextlib.asynccontextmanager
+    async def _staging(
+        self, name: str, version: str, states: Sequence[WorkerState], pinned: bool
+    ) -> AsyncIterator[Staging]:
+        """Let the body make a version resident; in the end workers follow the store, and nothing is held."""
+        staging = Staging(self._fleet, name, version, pinned=pinned)
+        try:
+            yield staging
+        except BaseException:
+            # Without its hold a version that got no name goes, pinned or not.
+            await staging.release()
+            await self._reconcile(states)
+            raise
+        # With its hold a version cannot go on an older word of the store's, which did not know its name.
+        await self._reconcile(states)
+        await staging.release()
+
+    async def _named(self, name: str) -> NamedAdapter:
+        adapter = _find(await self._store.table(), name)
+        if adapter is None:
+            raise UnknownAdapter("adapter_not_found", f"no adapter is named {name[:128]!r}", "name")
+        return adapter
+
+    async def _placed(self, adapter: NamedAdapter) -> Placed:
+        placed = Placed(adapter, tuple(await self._states()))
+        if placed.pages is None and placed.workers:
+            estimate = await self._estimate(placed.workers[0].worker_id, adapter.manifest)
+            if estimate is not None:
+                placed = replace(placed, estimated_pages=estimate.pages)
+        return placed
+
+    async def _states(self) -> list[WorkerState]:
+        """The states of all workers that answer, by id."""
+        worker_ids = sorted(await self._fleet.worker_ids())
+        results = await asyncio.gather(*(self._fleet.state(w) for w in worker_ids), return_exceptions=True)
+        states = []
+        for worker_id, result in zip(worker_ids, results, strict=True):
+            if isinstance(result, WorkerState):
+                states.append(result)
+            elif not isinstance(result, WorkerGone):
+                logger.warning("worker %s does not say what it holds: %s", worker_id, result)
+        return states
+
+    async def _living(self) -> list[WorkerState]:
+        """The states of all workers that are alive. Raises NoWorker, and ServiceUnavailable for one that is silent."""
+        worker_ids = sorted(await self._fleet.worker_ids())
+        results = await asyncio.gather(*(self._fleet.state(w) for w in worker_ids), return_exceptions=True)
+        states = []
+        for result in results:
+            if isinstance(result, WorkerState):
+                states.append(result)
+            elif not isinstance(result, WorkerGone):
+                raise result
+        if not states:
+            raise NoWorker("no worker is up; try again", None, 5.0)
+        return states
+
+    async def _estimate(self, worker_id: str, manifest: AdapterManifest) -> Estimate | None:
+        try:
+            pages, evicts = await self._fleet.estimate(worker_id, manifest)
+        except NoRoomError as error:
+            return Estimate(worker_id, error.needed, (), str(error))
+        except (WorkerGone, ServiceUnavailable):
+            return None
+        return Estimate(worker_id, pages, evicts, None)
+
+    async def _check_fit(self, name: str, manifest: AdapterManifest, states: Sequence[WorkerState]) -> None:
+        """Nobody is to load it now, but somebody must be able to."""
+        estimates = await asyncio.gather(*(self._estimate(state.worker_id, manifest) for state in states))
+        refused = [estimate for estimate in estimates if estimate is not None and estimate.refusal is not None]
+        if refused and len(refused) == len(states):
+            raise AdapterDoesNotFit(f"worker {refused[0].worker_id} has no room for {name!r}: {refused[0].refusal}")
+
+    async def _reconcile(self, states: Sequence[WorkerState]) -> None:
+        """Have workers follow the store now; a worker that is late or gone follows on its own timer, or never."""
+        tasks = [asyncio.create_task(self._fleet.reconcile(state.worker_id)) for state in states]
+        if not tasks:
+            return
+        done, late = await asyncio.wait(tasks, timeout=RECONCILE_S)
+        for task in done:
+            error = task.exception()
+            if error is not None and not isinstance(error, (WorkerGone, StoreUnavailable)):
+                logger.warning("a worker could not follow the adapter store: %s", error)
+        for task in late:
+            task.cancel()
+
+
+def _find(table: NameTable, name: str) -> NamedAdapter | None:
+    return next((adapter for adapter in table.adapters if adapter.name == name), None)
+
+
+def _holds(state: WorkerState, version: str) -> bool:
+    return any(held.version == version and held.state != "retired" for held in state.adapters)
+
+
+def _reluctance(state: WorkerState, manifest: AdapterManifest) -> tuple[bool, float, int]:
+    """Sorts workers that might take a version: first those that have it, then by room, then by how little they do."""
+    pages = state.adapter_pages
+    return not _holds(state, manifest.version), pages.used / max(1, pages.total), state.running + state.waiting

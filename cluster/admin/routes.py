@@ -1,0 +1,219 @@
+"""The admin plane's routes: adapters are loaded, replaced, pinned, tried and deleted here, and workers looked at.
+
+Bodies in and out are the models of this file. Errors are raised; `http_app` gives them a status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Path, Request
+from pydantic import ConfigDict, Field
+
+from lorafleet.adapter_store.manifest import AdapterManifest
+from lorafleet.adapter_store.sources import SourceConfig
+from lorafleet.cluster.admin.peer_routes import add_peer_routes
+from lorafleet.cluster.admin.rollout import Placed, Rollout, Validation
+from lorafleet.cluster.config import NAME_PATTERN, Warm
+from lorafleet.cluster.http.auth import Keys
+from lorafleet.cluster.http.description import bearer, error_responses
+from lorafleet.workers.config import Settings
+from lorafleet.workers.state import WorkerState
+
+Name = Annotated[str, Path(description="The adapter's name.", json_schema_extra={"pattern": NAME_PATTERN})]
+
+
+class PutAdapter(Settings):
+    """What a name is to stand for."""
+
+    model_config = ConfigDict(strict=True)
+
+    source: str = Field(min_length=1, description="Name of a configured source.")
+    key: str = Field(min_length=1, description="Where the source has the adapter.")
+    pinned: bool = Field(default=False, description="Resident on every worker and never evicted.")
+    warm: Warm = Field(
+        default=1,
+        description="`all`, or on how many workers to make it resident before the reply, beside those that hold the "
+        "version it replaces.",
+    )
+
+
+class ValidateAdapter(Settings):
+    """What to try without loading it."""
+
+    model_config = ConfigDict(strict=True)
+
+    source: str = Field(min_length=1, description="Name of a configured source.")
+    key: str = Field(min_length=1, description="Where the source has the adapter.")
+
+
+class AdapterReply(Settings):
+    """An adapter that has a name."""
+
+    name: str
+    version: str = Field(description="Digest of what is served.")
+    source: str
+    key: str
+    rank: int = Field(description="Largest rank of any module.")
+    targets: tuple[str, ...] = Field(description="Modules that it changes, by the last part of their names.")
+    bytes: int = Field(description="Size of its weights as they are served.")
+    pages: int | None = Field(description="Pages of a worker's pool that it takes; null where that is not known.")
+    pinned: bool
+    state: Literal["resident", "loading", "stored"] = Field(description="The best that any worker has.")
+    workers: dict[str, Literal["resident", "loading", "retired", "absent"]] = Field(
+        description="What each worker has of this version."
+    )
+
+
+class AdaptersReply(Settings):
+    """All adapters that have a name."""
+
+    adapters: tuple[AdapterReply, ...]
+
+
+class DeletedReply(Settings):
+    """An adapter that has lost its name; streams on it end as they began."""
+
+    name: str
+    deleted: Literal[True] = True
+
+
+class EstimateReply(Settings):
+    """What an adapter would take on one worker now."""
+
+    fits: bool
+    pages: int | None
+    evicts: tuple[str, ...] = Field(description="Versions that would leave the pool for it.")
+    refusal: str | None = Field(description="Why it does not fit.")
+
+
+class ValidationReply(Settings):
+    """What came of a dry run: the adapter can be served, and what it would take on each worker."""
+
+    version: str
+    rank: int
+    targets: tuple[str, ...]
+    bytes: int
+    pages: int | None
+    fits: bool = Field(description="Whether every worker has room for it.")
+    workers: dict[str, EstimateReply]
+
+
+class WorkersReply(Settings):
+    """All workers that answer."""
+
+    workers: tuple[WorkerState, ...]
+
+
+def build_router(rollout: Rollout, keys: Keys, sources: Sequence[SourceConfig]) -> APIRouter:
+    """All routes that need the admin token: ours, and the load and unload routes of vLLM and SGLang."""
+
+    async def check_admin(request: Request) -> None:
+        keys.check_admin(request.headers.get("authorization"))
+
+    admin = APIRouter(
+        prefix="/admin/v1",
+        tags=["admin"],
+        responses=error_responses(HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE),
+    )
+    is_absent = error_responses(HTTPStatus.NOT_FOUND)
+    may_not_fit = error_responses(HTTPStatus.CONFLICT)
+    may_be_refused = error_responses(HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
+
+    @admin.get("/adapters", summary="All adapters")
+    async def list_adapters() -> AdaptersReply:
+        return AdaptersReply(adapters=tuple(adapter_reply(placed) for placed in await rollout.adapters()))
+
+    @admin.get("/adapters/{name}", summary="One adapter", responses=is_absent)
+    async def get_adapter(name: Name) -> AdapterReply:
+        return adapter_reply(await rollout.adapter(name))
+
+    @admin.put(
+        "/adapters/{name}",
+        summary="Load an adapter, or replace it everywhere at once",
+        responses=may_be_refused | is_absent | may_not_fit,
+    )
+    async def put_adapter(name: Name, body: PutAdapter) -> AdapterReply:
+        return adapter_reply(
+            await rollout.put(name, source=body.source, key=body.key, pinned=body.pinned, warm=body.warm)
+        )
+
+    @admin.delete("/adapters/{name}", summary="Take an adapter's name away", responses=is_absent)
+    async def delete_adapter(name: Name) -> DeletedReply:
+        await rollout.delete(name)
+        return DeletedReply(name=name)
+
+    @admin.post(
+        "/adapters/{name}/pin", summary="Keep an adapter resident on every worker", responses=is_absent | may_not_fit
+    )
+    async def pin_adapter(name: Name) -> AdapterReply:
+        return adapter_reply(await rollout.set_pinned(name, True))
+
+    @admin.post("/adapters/{name}/unpin", summary="Let an adapter be evicted again", responses=is_absent)
+    async def unpin_adapter(name: Name) -> AdapterReply:
+        return adapter_reply(await rollout.set_pinned(name, False))
+
+    @admin.post(
+        "/adapters:validate",
+        summary="Try an adapter: what it would take, what it would evict",
+        responses=may_be_refused | is_absent,
+    )
+    async def validate_adapter(body: ValidateAdapter) -> ValidationReply:
+        return validation_reply(await rollout.validate(body.source, body.key))
+
+    @admin.get("/workers", summary="All workers")
+    async def list_workers() -> WorkersReply:
+        return WorkersReply(workers=tuple(await rollout.workers()))
+
+    needs_token = keys.admin_token is not None or bool(keys.api_keys)
+    router = APIRouter(
+        dependencies=[Depends(check_admin), *bearer("admin_token", needs_token)],
+        responses=error_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN),
+    )
+    router.include_router(admin)
+    add_peer_routes(router, rollout, sources)
+    return router
+
+
+def adapter_reply(placed: Placed) -> AdapterReply:
+    """An adapter as the admin plane shows it."""
+    adapter = placed.adapter
+    workers = {worker.worker_id: placed.state_on(worker) for worker in placed.workers}
+    best = next((state for state in ("resident", "loading") if state in workers.values()), "stored")
+    return AdapterReply(
+        name=adapter.name,
+        source=adapter.source,
+        key=adapter.key,
+        pages=placed.pages,
+        pinned=adapter.pinned,
+        state=best,
+        workers=workers,
+        **_describe(adapter.manifest),
+    )
+
+
+def validation_reply(validation: Validation) -> ValidationReply:
+    """A dry run as the admin plane shows it."""
+    estimates = validation.estimates
+    return ValidationReply(
+        pages=next((estimate.pages for estimate in estimates if estimate.pages is not None), None),
+        fits=all(estimate.refusal is None for estimate in estimates),
+        workers={
+            estimate.worker_id: EstimateReply(
+                fits=estimate.refusal is None, pages=estimate.pages, evicts=estimate.evicts, refusal=estimate.refusal
+            )
+            for estimate in estimates
+        },
+        **_describe(validation.manifest),
+    )
+
+
+def _describe(manifest: AdapterManifest) -> dict[str, object]:
+    return {
+        "version": manifest.version,
+        "rank": manifest.rank,
+        "targets": manifest.targets,
+        "bytes": manifest.num_bytes,
+    }

@@ -1,0 +1,1 @@
+"""HTTP for every front: the application, its description, keys and server-sent events."""

@@ -1,0 +1,74 @@
+"""Who may do what: keys of the data plane, the token of the admin plane, and where HTTP may be bound without one."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from lorafleet.cluster.errors import ExposedWithoutToken, Forbidden, Unauthenticated
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The secrets of one service. Comparisons take the same time wherever two secrets differ."""
+
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    """Keys of the data plane; none: it is open."""
+    admin_token: str | None = field(default=None, repr=False)
+    """None: the admin plane is open too, unless there are keys for the data plane."""
+    admin_token_env: str = "LORAFLEET_ADMIN_TOKEN"
+
+    def check_client(self, authorization: str | None) -> None:
+        """Let a request of the data plane pass. Raises Unauthenticated."""
+        if self.api_keys and not self._is_client(_bearer(authorization)):
+            raise Unauthenticated("a valid API key is needed: Authorization: Bearer <key>")
+
+    def check_admin(self, authorization: str | None) -> None:
+        """Let a request of the admin plane pass. Raises Unauthenticated, or Forbidden for a key of the data plane."""
+        if self.admin_token is None and not self.api_keys:
+            return
+        token = _bearer(authorization)
+        if self.admin_token is not None and _is_same(token, self.admin_token):
+            return
+        if self._is_client(token):
+            raise Forbidden("an API key of the data plane does not open the admin plane")
+        if self.admin_token is None:
+            raise Forbidden(f"the admin plane is closed: no token is set in {self.admin_token_env}")
+        raise Unauthenticated("the admin token is needed: Authorization: Bearer <token>")
+
+    def _is_client(self, token: str | None) -> bool:
+        matches = [_is_same(token, key) for key in self.api_keys]
+        return any(matches)
+
+    def check_exposure(self, hosts: Iterable[str]) -> None:
+        """Refuse to be reachable from beyond this machine without an admin token. Raises ExposedWithoutToken."""
+        if self.admin_token is not None:
+            return
+        exposed = [host for host in hosts if not is_loopback(host)]
+        if exposed:
+            raise ExposedWithoutToken(
+                f"HTTP is bound to {exposed[0]}, beyond loopback, and the admin plane has no token: set "
+                f"{self.admin_token_env} in the environment of the Ray cluster (or in runtime_env.env_vars), or bind "
+                "HTTP to 127.0.0.1 (http_options.host)"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or name that a server binds is reachable from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name may be anything
+
+
+def _bearer(authorization: str | None) -> str | None:
+    scheme, _, token = (authorization or "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" and token.strip() else None
+
+
+def _is_same(given: str | None, secret: str) -> bool:
+    return given is not None and hmac.compare_digest(given.encode(), secret.encode())

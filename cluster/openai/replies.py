@@ -1,0 +1,285 @@
+"""OpenAI's replies, whole and in chunks, written straight as JSON: no model is built for a token.
+
+One reply lives as long as one HTTP request. It is fed with deltas and keeps what the usage, the offsets of later tokens
+and the whole answer need.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from lorafleet.cluster.openai.requests import ChatBody, CompletionBody
+from lorafleet.cluster.serving.dispatch import PreparedRequest
+from lorafleet.cluster.serving.prompts import Prompts
+from lorafleet.workers.request import GenerateDelta, TokenLogprobs
+
+LOWEST_LOGPROB = -9999.0
+"""What OpenAI writes for a token that cannot come; JSON has no infinity."""
+
+DONE = b"data: [DONE]\n\n"
+
+to_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+@dataclass(slots=True)
+class Answer:
+    """What is known of one answer so far."""
+
+    prepared: PreparedRequest
+    last: GenerateDelta | None = None
+    """The latest delta: worker, version, counts, and in the end the finish reason."""
+    num_tokens: int = 0
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """These three only for a whole reply."""
+    num_characters: int = 0
+    """Where the next token begins in the text, echo included; counted only where logprobs are reported."""
+    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+
+    def served_by(self) -> dict[str, str | None]:
+        """Which worker answered, with which version of the adapter (None: the base)."""
+        assert self.last is not None
+        return {"worker_id": self.last.worker_id, "version": self.last.version}
+
+
+class Reply(ABC):
+    """What completions and chats share: the frame, the usage, and who served it."""
+
+    id_prefix: ClassVar[str]
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
+    def __init__(self, body: CompletionBody | ChatBody, prepared: Sequence[PreparedRequest], prompts: Prompts) -> None:
+        self._prompts = prompts
+        self._prepared = prepared
+        self._wants_token_ids = body.return_token_ids
+        self._wants_usage = body.stream_options.include_usage
+        self._answers = [Answer(request) for request in prepared for _ in range(request.request.n)]
+        self._frame = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "object": self.kind,
+            "created": int(time.time()),
+            "model": body.model,
+        }
+        self._head = f"data: {to_json(self._frame | {'object': self.chunk_kind})[:-1]},"
+        self._tail = ',"usage":null}\n\n' if self._wants_usage else "}\n\n"
+
+    def chunk(self, delta: GenerateDelta) -> bytes | None:
+        """The event for a delta; None when nothing of it is to be seen yet."""
+        answer = self._answers[delta.index]
+        is_first = answer.last is None
+        delta = self._noted(answer, delta)
+        is_last = delta.finish_reason is not None
+        if not (delta.text or is_first or is_last or delta.logprobs or self._wants_token_ids):
+            return None
+        choice = self._chunk_choice(answer, delta, is_first)
+        if is_last:
+            choice["stop_reason"] = delta.stop_reason
+        extra: dict[str, Any] = {}
+        if is_first or is_last:
+            extra["lorafleet"] = answer.served_by()
+        if self._wants_token_ids:
+            choice["token_ids"] = delta.token_ids
+            if is_first:
+                self._put_prompt_token_ids(answer, extra, choice)
+        extra_fields = f"{to_json(extra)[1:-1]}," if extra else ""
+        return f'{self._head}{extra_fields}"choices":[{to_json(choice)}]{self._tail}'.encode()
+
+    def end(self) -> bytes:
+        """The events that end a stream: the usage if asked for, and [DONE]."""
+        if not self._wants_usage:
+            return DONE
+        return f'{self._head}"choices":[],"usage":{to_json(self._usage())}}}\n\n'.encode() + DONE
+
+    def feed(self, delta: GenerateDelta) -> None:
+        """Keep a delta for the whole reply."""
+        answer = self._answers[delta.index]
+        is_first = answer.last is None
+        delta = self._noted(answer, delta)
+        answer.texts.append(self._echoed(answer) + delta.text if is_first else delta.text)
+        answer.token_ids.extend(delta.token_ids)
+        answer.logprobs.extend(_all_logprobs(delta))
+
+    def whole(self) -> bytes:
+        """The whole reply, once every answer has its finish reason."""
+        reply: dict[str, Any] = dict(self._frame)
+        choices = []
+        for index, answer in enumerate(self._answers):
+            assert answer.last is not None
+            choice = self._whole_choice(index, answer)
+            choice["finish_reason"] = answer.last.finish_reason
+            choice["stop_reason"] = answer.last.stop_reason
+            if self._wants_token_ids:
+                choice["token_ids"] = answer.token_ids
+                self._put_prompt_token_ids(answer, reply, choice)
+            if len(self._answers) > 1:
+                choice["lorafleet"] = answer.served_by()
+            choices.append(choice)
+        reply |= {"choices": choices, "usage": self._usage(), "lorafleet": self._answers[0].served_by()}
+        return to_json(reply).encode()
+
+    def headers(self) -> Mapping[str, str]:
+        """Which workers served the answers that have begun, and the adapter's version."""
+        begun = [answer.last for answer in self._answers if answer.last is not None]
+        workers = dict.fromkeys(delta.worker_id for delta in begun if delta.worker_id)
+        versions = dict.fromkeys(delta.version for delta in begun if delta.version)
+        headers = {"x-lorafleet-worker": ",".join(workers), "x-lorafleet-version": ",".join(versions)}
+        return {name: value for name, value in headers.items() if value}
+
+    def _noted(self, answer: Answer, delta: GenerateDelta) -> GenerateDelta:
+        answer.last = delta
+        answer.num_tokens += len(delta.token_ids)
+        return delta
+
+    def _usage(self) -> dict[str, Any]:
+        num_prompt_tokens = sum(len(request.prompt_token_ids) for request in self._prepared)
+        num_tokens = sum(answer.num_tokens for answer in self._answers)
+        # The answers to one prompt share its tokens, so a prompt counts once.
+        first_answers, index = [], 0
+        for request in self._prepared:
+            first_answers.append(self._answers[index])
+            index += request.request.n
+        num_cached = sum(answer.last.num_cached_tokens for answer in first_answers if answer.last is not None)
+        return {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": num_tokens,
+            "total_tokens": num_prompt_tokens + num_tokens,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        }
+
+    def _echoed(self, answer: Answer) -> str:
+        """What the text begins with."""
+        return ""
+
+    @abstractmethod
+    def _chunk_choice(self, answer: Answer, delta: GenerateDelta, is_first: bool) -> dict[str, Any]:
+        """The choice of one chunk."""
+
+    @abstractmethod
+    def _whole_choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        """The choice of the whole reply, but for how it ended."""
+
+    @abstractmethod
+    def _put_prompt_token_ids(self, answer: Answer, reply: dict[str, Any], choice: dict[str, Any]) -> None:
+        """The prompt's token ids, where vLLM has them for this kind of reply."""
+
+
+class CompletionReply(Reply):
+    """Reply of POST /v1/completions."""
+
+    id_prefix = "cmpl"
+    kind = chunk_kind = "text_completion"
+
+    def __init__(self, body: CompletionBody, prepared: Sequence[PreparedRequest], prompts: Prompts) -> None:
+        super().__init__(body, prepared, prompts)
+        self._echo = body.echo
+        self._is_prompt_only = body.max_tokens == 0
+
+    def _noted(self, answer: Answer, delta: GenerateDelta) -> GenerateDelta:
+        if self._is_prompt_only:
+            delta = replace(delta, token_ids=(), text="", logprobs=None, finish_reason="length", stop_reason=None)
+        return super()._noted(answer, delta)
+
+    def _echoed(self, answer: Answer) -> str:
+        if not self._echo:
+            return ""
+        prompt = answer.prepared.request.prompt
+        return prompt if isinstance(prompt, str) else self._prompts.text_of(answer.prepared.prompt_token_ids)
+
+    def _chunk_choice(self, answer: Answer, delta: GenerateDelta, is_first: bool) -> dict[str, Any]:
+        tokens = _all_logprobs(delta)
+        return {
+            "index": delta.index,
+            "text": self._echoed(answer) + delta.text if is_first else delta.text,
+            "logprobs": self._logprobs(answer, tokens) if tokens else None,
+            "finish_reason": delta.finish_reason,
+        }
+
+    def _whole_choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": "".join(answer.texts),
+            "logprobs": self._logprobs(answer, answer.logprobs) if answer.logprobs else None,
+        }
+
+    def _put_prompt_token_ids(self, answer: Answer, reply: dict[str, Any], choice: dict[str, Any]) -> None:
+        choice["prompt_token_ids"] = answer.prepared.prompt_token_ids
+
+    def _logprobs(self, answer: Answer, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        texts: list[str] = []
+        values: list[float | None] = []
+        tops: list[dict[str, float] | None] = []
+        offsets: list[int] = []
+        for token in tokens:
+            piece = self._prompts.piece(token.token_id)
+            texts.append(piece.text)
+            offsets.append(answer.num_characters)
+            if not piece.is_special:
+                answer.num_characters += len(answer.decoder.decode(piece.utf8))
+            if token.logprob is None:
+                values.append(None)
+                tops.append(None)
+                continue
+            values.append(_finite(token.logprob))
+            # Worst first, so that of two tokens that read alike the likelier one stays.
+            top = {self._prompts.piece(token_id).text: _finite(logprob) for token_id, logprob in reversed(token.top)}
+            top.setdefault(piece.text, _finite(token.logprob))
+            tops.append(top)
+        return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+
+class ChatReply(Reply):
+    """Reply of POST /v1/chat/completions."""
+
+    id_prefix = "chatcmpl"
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
+    def _chunk_choice(self, answer: Answer, delta: GenerateDelta, is_first: bool) -> dict[str, Any]:
+        content: dict[str, Any] = {"role": "assistant"} if is_first else {}
+        if delta.text or is_first:
+            content["content"] = delta.text
+        return {
+            "index": delta.index,
+            "delta": content,
+            "logprobs": self._logprobs(delta.logprobs) if delta.logprobs else None,
+            "finish_reason": delta.finish_reason,
+        }
+
+    def _whole_choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(answer.texts), "refusal": None},
+            "logprobs": self._logprobs(answer.logprobs) if answer.logprobs else None,
+        }
+
+    def _put_prompt_token_ids(self, answer: Answer, reply: dict[str, Any], choice: dict[str, Any]) -> None:
+        reply["prompt_token_ids"] = answer.prepared.prompt_token_ids
+
+    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        content = []
+        for token in tokens:
+            assert token.logprob is not None
+            top = [self._entry(token_id, logprob) for token_id, logprob in token.top]
+            content.append(self._entry(token.token_id, token.logprob) | {"top_logprobs": top})
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        piece = self._prompts.piece(token_id)
+        return {"token": piece.text, "logprob": _finite(logprob), "bytes": list(piece.utf8)}
+
+
+def _all_logprobs(delta: GenerateDelta) -> tuple[TokenLogprobs, ...]:
+    return (delta.prompt_logprobs or ()) + (delta.logprobs or ())
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob >= LOWEST_LOGPROB else LOWEST_LOGPROB  # NaN compares false, and is no JSON either

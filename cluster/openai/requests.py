@@ -1,0 +1,276 @@
+"""OpenAI's request bodies: what is accepted, what is refused because it would have an effect that is not there.
+
+Turns the bytes of a body into `GenerateRequest`s. A field that is null counts as absent, as with OpenAI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
+
+from lorafleet.cluster.errors import BadRequest
+from lorafleet.cluster.validation import refusal_of, with_integers
+from lorafleet.workers.request import GenerateRequest, SamplingParams
+
+DEFAULT_MAX_TOKENS = 16
+"""What completions make when the body does not say, as with OpenAI."""
+MAX_STOPS = 16
+MAX_ANSWERS = 256
+"""Most answers to one body: prompts times `n`."""
+
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "add_generation_prompt": (True,),
+    "audio": (),
+    "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "include_stop_str_in_output": (False,),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+"""Fields that other servers give an effect: the values without one are accepted, the others refused by name."""
+
+_Item = TypeVar("_Item")
+_Text = Annotated[str, Field(min_length=1)]
+_TokenId = Annotated[int, Field(ge=0)]
+_NotEmpty = Annotated[list[_Item], Field(min_length=1)]
+
+_SAMPLING_FIELDS = frozenset(SamplingParams.model_fields)
+
+
+def _texts(value: object) -> object:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _prompts(value: object) -> object:
+    """All four shapes of a prompt as a tuple of texts or token ids."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list):
+        if not value:
+            raise BadRequest("prompt is empty", "prompt", "empty_prompt")
+        if all(type(item) is int for item in value):
+            return (tuple(value),)
+        if all(isinstance(item, str) for item in value):
+            return tuple(value)
+        if all(isinstance(item, list) and all(type(token) is int for token in item) for item in value):
+            return tuple(tuple(item) for item in value)
+    raise ValueError("must be a text, a list of texts, a list of token ids, or a list of lists of token ids")
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries beside the answers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    include_usage: bool = Field(default=False, description="A last chunk with the usage of the whole request.")
+    include_obfuscation: bool = Field(default=False, description="Accepted; nothing is padded.")
+
+
+class SharedBody(SamplingParams):
+    """What both routes accept: the sampling parameters, how to answer, and fields without an effect."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        json_schema_extra=lambda schema: schema["properties"].pop("prompt_logprobs", None),
+    )
+
+    model: str = Field(min_length=1, description="A base id, an adapter name, or base:adapter.")
+    n: int = Field(default=1, ge=1, le=16, description="Independent answers to each prompt.")
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        BeforeValidator(_texts, json_schema_input_type=_Text | Annotated[list[_Text], Field(max_length=MAX_STOPS)]),
+    ] = Field(
+        default=(), max_length=MAX_STOPS, description="String or strings that end the text; they are not part of it."
+    )
+    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_tuple)] = Field(
+        default=(), description="Token ids that end the answer."
+    )
+    stream: bool = Field(default=False, description="Answer by server-sent events.")
+    stream_options: StreamOptions = StreamOptions()
+    return_token_ids: bool = Field(
+        default=False, description="Answer with token ids too, of the prompt and the answers."
+    )
+    user: str | None = Field(default=None, description="Accepted, without an effect; so are the following fields.")
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    @model_validator(mode="after")
+    def _usage_only_in_streams(self) -> SharedBody:
+        if self.stream_options.include_usage and not self.stream:
+            raise ValueError("stream_options=include_usage is for streams only")
+        return self
+
+    def sampling(self) -> dict[str, Any]:
+        """The sampling parameters that the body names."""
+        return {name: getattr(self, name) for name in self.model_fields_set & _SAMPLING_FIELDS}
+
+
+class CompletionBody(SharedBody):
+    """Body of POST /v1/completions."""
+
+    prompt: Annotated[
+        tuple[str | tuple[int, ...], ...],
+        BeforeValidator(
+            _prompts,
+            json_schema_input_type=_Text | _NotEmpty[_Text] | _NotEmpty[_TokenId] | _NotEmpty[_NotEmpty[_TokenId]],
+        ),
+    ] = Field(description="A text, a list of texts, a list of token ids, or a list of lists of token ids.")
+    max_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description=f"Most tokens to make, {DEFAULT_MAX_TOKENS} if absent; 0, with echo, scores the prompt only.",
+    )
+    echo: bool = Field(default=False, description="Begin with the prompt; with logprobs, give those of the prompt too.")
+
+    @model_validator(mode="after")
+    def _nothing_to_make(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens=0 makes nothing; it is for echo only")
+        if len(self.prompt) * self.n > MAX_ANSWERS:
+            raise ValueError(f"prompt={len(self.prompt)} prompts times n={self.n} is over {MAX_ANSWERS} answers")
+        return self
+
+    def requests(self) -> list[GenerateRequest]:
+        """One request for each prompt. Raises BadRequest."""
+        sampling = self.sampling()
+        if self.max_tokens == 0:
+            sampling["max_tokens"] = 1  # made and not shown: a worker scores a prompt on the way to a token
+        sampling["prompt_logprobs"] = self.echo and self.logprobs is not None
+        return [_request(model=self.model, n=self.n, prompt=prompt, **sampling) for prompt in self.prompt]
+
+
+class TextPart(BaseModel):
+    """A part of a message; only text is served."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+def _parts(content: object) -> object:
+    return [TextPart(type="text", text=content)] if isinstance(content, str) else content
+
+
+class ChatMessage(BaseModel):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"additionalProperties": {"enum": [None, []]}},
+    )
+
+    role: Literal["developer", "system", "user", "assistant"]
+    content: Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | _NotEmpty[TextPart])]
+    name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_fields(cls, message: Any) -> Any:
+        """Clients send answers back as they got them, with what was null or empty in them."""
+        if not isinstance(message, dict):
+            return message
+        return {name: value for name, value in message.items() if value is not None and value != []}
+
+    def rendered(self) -> dict[str, Any]:
+        """The message as chat templates know it."""
+        content = "".join(part.text for part in self.content)
+        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        return message if self.name is None else message | {"name": self.name}
+
+
+class ChatBody(SharedBody):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1, description="The conversation so far.")
+    max_completion_tokens: int | None = Field(
+        default=None, ge=1, description="Most tokens to make; None: as many as fit. Goes before max_tokens."
+    )
+    # A number for completions and a switch for chats is how OpenAI has it.
+    logprobs: bool = Field(default=False, description="Report the logprob of each token.")
+    top_logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="Alternatives to report beside each token; needs logprobs."
+    )
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError(f"top_logprobs={self.top_logprobs} needs logprobs")
+        return self
+
+    def request(self) -> GenerateRequest:
+        """The request. Raises BadRequest."""
+        sampling = self.sampling()
+        sampling["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
+        if self.max_completion_tokens is not None:
+            sampling["max_tokens"] = self.max_completion_tokens
+        messages = tuple(message.rendered() for message in self.messages)
+        return _request(model=self.model, n=self.n, messages=messages, **sampling)
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse_body(kind: type[Body], raw: bytes) -> Body:
+    """Check a body. Raises BadRequest with `invalid_json`, `unsupported_parameter`, `unknown_parameter`,
+    `missing_parameter`, `empty_prompt` or `invalid_value`, naming the field.
+    """
+    try:
+        body = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise BadRequest(f"the body is no valid JSON: {error}", None, "invalid_json") from None
+    if not isinstance(body, dict):
+        raise BadRequest("the body must be a JSON object", None, "invalid_json")
+    fields = {}
+    for name, value in body.items():
+        if value is None:
+            continue
+        if name in NEUTRAL:
+            # Compared with the type, for Python holds True for 1.
+            given = with_integers(value)
+            if not any(type(given) is type(neutral) and given == neutral for neutral in NEUTRAL[name]):
+                raise BadRequest(f"{name} is not supported; leave it out", name, "unsupported_parameter")
+            continue
+        fields[name] = with_integers(value)
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise refusal_of(error.errors(include_url=False)) from None
+
+
+def _request(**values: Any) -> GenerateRequest:
+    try:
+        return GenerateRequest(**values)
+    except ValidationError as error:
+        raise refusal_of(error.errors(include_url=False)) from None

@@ -1,0 +1,1 @@
+"""Chooses the replica for a call."""

@@ -1,0 +1,1 @@
+"""A request's way from its fields to its deltas."""

@@ -1,0 +1,176 @@
+"""Names of adapters and the versions they stand for, asked of the adapter store on every request.
+
+The store alone decides. While it is away the last table that was seen answers instead, so that what workers hold goes
+on being served. That the store is gone shows at once on a call that always waits at it; nobody has to run into a
+timeout for it, and no request waits while it is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any, Protocol, TypeVar
+
+from lorafleet.adapter_store.errors import UnknownAdapter
+from lorafleet.adapter_store.service import NAME_PATTERN
+from lorafleet.cluster.errors import ModelNotFound, StoreUnavailable
+from lorafleet.cluster.wire import NamedVersion, NamesAt
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 2.0
+PROBE_S = 0.1
+"""How often a store that is away is asked whether it is back."""
+
+T = TypeVar("T")
+
+
+class NameStore(Protocol):
+    """What is asked of the adapter store. Every call raises StoreUnavailable when the store is away."""
+
+    async def resolve(self, name: str) -> NamedVersion:
+        """What `name` stands for; fetches on first use where a source allows it. Raises UnknownAdapter."""
+        ...
+
+    async def names(self) -> NamesAt:
+        """All names."""
+        ...
+
+    async def watch(self, generation: int) -> int:
+        """Wait about a second, less if the names are not of this generation; raises as soon as the store is gone."""
+        ...
+
+
+class Names:
+    """Resolves names at the store, and from memory while it is away."""
+
+    def __init__(self, store: NameStore, *, patience_s: float = 2.0, first_use_s: float = 300.0) -> None:
+        """patience_s: how long a known name may take before the store counts as away; first_use_s: an unknown one."""
+        self._store = store
+        self._patience_s = patience_s
+        self._first_use_s = first_use_s
+        self._names: dict[str, NamedVersion] = {}
+        self._generation = -1
+        self._created: dict[str, int] = {}
+        self._num_observed = 0
+        self._gone = asyncio.Event()
+        self._watcher: asyncio.Task[None] | None = None
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the store is away, as far as is known."""
+        return self._gone.is_set()
+
+    def start(self) -> None:
+        """Begin to watch the store; the first use does so too. Needs a running loop."""
+        if self._watcher is None or self._watcher.done():
+            self._watcher = asyncio.create_task(self._watch(), name="adapter-store-watch")
+
+    def stop(self) -> None:
+        """End the watch."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    async def resolve(self, name: str) -> str:
+        """The version that `name` stands for now.
+
+        Raises ModelNotFound, StoreUnavailable (the store is away and never told of this name), or what the store
+        raises when a first use fails.
+        """
+        if not NAME_PATTERN.fullmatch(name):
+            raise ModelNotFound(f"no model or adapter is named {name[:128]!r}", "model")
+        self.start()
+        if not self.is_away:
+            is_known = name in self._names
+            before = self._num_observed
+            try:
+                entry = await self._unless_gone(
+                    self._store.resolve(name), self._patience_s if is_known else self._first_use_s
+                )
+            except UnknownAdapter:
+                self._names.pop(name, None)
+                raise ModelNotFound(f"no model or adapter is named {name!r}", "model") from None
+            except StoreUnavailable:
+                self._gone.set()
+            except TimeoutError:
+                if not is_known:
+                    raise StoreUnavailable(f"{name!r} is still being fetched", "model", RETRY_AFTER_S) from None
+                self._gone.set()
+            else:
+                if self._num_observed == before and entry != self._names.get(name):
+                    self._num_observed += 1
+                    self._names[name] = entry
+                return entry.version
+        known = self._names.get(name)
+        if known is None:
+            raise StoreUnavailable(
+                f"the adapter store is away and {name!r} is not known yet; try again", "model", RETRY_AFTER_S
+            )
+        return known.version
+
+    def observe(self, name: str, version: str | None) -> None:
+        """Take note of a version that was just published under `name`; None: the name is gone."""
+        self._num_observed += 1
+        known = self._names.pop(name, None)
+        if version is not None:
+            self._names[name] = NamedVersion(name, version, known.origin if known is not None else "")
+
+    def created(self, entry: NamedVersion) -> int:
+        """When this version was first seen here, in Unix seconds."""
+        return self._created.setdefault(entry.version, int(time.time()))
+
+    async def entries(self) -> list[NamedVersion]:
+        """All names in order, from the store; the last ones seen while it is away."""
+        self.start()
+        if not self.is_away:
+            try:
+                await self._unless_gone(self._refresh(), self._patience_s)
+            except (StoreUnavailable, TimeoutError):
+                self._gone.set()
+        return sorted(self._names.values(), key=lambda entry: entry.name)
+
+    async def _refresh(self) -> None:
+        before = self._num_observed
+        names = await self._store.names()
+        # What was observed meanwhile may be newer than this answer; the next one has it.
+        if self._num_observed == before:
+            self._names = {entry.name: entry for entry in names.entries}
+            self._generation = names.generation
+
+    async def _unless_gone(self, call: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        """The call's result; StoreUnavailable as soon as the store counts as gone, TimeoutError when late."""
+        asked = asyncio.ensure_future(call)
+        gone = asyncio.ensure_future(self._gone.wait())
+        try:
+            await asyncio.wait({asked, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if asked.done() and not asked.cancelled():
+                return asked.result()
+            if asked.cancelled():
+                raise StoreUnavailable("the adapter store is stopping; try again", None, RETRY_AFTER_S)
+            if gone.done():
+                raise StoreUnavailable("the adapter store is away; try again", None, RETRY_AFTER_S)
+            raise TimeoutError
+        finally:
+            asked.cancel()
+            gone.cancel()
+
+    async def _watch(self) -> None:
+        """Keep one call waiting at the store. It fails when the store dies; the next answer says that it is back."""
+        generation = -1
+        while True:
+            try:
+                if generation != self._generation or self.is_away:
+                    async with asyncio.timeout(self._patience_s):
+                        await self._refresh()
+                    self._gone.clear()
+                generation = await self._store.watch(self._generation)
+            except (StoreUnavailable, TimeoutError):
+                if not self.is_away:
+                    logger.warning("the adapter store is away; the names known so far go on being served")
+                    self._gone.set()
+                await asyncio.sleep(PROBE_S)
+            except Exception:
+                logger.exception("watching the adapter store failed")
+                await asyncio.sleep(1.0)

@@ -1,0 +1,225 @@
+"""The workers as the dispatcher calls them: a stream of deltas for each sequence, without Ray's wrapping of errors.
+
+A call for each sequence says where it runs and how it ended; the deltas of all sequences that run on one worker come
+together, from the outbox that it keeps for this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import itertools
+import logging
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from grpc.aio import AioRpcError
+from ray.exceptions import ObjectLostError, RayActorError, TaskCancelledError, WorkerCrashedError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from lorafleet.cluster.errors import NoWorker, Overloaded, WorkerGone, unwrap
+from lorafleet.cluster.ray_internals import by_value
+from lorafleet.cluster.routing.whereabouts import live_workers, worker_of
+from lorafleet.cluster.serving.pace import Pace, Turns
+from lorafleet.cluster.wire import Batch, result_of
+from lorafleet.workers.request import EngineRequest, GenerateDelta
+
+logger = logging.getLogger(__name__)
+
+SWEEP_S = 0.5
+"""How often it is looked for workers that take no more requests, whose outbox must not keep them."""
+
+_GONE = (RayActorError, WorkerCrashedError, ObjectLostError, TaskCancelledError, AioRpcError)
+
+
+class ServeWorkers:
+    """Workers behind the handle of a `WorkerReplica` deployment, routed by `WorkerRouter`. One event loop uses it."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._generate = by_value(handle, method_name="generate", stream=True)
+        self._deltas = by_value(handle, method_name="deltas", stream=True)
+        self._outbox_id = uuid.uuid4().hex
+        self._streams: dict[str, ServeStream] = {}
+        self._readers: dict[str, asyncio.Task[None]] = {}
+        """By worker: what reads its outbox."""
+        self._sweeper: asyncio.Task[None] | None = None
+        self._serials = itertools.count()
+        self.pace = Pace()
+        self._lost: dict[str, int] = {}
+        """By worker: the serial at which an outbox of it was lost last, with what was in it."""
+
+    def generate(self, request: EngineRequest, excluded: frozenset[str]) -> ServeStream:
+        """Start a sequence on the worker that the router chooses, not on one of `excluded` while there are others."""
+        response = self._generate.remote(request, self._outbox_id, excluded=excluded)
+        return ServeStream(self, response, request.request_id, next(self._serials))
+
+    def join(self, stream: ServeStream) -> None:
+        """From now on the stream gets its deltas, whichever worker makes them."""
+        self._streams[stream.request_id] = stream
+
+    def leave(self, stream: ServeStream) -> None:
+        """Its deltas are wanted no more."""
+        self._streams.pop(stream.request_id, None)
+
+    def read_outbox(self, worker_id: str, stream: ServeStream) -> None:
+        """A stream's deltas come from this worker. Raises WorkerGone if some were lost already."""
+        if self._lost.get(worker_id, -1) > stream.serial:
+            raise WorkerGone("the worker could not be heard")
+        if worker_id not in self._readers:
+            # In a context of its own: Serve ends the calls that a request made with the request.
+            context = contextvars.Context()
+            loop = asyncio.get_running_loop()
+            self._readers[worker_id] = loop.create_task(self._read(worker_id), context=context)
+            if self._sweeper is None:
+                self._sweeper = loop.create_task(self._sweep(), context=context.copy())
+
+    async def _read(self, worker_id: str) -> None:
+        """Hand out a worker's deltas until it ends or is left alone."""
+        response = self._deltas.remote(self._outbox_id, worker_id=worker_id)
+        turns = Turns(self.pace, lambda: len(self._streams))
+        reason = "the worker ended the stream before the answer"
+        try:
+            async for batch in response:
+                turns.add(self._distribute(batch))
+        except asyncio.CancelledError:
+            reason = "the worker is left alone"
+            raise
+        except Exception as error:
+            reason = "the worker died"
+            logger.info("the outbox of worker %s is lost: %s", worker_id, error)
+        finally:
+            with contextlib.suppress(Exception):
+                response.cancel()
+            turns.end()
+            del self._readers[worker_id]
+            self._lost[worker_id] = next(self._serials)
+            for stream in list(self._streams.values()):
+                if stream.runs_on == worker_id:
+                    stream.put(WorkerGone(reason))
+
+    def _distribute(self, batch: Batch) -> Iterator[ServeStream]:
+        """Put deltas into their streams, which are to be woken."""
+        for request_id, delta in batch:
+            stream = self._streams.get(request_id)
+            if stream is not None:
+                stream.put(delta)
+                yield stream
+
+    async def _sweep(self) -> None:
+        """Leave workers that have left the service alone once they have no stream of ours, so that they can end."""
+        while self._readers:
+            await asyncio.sleep(SWEEP_S)
+            live = live_workers(self._deltas.deployment_id)
+            busy = {stream.runs_on for stream in self._streams.values()}
+            for worker_id, reader in list(self._readers.items()):
+                if worker_id not in live and worker_id not in busy:
+                    reader.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await reader
+        self._sweeper = None
+
+
+class ServeStream:
+    """The deltas of one sequence on one worker."""
+
+    def __init__(
+        self, workers: ServeWorkers, response: DeploymentResponseGenerator[Any], request_id: str, serial: int
+    ) -> None:
+        self.request_id = request_id
+        self.serial = serial
+        """Of the time it was begun."""
+        self.runs_on: str | None = None
+        """The worker that has said that it runs there."""
+        self._workers = workers
+        self._response = response
+        self._items: deque[GenerateDelta | Exception] = deque()
+        self._may_read = asyncio.Event()
+        self._has_begun = False
+        workers.join(self)
+        self._follower = asyncio.get_running_loop().create_task(self._follow())
+
+    @property
+    def worker_id(self) -> str | None:
+        """The worker that the router chose; None before it has."""
+        return self.runs_on or worker_of(self.request_id)
+
+    def put(self, item: GenerateDelta | Exception) -> None:
+        """What `next` is to return or raise: after `wake`, but at once what ends the stream or begins it."""
+        last = self._items[-1] if self._items else None
+        if isinstance(last, GenerateDelta) and isinstance(item, GenerateDelta):
+            # Not read yet: all on the way to the client get one message for several steps.
+            self._items[-1] = last.then(item)
+        else:
+            self._items.append(item)
+        if not self._has_begun or isinstance(item, Exception) or item.finish_reason is not None:
+            self.wake()
+
+    def wake(self) -> None:
+        """Let `next` take what is there."""
+        if self._items:
+            self._may_read.set()
+
+    async def next(self) -> GenerateDelta:
+        """The next delta. Raises WorkerGone, Overloaded, NoWorker, or what the worker raised."""
+        await self._may_read.wait()
+        self._has_begun = True
+        item = self._items.popleft()
+        if not self._items:
+            self._may_read.clear()
+        self._workers.pace.note_event()
+        if isinstance(item, Exception):
+            raise item
+        if item.finish_reason is not None:
+            self._workers.leave(self)
+        return item
+
+    def cancel(self) -> None:
+        """Stop the worker, or the wait for one."""
+        self._workers.leave(self)
+        self._follower.cancel()
+        with contextlib.suppress(Exception):  # Serve raises once more what kept the request from any worker
+            self._response.cancel()
+
+    async def _follow(self) -> None:
+        """Wait for what the worker's call says: where it runs, and that it has ended, well or with an error."""
+        try:
+            self.runs_on = await self._next_word()
+            self._workers.read_outbox(self.runs_on, self)
+            # None: all deltas are in the outbox.
+            await self._next_word()
+            # To the end of the call, so that Serve counts it as over.
+            with contextlib.suppress(StopAsyncIteration):
+                await self._response.__anext__()
+        except Exception as error:
+            self.put(error)
+
+    async def _next_word(self) -> Any:
+        """What the call yields next. Raises what `next` is to raise."""
+        try:
+            word: Any = result_of(await self._response.__anext__())
+        except StopAsyncIteration:
+            raise WorkerGone("the worker ended the stream before the answer") from None
+        except asyncio.CancelledError:
+            # Ray says so too when a worker's call was cancelled from elsewhere, say while the worker shuts down.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise WorkerGone("the worker dropped the request") from None
+        except BackPressureError as error:
+            raise Overloaded("too many requests wait for a worker", None, 1.0) from error
+        except DeploymentUnavailableError as error:
+            raise NoWorker("the workers cannot be started", None, 5.0) from error
+        except _GONE as error:
+            raise WorkerGone("the worker died") from error
+        except Exception as error:
+            cause = unwrap(error)
+            if isinstance(cause, _GONE):
+                raise WorkerGone("the worker died") from error
+            if cause is error:
+                raise
+            raise cause from error
+        return word

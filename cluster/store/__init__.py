@@ -1,0 +1,1 @@
+"""The adapter store as a deployment, and its client."""

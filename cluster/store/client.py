@@ -1,0 +1,98 @@
+"""The adapter store as other processes call it: typed, and without Ray's wrapping of errors."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import ray
+from grpc.aio import AioRpcError
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Desired, NamedAdapter, NameTable, Origin
+from lorafleet.cluster.config import Warm
+from lorafleet.cluster.errors import StoreUnavailable, unwrap
+from lorafleet.cluster.ray_internals import by_reference, by_value
+from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights, result_of
+
+CALL_S = 10.0
+"""How long the store may take to answer from its catalogue."""
+FETCH_S = 600.0
+"""How long it may take to fetch and validate an adapter."""
+
+
+class StoreClient:
+    """Every method raises StoreUnavailable while the store is away, and the store's own errors."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        # Answers may hold references to shared memory, so they go by reference, but for what every request asks.
+        self._handle = by_reference(handle)
+        self._light_handle = by_value(handle)
+
+    async def stage(self, source: str, key: str) -> AdapterManifest:
+        manifest: AdapterManifest = await self._call("stage", FETCH_S, source, key)
+        return manifest
+
+    async def validate(self, source: str, key: str) -> AdapterManifest:
+        manifest: AdapterManifest = await self._call("validate", FETCH_S, source, key)
+        return manifest
+
+    async def flip(
+        self, name: str, version: str, *, source: str, key: str, pinned: bool, warm: Warm, origin: Origin
+    ) -> NamedAdapter:
+        named: NamedAdapter = await self._call(
+            "flip", CALL_S, name, version, source=source, key=key, pinned=pinned, warm=warm, origin=origin
+        )
+        return named
+
+    async def delete(self, name: str) -> None:
+        await self._call("delete", CALL_S, name)
+
+    async def set_pinned(self, name: str, pinned: bool) -> None:
+        await self._call("set_pinned", CALL_S, name, pinned)
+
+    async def table(self) -> NameTable:
+        table: NameTable = await self._call("table", CALL_S)
+        return table
+
+    async def resolve(self, name: str) -> NamedVersion:
+        """What `name` stands for, without the manifest; looked for at the sources if it has no version yet."""
+        entry: NamedVersion = await self._await(self._light_handle.options(method_name="resolve").remote(name), FETCH_S)
+        return entry
+
+    async def names(self) -> NamesAt:
+        """All names, without the manifests."""
+        names: NamesAt = await self._call("names", CALL_S)
+        return names
+
+    async def watch(self, generation: int) -> int:
+        """Wait about a second, less if the names are not of this generation; the generation that they are of then."""
+        current: int = await self._call("watch", CALL_S, generation)
+        return current
+
+    async def reconcile(self, worker_id: str, held: tuple[str, ...]) -> Desired:
+        desired: Desired = await self._call("reconcile", CALL_S, worker_id, held)
+        return desired
+
+    async def fetch(self, version: str) -> AdapterWeights:
+        """The weights of a version: read-only arrays that lie in this node's shared memory."""
+        stored: StoredWeights = await self._call("fetch", FETCH_S, version)
+        weights: AdapterWeights = await asyncio.to_thread(ray.get, stored.ref)
+        return weights
+
+    async def _call(self, method: str, timeout_s: float, *args: Any, **kwargs: Any) -> Any:
+        return await self._await(self._handle.options(method_name=method).remote(*args, **kwargs), timeout_s)
+
+    async def _await(self, response: DeploymentResponse[Any], timeout_s: float) -> Any:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return result_of(await response)
+        except TimeoutError:
+            response.cancel()
+            raise StoreUnavailable("the adapter store does not answer", None, 2.0) from None
+        except RayTaskError as error:
+            raise unwrap(error) from error
+        except (RayActorError, DeploymentUnavailableError, AioRpcError) as error:
+            raise StoreUnavailable("the adapter store is away", None, 2.0) from error

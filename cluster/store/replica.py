@@ -1,0 +1,137 @@
+"""The deployment of the adapter store: `adapter_store.service.AdapterStore` over Ray's object store.
+
+One replica; its catalogue is on disk, so another one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Literal
+
+import ray
+import torch
+
+from lorafleet.adapter_store.base_weights import CheckpointWeights
+from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Desired, NamedAdapter, NameTable, Origin
+from lorafleet.adapter_store.service import AdapterStore
+from lorafleet.cluster.config import AppConfig
+from lorafleet.cluster.metrics import StoreMetrics
+from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights, named_version, replying
+from lorafleet.workers.model.geometry import read_geometry
+
+logger = logging.getLogger(__name__)
+
+WATCH_S = 1.0
+"""How long a `watch` lasts: callers learn from its end that the store lives, and from its failure that it died."""
+METRICS_PERIOD_S = 5.0
+
+
+def put(weights: AdapterWeights) -> StoredWeights:
+    """Move weights to shared memory; they stay as long as somebody has the reference."""
+    return StoredWeights(ray.put(weights))
+
+
+class StoreReplica:
+    """The one adapter store of a service."""
+
+    def __init__(self, config: AppConfig) -> None:
+        torch.set_num_threads(1)
+        model = config.model
+        self._store = AdapterStore(
+            state_dir=config.state_dir,
+            sources=config.adapters.sources,
+            geometry=read_geometry(model, config.worker.resolved_device),
+            max_rank=config.adapters.max_rank,
+            host_cache_bytes=config.adapters.host_cache_bytes,
+            put=put,
+            base_weights=CheckpointWeights(model.source) if model.load == "weights" else None,
+        )
+        self._metrics = StoreMetrics()
+        self._reporting = asyncio.create_task(self._report())
+
+    @replying
+    async def stage(self, source: str, key: str) -> AdapterManifest:
+        return await self._store.stage(source, key)
+
+    @replying
+    async def validate(self, source: str, key: str) -> AdapterManifest:
+        return await self._store.validate(source, key)
+
+    @replying
+    async def flip(
+        self,
+        name: str,
+        version: str,
+        *,
+        source: str,
+        key: str,
+        pinned: bool,
+        warm: int | Literal["all"],
+        origin: Origin,
+    ) -> NamedAdapter:
+        return await self._store.flip(name, version, source=source, key=key, pinned=pinned, warm=warm, origin=origin)
+
+    @replying
+    async def delete(self, name: str, *, explicit: bool = True) -> NamedAdapter:
+        return await self._store.delete(name, explicit=explicit)
+
+    @replying
+    async def set_pinned(self, name: str, pinned: bool) -> NamedAdapter:
+        return await self._store.set_pinned(name, pinned)
+
+    @replying
+    async def resolve(self, name: str) -> NamedVersion:
+        """What a request needs of a name: every request asks, and a manifest is thousands of times as long."""
+        return named_version(await self._store.resolve(name))
+
+    async def names(self) -> NamesAt:
+        """All names, as `resolve` gives them."""
+        table = await self._store.table()
+        return NamesAt(table.generation, tuple(named_version(adapter) for adapter in table.adapters))
+
+    async def table(self) -> NameTable:
+        return await self._store.table()
+
+    async def watch(self, generation: int) -> int:
+        """Return after `WATCH_S`, or as soon as the names are not those of `generation`; says what they are of."""
+        deadline = asyncio.get_running_loop().time() + WATCH_S
+        while await self._store.generation() == generation and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        return await self._store.generation()
+
+    @replying
+    async def manifest(self, version: str) -> AdapterManifest:
+        return await self._store.manifest(version)
+
+    @replying
+    async def fetch(self, version: str) -> StoredWeights:
+        stored: StoredWeights = await self._store.fetch(version)
+        return stored
+
+    async def reconcile(self, worker_id: str, held: tuple[str, ...]) -> Desired:
+        """What a worker may keep of what it holds, and what is pinned: it needs no word of thousands of other names."""
+        desired = await self._store.reconcile(worker_id, held)
+        concerned = {version: pinned for version, pinned in desired.versions.items() if pinned or version in held}
+        return Desired(desired.generation, concerned)
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica when this raises: the state folder cannot be written."""
+        await asyncio.to_thread(self._store.check_health)
+
+    def __del__(self) -> None:
+        """Serve calls this when the replica stops."""
+        if hasattr(self, "_reporting"):
+            self._reporting.cancel()
+        if hasattr(self, "_store"):
+            self._store.close()
+
+    async def _report(self) -> None:
+        while True:
+            usage = self._store.usage
+            with contextlib.suppress(Exception):
+                self._metrics.publish(
+                    num_on_disk=usage.num_versions, num_in_host_memory=usage.num_cached, host_bytes=usage.cached_bytes
+                )
+            await asyncio.sleep(METRICS_PERIOD_S)

@@ -1,0 +1,128 @@
+"""Every type that crosses from one process to another, and how expected errors cross.
+
+Values are frozen and carry no Ray types. Errors that callers expect travel as values: Serve logs a traceback of
+whatever a replica raises.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ParamSpec, TypeVar
+
+from lorafleet.adapter_store.errors import AdapterStoreError
+from lorafleet.adapter_store.manifest import NamedAdapter
+from lorafleet.cluster.errors import ClusterError
+from lorafleet.workers.errors import WorkerError
+from lorafleet.workers.request import GenerateDelta
+
+WIRE_VERSION = 1
+"""Grows with every change of a type that two builds may exchange during a rolling update."""
+VERSION_PREFIX = 16
+"""Hex digits of a version that routers are told: enough to tell versions apart, short enough to broadcast."""
+
+Batch = list[tuple[str, GenerateDelta]]
+"""Request ids and deltas, in the order in which they were made."""
+
+EXPECTED = (AdapterStoreError, ClusterError, WorkerError)
+"""What replicas raise of what callers did, or of what is not there now."""
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class NamedVersion:
+    """A name, the version it stands for, and where that came from."""
+
+    name: str
+    version: str
+    origin: str
+    """Source and key, as in `demo/shout`."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamesAt:
+    """All names at one moment."""
+
+    generation: int
+    """Grows with every change of any name."""
+    entries: tuple[NamedVersion, ...]
+
+
+def named_version(adapter: NamedAdapter) -> NamedVersion:
+    """The store's entry without what only the admin plane shows."""
+    return NamedVersion(adapter.name, adapter.version, f"{adapter.source}/{adapter.key}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """Weights in the object store. Wrapped, so that Ray hands the reference on and not a copy of the weights."""
+
+    ref: Any
+    """ObjectRef of an AdapterWeights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What an adapter would take on one worker now."""
+
+    worker_id: str
+    pages: int | None
+    evicts: tuple[str, ...]
+    """Versions that would have to go."""
+    refusal: str | None
+    """Why it does not fit; None: it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingReport:
+    """A worker's own account of what it holds and how busy it is."""
+
+    resident: tuple[str, ...] = ()
+    """Sorted prefixes (`VERSION_PREFIX`) of the versions in its pool, retired ones apart."""
+    free_pages: int = 0
+    """Free pages of its adapter pool."""
+    running: int = 0
+    """Sequences in its batch."""
+    waiting: int = 0
+    """Sequences that wait to be admitted."""
+
+    def packed(self) -> dict[str, Any]:
+        """The form that Serve's controller carries: a plain dict."""
+        return {"wire_version": WIRE_VERSION, **asdict(self)}
+
+    @classmethod
+    def unpacked(cls, stats: Mapping[str, Any] | None) -> RoutingReport:
+        """The report in a dict of Serve's; an empty one where a worker of another build wrote it, or none did."""
+        if not stats or stats.get("wire_version") != WIRE_VERSION:
+            return cls()
+        return cls(tuple(stats["resident"]), stats["free_pages"], stats["running"], stats["waiting"])
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Came instead of a result."""
+
+    error: Exception
+
+
+def replying(method: Callable[Params, Awaitable[Result]]) -> Callable[Params, Awaitable[Result | Failure]]:
+    """A replica's method that returns expected errors instead of raising them."""
+
+    @functools.wraps(method)
+    async def reply(*args: Params.args, **kwargs: Params.kwargs) -> Result | Failure:
+        try:
+            return await method(*args, **kwargs)
+        except EXPECTED as error:
+            return Failure(error)
+
+    return reply
+
+
+def result_of(reply: Result | Failure) -> Result:
+    """What a method returned; raises what it would have raised."""
+    if isinstance(reply, Failure):
+        raise reply.error
+    return reply

@@ -1,0 +1,81 @@
+"""What a worker's answers say, on its way to an ingress: one message a step, however many answers are under way.
+
+Ray Serve takes half a millisecond and more for each message between processes, which is more than a token is worth; so
+the answers that one ingress asked for share one stream of batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+
+from lorafleet.cluster.wire import Batch
+from lorafleet.workers.request import GenerateDelta
+
+KEEP_S = 60.0
+"""How long what nobody has fetched is kept for a reader that may be on its way."""
+
+
+class Outbox:
+    """Deltas for one ingress, kept until they are fetched."""
+
+    def __init__(self) -> None:
+        self.num_users = 0
+        """Answers that write into it, and readers."""
+        self.used_s = 0.0
+        """When the last of them left."""
+        self._batch: Batch = []
+        self._changed = asyncio.Event()
+        self._last_reader = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._batch
+
+    def put(self, request_id: str, delta: GenerateDelta) -> None:
+        """Add a delta."""
+        self._batch.append((request_id, delta))
+        self._changed.set()
+
+    async def batches(self) -> AsyncIterator[Batch]:
+        """Everything that is put, as often as there is something. A later reader takes over, and ends this one."""
+        self._last_reader += 1
+        reader = self._last_reader
+        self._changed.set()
+        while True:
+            await self._changed.wait()
+            if reader != self._last_reader:
+                return
+            self._changed.clear()
+            if self._batch:
+                batch, self._batch = self._batch, []
+                yield batch
+
+
+class Outboxes:
+    """The outboxes of one worker, one for each ingress; there while they are used, and until they are fetched."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._outboxes: dict[str, Outbox] = {}
+
+    @contextmanager
+    def using(self, outbox_id: str) -> Iterator[Outbox]:
+        """The outbox of that id, which is made if need be."""
+        outbox = self._outboxes.setdefault(outbox_id, Outbox())
+        outbox.num_users += 1
+        try:
+            yield outbox
+        finally:
+            outbox.num_users -= 1
+            outbox.used_s = self._clock()
+            self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        """An ingress may have died; one whose answers were all short may just not have begun to read."""
+        now = self._clock()
+        for outbox_id, outbox in list(self._outboxes.items()):
+            if outbox.num_users == 0 and (outbox.is_empty or now - outbox.used_s > KEEP_S):
+                del self._outboxes[outbox_id]

@@ -1,0 +1,152 @@
+"""The deployment of one worker: `workers.worker.Worker` behind Serve's calls, with its way to the adapter store.
+
+Methods that take a `worker_id` go to that worker: `WorkerRouter` reads the argument, here it is only checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+import ray
+import torch
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from lorafleet.adapter_store.manifest import AdapterManifest, Desired
+from lorafleet.cluster.config import AppConfig
+from lorafleet.cluster.metrics import WorkerMetrics
+from lorafleet.cluster.store.client import StoreClient
+from lorafleet.cluster.wire import EXPECTED, VERSION_PREFIX, Batch, Failure, RoutingReport, replying
+from lorafleet.cluster.worker.outbox import Outboxes
+from lorafleet.cluster.worker.reconciler import Reconciler
+from lorafleet.workers.request import EngineRequest
+from lorafleet.workers.state import WorkerState
+from lorafleet.workers.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+METRICS_PERIOD_S = 1.0
+
+
+class WorkerReplica:
+    """One worker of the service."""
+
+    def __init__(self, config: AppConfig, store: DeploymentHandle[Any]) -> None:
+        if config.worker.resolved_device == "cpu":
+            torch.set_num_threads(config.worker.cpu_threads or cpu_share(config.worker.num_replicas))
+        self.worker_id: str = serve.get_replica_context().replica_id.unique_id
+        self._store = StoreClient(store)
+        self._worker = Worker(
+            worker_id=self.worker_id,
+            model=config.model,
+            engine=config.worker.engine,
+            pool=config.adapters.pool,
+            fetch=self._store.fetch,
+            node_id=ray.get_runtime_context().get_node_id(),
+        )
+        self._outboxes = Outboxes()
+        self._reconciler = Reconciler(self._worker, self._ask_store)
+        self._metrics = WorkerMetrics(self.worker_id)
+        self._tasks = [asyncio.create_task(self._reconciler.run()), asyncio.create_task(self._report())]
+
+    async def generate(
+        self, request: EngineRequest, outbox_id: str, excluded: frozenset[str] = frozenset()
+    ) -> AsyncIterator[str | Failure | None]:
+        """Answer into an outbox. Says which worker this is, and in the end None or what went wrong.
+
+        `excluded` are workers that the router avoids.
+        """
+        with self._outboxes.using(outbox_id) as outbox:
+            answer = self._worker.answer(request, partial(outbox.put, request.request_id))
+            answering = asyncio.ensure_future(answer)
+            try:
+                yield self.worker_id
+                await answering
+                yield None
+            except EXPECTED as error:
+                yield Failure(error)
+            finally:
+                answering.cancel()
+
+    async def deltas(self, outbox_id: str, worker_id: str) -> AsyncIterator[Batch]:
+        """What the answers that go into an outbox say, a message a step."""
+        self._check(worker_id)
+        with self._outboxes.using(outbox_id) as outbox:
+            async for batch in outbox.batches():
+                yield batch
+
+    @replying
+    async def state(self, worker_id: str) -> WorkerState:
+        """What this worker holds and does."""
+        self._check(worker_id)
+        return await self._worker.state()
+
+    @replying
+    async def make_resident(self, version: str, *, hold_s: float, pinned: bool, worker_id: str) -> None:
+        """Load a version and hold it. Raises NoRoomError, and what fetching raises."""
+        self._check(worker_id)
+        await self._worker.make_resident(version, hold_s=hold_s, pinned=pinned)
+
+    @replying
+    async def release_hold(self, version: str, worker_id: str) -> None:
+        """End the hold of one `make_resident`."""
+        self._check(worker_id)
+        await self._worker.release_hold(version)
+
+    @replying
+    async def estimate(self, manifest: AdapterManifest, worker_id: str) -> tuple[int, tuple[str, ...]]:
+        """Pages an adapter would take, and the versions it would evict. Raises NoRoomError."""
+        self._check(worker_id)
+        return await self._worker.estimate(manifest)
+
+    @replying
+    async def reconcile(self, worker_id: str) -> None:
+        """Ask the store, now, what to hold. Raises StoreUnavailable."""
+        self._check(worker_id)
+        await self._reconciler.once()
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises: the step loop has ended or stands still."""
+        self._worker.check_health()
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """The report that Serve's controller passes on to the routers, about once a second."""
+        state = await self._worker.state()
+        held = (adapter.version[:VERSION_PREFIX] for adapter in state.adapters if adapter.state != "retired")
+        pages = state.adapter_pages
+        # Sorted: the pool lists adapters in LRU order, and Serve broadcasts every report that differs from the last.
+        return RoutingReport(tuple(sorted(held)), pages.total - pages.used, state.running, state.waiting).packed()
+
+    def __del__(self) -> None:
+        """Serve calls this when the replica has drained."""
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
+        if hasattr(self, "_worker"):
+            self._worker.close()
+
+    def _check(self, worker_id: str) -> None:
+        assert worker_id == self.worker_id, f"a call to worker {worker_id} reached {self.worker_id}"
+
+    async def _ask_store(self, held: tuple[str, ...]) -> Desired:
+        return await self._store.reconcile(self.worker_id, held)
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(METRICS_PERIOD_S)
+            with contextlib.suppress(Exception):
+                state, residency = await self._worker.state(), await self._worker.residency()
+                self._metrics.publish(state, residency, self._worker.stats, self._worker.loader.load_s)
+
+
+def cpu_share(num_workers: int) -> int:
+    """Threads of one of `num_workers` workers that share this machine: its cores, or what Ray was told of them."""
+    node_id = ray.get_runtime_context().get_node_id()
+    told = next((node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["NodeID"] == node_id), 1.0)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min(told, cores)) // num_workers)

@@ -1,0 +1,36 @@
+"""The private names of Ray Serve that the service leans on are where it expects them."""
+
+from __future__ import annotations
+
+import inspect
+
+import ray
+from ray.serve import context, handle
+from ray.serve.request_router import RequestRouter
+
+MOVED = (
+    f"ray {ray.__version__} moved {{}}; follow it in cluster/ray_internals.py, then raise the bound in pyproject.toml"
+)
+
+
+def test_the_router_hooks_are_there() -> None:
+    hook = getattr(RequestRouter, "_choose_replica_for_request", None)
+    assert hook is not None, MOVED.format("RequestRouter._choose_replica_for_request")
+    assert list(inspect.signature(hook).parameters) == ["self", "pending_request", "is_retry"], MOVED.format(
+        "the arguments of RequestRouter._choose_replica_for_request"
+    )
+    source = inspect.getsource(RequestRouter)
+    for name in ("_deployment_id", "_replicas"):
+        assert f"self.{name}" in source, MOVED.format(f"RequestRouter.{name}")
+    for name in ("on_request_completed", "on_replica_actor_died", "update_replicas", "initialize_state"):
+        assert hasattr(RequestRouter, name), MOVED.format(f"RequestRouter.{name}")
+
+
+def test_handles_choose_how_answers_travel() -> None:
+    parameters = inspect.signature(handle.DeploymentHandle.options).parameters
+    source = inspect.getsource(handle.DeploymentHandle.options)
+    assert "_by_reference" in parameters or "_by_reference" in source, MOVED.format("_by_reference")
+
+
+def test_the_serve_client_says_where_http_listens() -> None:
+    assert callable(getattr(context, "_get_global_client", None)), MOVED.format("serve.context._get_global_client")
