@@ -1,8 +1,8 @@
 """Builds the Serve application: `import_path: lorafleet.cluster.app:build`.
 
-Three deployments of plain classes: `ingress` (HTTP, names, roll-outs), `worker` (one engine each) and `adapter_store`.
-What Serve is told of each of them is here and nowhere else. No postponed annotations here: Serve reads the type of
-`build`'s argument at run time.
+Four deployments of plain classes: `ingress` (HTTP and names, as many replicas as wanted), `worker` (one engine each),
+`controller` (roll-outs) and `adapter_store`, one replica each. What Serve is told of each of them is here and nowhere
+else. No postponed annotations here: Serve reads the type of `build`'s argument at run time.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.deployment import Application
 from ray.serve.schema import LoggingConfig
 
+from lorafleet.cluster.admin.controller import Controller
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.ingress import Ingress, take_http_app
 from lorafleet.cluster.store.replica import StoreReplica
@@ -29,6 +30,7 @@ MEMORY_S = 5.0
 HEALTH_PERIOD_S = 1.0
 """How soon a dead replica is found and replaced."""
 HEALTH_TIMEOUT_S = 30.0
+SOLE_ROUTER = "lorafleet.cluster.routing.sole_router:SoleRouter"
 
 _QUIET = LoggingConfig(enable_access_log=False)
 
@@ -37,7 +39,8 @@ def build(args: AppConfig) -> Application:
     """The application that `args` describes. Relative paths in it are taken from the working directory."""
     config = args.resolved(Path.cwd())
     store = _store(config)
-    return _ingress(config, _workers(config, store), store)
+    workers = _workers(config, store)
+    return _ingress(config, workers, store, _controller(config, workers, store))
 
 
 def _store(config: AppConfig) -> Application:
@@ -47,7 +50,7 @@ def _store(config: AppConfig) -> Application:
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=MAX_CALLS,
         request_router_config=RequestRouterConfig(
-            request_router_class="lorafleet.cluster.routing.store_router:StoreRouter"
+            request_router_class="lorafleet.cluster.routing.sole_router:SoleRouter"
         ),
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
@@ -64,7 +67,8 @@ def _workers(config: AppConfig, store: Application) -> Application:
         name="worker",
         num_replicas=worker.num_replicas,
         ray_actor_options={"num_cpus": worker.num_cpus, "num_gpus": worker.num_gpus},
-        max_ongoing_requests=worker.max_load + ADMIN_CALLS,
+        # Each ingress bounds what it sends by itself.
+        max_ongoing_requests=config.ingress.num_replicas * worker.max_load + ADMIN_CALLS,
         request_router_config=RequestRouterConfig(
             request_router_class="lorafleet.cluster.routing.worker_router:WorkerRouter",
             request_router_kwargs=router_options(config),
@@ -80,10 +84,26 @@ def _workers(config: AppConfig, store: Application) -> Application:
     return deployment(WorkerReplica).bind(config, store)
 
 
-def _ingress(config: AppConfig, workers: Application, store: Application) -> Application:
+def _controller(config: AppConfig, workers: Application, store: Application) -> Application:
+    deployment = serve.deployment(
+        name="controller",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=MAX_CALLS,
+        request_router_config=RequestRouterConfig(request_router_class=SOLE_ROUTER),
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=5.0,
+        graceful_shutdown_wait_loop_s=0.2,
+        logging_config=_QUIET,
+    )
+    return deployment(Controller).bind(config, workers, store)
+
+
+def _ingress(config: AppConfig, workers: Application, store: Application, controller: Application) -> Application:
     deployment = serve.deployment(
         name="ingress",
-        num_replicas=1,
+        num_replicas=config.ingress.num_replicas,
         ray_actor_options={"num_cpus": 0.1},
         max_ongoing_requests=MAX_CALLS,
         health_check_period_s=HEALTH_PERIOD_S,
@@ -92,7 +112,7 @@ def _ingress(config: AppConfig, workers: Application, store: Application) -> App
         graceful_shutdown_wait_loop_s=0.2,
         logging_config=_QUIET,
     )
-    return deployment(serve.ingress(take_http_app)(Ingress)).bind(config, workers, store)
+    return deployment(serve.ingress(take_http_app)(Ingress)).bind(config, workers, store, controller)
 
 
 def router_options(config: AppConfig) -> dict[str, Any]:

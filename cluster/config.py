@@ -117,6 +117,16 @@ class WorkerConfig(EngineConfig):
         return 2 * self.max_running
 
 
+class IngressConfig(Settings):
+    """The ways in."""
+
+    num_replicas: int = Field(
+        default=1,
+        ge=1,
+        description="Ingresses. Each keeps a queue of its own of `worker.max_queued_requests`; any takes admin calls.",
+    )
+
+
 class AuthConfig(Settings):
     """Which environment variables hold the secrets; the secrets themselves are never configuration."""
 
@@ -148,6 +158,7 @@ class AppConfig(Settings):
     model: ModelConfig
     adapters: AdaptersConfig = AdaptersConfig()
     worker: WorkerConfig = WorkerConfig()
+    ingress: IngressConfig = IngressConfig()
     auth: AuthConfig = AuthConfig()
 
     @model_validator(mode="before")

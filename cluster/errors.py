@@ -13,6 +13,7 @@
     ├── Overloaded                 429, Retry-After
     ├── ServiceUnavailable         503, Retry-After
     │   ├── StoreUnavailable
+    │   ├── ControllerUnavailable
     │   ├── NoWorker
     │   └── RolloutFailed
     ├── WorkerGone                 502, another worker is tried
@@ -165,6 +166,12 @@ class StoreUnavailable(ServiceUnavailable):
     """The adapter store is away and what was asked needs it."""
 
     code = "store_unavailable"
+
+
+class ControllerUnavailable(ServiceUnavailable):
+    """The controller is away and what was asked needs it. Generating does not."""
+
+    code = "controller_unavailable"
 
 
 class NoWorker(ServiceUnavailable):

@@ -1,26 +1,32 @@
-"""The ingress deployment: OpenAI's routes, the admin plane and the Python handle's surface, on one event loop.
+"""The ingress deployment: OpenAI's routes, the admin routes and the Python handle's surface.
 
 A plain class: `cluster/app.py` makes a Serve deployment of it, with `take_http_app` as Serve's way to its routes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
-from lorafleet.cluster.admin.controller import AdminPlane
+from lorafleet.cluster.admin import routes as admin
+from lorafleet.cluster.admin.client import ControllerClient
+from lorafleet.cluster.admin.readiness import Readiness
+from lorafleet.cluster.admin.relay import UserConfigRelay
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.http.app import build_http_app
 from lorafleet.cluster.http.probes import build_probes
 from lorafleet.cluster.metrics import RequestMetrics
-from lorafleet.cluster.openai.routes import build_router
+from lorafleet.cluster.openai import routes as openai
 from lorafleet.cluster.ray_internals import http_hosts
+from lorafleet.cluster.routing.whereabouts import live_workers
 from lorafleet.cluster.serving.dispatch import Dispatcher
 from lorafleet.cluster.serving.names import Names
 from lorafleet.cluster.serving.prompts import Prompts
@@ -37,9 +43,15 @@ def take_http_app() -> FastAPI:
 
 
 class Ingress:
-    """The one way in. Every method runs on the event loop that made it."""
+    """One way in of several: it keeps nothing that another one must know. Every method runs on one event loop."""
 
-    def __init__(self, config: AppConfig, workers: DeploymentHandle[Any], store: DeploymentHandle[Any]) -> None:
+    def __init__(
+        self,
+        config: AppConfig,
+        workers: DeploymentHandle[Any],
+        store: DeploymentHandle[Any],
+        controller: DeploymentHandle[Any],
+    ) -> None:
         """Raises ExposedWithoutToken when HTTP is bound beyond loopback and the admin plane has no token."""
         keys = config.auth.read_keys()
         keys.check_exposure(http_hosts())
@@ -47,18 +59,20 @@ class Ingress:
         self._dispatcher = Dispatcher(
             config.model.id, Prompts.load(config.model), self._names, ServeWorkers(workers), RequestMetrics()
         )
-        self._admin = AdminPlane(config, workers, store, keys, self._names.observe)
+        control = ControllerClient(controller, self._names.observe)
+        readiness = Readiness(control, partial(live_workers, workers.deployment_id))
+        self._relay = UserConfigRelay(control)
+        self._relaying: asyncio.Task[None] | None = None
         _http_app.set(
             build_http_app(
                 [
-                    build_router(self._dispatcher, keys, started=int(time.time())),
-                    build_probes(self._admin.not_ready),
-                    self._admin.router,
+                    openai.build_router(self._dispatcher, keys, started=int(time.time())),
+                    build_probes(readiness.not_ready),
+                    admin.build_router(control, keys),
                 ]
             )
         )
         self._names.start()
-        self._admin.start()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateDelta, None]:
         """All deltas of all `n` answers as they come, for calls with `stream=True`. Closing it stops the workers.
@@ -70,14 +84,18 @@ class Ingress:
                 yield delta
 
     def reconfigure(self, user_config: object) -> None:
-        """Take the desired adapters, in the background. A refused `user_config` is logged and changes nothing."""
-        self._admin.apply(user_config)
+        """Hand the desired adapters on to the controller. A refused `user_config` is logged and changes nothing."""
+        self._relay.take(user_config)
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Serve replaces the replica when this is not answered: the event loop stands still."""
+        # Serve asks for the first time after it has given the replica its user_config.
+        if self._relaying is None:
+            self._relaying = asyncio.create_task(self._relay.run())
 
     def __del__(self) -> None:
         """Serve calls this when the replica has drained."""
-        if hasattr(self, "_admin"):
-            self._admin.stop()
+        if hasattr(self, "_relay"):
+            if self._relaying is not None:
+                self._relaying.cancel()
             self._names.stop()

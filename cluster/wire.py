@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from lorafleet.adapter_store.errors import AdapterStoreError
-from lorafleet.adapter_store.manifest import NamedAdapter
+from lorafleet.adapter_store.manifest import AdapterManifest, NamedAdapter
 from lorafleet.cluster.errors import ClusterError
 from lorafleet.workers.errors import WorkerError
 from lorafleet.workers.request import GenerateDelta
@@ -38,7 +38,7 @@ class NamedVersion:
 
     name: str
     version: str
-    origin: str
+    root: str
     """Source and key, as in `demo/shout`."""
 
 
@@ -74,6 +74,25 @@ class Estimate:
     """Versions that would have to go."""
     refusal: str | None
     """Why it does not fit; None: it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An adapter that has a name, and where it is."""
+
+    adapter: NamedAdapter
+    pages: int | None
+    """Pages of a worker's pool that it takes; None where that is not known."""
+    workers: Mapping[str, str]
+    """Worker id -> `resident`, `loading`, `retired` or `absent`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What came of a dry run."""
+
+    manifest: AdapterManifest
+    estimates: tuple[Estimate, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from lorafleet.cluster.config import AppConfig, UserConfig
 from lorafleet.cluster.http.auth import is_loopback
 
 IMPORT_PATH = "lorafleet.cluster.app:build"
-DEPLOYMENTS = ("ingress", "worker", "adapter_store")
+DEPLOYMENTS = ("ingress", "worker", "controller", "adapter_store")
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -162,7 +162,7 @@ def routes() -> str:
         [
             openai_routes.build_router(cast(Any, None), Keys(), started=0),
             build_probes(cast(Any, None)),
-            admin_routes.build_router(cast(Any, None), Keys(), ()),
+            admin_routes.build_router(cast(Any, None), Keys()),
         ]
     )
     description = app.openapi()

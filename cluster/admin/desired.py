@@ -33,7 +33,7 @@ START_S = 120.0
 MAX_AT_ONCE = 4
 
 
-class DesiredAdapters:
+class DesiredSet:
     """What configuration wants, and how far it has come."""
 
     def __init__(

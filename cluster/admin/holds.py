@@ -20,7 +20,7 @@ HOLD_S = 300.0
 """How long a staged version stays without a name, should nobody come back to it."""
 
 
-class Staging:
+class Holds:
     """Makes one version resident on workers and holds it there until `release`."""
 
     def __init__(self, fleet: Fleet, name: str, version: str, *, pinned: bool) -> None:

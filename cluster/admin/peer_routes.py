@@ -6,29 +6,25 @@ is a roll-out over all workers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
-from lorafleet.adapter_store.errors import InvalidKey, UnknownAdapter, UnknownKey
+from lorafleet.adapter_store.errors import UnknownAdapter, UnknownKey
 from lorafleet.adapter_store.manifest import NameTable
-from lorafleet.adapter_store.sources import DirectoryConfig, HubConfig, SourceConfig
+from lorafleet.cluster.admin.client import ControlPlane
 from lorafleet.cluster.admin.peer_bodies import LoadAdapter, SglangReply, UnloadAdapter, VllmErrorBody
-from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.errors import describe
 from lorafleet.cluster.http.bodies import ErrorBody
 from lorafleet.cluster.http.description import replies
 
 
-def add_peer_routes(router: APIRouter, rollout: Rollout, sources: Sequence[SourceConfig]) -> None:
+def add_peer_routes(router: APIRouter, control: ControlPlane) -> None:
     """Add all four routes."""
-    router.include_router(_vllm_router(rollout, sources))
-    router.include_router(_sglang_router(rollout, sources))
+    router.include_router(_vllm_router(control))
+    router.include_router(_sglang_router(control))
 
 
-def _vllm_router(rollout: Rollout, sources: Sequence[SourceConfig]) -> APIRouter:
+def _vllm_router(control: ControlPlane) -> APIRouter:
     """200 with a sentence; 404 for what is not there and 400 for all else that the caller got wrong, as vLLM does."""
     router = APIRouter(
         prefix="/v1",
@@ -43,14 +39,14 @@ def _vllm_router(rollout: Rollout, sources: Sequence[SourceConfig]) -> APIRouter
         if not body.lora_name or not body.lora_path:
             return _vllm_error(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
         try:
-            if not body.load_inplace and _has(await rollout.table(), body.lora_name):
+            if not body.load_inplace and _has(await control.table(), body.lora_name):
                 return _vllm_error(
                     400,
                     "InvalidUserInput",
                     f"The lora adapter '{body.lora_name}' has already been loaded. To replace it, set 'load_inplace'.",
                 )
-            source, key = locate(body.lora_path, sources)
-            await rollout.put(body.lora_name, source=source, key=key)
+            source, key = await control.locate(body.lora_path)
+            await control.put(body.lora_name, source=source, key=key)
         except Exception as error:
             return _vllm_failure(error)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -60,7 +56,7 @@ def _vllm_router(rollout: Rollout, sources: Sequence[SourceConfig]) -> APIRouter
         if not body.lora_name:
             return _vllm_error(400, "InvalidUserInput", "'lora_name' needs to be provided to unload a LoRA adapter.")
         try:
-            await rollout.delete(body.lora_name)
+            await control.delete(body.lora_name)
         except UnknownAdapter:
             return _vllm_error(404, "NotFoundError", f"The lora adapter '{body.lora_name}' cannot be found.")
         except Exception as error:
@@ -86,7 +82,7 @@ def _vllm_failure(error: Exception) -> Response:
     return _vllm_error(400, "BadRequestError", reply.message)
 
 
-def _sglang_router(rollout: Rollout, sources: Sequence[SourceConfig]) -> APIRouter:
+def _sglang_router(control: ControlPlane) -> APIRouter:
     """200, or 400 for whatever goes wrong, always with the adapters that are loaded then, as SGLang does."""
     router = APIRouter(
         tags=["SGLang"],
@@ -97,69 +93,37 @@ def _sglang_router(rollout: Rollout, sources: Sequence[SourceConfig]) -> APIRout
     @router.post("/load_lora_adapter", summary="SGLang's: load an adapter")
     async def load(body: LoadAdapter) -> Response:
         try:
-            if _has(await rollout.table(), body.lora_name):
+            if _has(await control.table(), body.lora_name):
                 return await _sglang_reply(
-                    rollout, f"Failed to load LoRA adapter {body.lora_name}: an adapter of this name is loaded already."
+                    control, f"Failed to load LoRA adapter {body.lora_name}: an adapter of this name is loaded already."
                 )
-            source, key = locate(body.lora_path, sources)
-            await rollout.put(body.lora_name, source=source, key=key, pinned=body.pinned)
+            source, key = await control.locate(body.lora_path)
+            await control.put(body.lora_name, source=source, key=key, pinned=body.pinned)
         except Exception as error:
             return await _sglang_reply(
-                rollout, f"Failed to load LoRA adapter {body.lora_name}: {describe(error).message}"
+                control, f"Failed to load LoRA adapter {body.lora_name}: {describe(error).message}"
             )
-        return await _sglang_reply(rollout, None)
+        return await _sglang_reply(control, None)
 
     @router.post("/unload_lora_adapter", summary="SGLang's: unload an adapter")
     async def unload(body: UnloadAdapter) -> Response:
         try:
-            await rollout.delete(body.lora_name)
+            await control.delete(body.lora_name)
         except Exception as error:
             message = f"Failed to unload LoRA adapter {body.lora_name}: {describe(error).message}"
-            return await _sglang_reply(rollout, message)
-        return await _sglang_reply(rollout, None)
+            return await _sglang_reply(control, message)
+        return await _sglang_reply(control, None)
 
     return router
 
 
-async def _sglang_reply(rollout: Rollout, error_message: str | None) -> Response:
+async def _sglang_reply(control: ControlPlane, error_message: str | None) -> Response:
     try:
-        loaded = {adapter.name: f"{adapter.source}/{adapter.key}" for adapter in (await rollout.table()).adapters}
+        loaded = {adapter.name: f"{adapter.source}/{adapter.key}" for adapter in (await control.table()).adapters}
     except Exception:
         loaded = {}
     body = {"success": error_message is None, "error_message": error_message, "loaded_adapters": loaded}
     return JSONResponse(body, 200 if error_message is None else 400)
-
-
-def locate(path: str, sources: Sequence[SourceConfig]) -> tuple[str, str]:
-    """The source and key that a path stands for. Raises InvalidKey for what is no path, and as `_locate`."""
-    try:
-        return _locate(path, sources)
-    except (OSError, RuntimeError, ValueError) as error:  # too long, of an unknown user, with a null byte
-        raise InvalidKey("invalid_key", "lora_path is no path", "lora_path") from error
-
-
-def _locate(path: str, sources: Sequence[SourceConfig]) -> tuple[str, str]:
-    """The source and key that a path stands for.
-
-    An absolute path, or one from the working directory, that lies in the folder of a source; else a key of the first
-    source that has a folder of it; else a hub repository if there is a hub source. Raises InvalidKey for a path outside
-    all sources, UnknownKey for one that no source has.
-    """
-    folders = [source for source in sources if isinstance(source, DirectoryConfig)]
-    resolved = Path(path).expanduser().resolve()
-    for source in folders:
-        root = source.root.resolve()
-        if resolved.is_relative_to(root) and resolved != root:
-            return source.name, resolved.relative_to(root).as_posix()
-    if Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts or not path:
-        raise InvalidKey("key_outside_root", "lora_path lies in no configured source", "lora_path")
-    for source in folders:
-        if (source.root / path).is_dir():
-            return source.name, path
-    for hub in sources:
-        if isinstance(hub, HubConfig) and (hub.namespace is None) == ("/" in path):
-            return hub.name, path
-    raise UnknownKey("key_not_found", "no configured source has what lora_path names", "lora_path")
 
 
 def _has(table: NameTable, name: str) -> bool:

@@ -13,17 +13,17 @@ import contextlib
 import logging
 import re
 import weakref
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from lorafleet.adapter_store.errors import InvalidName, UnknownAdapter
 from lorafleet.adapter_store.manifest import AdapterManifest, NamedAdapter, NameTable, Origin
 from lorafleet.cluster.admin.fleet import Fleet
-from lorafleet.cluster.admin.holds import Staging
+from lorafleet.cluster.admin.holds import Holds
 from lorafleet.cluster.config import NAME_PATTERN, Warm
 from lorafleet.cluster.errors import AdapterDoesNotFit, NoWorker, ServiceUnavailable, StoreUnavailable, WorkerGone
-from lorafleet.cluster.wire import Estimate
+from lorafleet.cluster.wire import Estimate, Placed, Validation
 from lorafleet.workers.errors import NoRoomError
 from lorafleet.workers.state import WorkerState
 
@@ -52,60 +52,17 @@ class Store(Protocol):
 
     async def table(self) -> NameTable: ...
 
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """An adapter, and the workers that may hold it."""
-
-    adapter: NamedAdapter
-    workers: tuple[WorkerState, ...]
-    estimated_pages: int | None = None
-    """Pages that it would take where no worker has it, if one was asked."""
-
-    @property
-    def pages(self) -> int | None:
-        """Pages that it takes in a worker's pool; None if that is not known."""
-        for worker in self.workers:
-            for held in worker.adapters:
-                if held.version == self.adapter.version:
-                    return held.pages
-        return self.estimated_pages
-
-    def state_on(self, worker: WorkerState) -> str:
-        """`resident`, `loading`, `retired` or `absent`."""
-        for held in worker.adapters:
-            if held.version == self.adapter.version:
-                return held.state
-        return "absent"
-
-
-@dataclass(frozen=True, slots=True)
-class Validation:
-    """What came of a dry run."""
-
-    manifest: AdapterManifest
-    estimates: tuple[Estimate, ...]
+    async def locate(self, path: str) -> tuple[str, str]: ...
 
 
 class Rollout:
     """The one place that changes what names stand for."""
 
-    def __init__(
-        self,
-        store: Store,
-        fleet: Fleet,
-        *,
-        observe: Callable[[str, str | None], None],
-        reserved: Collection[str] = (),
-    ) -> None:
-        """observe: told of every name that was flipped (and its version) or deleted (None), before the reply.
-
-        reserved: names that requests understand otherwise: the base's.
-        """
+    def __init__(self, store: Store, fleet: Fleet, *, reserved: Collection[str] = ()) -> None:
+        """reserved: names that requests understand otherwise: the base's."""
         self._reserved = reserved
         self._store = store
         self._fleet = fleet
-        self._observe = observe
         self._locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._under_way: set[asyncio.Task[Any]] = set()
 
@@ -142,29 +99,27 @@ class Rollout:
             manifest = await self._store.stage(source, key)
             table, states = await asyncio.gather(self._store.table(), self._living())
             before = _find(table, name)
-            async with self._staging(name, manifest.version, states, pinned) as staging:
+            async with self._holding(name, manifest.version, states, pinned) as holds:
                 if pinned or warm == "all":
                     must = states
                 else:
                     must = [state for state in states if before is not None and _holds(state, before.version)]
-                await staging.require([state.worker_id for state in must])
+                await holds.require([state.worker_id for state in must])
                 others = sorted(
                     (state for state in states if state not in must), key=lambda s: _reluctance(s, manifest)
                 )
                 if others and isinstance(warm, int):
-                    await staging.extend([state.worker_id for state in others], min(warm, len(others)))
+                    await holds.extend([state.worker_id for state in others], min(warm, len(others)))
                 if not must and not warm:
                     await self._check_fit(name, manifest, states)
                 adapter = await self._store.flip(
                     name, manifest.version, source=source, key=key, pinned=pinned, warm=warm, origin=origin
                 )
-                self._observe(name, adapter.version)
             return await self._placed(adapter)
 
     async def _delete(self, name: str) -> None:
         async with self._lock(name):
             await self._store.delete(name)
-            self._observe(name, None)
             await self._reconcile(await self._states())
 
     async def _warm(self, name: str, warm: Warm) -> None:
@@ -177,16 +132,16 @@ class Rollout:
             if count <= 0:
                 return
             missing.sort(key=lambda state: _reluctance(state, adapter.manifest))
-            async with self._staging(name, adapter.version, states, adapter.pinned) as staging:
-                await staging.extend([state.worker_id for state in missing], count)
+            async with self._holding(name, adapter.version, states, adapter.pinned) as holds:
+                await holds.extend([state.worker_id for state in missing], count)
 
     async def _set_pinned(self, name: str, pinned: bool) -> Placed:
         async with self._lock(name):
             adapter = await self._named(name)
             states = await self._living() if pinned else await self._states()
-            async with self._staging(name, adapter.version, states, pinned) as staging:
+            async with self._holding(name, adapter.version, states, pinned) as holds:
                 if pinned:
-                    await staging.require([state.worker_id for state in states])
+                    await holds.require([state.worker_id for state in states])
                 await self._store.set_pinned(name, pinned)
             return await self._placed(await self._named(name))
 
@@ -206,11 +161,15 @@ class Rollout:
     async def adapters(self) -> list[Placed]:
         """All adapters. Raises StoreUnavailable."""
         table, states = await asyncio.gather(self._store.table(), self._states())
-        return [Placed(adapter, tuple(states)) for adapter in table.adapters]
+        return [_placed(adapter, states) for adapter in table.adapters]
 
     async def worker_ids(self) -> frozenset[str]:
         """Workers that take requests now."""
         return await self._fleet.worker_ids()
+
+    async def locate(self, path: str) -> tuple[str, str]:
+        """The source and key of a path, judged where the store is. Raises InvalidKey, UnknownKey, StoreUnavailable."""
+        return await self._store.locate(path)
 
     async def table(self) -> NameTable:
         """What all names stand for. Raises StoreUnavailable."""
@@ -256,21 +215,21 @@ class Rollout:
             logger.info("a change was not made: %s", error)
 
     @contextlib.asynccontextmanager
-    async def _staging(
+    async def _holding(
         self, name: str, version: str, states: Sequence[WorkerState], pinned: bool
-    ) -> AsyncIterator[Staging]:
+    ) -> AsyncIterator[Holds]:
         """Let the body make a version resident; in the end workers follow the store, and nothing is held."""
-        staging = Staging(self._fleet, name, version, pinned=pinned)
+        holds = Holds(self._fleet, name, version, pinned=pinned)
         try:
-            yield staging
+            yield holds
         except BaseException:
             # Without its hold a version that got no name goes, pinned or not.
-            await staging.release()
+            await holds.release()
             await self._reconcile(states)
             raise
         # With its hold a version cannot go on an older word of the store's, which did not know its name.
         await self._reconcile(states)
-        await staging.release()
+        await holds.release()
 
     async def _named(self, name: str) -> NamedAdapter:
         adapter = _find(await self._store.table(), name)
@@ -279,11 +238,11 @@ class Rollout:
         return adapter
 
     async def _placed(self, adapter: NamedAdapter) -> Placed:
-        placed = Placed(adapter, tuple(await self._states()))
+        placed = _placed(adapter, await self._states())
         if placed.pages is None and placed.workers:
-            estimate = await self._estimate(placed.workers[0].worker_id, adapter.manifest)
+            estimate = await self._estimate(next(iter(placed.workers)), adapter.manifest)
             if estimate is not None:
-                placed = replace(placed, estimated_pages=estimate.pages)
+                placed = replace(placed, pages=estimate.pages)
         return placed
 
     async def _states(self) -> list[WorkerState]:
@@ -344,6 +303,13 @@ class Rollout:
 
 def _find(table: NameTable, name: str) -> NamedAdapter | None:
     return next((adapter for adapter in table.adapters if adapter.name == name), None)
+
+
+def _placed(adapter: NamedAdapter, states: Sequence[WorkerState]) -> Placed:
+    held = {state.worker_id: copy for state in states for copy in state.adapters if copy.version == adapter.version}
+    pages = next((copy.pages for copy in held.values()), None)
+    workers = {s.worker_id: held[s.worker_id].state if s.worker_id in held else "absent" for s in states}
+    return Placed(adapter, pages, workers)
 
 
 def _holds(state: WorkerState, version: str) -> bool:

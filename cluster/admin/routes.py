@@ -5,7 +5,6 @@ Bodies in and out are the models of this file. Errors are raised; `http_app` giv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Annotated, Literal
 
@@ -13,12 +12,12 @@ from fastapi import APIRouter, Depends, Path, Request
 from pydantic import ConfigDict, Field
 
 from lorafleet.adapter_store.manifest import AdapterManifest
-from lorafleet.adapter_store.sources import SourceConfig
+from lorafleet.cluster.admin.client import ControlPlane
 from lorafleet.cluster.admin.peer_routes import add_peer_routes
-from lorafleet.cluster.admin.rollout import Placed, Rollout, Validation
 from lorafleet.cluster.config import NAME_PATTERN, Warm
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.description import bearer, error_responses
+from lorafleet.cluster.wire import Placed, Validation
 from lorafleet.workers.config import Settings
 from lorafleet.workers.state import WorkerState
 
@@ -107,7 +106,7 @@ class WorkersReply(Settings):
     workers: tuple[WorkerState, ...]
 
 
-def build_router(rollout: Rollout, keys: Keys, sources: Sequence[SourceConfig]) -> APIRouter:
+def build_router(control: ControlPlane, keys: Keys) -> APIRouter:
     """All routes that need the admin token: ours, and the load and unload routes of vLLM and SGLang."""
 
     async def check_admin(request: Request) -> None:
@@ -124,11 +123,11 @@ def build_router(rollout: Rollout, keys: Keys, sources: Sequence[SourceConfig]) 
 
     @admin.get("/adapters", summary="All adapters")
     async def list_adapters() -> AdaptersReply:
-        return AdaptersReply(adapters=tuple(adapter_reply(placed) for placed in await rollout.adapters()))
+        return AdaptersReply(adapters=tuple(adapter_reply(placed) for placed in await control.adapters()))
 
     @admin.get("/adapters/{name}", summary="One adapter", responses=is_absent)
     async def get_adapter(name: Name) -> AdapterReply:
-        return adapter_reply(await rollout.adapter(name))
+        return adapter_reply(await control.adapter(name))
 
     @admin.put(
         "/adapters/{name}",
@@ -137,23 +136,23 @@ def build_router(rollout: Rollout, keys: Keys, sources: Sequence[SourceConfig]) 
     )
     async def put_adapter(name: Name, body: PutAdapter) -> AdapterReply:
         return adapter_reply(
-            await rollout.put(name, source=body.source, key=body.key, pinned=body.pinned, warm=body.warm)
+            await control.put(name, source=body.source, key=body.key, pinned=body.pinned, warm=body.warm)
         )
 
     @admin.delete("/adapters/{name}", summary="Take an adapter's name away", responses=is_absent)
     async def delete_adapter(name: Name) -> DeletedReply:
-        await rollout.delete(name)
+        await control.delete(name)
         return DeletedReply(name=name)
 
     @admin.post(
         "/adapters/{name}/pin", summary="Keep an adapter resident on every worker", responses=is_absent | may_not_fit
     )
     async def pin_adapter(name: Name) -> AdapterReply:
-        return adapter_reply(await rollout.set_pinned(name, True))
+        return adapter_reply(await control.set_pinned(name, True))
 
     @admin.post("/adapters/{name}/unpin", summary="Let an adapter be evicted again", responses=is_absent)
     async def unpin_adapter(name: Name) -> AdapterReply:
-        return adapter_reply(await rollout.set_pinned(name, False))
+        return adapter_reply(await control.set_pinned(name, False))
 
     @admin.post(
         "/adapters:validate",
@@ -161,11 +160,11 @@ def build_router(rollout: Rollout, keys: Keys, sources: Sequence[SourceConfig]) 
         responses=may_be_refused | is_absent,
     )
     async def validate_adapter(body: ValidateAdapter) -> ValidationReply:
-        return validation_reply(await rollout.validate(body.source, body.key))
+        return validation_reply(await control.validate(body.source, body.key))
 
     @admin.get("/workers", summary="All workers")
     async def list_workers() -> WorkersReply:
-        return WorkersReply(workers=tuple(await rollout.workers()))
+        return WorkersReply(workers=tuple(await control.workers()))
 
     needs_token = keys.admin_token is not None or bool(keys.api_keys)
     router = APIRouter(
@@ -173,15 +172,14 @@ def build_router(rollout: Rollout, keys: Keys, sources: Sequence[SourceConfig]) 
         responses=error_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN),
     )
     router.include_router(admin)
-    add_peer_routes(router, rollout, sources)
+    add_peer_routes(router, control)
     return router
 
 
 def adapter_reply(placed: Placed) -> AdapterReply:
     """An adapter as the admin plane shows it."""
     adapter = placed.adapter
-    workers = {worker.worker_id: placed.state_on(worker) for worker in placed.workers}
-    best = next((state for state in ("resident", "loading") if state in workers.values()), "stored")
+    best = next((state for state in ("resident", "loading") if state in placed.workers.values()), "stored")
     return AdapterReply(
         name=adapter.name,
         source=adapter.source,
@@ -189,7 +187,7 @@ def adapter_reply(placed: Placed) -> AdapterReply:
         pages=placed.pages,
         pinned=adapter.pinned,
         state=best,
-        workers=workers,
+        workers=placed.workers,
         **_describe(adapter.manifest),
     )
 

@@ -153,7 +153,7 @@ def _adapter_card(dispatcher: Dispatcher, entry: NamedVersion) -> dict[str, Any]
         "object": "model",
         "created": dispatcher.names.created(entry),
         "owned_by": OWNER,
-        "root": entry.origin,
+        "root": entry.root,
         "parent": dispatcher.base_id,
         "lorafleet": {"version": entry.version},
     }

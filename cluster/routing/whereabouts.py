@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 MAX_REQUESTS = 8192
@@ -22,6 +22,8 @@ class Router(Protocol):
 
     @property
     def curr_replicas(self) -> Mapping[Any, object]: ...
+
+    def note_resident(self, version: str, worker_id: str) -> None: ...
 
 
 _routers: weakref.WeakSet[Router] = weakref.WeakSet()
@@ -38,6 +40,13 @@ def note_request(request_id: str, worker_id: str) -> None:
     _workers[request_id] = worker_id
     if len(_workers) > MAX_REQUESTS:
         _workers.popitem(last=False)
+
+
+def note_resident(version: str, worker_ids: Iterable[str]) -> None:
+    """Workers have an adapter and have not reported it yet."""
+    for router in _routers:
+        for worker_id in worker_ids:
+            router.note_resident(version, worker_id)
 
 
 def live_workers(deployment_id: Any) -> frozenset[str]:

@@ -61,11 +61,12 @@ class WorkerRouter(DirectRouter):
                 replica = self._replica(worker_id)
                 self._listening.add((replica.replica_id, request.metadata.internal_request_id))
                 return replica
-            replica = self._reserve(worker_id)
-            if request.metadata.call_method == "make_resident":
-                self._placement.remember(request.args[0], worker_id, time.monotonic())
-            return replica
+            return self._reserve(worker_id)
         return await self._wait_for_worker(request, is_retry)
+
+    def note_resident(self, version: str, worker_id: str) -> None:
+        """A worker has an adapter and has not reported it yet."""
+        self._placement.remember(version, worker_id, time.monotonic())
 
     def _reserve(self, worker_id: str) -> RunningReplica:
         replica = self._replica(worker_id)

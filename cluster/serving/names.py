@@ -115,7 +115,7 @@ class Names:
         self._num_observed += 1
         known = self._names.pop(name, None)
         if version is not None:
-            self._names[name] = NamedVersion(name, version, known.origin if known is not None else "")
+            self._names[name] = NamedVersion(name, version, known.root if known is not None else "")
 
     def created(self, entry: NamedVersion) -> int:
         """When this version was first seen here, in Unix seconds."""

@@ -39,6 +39,10 @@ class StoreClient:
         manifest: AdapterManifest = await self._call("validate", FETCH_S, source, key)
         return manifest
 
+    async def locate(self, path: str) -> tuple[str, str]:
+        source, key = await self._call("locate", CALL_S, path)
+        return source, key
+
     async def flip(
         self, name: str, version: str, *, source: str, key: str, pinned: bool, warm: Warm, origin: Origin
     ) -> NamedAdapter:

@@ -18,6 +18,7 @@ from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, De
 from lorafleet.adapter_store.service import AdapterStore
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.metrics import StoreMetrics
+from lorafleet.cluster.store.paths import locate
 from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights, named_version, replying
 from lorafleet.workers.model.geometry import read_geometry
 
@@ -39,6 +40,7 @@ class StoreReplica:
     def __init__(self, config: AppConfig) -> None:
         torch.set_num_threads(1)
         model = config.model
+        self._sources = config.adapters.sources
         self._store = AdapterStore(
             state_dir=config.state_dir,
             sources=config.adapters.sources,
@@ -58,6 +60,11 @@ class StoreReplica:
     @replying
     async def validate(self, source: str, key: str) -> AdapterManifest:
         return await self._store.validate(source, key)
+
+    @replying
+    async def locate(self, path: str) -> tuple[str, str]:
+        """The source and key that a path on this machine stands for."""
+        return await asyncio.to_thread(locate, path, self._sources)
 
     @replying
     async def flip(

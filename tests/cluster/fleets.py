@@ -10,7 +10,9 @@ from typing import Literal
 
 from lorafleet.adapter_store.errors import UnknownAdapter, UnknownKey
 from lorafleet.adapter_store.manifest import AdapterManifest, NamedAdapter, NameTable, Origin
+from lorafleet.adapter_store.sources import SourceConfig
 from lorafleet.cluster.errors import WorkerGone
+from lorafleet.cluster.store.paths import locate
 from lorafleet.workers.errors import NoRoomError
 from lorafleet.workers.state import AdapterPages, KVPages, ResidentAdapter, WorkerState
 
@@ -27,6 +29,8 @@ class DictStore:
 
     keys: dict[str, AdapterManifest] = field(default_factory=dict)
     names: dict[str, NamedAdapter] = field(default_factory=dict)
+    sources: Sequence[SourceConfig] = ()
+    """Where `locate` looks."""
     generation: int = 0
     num_staged: int = 0
     fail_flip: Exception | None = None
@@ -70,6 +74,9 @@ class DictStore:
     async def set_pinned(self, name: str, pinned: bool) -> None:
         self.names[name] = replace(self.names[name], pinned=pinned)
         self.generation += 1
+
+    async def locate(self, path: str) -> tuple[str, str]:
+        return locate(path, self.sources)
 
     async def table(self) -> NameTable:
         return NameTable(self.generation, tuple(self.names[name] for name in sorted(self.names)))

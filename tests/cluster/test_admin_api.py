@@ -11,12 +11,12 @@ import pytest
 
 from lorafleet.adapter_store.errors import InvalidKey, UnknownKey
 from lorafleet.adapter_store.sources import DirectoryConfig, HubConfig
-from lorafleet.cluster.admin.peer_routes import locate
 from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.admin.routes import build_router
 from lorafleet.cluster.errors import StoreUnavailable
 from lorafleet.cluster.http.app import build_http_app
 from lorafleet.cluster.http.auth import Keys
+from lorafleet.cluster.store.paths import locate
 from tests.cluster.fleets import DictFleet, DictStore, manifest_of
 
 ADMIN = {"authorization": "Bearer admin"}
@@ -38,11 +38,10 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
     for key in "ab":
         (tmp_path / "adapters" / key).mkdir(parents=True)
     (tmp_path / "outside").mkdir()
-    store = DictStore(keys={"a": manifest_of("a"), "b": manifest_of("b")})
-    fleet = DictFleet(store, ["w0", "w1"])
-    rollout = Rollout(store, fleet, observe=lambda name, version: None)
     sources = [DirectoryConfig(name="demo", root=tmp_path / "adapters")]
-    app = build_http_app([build_router(rollout, Keys(("client",), "admin"), sources)])
+    store = DictStore(keys={"a": manifest_of("a"), "b": manifest_of("b")}, sources=sources)
+    fleet = DictFleet(store, ["w0", "w1"])
+    app = build_http_app([build_router(Rollout(store, fleet), Keys(("client",), "admin"))])
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=ADMIN) as http:
         yield Api(http, store, fleet, tmp_path)

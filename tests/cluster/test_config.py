@@ -109,7 +109,7 @@ def test_command_lines_override_a_serve_yaml(tmp_path: Path) -> None:
 def test_serve_builds_three_deployments_of_a_mapping() -> None:
     application = call_user_app_builder_with_args_if_necessary(build, contract())
     built = build_app(application, name="lorafleet")
-    assert {deployment.name for deployment in built.deployments} == {"ingress", "worker", "adapter_store"}
+    assert {deployment.name for deployment in built.deployments} == {"ingress", "worker", "controller", "adapter_store"}
     assert built.ingress_deployment_name == "ingress"
     with pytest.raises(ValidationError, match="nonsense"):
         call_user_app_builder_with_args_if_necessary(build, contract(nonsense=1))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from lorafleet.cluster.admin.desired import DesiredAdapters
+from lorafleet.cluster.admin.desired import DesiredSet
 from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.config import DesiredAdapter, UserConfig
 from tests.cluster.fleets import DictFleet, DictStore, manifest_of
@@ -19,8 +19,8 @@ class World:
     fleet: DictFleet
     rollout: Rollout
 
-    def start(self, *preload: DesiredAdapter) -> DesiredAdapters:
-        return DesiredAdapters(self.rollout, preload, num_workers=len(self.fleet.workers))
+    def start(self, *preload: DesiredAdapter) -> DesiredSet:
+        return DesiredSet(self.rollout, preload, num_workers=len(self.fleet.workers))
 
     @property
     def names(self) -> dict[str, str]:
@@ -31,7 +31,7 @@ class World:
 def world() -> World:
     store = DictStore(keys={key: manifest_of(key) for key in "abc"})
     fleet = DictFleet(store, ["w0", "w1"])
-    return World(store, fleet, Rollout(store, fleet, observe=lambda name, version: None))
+    return World(store, fleet, Rollout(store, fleet))
 
 
 def wanted(name: str, key: str, *, pinned: bool = False) -> DesiredAdapter:

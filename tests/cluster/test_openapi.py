@@ -59,9 +59,10 @@ def whole_app(root: Path) -> FastAPI:
     prompts = make_prompts()
     dispatcher = Dispatcher(BASE_ID, prompts, Names(FakeStore()), FakeWorkers(prompts), RequestMetrics())
     manifest = manifest_of("a")
-    store = DictStore(keys={"a": manifest, "b": manifest_of("b")})
+    sources = [DirectoryConfig(name="demo", root=root)]
+    store = DictStore(keys={"a": manifest, "b": manifest_of("b")}, sources=sources)
     store.names["steady"] = NamedAdapter("steady", manifest.version, "demo", "a", False, 0, "admin", manifest)
-    rollout = Rollout(store, DictFleet(store), observe=dispatcher.names.observe, reserved={BASE_ID})
+    rollout = Rollout(store, DictFleet(store), reserved={BASE_ID})
 
     async def not_ready() -> str | None:
         return None
@@ -70,7 +71,7 @@ def whole_app(root: Path) -> FastAPI:
         [
             openai_routes.build_router(dispatcher, keys, started=STARTED),
             build_probes(not_ready),
-            admin_routes.build_router(rollout, keys, [DirectoryConfig(name="demo", root=root)]),
+            admin_routes.build_router(rollout, keys),
         ]
     )
 

@@ -21,7 +21,6 @@ class World:
     store: DictStore
     fleet: DictFleet
     rollout: Rollout
-    observed: list[tuple[str, str | None]]
 
     async def put(self, name: str, key: str, **options: object) -> None:
         await self.rollout.put(name, source="demo", key=key, **options)  # type: ignore[arg-type]
@@ -39,9 +38,8 @@ class World:
 def world() -> World:
     store = DictStore(keys={"old": OLD, "new": NEW, "big": BIG, "big2": manifest_of("big2", rank=60)})
     fleet = DictFleet(store)
-    observed: list[tuple[str, str | None]] = []
-    rollout = Rollout(store, fleet, observe=lambda name, version: observed.append((name, version)), reserved={"tiny"})
-    return World(store, fleet, rollout, observed)
+    rollout = Rollout(store, fleet, reserved={"tiny"})
+    return World(store, fleet, rollout)
 
 
 @pytest.mark.parametrize(("warm", "count"), [(0, 0), (1, 1), (2, 2), (9, 3), ("all", 3)])
@@ -49,7 +47,7 @@ async def test_a_new_adapter_is_resident_on_as_many_workers_as_asked(world: Worl
     placed = await world.rollout.put("shout", source="demo", key="old", warm=warm)  # type: ignore[arg-type]
     assert len(world.fleet.holders(OLD)) == count
     assert placed.adapter.version == OLD.version
-    assert world.observed == [("shout", OLD.version)]
+    assert world.store.names["shout"].version == OLD.version
     world.check_tidy()
 
 
@@ -89,7 +87,6 @@ async def test_one_worker_that_cannot_stops_everything_and_is_named(world: World
     assert world.store.names["shout"].version == OLD.version
     assert world.fleet.holders(NEW) == set()
     assert world.fleet.holders(OLD) == {"w0", "w1", "w2"}
-    assert world.observed[1:] == []
     world.check_tidy()
 
 
@@ -212,10 +209,10 @@ async def test_two_names_of_one_version_both_keep_it(world: World) -> None:
     assert world.fleet.holders(OLD) == set()
 
 
-async def test_delete_observes_and_frees(world: World) -> None:
+async def test_delete_frees(world: World) -> None:
     await world.put("shout", "old")
     await world.rollout.delete("shout")
-    assert world.observed == [("shout", OLD.version), ("shout", None)]
+    assert world.store.names == {}
     assert world.fleet.holders(OLD) == set()
     with pytest.raises(UnknownAdapter):
         await world.rollout.delete("shout")
@@ -258,7 +255,7 @@ async def test_tables_show_names_and_the_dead_are_left_out(world: World) -> None
     assert [state.worker_id for state in await world.rollout.workers()] == ["w1", "w2"]
     assert (await world.rollout.workers())[0].adapters[0].name == "shout"
     (placed,) = await world.rollout.adapters()
-    assert [placed.state_on(worker) for worker in placed.workers] == ["resident", "resident"]
+    assert placed.workers == {"w1": "resident", "w2": "resident"}
     assert placed.pages == OLD.rank
 
 

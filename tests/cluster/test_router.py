@@ -13,8 +13,8 @@ from ray.serve.request_router import PendingRequest, RequestRouter
 
 from lorafleet.cluster import ray_internals
 from lorafleet.cluster.errors import Overloaded, StoreUnavailable, WorkerGone
-from lorafleet.cluster.routing.store_router import StoreRouter
-from lorafleet.cluster.routing.whereabouts import live_workers, worker_of
+from lorafleet.cluster.routing.sole_router import SoleRouter
+from lorafleet.cluster.routing.whereabouts import live_workers, note_resident, worker_of
 from lorafleet.cluster.routing.worker_router import WorkerRouter
 from lorafleet.cluster.wire import VERSION_PREFIX, RoutingReport
 from lorafleet.workers.request import EngineRequest, SamplingParams
@@ -149,15 +149,10 @@ async def test_an_addressed_call_goes_there_even_if_it_is_full_and_fails_if_it_i
         await place(router, call(method="state", worker_id="w2"))
 
 
-async def test_a_version_that_a_worker_was_told_to_load_counts_as_there() -> None:
+async def test_a_version_that_a_worker_is_known_to_have_counts_as_there() -> None:
     router = worker_router(max_load=100)
     router.update_replicas(replicas("w0", "w1"))
-    pending = PendingRequest(
-        args=[SHOUT],
-        kwargs={"worker_id": "w1"},
-        metadata=RequestMetadata(request_id="http", internal_request_id="http", call_method="make_resident"),
-    )
-    await place(router, pending)
+    note_resident(SHOUT, ["w1"])
     assert {await place(router, call(SHOUT)) for _ in range(5)} == {"w1"}
 
 
@@ -209,7 +204,9 @@ async def test_nothing_goes_to_a_dead_worker_and_its_load_is_forgotten() -> None
 
 
 async def test_the_store_is_missed_at_once_but_waited_for_at_the_start() -> None:
-    router = StoreRouter(deployment_id=DEPLOYMENT, handle_source=DeploymentHandleSource.REPLICA)
+    router = SoleRouter(
+        deployment_id=DeploymentID("adapter_store", "lorafleet"), handle_source=DeploymentHandleSource.REPLICA
+    )
     router.initialize_state()
     first = asyncio.create_task(place(router, call()))
     await settle()

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.ray
 
 
 def test_beyond_loopback_without_a_token_the_service_refuses_to_start_and_says_how(cluster: None, world: Path) -> None:
-    """The ingress alone: it looks before it asks anything of workers and store."""
+    """The ingress alone: it looks before it asks anything of other deployments."""
     config = AppConfig.model_validate({**args_for(world), "auth": {"admin_token_env": "NOBODY_HAS_SET_THIS"}})
-    ingress = serve.deployment(name="ingress")(serve.ingress(take_http_app)(Ingress)).bind(config, None, None)
+    ingress = serve.deployment(name="ingress")(serve.ingress(take_http_app)(Ingress)).bind(config, None, None, None)
 
     def message() -> str:
         deployments = serve.status().applications[APP].deployments

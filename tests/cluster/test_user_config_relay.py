@@ -1,0 +1,111 @@
+"""The newest `user_config` reaches the controller, also one that takes over, and one that was away."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from lorafleet.cluster.admin import relay as relay_module
+from lorafleet.cluster.admin.readiness import Readiness
+from lorafleet.cluster.admin.relay import UserConfigRelay
+from lorafleet.cluster.errors import ControllerUnavailable
+
+
+class Recipient:
+    """A controller that may be away, and forgets when it is replaced."""
+
+    def __init__(self) -> None:
+        self.stamp = 0
+        self.taken: list[object] = []
+        self.is_away = False
+
+    async def user_config_stamp(self) -> int:
+        if self.is_away:
+            raise ControllerUnavailable("away")
+        return self.stamp
+
+    async def take_user_config(self, stamp: int, user_config: object) -> None:
+        assert stamp > self.stamp
+        self.stamp = stamp
+        self.taken.append(user_config)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "PERIOD_S", 0.001)
+    monkeypatch.setattr(relay_module, "RETRY_S", 0.001)
+
+
+@contextmanager
+def running(relay: UserConfigRelay) -> Iterator[None]:
+    task = asyncio.create_task(relay.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def until(recipient: Recipient, taken: list[object]) -> None:
+    async with asyncio.timeout(5):
+        while recipient.taken != taken:
+            await asyncio.sleep(0.001)
+
+
+async def test_an_ingress_without_a_user_config_says_so_once() -> None:
+    recipient = Recipient()
+    with running(UserConfigRelay(recipient)):
+        await until(recipient, [None])
+        await asyncio.sleep(0.02)
+    assert recipient.taken == [None]
+
+
+async def test_a_new_controller_is_told_again() -> None:
+    recipient = Recipient()
+    relay = UserConfigRelay(recipient)
+    relay.take({"adapters": []})
+    with running(relay):
+        await until(recipient, [{"adapters": []}])
+        recipient.is_away = True
+        await asyncio.sleep(0.01)
+        recipient.stamp, recipient.taken, recipient.is_away = 0, [], False
+        await until(recipient, [{"adapters": []}])
+
+
+async def test_an_older_ingress_does_not_bring_back_what_was_replaced() -> None:
+    recipient = Recipient()
+    clock = itertools.count(1)
+    old = UserConfigRelay(recipient, clock_ns=lambda: next(clock))
+    new = UserConfigRelay(recipient, clock_ns=lambda: next(clock))
+    old.take("old")
+    new.take("new")
+    with running(new):
+        await until(recipient, ["new"])
+        with running(old):
+            await asyncio.sleep(0.02)
+    assert recipient.taken == ["new"]
+
+
+async def test_readiness_outlives_the_controller() -> None:
+    live = {"w0"}
+    answers: list[str | Exception | None] = [ControllerUnavailable("away"), "adapters are being loaded"]
+    answers += [ControllerUnavailable("away"), None, ControllerUnavailable("away"), ControllerUnavailable("away")]
+
+    class Judge:
+        async def not_ready(self) -> str | None:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    readiness = Readiness(Judge(), lambda: live)
+    assert await readiness.not_ready() == "the controller is away; it is being started"
+    assert await readiness.not_ready() == "adapters are being loaded"
+    assert await readiness.not_ready() == "the controller is away; it is being started"
+    assert await readiness.not_ready() is None
+    assert await readiness.not_ready() is None
+    live.clear()
+    assert await readiness.not_ready() == "no worker is up"
