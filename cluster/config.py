@@ -190,6 +190,12 @@ class AppConfig(Settings):
         return self
 
     @property
+    def model_created_s(self) -> int:
+        """When the base was written, in Unix seconds: the same at every ingress; 0 for one that lies at a hub."""
+        config = Path(self.model.source) / "config.json"
+        return int(config.stat().st_mtime) if config.is_file() else 0
+
+    @property
     def state_dir(self) -> Path:
         return self.adapters.state_dir or Path.home() / ".lorafleet" / self.model.id.replace("/", "--")
 

@@ -6,7 +6,6 @@ A plain class: `cluster/app.py` makes a Serve deployment of it, with `take_http_
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -60,14 +59,14 @@ class Ingress:
             config.model.id, Prompts.load(config.model), self._names, ServeWorkers(workers), RequestMetrics()
         )
         control = ControllerClient(controller, self._names.observe)
-        readiness = Readiness(control, partial(live_workers, workers.deployment_id))
+        self._readiness = Readiness(control, partial(live_workers, workers.deployment_id))
         self._relay = UserConfigRelay(control)
-        self._relaying: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         _http_app.set(
             build_http_app(
                 [
-                    openai.build_router(self._dispatcher, keys, started=int(time.time())),
-                    build_probes(readiness.not_ready),
+                    openai.build_router(self._dispatcher, keys, started=config.model_created_s),
+                    build_probes(self._readiness.not_ready),
                     admin.build_router(control, keys),
                 ]
             )
@@ -90,12 +89,12 @@ class Ingress:
     async def check_health(self) -> None:
         """Serve replaces the replica when this is not answered: the event loop stands still."""
         # Serve asks for the first time after it has given the replica its user_config.
-        if self._relaying is None:
-            self._relaying = asyncio.create_task(self._relay.run())
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._relay.run()), asyncio.create_task(self._readiness.run())]
 
     def __del__(self) -> None:
         """Serve calls this when the replica has drained."""
-        if hasattr(self, "_relay"):
-            if self._relaying is not None:
-                self._relaying.cancel()
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
+        if hasattr(self, "_names"):
             self._names.stop()

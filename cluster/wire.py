@@ -40,6 +40,8 @@ class NamedVersion:
     version: str
     root: str
     """Source and key, as in `demo/shout`."""
+    created_s: int = 0
+    """When the store first saw the version, in Unix seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +53,9 @@ class NamesAt:
     entries: tuple[NamedVersion, ...]
 
 
-def named_version(adapter: NamedAdapter) -> NamedVersion:
+def named_version(adapter: NamedAdapter, created_s: int) -> NamedVersion:
     """The store's entry without what only the admin plane shows."""
-    return NamedVersion(adapter.name, adapter.version, f"{adapter.source}/{adapter.key}")
+    return NamedVersion(adapter.name, adapter.version, f"{adapter.source}/{adapter.key}", created_s)
 
 
 @dataclass(frozen=True, slots=True)

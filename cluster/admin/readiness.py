@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable, Collection
 from typing import Protocol
 
 from lorafleet.cluster.errors import ControllerUnavailable
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 1.0
+"""How often a starting ingress asks the controller."""
 
 
 class Judge(Protocol):
@@ -23,6 +30,15 @@ class Readiness:
         self._controller = controller
         self._live_workers = live_workers
         self._was_ready = False
+
+    async def run(self) -> None:
+        """Ask until the service has been ready once, so that this ingress knows it should the controller die."""
+        while not self._was_ready:
+            try:
+                await self.not_ready()
+            except Exception:
+                logger.exception("the controller could not say whether the service is ready")
+            await asyncio.sleep(POLL_S)
 
     async def not_ready(self) -> str | None:
         """Why the service is not ready; None: it is. Generating needs no controller, so its absence changes nothing."""

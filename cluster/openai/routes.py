@@ -151,7 +151,7 @@ def _adapter_card(dispatcher: Dispatcher, entry: NamedVersion) -> dict[str, Any]
     return {
         "id": entry.name,
         "object": "model",
-        "created": dispatcher.names.created(entry),
+        "created": entry.created_s,
         "owned_by": OWNER,
         "root": entry.root,
         "parent": dispatcher.base_id,

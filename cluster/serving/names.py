@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
 
@@ -53,7 +52,6 @@ class Names:
         self._first_use_s = first_use_s
         self._names: dict[str, NamedVersion] = {}
         self._generation = -1
-        self._created: dict[str, int] = {}
         self._num_observed = 0
         self._gone = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
@@ -116,10 +114,6 @@ class Names:
         known = self._names.pop(name, None)
         if version is not None:
             self._names[name] = NamedVersion(name, version, known.root if known is not None else "")
-
-    def created(self, entry: NamedVersion) -> int:
-        """When this version was first seen here, in Unix seconds."""
-        return self._created.setdefault(entry.version, int(time.time()))
 
     async def entries(self) -> list[NamedVersion]:
         """All names in order, from the store; the last ones seen while it is away."""

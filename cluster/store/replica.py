@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import Literal
 
 import ray
@@ -50,6 +51,7 @@ class StoreReplica:
             put=put,
             base_weights=CheckpointWeights(model.source) if model.load == "weights" else None,
         )
+        self._created_s: dict[str, int] = {}
         self._metrics = StoreMetrics()
         self._reporting = asyncio.create_task(self._report())
 
@@ -91,12 +93,12 @@ class StoreReplica:
     @replying
     async def resolve(self, name: str) -> NamedVersion:
         """What a request needs of a name: every request asks, and a manifest is thousands of times as long."""
-        return named_version(await self._store.resolve(name))
+        return self._named_version(await self._store.resolve(name))
 
     async def names(self) -> NamesAt:
         """All names, as `resolve` gives them."""
         table = await self._store.table()
-        return NamesAt(table.generation, tuple(named_version(adapter) for adapter in table.adapters))
+        return NamesAt(table.generation, tuple(map(self._named_version, table.adapters)))
 
     async def table(self) -> NameTable:
         return await self._store.table()
@@ -133,6 +135,9 @@ class StoreReplica:
             self._reporting.cancel()
         if hasattr(self, "_store"):
             self._store.close()
+
+    def _named_version(self, adapter: NamedAdapter) -> NamedVersion:
+        return named_version(adapter, self._created_s.setdefault(adapter.version, int(time.time())))
 
     async def _report(self) -> None:
         while True:

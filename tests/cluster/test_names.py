@@ -134,10 +134,3 @@ async def test_a_table_read_before_a_flip_does_not_undo_it(names: Names, store: 
     names.observe("shout", "cc" * 32)
     entries = {entry.name: entry.version for entry in await reading}
     assert entries["shout"] == "cc" * 32
-
-
-async def test_when_a_version_was_first_seen(names: Names, store: FakeStore) -> None:
-    first, *_ = await names.entries()
-    created = names.created(first)
-    assert created > 1_700_000_000
-    assert names.created(first) == created

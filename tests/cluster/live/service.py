@@ -43,9 +43,11 @@ class LiveService:
         headers = {"authorization": f"Bearer {TOKEN}", "connection": "close"}
         self.http = httpx.Client(base_url=self.url, timeout=150, headers=headers, limits=limits)
 
-    def deploy(self, user_config: dict[str, Any] | None = None) -> None:
-        """Deploy, or change the `user_config` of what is deployed."""
-        ingress = {"name": "ingress"} if user_config is None else {"name": "ingress", "user_config": user_config}
+    def deploy(self, user_config: dict[str, Any] | None = None, *, num_ingresses: int = 1) -> None:
+        """Deploy, or change the `user_config` or the number of ingresses of what is deployed."""
+        ingress: dict[str, Any] = {"name": "ingress", "num_replicas": num_ingresses}
+        if user_config is not None:
+            ingress["user_config"] = user_config
         application = {
             "name": APP,
             "import_path": "lorafleet.cluster.app:build",
@@ -96,6 +98,11 @@ class LiveService:
         """As many at once."""
         with ThreadPoolExecutor(count) as pool:
             return list(pool.map(lambda _: self.complete(model, **body), range(count)))
+
+    def num_running(self, deployment: str) -> int:
+        """Replicas of a deployment that take calls."""
+        states = serve.status().applications[APP].deployments[deployment].replica_states
+        return int(states.get("RUNNING", 0))
 
     def kill(self, deployment: str, *, worker_id: str | None = None) -> int:
         """SIGKILL the process of a replica; returns its pid."""
