@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lorafleet.kernels.segments import SegmentPlan, Segments
-from lorafleet.workers.graph_forms import GraphForm
-from lorafleet.workers.model.attention import AttentionBatch
 from lorafleet.workers.model.logits import LogitsPass, PassPlan
+from lorafleet.workers.model.paged_attention import AttentionBatch
 from lorafleet.workers.model.sampler import SamplingBatch
 from lorafleet.workers.sequence import Sequence
+from lorafleet.workers.step.forms import GraphForm
 
 
 @dataclass(frozen=True, slots=True)
