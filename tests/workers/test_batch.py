@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from lorafleet.kernels.segments import BASE_SLOT, plan_segments
 from lorafleet.workers.detokenizer import Detokenizer
-from lorafleet.workers.model.sampler import SamplingBatch, uniforms
 from lorafleet.workers.request import EngineRequest, SamplingParams
 from lorafleet.workers.sequence import Sequence, pending_token
 from lorafleet.workers.step import forms
@@ -20,6 +19,7 @@ from lorafleet.workers.step.batch import ScheduledRows, StepBatch
 from lorafleet.workers.step.builder import BatchBuilder
 from lorafleet.workers.step.forms import GraphForm
 from lorafleet.workers.step.layout import GRAPH_CHUNK_LENGTH, blank_batch, chunk_bounds, most_chunks
+from lorafleet.workers.step.sampling import SamplingBatch, uniforms
 from lorafleet.workers.step.sampling_table import FORBIDDEN
 
 PAGE_TOKENS = 4

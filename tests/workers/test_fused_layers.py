@@ -16,7 +16,8 @@ from lorafleet.workers.memory.kv_cache import KVCache, LayerKV
 from lorafleet.workers.model import fused_layers, paged_attention
 from lorafleet.workers.model.geometry import geometry_of, projection_groups
 from lorafleet.workers.model.lora_layers import LoraContext, substitute_projections
-from lorafleet.workers.model.paged_attention import AttentionBatch, AttentionContext
+from lorafleet.workers.model.paged_attention import AttentionContext
+from lorafleet.workers.step.batch import AttentionBatch
 from tests.support.adapters import make_adapter
 from tests.support.bases import BaseKind, make_base
 from tests.support.oracle import generate_with_peft

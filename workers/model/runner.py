@@ -26,11 +26,12 @@ from lorafleet.workers.model import fused_layers, lora_layers, norm_layers, page
 from lorafleet.workers.model.cuda_graphs import StepGraph, capture, kernel_shapes
 from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel
-from lorafleet.workers.model.logits import BodyOnce, LogitsPass
+from lorafleet.workers.model.logits import BodyOnce
 from lorafleet.workers.model.sampler import Chosen, Sampler, with_logprobs
-from lorafleet.workers.step.batch import StepBatch, StepInputs
+from lorafleet.workers.step.batch import AttentionBatch, StepBatch, StepInputs
 from lorafleet.workers.step.forms import GraphForm
 from lorafleet.workers.step.layout import blank_batch, blank_prompt, chunk_bounds
+from lorafleet.workers.step.passes import LogitsPass
 
 logger = logging.getLogger(__name__)
 
@@ -382,7 +383,7 @@ class ModelRunner:
         device, num_rows = self.base.device, end - start
         positions = torch.arange(start, end, dtype=torch.int32, device=device)
         table = torch.tensor([pages], dtype=torch.int32, device=device)
-        self._attention.batch = paged_attention.AttentionBatch(
+        self._attention.batch = AttentionBatch(
             row_pages=table[0][positions // self.cache.page_tokens],
             row_offsets=positions % self.cache.page_tokens,
             query_indptr=torch.tensor([0, num_rows], dtype=torch.int32, device=device),
