@@ -31,7 +31,7 @@ import torch
 import triton
 
 from lorafleet.kernels import ops
-from lorafleet.kernels.embedding import lookup
+from lorafleet.kernels.embedding_triton import lookup
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.tune import Workload, random_weights, time_in_graph
 from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights

@@ -1,7 +1,7 @@
 """Attention over paged keys and values, in Triton: one row a sequence (decode) and several rows a sequence (extend).
 
 Both read lengths on the device, so one captured launch serves any lengths up to the block tables' width, and neither
-synchronises with the host. fp32 accumulation. The CPU path of `workers/model/attention.py` is the torch twin.
+synchronises with the host. fp32 accumulation. The CPU path of `workers/model/paged_attention.py` is the torch twin.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from lorafleet.kernels.attention_triton import decode_kernel, extend_kernel
 from lorafleet.kernels.launching import launch
-from lorafleet.kernels.paged_attention import decode_kernel, extend_kernel
 from lorafleet.kernels.tiling import dependent_launch
 
 MAX_HEAD_DIM = 256

@@ -1,43 +1,18 @@
 """What lies between a decoder layer's products, one launch each: residual and norm, rotary and KV write, SiLU and up.
 
-Entry points: CUDA runs the Triton kernels of `elementwise`, other devices the plain torch here, which is also their
+Entry points: CUDA runs the Triton kernels of `fused_triton`, other devices the plain torch here, which is also their
 oracle. All round where transformers' Llama modules round, so that a layer keeps its values. Nothing synchronises.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorafleet.kernels.kv_place import HeadNorm, KVPlace
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class HeadNorm:
-    """RMSNorm over each head of the query and of the key before they are rotated (Qwen3)."""
-
-    query_weight: Tensor
-    """(head_dim,)"""
-    key_weight: Tensor
-    """(head_dim,)"""
-    eps: float
-
-
-@dataclass(frozen=True, slots=True)
-class KVPlace:
-    """Where one layer keeps the keys and values of the running pass's rows."""
-
-    keys: Tensor
-    """(num_pages, num_kv_heads, page_tokens, head_dim): the layer's cache."""
-    values: Tensor
-    """The same shape and strides as `keys`."""
-    row_pages: Tensor
-    """(rows,) int32: page that takes each row's key and value. The caller guarantees that the cache has it."""
-    row_offsets: Tensor
-    """(rows,) int32: token of that page."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -51,9 +26,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     if residual is not None:
         _check_rows("residual", residual, x.shape, x)
     if x.is_cuda:
-        from lorafleet.kernels import elementwise
+        from lorafleet.kernels import fused_triton
 
-        return elementwise.rms_norm(x, weight, eps, residual)
+        return fused_triton.rms_norm(x, weight, eps, residual)
     if residual is not None:
         x = residual.add_(x)
     return _normalise(x, weight, eps)
@@ -82,9 +57,9 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, place: KVPlace, norm
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if qkv.is_cuda:
-        from lorafleet.kernels import elementwise
+        from lorafleet.kernels import fused_triton
 
-        elementwise.rotate_and_store(qkv, cos, sin, place, norm)
+        fused_triton.rotate_and_store(qkv, cos, sin, place, norm)
         return query
     if norm is not None:
         key = _normalise(key, norm.key_weight, norm.eps)
@@ -105,9 +80,9 @@ def store(key: Tensor, value: Tensor, place: KVPlace) -> None:
     for name, tensor in (("key", key), ("value", value)):
         _check_rows(name, tensor, shape, place.keys)
     if key.is_cuda:
-        from lorafleet.kernels import elementwise
+        from lorafleet.kernels import fused_triton
 
-        elementwise.store(key, value, place)
+        fused_triton.store(key, value, place)
         return
     place.keys[place.row_pages, :, place.row_offsets] = key
     place.values[place.row_pages, :, place.row_offsets] = value
@@ -122,9 +97,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate and up must be of one width, got {gate_up.shape[-1]} for both together")
     if gate_up.is_cuda:
-        from lorafleet.kernels import elementwise
+        from lorafleet.kernels import fused_triton
 
-        return elementwise.silu_mul(gate_up)
+        return fused_triton.silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

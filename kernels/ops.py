@@ -30,9 +30,9 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments) -> Hidden:
     _check_matrix("x", x, segments.num_rows, weights.in_dim, weights.pool, (weights.pool.dtype,))
     _check_slots(weights, segments)
     if x.is_cuda:
-        from lorafleet.kernels import shrink as triton_shrink
+        from lorafleet.kernels import shrink_triton
 
-        return triton_shrink.shrink(x, weights, segments)
+        return shrink_triton.shrink(x, weights, segments)
     return reference.shrink(x, weights, segments)
 
 
@@ -77,9 +77,9 @@ def embed(token_ids: Tensor, weights: LoraEmbeddingWeights, segments: Segments, 
     _check_matrix("y", y, segments.num_rows, weights.out_dim, weights.pool, (weights.pool.dtype, torch.float32))
     _check_slots(weights, segments)
     if token_ids.is_cuda:
-        from lorafleet.kernels import embedding as triton_embedding
+        from lorafleet.kernels import embedding_triton
 
-        _expand(triton_embedding.lookup(token_ids, weights, segments), weights, segments, y, True, None)
+        _expand(embedding_triton.lookup(token_ids, weights, segments), weights, segments, y, True, None)
     elif segments.has_lora:
         low, high = (int(bound) for bound in token_ids.aminmax())
         if low < 0 or high >= weights.num_embeddings:
@@ -97,9 +97,9 @@ def _expand(
 ) -> None:
     if isinstance(h, Tensor):
         # Triton exists on Linux alone, and takes a while to import.
-        from lorafleet.kernels import expand as triton_expand
+        from lorafleet.kernels import expand_triton
 
-        triton_expand.expand(h, weights, segments, y, accumulate=accumulate, bias=bias)
+        expand_triton.expand(h, weights, segments, y, accumulate=accumulate, bias=bias)
     else:
         reference.expand(h, weights, y, accumulate=accumulate, bias=bias)
 

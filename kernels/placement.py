@@ -1,6 +1,7 @@
 """Rows of a flat array to their places in a pool: what brings an adapter's weights into its pages.
 
-Checks the arguments, then runs the Triton kernel of `row_copy` on CUDA and numpy elsewhere. Nothing synchronises.
+Checks the arguments, then runs the Triton kernel of `placement_triton` on CUDA and numpy elsewhere. Nothing
+synchronises.
 """
 
 from __future__ import annotations
@@ -13,9 +14,6 @@ import torch
 from torch import Tensor
 
 from lorafleet.kernels.weights import ROW_ALIGN, aligned
-
-LOAD_ALIGN = 8
-"""Elements of a 16-byte load in the narrowest dtype: rows that begin and end at multiples of it are copied in those."""
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -43,9 +41,9 @@ def place_rows(source: Tensor, pool: Tensor, moves: Tensor, *, is_aligned: bool 
         raise ValueError(f"moves must have unit stride along its last dimension, got strides {moves.stride()}")
     if pool.is_cuda:
         # Triton exists on Linux alone, and takes a while to import.
-        from lorafleet.kernels import row_copy
+        from lorafleet.kernels import placement_triton
 
-        row_copy.copy_rows(source, pool, moves, is_aligned=is_aligned)
+        placement_triton.copy_rows(source, pool, moves, is_aligned=is_aligned)
     else:
         _copy_rows(_bits(source), _bits(pool), moves.numpy())
 

@@ -1,7 +1,7 @@
 """Rows of one forward pass, grouped by adapter and cut into chunks.
 
-Owns the batch type that every csgmv kernel reads. Planned once a step by `workers/layout.py`; passes over chosen rows
-(logits) are planned by `SegmentPlan.select`, so there is one type and one code path.
+Owns the batch type that every csgmv kernel reads. Planned once a step by `workers/step/layout.py`; passes over chosen
+rows (logits) are planned by `SegmentPlan.select`, so there is one type and one code path.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ VIEWS = ("ranks", "scalings", "row_slots", "permutation", "chunk_indptr", "chunk
 
 @dataclass(frozen=True, slots=True)
 class ShrinkTiling:
-    """How shrink is cut: see `kernels/shrink.py`."""
+    """How shrink is cut: see `kernels/shrink_triton.py`."""
 
     block_rows: int
     block_k: int
@@ -44,7 +44,7 @@ class ShrinkTiling:
 
 @dataclass(frozen=True, slots=True)
 class ExpandTiling:
-    """How expand is cut: see `kernels/expand.py`."""
+    """How expand is cut: see `kernels/expand_triton.py`."""
 
     block_rows: int
     block_columns: int

@@ -30,9 +30,9 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from lorafleet.kernels import fused
-from lorafleet.kernels.expand import expand
+from lorafleet.kernels.expand_triton import expand
 from lorafleet.kernels.segments import Segments, build_segments
-from lorafleet.kernels.shrink import shrink
+from lorafleet.kernels.shrink_triton import shrink
 from lorafleet.kernels.tiling import FEW_ROWS, ExpandTiling, ShrinkTiling, table_path
 from lorafleet.kernels.weights import ROW_ALIGN, LoraWeights
 

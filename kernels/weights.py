@@ -23,6 +23,9 @@ ROW_ALIGN = 16
 
 _Elements = TypeVar("_Elements", int, npt.NDArray[np.int64])
 
+LOAD_ALIGN = 8
+"""Elements of a 16-byte load in the narrowest dtype: rows that begin and end at multiples of it are copied in those."""
+
 
 def aligned(num_elements: _Elements) -> _Elements:
     """`num_elements`, rounded up to where the next row may start."""

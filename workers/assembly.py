@@ -13,7 +13,6 @@ from lorafleet.adapter_store.manifest import AdapterWeights
 from lorafleet.workers.adapter_loader import AdapterLoader
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
 from lorafleet.workers.engine import Delivery, Engine
-from lorafleet.workers.graph_forms import graph_forms
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.pool_layout import PoolLayout
@@ -22,6 +21,7 @@ from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, re
 from lorafleet.workers.model.loader import load_base, load_tokenizer
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.sizing import memory_sizes
+from lorafleet.workers.step.forms import graph_forms
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lorafleet.workers.adapter_loader import AdapterLoader
-from lorafleet.workers.batch import ScheduledRows, StepBatch
-from lorafleet.workers.batch_builder import BatchBuilder
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.errors import EngineFailed, InvalidTokenId, NonFiniteOutput, PromptTooLong, WorkerError
@@ -30,6 +28,8 @@ from lorafleet.workers.request import EngineRequest, FinishReason, GenerateDelta
 from lorafleet.workers.scheduler import Scheduler
 from lorafleet.workers.sequence import Sequence, pending_token
 from lorafleet.workers.stats import EngineStats
+from lorafleet.workers.step.batch import ScheduledRows, StepBatch
+from lorafleet.workers.step.builder import BatchBuilder
 
 logger = logging.getLogger(__name__)
 

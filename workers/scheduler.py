@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from lorafleet.workers.batch import ScheduledRows
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.sequence import AdapterReadiness, Sequence
+from lorafleet.workers.step.batch import ScheduledRows
 
 
 class AdapterGate(Protocol):

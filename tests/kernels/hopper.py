@@ -15,9 +15,17 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lorafleet.kernels import attention, elementwise, embedding, expand, paged_attention, row_copy, shrink
+from lorafleet.kernels import (
+    attention,
+    attention_triton,
+    embedding_triton,
+    expand_triton,
+    fused_triton,
+    placement_triton,
+    shrink_triton,
+)
 from lorafleet.kernels.attention import DecodeWorkspace
-from lorafleet.kernels.fused import HeadNorm, KVPlace
+from lorafleet.kernels.kv_place import HeadNorm, KVPlace
 from lorafleet.kernels.launching import compiled_ahead
 from lorafleet.kernels.segments import build_segments
 from tests.kernels.paged import paged_embedding, paged_linear
@@ -27,16 +35,16 @@ DTYPE = torch.bfloat16
 MAX_SHARED_BYTES = 232_448
 """What a program may have on a Hopper GPU."""
 KERNELS = {
-    "shrink": shrink._shrink_kernel,
-    "expand": expand._expand_kernel,
-    "lookup": embedding._lookup_kernel,
-    "decode": paged_attention.decode_kernel,
-    "extend": paged_attention.extend_kernel,
-    "rms_norm": elementwise._rms_norm_kernel,
-    "rotate_and_store": elementwise._rotate_and_store_kernel,
-    "store": elementwise._store_kernel,
-    "silu_mul": elementwise._silu_mul_kernel,
-    "copy_rows": row_copy._copy_rows_kernel,
+    "shrink": shrink_triton._shrink_kernel,
+    "expand": expand_triton._expand_kernel,
+    "lookup": embedding_triton._lookup_kernel,
+    "decode": attention_triton.decode_kernel,
+    "extend": attention_triton.extend_kernel,
+    "rms_norm": fused_triton._rms_norm_kernel,
+    "rotate_and_store": fused_triton._rotate_and_store_kernel,
+    "store": fused_triton._store_kernel,
+    "silu_mul": fused_triton._silu_mul_kernel,
+    "copy_rows": placement_triton._copy_rows_kernel,
 }
 
 
@@ -61,10 +69,10 @@ def launch_each() -> None:
     for chunk_length in (16, 128):
         linear = paged_linear(rng, in_dim=64, widths=(64, 32, 32), ranks=[[8, 8, 8]], dtype=DTYPE, device=CPU)
         segments = build_segments(np.zeros(4, np.int32), device=CPU, chunk_length=chunk_length)
-        h = shrink.shrink(torch.zeros(4, 64, dtype=DTYPE), linear.weights, segments)
-        expand.expand(h, linear.weights, segments, torch.zeros(4, 128, dtype=DTYPE), accumulate=False)
+        h = shrink_triton.shrink(torch.zeros(4, 64, dtype=DTYPE), linear.weights, segments)
+        expand_triton.expand(h, linear.weights, segments, torch.zeros(4, 128, dtype=DTYPE), accumulate=False)
     table = paged_embedding(rng, num_embeddings=50, width=32, ranks=[8], page_elements=320, dtype=DTYPE, device=CPU)
-    embedding.lookup(torch.zeros(4, dtype=torch.int32), table.weights, segments)
+    embedding_triton.lookup(torch.zeros(4, dtype=torch.int32), table.weights, segments)
 
     keys, values = torch.zeros(2, 8, 2, 16, 64, dtype=DTYPE)
     query, out = torch.zeros(2, 4, 8, 64, dtype=DTYPE)
@@ -78,15 +86,15 @@ def launch_each() -> None:
     weight = torch.zeros(64, dtype=DTYPE)
     rotation = torch.zeros(4, 64, dtype=DTYPE)
     norm = HeadNorm(weight, weight, 1e-5)
-    elementwise.rotate_and_store(torch.zeros(4, 12 * 64, dtype=DTYPE), rotation, rotation, place, norm)
-    elementwise.store(torch.zeros(4, 2, 64, dtype=DTYPE), torch.zeros(4, 2, 64, dtype=DTYPE), place)
-    elementwise.rms_norm(rotation, weight, 1e-5, rotation.clone())
-    elementwise.silu_mul(torch.zeros(4, 128, dtype=DTYPE))
+    fused_triton.rotate_and_store(torch.zeros(4, 12 * 64, dtype=DTYPE), rotation, rotation, place, norm)
+    fused_triton.store(torch.zeros(4, 2, 64, dtype=DTYPE), torch.zeros(4, 2, 64, dtype=DTYPE), place)
+    fused_triton.rms_norm(rotation, weight, 1e-5, rotation.clone())
+    fused_triton.silu_mul(torch.zeros(4, 128, dtype=DTYPE))
 
     rows = torch.zeros(3, 5, dtype=torch.int64)
     for is_aligned in (True, False):
         for part in (rows, rows[:, :1], rows[:, 1:]):
-            row_copy.copy_rows(weight, rotation.view(-1), part, is_aligned=is_aligned)
+            placement_triton.copy_rows(weight, rotation.view(-1), part, is_aligned=is_aligned)
 
 
 def variants(kernel: Any) -> list[Any]:
@@ -96,7 +104,7 @@ def variants(kernel: Any) -> list[Any]:
 
 def main() -> None:
     triton.runtime.driver.set_active(Hopper())
-    for module in (attention, elementwise, embedding, expand, shrink):
+    for module in (attention, fused_triton, embedding_triton, expand_triton, shrink_triton):
         module.dependent_launch = lambda tensor: True  # type: ignore[attr-defined]
     with compiled_ahead(2):
         launch_each()

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafleet.kernels.embedding import lookup
-from lorafleet.kernels.expand import expand
+from lorafleet.kernels.embedding_triton import lookup
+from lorafleet.kernels.expand_triton import expand
 from lorafleet.kernels.segments import BASE_SLOT, IntArray, Segments, build_segments
-from lorafleet.kernels.shrink import shrink
+from lorafleet.kernels.shrink_triton import shrink
 from lorafleet.kernels.tiling import ExpandTiling, ShrinkTiling
 from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
-from lorafleet.workers.layout import GRAPH_CHUNK_LENGTH, most_chunks
+from lorafleet.workers.step.layout import GRAPH_CHUNK_LENGTH, most_chunks
 from tests.kernels.paged import POPULARITY, PagedLinear, paged_embedding, paged_linear
 
 GPU_ROWS = (1, 2, 3, 7, 16, 33, 133, 1000, 2049)

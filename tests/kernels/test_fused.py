@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from lorafleet.kernels import elementwise, fused
-from lorafleet.kernels.fused import HeadNorm, KVPlace
+from lorafleet.kernels import fused, fused_triton
+from lorafleet.kernels.kv_place import HeadNorm, KVPlace
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -48,7 +48,7 @@ def test_rms_norm_is_transformers(with_residual: bool, rows: int, width: int, ba
     residual = strided(randn(rows, width, dtype=dtype, seed=2)) if with_residual else None
     total = x if residual is None else residual + x
     before = x.clone()
-    run: Callable[..., Tensor] = elementwise.rms_norm if backend == "triton" else fused.rms_norm
+    run: Callable[..., Tensor] = fused_triton.rms_norm if backend == "triton" else fused.rms_norm
     assert_near(run(x, module.weight, 1e-5, residual), module(total))
     assert torch.equal(x, before)
     if residual is not None:
@@ -97,7 +97,7 @@ def test_rotate_and_store_is_transformers(
     query, key = apply_rotary_pos_emb(query, key, cos, sin)
 
     if backend == "triton":
-        elementwise.rotate_and_store(qkv, cos, sin, place, norm)
+        fused_triton.rotate_and_store(qkv, cos, sin, place, norm)
         rotated = qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
     else:
         rotated = fused.rotate_and_store(qkv, cos, sin, place, norm)
@@ -115,7 +115,7 @@ def test_store_writes_the_rows_places_alone(backend: str, dtype: torch.dtype) ->
     cache = torch.full((2, 4, 3, 16, 80), float("nan"), dtype=dtype, device=DEVICE)
     pages = torch.tensor([3, 0, 0, 2, 3], dtype=torch.int32, device=DEVICE)
     offsets = torch.tensor([15, 0, 7, 8, 1], dtype=torch.int32, device=DEVICE)
-    run: Callable[..., None] = elementwise.store if backend == "triton" else fused.store
+    run: Callable[..., None] = fused_triton.store if backend == "triton" else fused.store
     run(key, value, KVPlace(cache[0], cache[1], pages, offsets))
     assert torch.equal(cache[0][pages, :, offsets], key)
     assert torch.equal(cache[1][pages, :, offsets], value)
@@ -128,16 +128,16 @@ def test_store_writes_the_rows_places_alone(backend: str, dtype: torch.dtype) ->
 @torch.no_grad()
 def test_silu_mul_is_transformers(rows: int, width: int, backend: str, dtype: torch.dtype) -> None:
     gate_up = strided(randn(rows, 2 * width, dtype=dtype).mul_(4))
-    run: Callable[[Tensor], Tensor] = elementwise.silu_mul if backend == "triton" else fused.silu_mul
+    run: Callable[[Tensor], Tensor] = fused_triton.silu_mul if backend == "triton" else fused.silu_mul
     assert_near(run(gate_up), ACT2FN["silu"](gate_up[:, :width]) * gate_up[:, width:])
 
 
 def test_no_rows_are_fine() -> None:
-    assert elementwise.rms_norm(torch.zeros(0, 8, device=DEVICE), torch.ones(8, device=DEVICE), 1e-6, None).shape == (
+    assert fused_triton.rms_norm(torch.zeros(0, 8, device=DEVICE), torch.ones(8, device=DEVICE), 1e-6, None).shape == (
         0,
         8,
     )
-    assert elementwise.silu_mul(torch.zeros(0, 8, device=DEVICE)).shape == (0, 4)
+    assert fused_triton.silu_mul(torch.zeros(0, 8, device=DEVICE)).shape == (0, 4)
 
 
 def _rows(num_rows: int) -> Tensor:

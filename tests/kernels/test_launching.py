@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafleet.kernels import elementwise
+from lorafleet.kernels import fused_triton
 from lorafleet.kernels.launching import compiled_ahead, launch
 from tests.kernels import hopper
 
@@ -75,9 +75,9 @@ def test_what_fails_in_it_leaves_it() -> None:
 def test_nothing_is_written(interpreter: None) -> None:
     x, weight, residual = torch.ones(2, 32), torch.ones(32), torch.full((2, 32), 3.0)
     with compiled_ahead(1):
-        elementwise.rms_norm(x, weight, 1e-5, residual)
+        fused_triton.rms_norm(x, weight, 1e-5, residual)
     assert (residual == 3.0).all()
-    elementwise.rms_norm(x, weight, 1e-5, residual)
+    fused_triton.rms_norm(x, weight, 1e-5, residual)
     assert (residual == 4.0).all()
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorafleet.workers.batch import ScheduledRows
 from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.memory.kv_cache import KVCache, LayerKV
 from lorafleet.workers.request import EngineRequest, SamplingParams
 from lorafleet.workers.scheduler import Scheduler
 from lorafleet.workers.sequence import AdapterReadiness, Sequence, pending_token
+from lorafleet.workers.step.batch import ScheduledRows
 
 PAGE_TOKENS = 4
 

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafleet.kernels.segments import BASE_SLOT, plan_segments
-from lorafleet.workers import graph_forms as forms
-from lorafleet.workers.batch import ScheduledRows, StepBatch
-from lorafleet.workers.batch_builder import BatchBuilder
 from lorafleet.workers.detokenizer import Detokenizer
-from lorafleet.workers.graph_forms import GraphForm
-from lorafleet.workers.layout import GRAPH_CHUNK_LENGTH, blank_batch, chunk_bounds, most_chunks
-from lorafleet.workers.model.sampler import SamplingBatch, uniforms
 from lorafleet.workers.request import EngineRequest, SamplingParams
-from lorafleet.workers.sampling_table import FORBIDDEN
 from lorafleet.workers.sequence import Sequence, pending_token
+from lorafleet.workers.step import forms
+from lorafleet.workers.step.batch import ScheduledRows, StepBatch
+from lorafleet.workers.step.builder import BatchBuilder
+from lorafleet.workers.step.forms import GraphForm
+from lorafleet.workers.step.layout import GRAPH_CHUNK_LENGTH, blank_batch, chunk_bounds, most_chunks
+from lorafleet.workers.step.sampling import SamplingBatch, uniforms
+from lorafleet.workers.step.sampling_table import FORBIDDEN
 
 PAGE_TOKENS = 4
 MAX_PAGES = 12

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorafleet.adapter_store.manifest import AdapterWeights, Array, Dtype
 from lorafleet.kernels.segments import BASE_SLOT, Segments, build_segments
-from lorafleet.workers.memory import extras as extras_module
+from lorafleet.workers.memory import extra_rows
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.model import fused_layers
@@ -162,7 +162,7 @@ def test_added_rows_reach_their_members(bench: Bench, bias: bool) -> None:
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("gathered", [1, 5 * HIDDEN, 1 << 24], ids=["row_by_row", "in_runs", "at_once"])
 def test_heads_of_their_own(bench: Bench, bias: bool, gathered: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extras_module, "MAX_GATHERED", gathered)
+    monkeypatch.setattr(extra_rows, "MAX_GATHERED", gathered)
     head = linear(bench, HEAD, 0, bias)
     x = bench.random(1, NUM_ROWS, HIDDEN, seed=9)
 

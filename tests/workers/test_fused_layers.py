@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorafleet.workers.memory.kv_cache import KVCache, LayerKV
-from lorafleet.workers.model import attention, fused_layers
-from lorafleet.workers.model.attention import AttentionBatch, AttentionContext
+from lorafleet.workers.model import fused_layers, paged_attention
 from lorafleet.workers.model.geometry import geometry_of, projection_groups
 from lorafleet.workers.model.lora_layers import LoraContext, substitute_projections
+from lorafleet.workers.model.paged_attention import AttentionContext
+from lorafleet.workers.step.batch import AttentionBatch
 from tests.support.adapters import make_adapter
 from tests.support.bases import BaseKind, make_base
 from tests.support.oracle import generate_with_peft
@@ -80,7 +81,7 @@ class _Steps:
         for group in projection_groups(geometry_of(model, "bfloat16").modules):
             if "embed" not in group[0]:
                 substitute_projections(model, group, None, LoraContext())  # type: ignore[arg-type]
-        attention.install(model, self.context)
+        paged_attention.install(model, self.context)
         assert fused_layers.substitute(model, self.context) is None
         self.model = model
         # Each of two sequences has half of the pages.

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafleet.workers.graph_forms import (
+from lorafleet.workers.step.forms import (
     FEW_KEYS,
     MAX_TABLE_ENTRIES,
     MOST_KEYS,

@@ -18,17 +18,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessor
 
-from lorafleet.workers.model.sampler import (
-    BIAS,
-    DRAW,
-    NO_SAMPLING,
-    PENALTY,
-    PROMPT,
-    START,
-    Sampler,
-    SamplingBatch,
-    uniforms,
-)
+from lorafleet.workers.model.sampler import Sampler
+from lorafleet.workers.step.sampling import BIAS, DRAW, NO_SAMPLING, PENALTY, PROMPT, START, SamplingBatch, uniforms
 from tests.support.oracle import generate_with_peft
 from tests.workers.harness import Shelf, ask, greedy, open_worker, random_prompt
 

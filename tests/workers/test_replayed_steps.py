@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafleet.workers import graph_forms
-from lorafleet.workers.batch import StepBatch, StepInputs
-from lorafleet.workers.graph_forms import GraphForm
-from lorafleet.workers.layout import blank_batch, chunk_bounds
 from lorafleet.workers.model.runner import ModelRunner, StepInFlight
+from lorafleet.workers.step import forms as step_forms
+from lorafleet.workers.step.batch import StepBatch, StepInputs
+from lorafleet.workers.step.forms import GraphForm
+from lorafleet.workers.step.layout import blank_batch, chunk_bounds
 from tests.workers.harness import Shelf
 from tests.workers.test_step_in_flight import ask_all, assert_same
 
@@ -38,7 +38,7 @@ class Replayed:
 def replay(monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> list[StepBatch]:
     """From here on steps are computed as graphs of these forms would; returns their batches, as they come."""
     if forms is BY_PROMPT:
-        monkeypatch.setattr(graph_forms, "FEW_KEYS", 0)
+        monkeypatch.setattr(step_forms, "FEW_KEYS", 0)
     batches: list[StepBatch] = []
     init, launch = ModelRunner.__init__, ModelRunner.launch
 

@@ -20,16 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lorafleet.workers.model.sampler import (
-    BIAS,
-    DRAW,
-    NO_SAMPLING,
-    Chosen,
-    Sampler,
-    SamplingBatch,
-    uniforms,
-    with_logprobs,
-)
+from lorafleet.workers.model.sampler import Chosen, Sampler, with_logprobs
+from lorafleet.workers.step.sampling import BIAS, DRAW, NO_SAMPLING, SamplingBatch, uniforms
 
 VOCAB = 40
 DRAWS = 20_000

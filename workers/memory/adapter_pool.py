@@ -17,12 +17,12 @@ from torch import Tensor
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
 from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights
 from lorafleet.workers.errors import WorkerConfigError
-from lorafleet.workers.memory.extras import Extra, ExtraMatrix, ExtraVector
+from lorafleet.workers.memory.extra_rows import Extra, ExtraMatrix, ExtraVector
 from lorafleet.workers.memory.packing import Ints
 from lorafleet.workers.memory.page_plan import PagePlan, elements_of_block, pack
 from lorafleet.workers.memory.pages import PageAllocator
 from lorafleet.workers.memory.pool_layout import PoolLayout, parts_of
-from lorafleet.workers.memory.staging import Stager
+from lorafleet.workers.memory.upload import Stager
 
 _MAX_REMEMBERED_COUNTS = 1 << 16
 _MAX_REMEMBERED_PLANS = 64

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lorafleet.adapter_store.manifest import AdapterManifest
-from lorafleet.kernels.placement import LOAD_ALIGN
-from lorafleet.kernels.weights import aligned
+from lorafleet.kernels.weights import LOAD_ALIGN, aligned
 from lorafleet.workers.memory.packing import Ints, pack_rows
 from lorafleet.workers.memory.pool_layout import Piece, PoolLayout
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lorafleet.kernels.segments import CHUNK_LENGTHS
-from lorafleet.workers.batch import StepBatch, StepInputs
-from lorafleet.workers.layout import most_chunks
+from lorafleet.workers.step.batch import StepBatch, StepInputs
+from lorafleet.workers.step.layout import most_chunks
 
 
 @dataclass(frozen=True, slots=True)

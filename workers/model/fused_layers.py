@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lorafleet.kernels import fused
-from lorafleet.kernels.fused import HeadNorm, KVPlace
-from lorafleet.workers.model.attention import AttentionContext, attend
+from lorafleet.kernels.kv_place import HeadNorm, KVPlace
 from lorafleet.workers.model.lora_layers import FusedProjection, ProjectionSlice
 from lorafleet.workers.model.norm_layers import AdapterNorm
+from lorafleet.workers.model.paged_attention import AttentionContext, attend
 
 _WINDOWS: dict[str, Callable[[Any], int | None]] = {
     "llama.modeling_llama.Llama": lambda attention: None,

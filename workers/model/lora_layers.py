@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafleet.kernels import ops, reference
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
-from lorafleet.workers.memory.extras import Extra, ExtraMatrix, ExtraVector
+from lorafleet.workers.memory.extra_rows import Extra, ExtraMatrix, ExtraVector
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from lorafleet.workers.memory.extras import ExtraVector
+from lorafleet.workers.memory.extra_rows import ExtraVector
 from lorafleet.workers.model.lora_layers import LoraContext, Owner
 
 

@@ -19,18 +19,19 @@ import torch
 from lorafleet.kernels.launching import compiled_ahead
 from lorafleet.kernels.reference import EXACT_ROWS
 from lorafleet.kernels.segments import Segments
-from lorafleet.workers.batch import StepBatch, StepInputs
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
-from lorafleet.workers.graph_forms import GraphForm
-from lorafleet.workers.layout import blank_batch, blank_prompt, chunk_bounds
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
-from lorafleet.workers.model import attention, fused_layers, lora_layers, norm_layers
+from lorafleet.workers.model import fused_layers, lora_layers, norm_layers, paged_attention
 from lorafleet.workers.model.cuda_graphs import StepGraph, capture, kernel_shapes
 from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel
-from lorafleet.workers.model.logits import BodyOnce, LogitsPass
+from lorafleet.workers.model.logits import BodyOnce
 from lorafleet.workers.model.sampler import Chosen, Sampler, with_logprobs
+from lorafleet.workers.step.batch import AttentionBatch, StepBatch, StepInputs
+from lorafleet.workers.step.forms import GraphForm
+from lorafleet.workers.step.layout import blank_batch, blank_prompt, chunk_bounds
+from lorafleet.workers.step.passes import LogitsPass
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class ModelRunner:
         self.cache = cache
         self.pool = pool
         self._lora = lora_layers.LoraContext(pool.extras)
-        self._attention = attention.AttentionContext(cache)
+        self._attention = paged_attention.AttentionContext(cache)
         self._sampler = Sampler()
         self._graphs: dict[tuple[GraphForm, int], StepGraph] = {}
         """By `StepBatch.graph_key`."""
@@ -225,7 +226,7 @@ class ModelRunner:
                 lora_layers.substitute_embedding(model, name, self.pool.embedding_weights(name), self._lora)
                 counts[name.rpartition(".")[2]] += 1
         norm_layers.substitute_norms(model, geometry.vectors, self._lora)
-        attention.install(model, self._attention)
+        paged_attention.install(model, self._attention)
         why_not_fused = fused_layers.substitute(model, self._attention)
         logger.info(
             "%s: substituted %s; attention reads pages of %d tokens; %s",
@@ -382,7 +383,7 @@ class ModelRunner:
         device, num_rows = self.base.device, end - start
         positions = torch.arange(start, end, dtype=torch.int32, device=device)
         table = torch.tensor([pages], dtype=torch.int32, device=device)
-        self._attention.batch = attention.AttentionBatch(
+        self._attention.batch = AttentionBatch(
             row_pages=table[0][positions // self.cache.page_tokens],
             row_offsets=positions % self.cache.page_tokens,
             query_indptr=torch.tensor([0, num_rows], dtype=torch.int32, device=device),

@@ -9,7 +9,7 @@ from torch import Tensor
 from lorafleet.adapter_store.manifest import AdapterWeights, Array
 from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights
 from lorafleet.workers.memory.adapter_pool import AdapterPool
-from lorafleet.workers.memory.extras import ExtraVector
+from lorafleet.workers.memory.extra_rows import ExtraVector
 
 
 def bits(tensor: Tensor) -> Array:

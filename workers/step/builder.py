@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from lorafleet.kernels.segments import BASE_SLOT
-from lorafleet.workers.batch import ScheduledRows, StepBatch
-from lorafleet.workers.graph_forms import GraphForm, choose_form
-from lorafleet.workers.layout import GRAPH_CHUNK_LENGTH, Ints, Layout, chunk_bounds, most_chunks
-from lorafleet.workers.sampling_table import SamplingTable
 from lorafleet.workers.sequence import Sequence
+from lorafleet.workers.step.batch import ScheduledRows, StepBatch
+from lorafleet.workers.step.forms import GraphForm, choose_form
+from lorafleet.workers.step.layout import GRAPH_CHUNK_LENGTH, Ints, Layout, chunk_bounds, most_chunks
+from lorafleet.workers.step.sampling_table import SamplingTable
 
 
 class BatchBuilder:

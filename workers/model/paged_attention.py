@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from lorafleet.kernels import fused
-from lorafleet.kernels.fused import KVPlace
+from lorafleet.kernels.kv_place import KVPlace
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.kv_cache import KVCache
+from lorafleet.workers.step.batch import AttentionBatch
 
 if TYPE_CHECKING:
     from lorafleet.kernels.attention import DecodeWorkspace
@@ -27,32 +28,6 @@ IMPLEMENTATION = "lorafleet_paged"
 
 UNSUPPORTED_FEATURES = ("softcap", "s_aux", "position_bias")
 """Arguments of transformers' attention functions that change the result and are not implemented: refused."""
-
-
-@dataclass(slots=True)
-class AttentionBatch:
-    """Where the rows of one forward pass lie in the KV cache, and what each sequence attends to."""
-
-    row_pages: Tensor
-    """(num_rows,) int32: KV page that takes each row's key and value."""
-    row_offsets: Tensor
-    """(num_rows,) int32: token of that page."""
-    query_indptr: Tensor
-    """(num_sequences + 1,) int32: first row of each sequence."""
-    query_lengths: list[int]
-    """Rows of each sequence."""
-    context_lengths: Tensor
-    """(num_sequences,) int32: tokens each sequence attends to, its rows of this pass included."""
-    host_context_lengths: list[int]
-    block_tables: Tensor
-    """(num_sequences, max_pages) int32: KV pages of each sequence; the tail is unused."""
-    num_decodes: int
-    """Lines at the beginning for sequences of one row; in a graph some of the last are empty, with a context of 0."""
-    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
-    """(sequence, sliding window) -> mask on the CPU, the decodes' under sequence -1. Made by the first layer that needs
-    it, used by the others."""
-    gathers: dict[int, Tensor] = field(default_factory=dict)
-    """Likewise: sequence -> which rows of the cache to gather."""
 
 
 @dataclass(slots=True)

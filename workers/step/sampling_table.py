@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorafleet.workers.model.sampler import BIAS, DRAW, PENALTY, PROMPT, START, Records, SamplingBatch, uniforms
 from lorafleet.workers.sequence import Sequence
+from lorafleet.workers.step.sampling import BIAS, DRAW, PENALTY, PROMPT, START, Records, SamplingBatch, uniforms
 
 Ints = npt.NDArray[np.integer[Any]]
 

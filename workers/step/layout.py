@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lorafleet.kernels.segments import BASE_SLOT, SegmentPlan, plan_segments
-from lorafleet.workers.batch import ScheduledRows, StepBatch
-from lorafleet.workers.graph_forms import GraphForm
-from lorafleet.workers.model.logits import plan_passes
-from lorafleet.workers.model.sampler import NO_SAMPLING, SamplingBatch
 from lorafleet.workers.sequence import Sequence
+from lorafleet.workers.step.batch import ScheduledRows, StepBatch
+from lorafleet.workers.step.forms import GraphForm
+from lorafleet.workers.step.passes import plan_passes
+from lorafleet.workers.step.sampling import NO_SAMPLING, SamplingBatch
 
 Ints = npt.NDArray[np.integer[Any]]
 

@@ -5,7 +5,7 @@ Built once a step from what the scheduler chose; every layer reads the same arra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from lorafleet.kernels.segments import SegmentPlan, Segments
-from lorafleet.workers.graph_forms import GraphForm
-from lorafleet.workers.model.attention import AttentionBatch
-from lorafleet.workers.model.logits import LogitsPass, PassPlan
-from lorafleet.workers.model.sampler import SamplingBatch
 from lorafleet.workers.sequence import Sequence
+from lorafleet.workers.step.forms import GraphForm
+from lorafleet.workers.step.passes import LogitsPass, PassPlan
+from lorafleet.workers.step.sampling import SamplingBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +30,32 @@ class ScheduledRows:
     def samples(self) -> bool:
         """Whether this computes the sequence's last token, so that the next can be chosen."""
         return self.num_rows == self.sequence.num_uncomputed
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """Where the rows of one forward pass lie in the KV cache, and what each sequence attends to."""
+
+    row_pages: Tensor
+    """(num_rows,) int32: KV page that takes each row's key and value."""
+    row_offsets: Tensor
+    """(num_rows,) int32: token of that page."""
+    query_indptr: Tensor
+    """(num_sequences + 1,) int32: first row of each sequence."""
+    query_lengths: list[int]
+    """Rows of each sequence."""
+    context_lengths: Tensor
+    """(num_sequences,) int32: tokens each sequence attends to, its rows of this pass included."""
+    host_context_lengths: list[int]
+    block_tables: Tensor
+    """(num_sequences, max_pages) int32: KV pages of each sequence; the tail is unused."""
+    num_decodes: int
+    """Lines at the beginning for sequences of one row; in a graph some of the last are empty, with a context of 0."""
+    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    """(sequence, sliding window) -> mask on the CPU, the decodes' under sequence -1. Made by the first layer that needs
+    it, used by the others."""
+    gathers: dict[int, Tensor] = field(default_factory=dict)
+    """Likewise: sequence -> which rows of the cache to gather."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorafleet.kernels.launching import launch
-from lorafleet.kernels.placement import LOAD_ALIGN
-from lorafleet.kernels.weights import ROW_ALIGN
+from lorafleet.kernels.weights import LOAD_ALIGN, ROW_ALIGN
 
 _BLOCK = 2048
 """Elements that a program has on their way at once."""

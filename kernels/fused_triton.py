@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lorafleet.kernels.fused import HeadNorm, KVPlace
+from lorafleet.kernels.kv_place import HeadNorm, KVPlace
 from lorafleet.kernels.launching import launch
 from lorafleet.kernels.tiling import dependent_launch
 
