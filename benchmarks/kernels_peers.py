@@ -1,4 +1,4 @@
-"""The LoRA kernels of other servers as contenders of `kernels.py`, imported from unpacked wheels.
+"""The LoRA kernels of other servers as contenders of `csgmv.py`, imported from unpacked wheels.
 
 What they import of their servers is stood in for by empty modules; nothing of theirs is kept here. The folder given
 holds what the wheels hold under `sglang/kernels/ops/lora/dense` and `vllm/lora/ops/triton_ops`.

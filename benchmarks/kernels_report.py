@@ -1,4 +1,4 @@
-"""What `kernels.py` measured, against the bars that the kernels on an H200 are held to, and drawn."""
+"""What `csgmv.py` measured, against the bars that the kernels on an H200 are held to, and drawn."""
 
 from __future__ import annotations
 

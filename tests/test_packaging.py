@@ -90,6 +90,13 @@ def test_transformers_ignores_the_folder_kernels() -> None:
     assert imported.stdout.strip() == "LlamaForCausalLM"
 
 
+def test_no_script_lies_beside_a_module_named_kernels() -> None:
+    """Python puts a script's folder first on its path, where transformers' probe would import such a module."""
+    found = [name for name in tracked("*.py") if Path(name).name == "kernels.py"]
+    assert not found
+    assert not [name for name in tracked("*kernels/__init__.py") if name != "tests/kernels/__init__.py"]
+
+
 @pytest.mark.parametrize("floor", FLOORS)
 def test_ruff_bans_the_short_name(floor: str) -> None:
     code = f"import {floor}\nfrom {floor} import x\n\nprint({floor}, x)\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,18 +19,7 @@ def script() -> Iterator[Callable[[str], ModuleType]]:
     before = set(sys.modules)
     sys.path.insert(0, str(FOLDER))
 
-    def load(name: str) -> ModuleType:
-        if name != "kernels":
-            return importlib.import_module(name)
-        # Transformers looks for a module of this name, and finds a folder of this repository.
-        spec = importlib.util.spec_from_file_location("kernels_benchmark", FOLDER / "kernels.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    yield load
+    yield importlib.import_module
     sys.path.remove(str(FOLDER))
-    for name in {"kernels_benchmark", *(path.stem for path in FOLDER.glob("*.py"))} - before:
+    for name in {path.stem for path in FOLDER.glob("*.py")} - before:
         sys.modules.pop(name, None)

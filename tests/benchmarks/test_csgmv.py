@@ -1,4 +1,4 @@
-"""What benchmarks/kernels.py counts, checks and reports; the timing itself needs a GPU."""
+"""What benchmarks/csgmv.py counts, checks and reports; the timing itself needs a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def kernels(script: Callable[[str], ModuleType]) -> ModuleType:
-    return script("kernels")
+    return script("csgmv")
 
 
 def test_cases_are_of_all_models_and_ranks(kernels: ModuleType) -> None:

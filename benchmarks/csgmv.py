@@ -1,7 +1,7 @@
 """The csgmv kernels on a GPU against the bytes they must move, beside other servers' kernels.
 
-    python benchmarks/kernels.py --out benchmarks/results/kernels.jsonl --peers FOLDER
-    python benchmarks/kernels.py --out benchmarks/results/kernels.jsonl --report
+    python benchmarks/csgmv.py --out benchmarks/results/kernels.jsonl --peers FOLDER
+    python benchmarks/csgmv.py --out benchmarks/results/kernels.jsonl --report
 
 Microseconds a layer, by CUDA-graph replay over eight weight sets in turn. The floor counts each byte once, y read and
 written, over the copy bandwidth measured in the same run, or the products over the measured bf16 rate if that is more.
