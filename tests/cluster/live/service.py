@@ -99,10 +99,10 @@ class LiveService:
         with ThreadPoolExecutor(count) as pool:
             return list(pool.map(lambda _: self.complete(model, **body), range(count)))
 
-    def num_running(self, deployment: str) -> int:
-        """Replicas of a deployment that take calls."""
+    def states_of(self, deployment: str) -> dict[str, int]:
+        """Replicas of a deployment by their state."""
         states = serve.status().applications[APP].deployments[deployment].replica_states
-        return int(states.get("RUNNING", 0))
+        return {str(state.value): count for state, count in states.items() if count}
 
     def kill(self, deployment: str, *, worker_id: str | None = None) -> int:
         """SIGKILL the process of a replica; returns its pid."""

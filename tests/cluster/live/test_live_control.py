@@ -22,10 +22,10 @@ NUM_TOKENS = 96
 def three(live: LiveService) -> Iterator[LiveService]:
     """The service with three ingresses."""
     live.deploy(num_ingresses=3)
-    eventually(lambda: live.num_running("ingress") == 3, 60)
+    eventually(lambda: live.states_of("ingress") == {"RUNNING": 3}, 150)
     yield live
     live.deploy()
-    eventually(lambda: live.num_running("ingress") == 1, 60)
+    eventually(lambda: live.states_of("ingress") == {"RUNNING": 1}, 150)
 
 
 def outcome(live: LiveService, model: str) -> tuple[str, bool]:
@@ -86,7 +86,7 @@ def test_an_ingress_that_dies_takes_its_own_streams_only(three: LiveService) -> 
     whole = [text for text, is_whole in ended if is_whole]
     assert whole.count(expected) == len(whole) >= NUM_STREAMS // 3
     assert all(expected.startswith(text) for text, _ in ended)
-    eventually(lambda: three.num_running("ingress") == 3, 60)
+    eventually(lambda: three.states_of("ingress") == {"RUNNING": 3}, 150)
     eventually(lambda: all(worker["leases"] == 0 for worker in three.workers()), 30)
 
 
