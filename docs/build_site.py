@@ -26,7 +26,7 @@ def gather(folder: Path) -> None:
     """Copy the pages and the files that they link to into `folder`."""
     for page in pages():
         linked = {(page.parent / target).resolve() for target in LINK.findall(page.read_text())}
-        for file in {page, *linked}:
+        for file in filter(Path.is_file, {page, *linked}):  # mkdocs says which link leads nowhere
             copy = folder / file.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     shutil.rmtree(gathered, ignore_errors=True)
     gather(gathered)
     mkdocs = Path(sys.executable).with_name("mkdocs")
-    command = (mkdocs, "build", "--strict", "--quiet", "--config-file", ROOT / "mkdocs.yml", "--site-dir", site)
+    command = (mkdocs, "build", "--strict", "--config-file", ROOT / "mkdocs.yml", "--site-dir", site)
     # Material warns of a next mkdocs at each build.
     return subprocess.run(command, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, check=False).returncode
 

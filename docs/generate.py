@@ -1,4 +1,4 @@
-"""Fills the generated blocks of docs/*.md from the code: `make docs`. With `--check` it only says which are behind.
+"""Fills the generated blocks of docs/*.md from the code: `make docs`. With `--check` it only names the pages that are out of date.
 
 A block stands between `<!-- generated: NAME -->` and `<!-- end -->`; what is around it is written by hand.
 """
