@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 FLOORS := adapter_store cluster deploy kernels workers
 
-.PHONY: setup demo serve test lint types unit gpu fidelity format docs lock typings clean
+.PHONY: setup demo serve test lint types unit gpu fidelity format docs site lock typings clean
 
 setup: $(VENV)/.ready typings
 
@@ -59,6 +59,10 @@ format: setup
 # Writes docs/ anew from the code; a test fails when they are behind it.
 docs: setup
 	$(BIN)/python docs/generate.py
+
+# Builds the pages in build/site; a broken link fails it. A test does the same.
+site: setup
+	$(BIN)/python docs/build_site.py
 
 # Writes down what is installed now; a build tag such as +cpu is left to the index that serves it.
 lock:

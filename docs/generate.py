@@ -1,4 +1,4 @@
-"""Fills the generated blocks of docs/*.md from the code: `make docs`. With `--check` it only says which are behind.
+"""Fills the generated blocks of docs/*.md from the code: `make docs`. With `--check` it only names old pages.
 
 A block stands between `<!-- generated: NAME -->` and `<!-- end -->`; what is around it is written by hand.
 """
@@ -248,7 +248,7 @@ def service_errors() -> str:
 def bad_request_codes() -> str:
     """Every code that a `BadRequest(message, param, code)` of the cluster floor carries."""
     codes = {"invalid_value"}
-    for path in sorted((DOCS.parent / "cluster").glob("*.py")):
+    for path in sorted((DOCS.parent / "cluster").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "BadRequest":
                 given = [*node.args[2:3], *(keyword.value for keyword in node.keywords if keyword.arg == "code")]

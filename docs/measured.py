@@ -1,4 +1,4 @@
-"""Tables of what the benchmarks measured, for `generate.py`: figures on a page come from benchmarks/results alone."""
+"""Tables of benchmark results, for `generate.py`. The pages take their figures from benchmarks/results alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PARTS = {
     "norms with residual, SiLU, rotary with the write to pages": r"_rms_norm|_silu_mul|_rotate_and_store",
     "sampling, inputs and what torch does beside": r".",
 }
-"""Part of a step -> its kernels; a kernel is of the first part that knows it."""
+"""Part of a step -> pattern of its kernels' names. The first part that matches has the kernel."""
 DECODES = 64
 MEAN_CONTEXT = 144
 """Of the profiled decodes: prompts of 16 tokens, answers of 256."""
@@ -130,7 +130,7 @@ def fidelity_rows() -> Rows:
 
 
 def step_rows() -> Rows:
-    """Device milliseconds of a decode step by part: what the bytes take with 64 adapters, and what the profiler saw."""
+    """Device milliseconds of each part of a decode step: its bytes' floor with 64 adapters, and three profiles."""
     cases = ("decode_base", "decode_lora64-before", "decode_lora64")
     steps = [_step_floors(), *(_profiled(RESULTS / f"profile-{case}.txt") for case in cases)]
     for part in PARTS:
@@ -139,7 +139,7 @@ def step_rows() -> Rows:
 
 
 def _step_floors() -> dict[str, float]:
-    """Part -> ms that its bytes take at the speed of a copy; of shrink and expand together under the latter."""
+    """Part -> ms of its bytes at the speed of a copy. Expand's row holds those of shrink too."""
     rows = kernels_report.read_rows(RESULTS / "kernels.jsonl")
     of = {"model": "llama-3.1-8b", "batch": f"decode_{DECODES}_distinct", "rank": "16"}
     lora_us = {row["module"]: row["floor_us"] for row in rows if of.items() <= row.items() and "floor_us" in row}
@@ -174,7 +174,7 @@ def _profiled(path: Path) -> dict[str, float]:
 
 
 def serve_rows() -> Rows:
-    """What HTTP through Ray Serve makes of the engines on a GPU, and what they make alone."""
+    """Speed and latency of engines on a GPU, over HTTP through Ray Serve and in-process."""
     for setup, of in SERVE_SETUPS.items():
         results = latest(RESULTS / "serve_gpu.jsonl", **of)
         for way, name in SERVE_WAYS.items():
@@ -187,7 +187,7 @@ def serve_rows() -> Rows:
 
 
 def prompt_graph_rows() -> Rows:
-    """What graphs for prompts beside decodes are worth, by what they take for a sequence and how far they reach."""
+    """First tokens and speed by the kind of graph for prompts beside decodes, and by its largest batch."""
     lines = read(RESULTS / "engine_tried.jsonl", case="prompt_graphs", work="zipf_resident")
     found = {(line["variant"], line["per_second"]): line for line in lines}
     for variant in dict.fromkeys(variant for variant, _ in found):
@@ -201,6 +201,6 @@ def prompt_graph_rows() -> Rows:
 
 
 def hot_rows() -> Rows:
-    """What hot streams feel of loads, by how many threads make them."""
+    """Gaps between tokens of hot streams beside loads, by the number of threads that load."""
     for line in latest(RESULTS / "engine_tried.jsonl")["hot_by_threads"]:
         yield line["variant"], f"{line['gap_ms_p99']:.2f}", f"{line['device_step_ms_p99']:.2f}"

@@ -18,7 +18,8 @@ import yaml
 from lorafleet.deploy.validate import check_file
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+DECISION = ("Context", "Decision", "What was measured", "Consequences")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -52,7 +53,7 @@ def generate() -> Iterator[ModuleType]:
     sys.path.remove(str(ROOT / "docs"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_make_commands_exist(page: Path) -> None:
     said = set(re.findall(r"(?<![\w-])make((?: [a-z]+)+)(?=[`\s]|$)", "\n".join(_code(page.read_text()))))
     named = {target for words in said for target in words.split()}
@@ -66,7 +67,7 @@ def _code(text: str) -> Iterator[str]:
     yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
         file, _, anchor = target.partition("#")
@@ -84,6 +85,49 @@ def test_architecture_names_files_that_exist() -> None:
     names = {path.name for path in tracked()}
     for name in re.findall(r"`([\w/]+\.(?:py|yaml|json|toml))`", text):
         assert (ROOT / name).is_file() if "/" in name else name in names, f"ARCHITECTURE.md speaks of {name}"
+
+
+def rooms() -> dict[str, list[str]]:
+    """ARCHITECTURE.md's tree: folder -> modules that it names there."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    (tree,) = re.findall(r"hold this tree.*?^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    found: dict[str, list[str]] = {}
+    floor = folder = ""
+    for indent, name, modules in re.findall(r"^( *)(?:([a-z_]+)/ +)?(.*)$", tree, re.MULTILINE):
+        if name:
+            folder = f"{floor}/{name}" if indent else name
+            floor = floor if indent else name
+        found.setdefault(folder, []).extend(modules.split())
+    return {folder: modules for folder, modules in found.items() if modules}
+
+
+def test_architecture_names_every_room_and_only_modules_that_exist() -> None:
+    named = rooms()
+    floors = {folder for folder in named if "/" not in folder}
+    modules = {path.relative_to(ROOT) for path in tracked() if path.suffix == ".py"}
+    folders = {str(path.parent) for path in modules if path.parts[0] in floors and len(path.parts) > 1}
+    assert floors == {"adapter_store", "cluster", "deploy", "kernels", "workers"}
+    assert named.keys() == folders, "ARCHITECTURE.md's rooms are not the folders of the tree"
+    gone = [
+        f"{folder}/{name}.py"
+        for folder in named
+        for name in named[folder]
+        if not (ROOT / folder / f"{name}.py").is_file()
+    ]
+    assert not gone, f"ARCHITECTURE.md's rooms name modules that are not there: {gone}"
+
+
+def test_every_decision_has_its_parts_and_is_in_the_index() -> None:
+    folder = ROOT / "docs/decisions"
+    pages = sorted(folder.glob("[0-9]*.md"))
+    index = (folder / "README.md").read_text()
+    assert [int(page.name[:2]) for page in pages] == list(range(1, len(pages) + 1))
+    for page in pages:
+        ((number, title),) = re.findall(r"\A# (\d+)\. (.*)\n", page.read_text())
+        assert int(number) == int(page.name[:2])
+        assert f"| {number} | [{title}]({page.name}) |" in index
+        parts = re.findall(r"^\*\*([\w ]+)\.\*\*", page.read_text(), re.MULTILINE)
+        assert [part for part in parts if part in DECISION] == list(DECISION), page.name
 
 
 def test_docs_are_current(generate: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
