@@ -1,98 +1,200 @@
-"""Names and the versions that they point at, and the published versions, on disk.
+"""Names and the versions that they point at, the published versions, and the desired state, on disk.
 
-One file a name and one folder a version, each replaced or published by a rename, so that a crash leaves the old state
-or the new one. Calls block; any thread may make them.
+Entries are rows of a database, one transaction a change. A version's weights are a folder, published by a rename.
+A crash leaves the old state or the new one. Calls block; any thread may make them.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
 
-from lorafleet.adapter_store.errors import StoreUnusable, UnknownAdapter, UnknownVersion
-from lorafleet.adapter_store.files import make_empty, make_folder_durable, sync, write_durably
-from lorafleet.adapter_store.manifest import AdapterManifest, Origin, shared_extra, shared_module
+from lorafleet.adapter_store import folder_layout
+from lorafleet.adapter_store.database import DamagedDatabaseError, Database, create, salvage, set_aside
+from lorafleet.adapter_store.errors import StaleGeneration, StoreUnusable, UnknownAdapter, UnknownVersion
+from lorafleet.adapter_store.files import make_empty, make_folder_durable, sync, unwritable, write_durably
+from lorafleet.adapter_store.folder_layout import MANIFEST, manifest_file, manifest_of, manifest_row
+from lorafleet.adapter_store.manifest import AdapterManifest
+from lorafleet.adapter_store.peft_format import CONFIG_FILE, WEIGHTS_FILE
+from lorafleet.adapter_store.records import (
+    Damage,
+    DesiredAdapter,
+    DesiredState,
+    NameChanges,
+    NameRecord,
+    Row,
+    Tombstone,
+)
+
+__all__ = ["Catalog", "NameRecord", "Tombstone"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
-_MANIFEST = "manifest.json"
+DELETED_S = 365 * 86400.0
+"""How long a name that somebody deleted stays away from `resolve` sources."""
+FORGOTTEN_S = 86400.0
+"""How long other tombstones are kept, for readers of `changes_since`."""
+
 _LOCK_PATIENCE_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class NameRecord:
-    """What is kept of a name."""
-
-    name: str
-    version: str
-    source: str
-    key: str
-    pinned: bool
-    warm: int | Literal["all"]
-    origin: Origin
-    generation: int = 0
-    """Given by the catalogue when the record is written."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tombstone:
-    """What is kept of a name that was deleted."""
-
-    name: str
-    explicit: bool
-    """Somebody deleted it by name, so no `resolve` source may bring it back."""
-    generation: int
+_AFTER_DAMAGE = 10**6
+"""Damage may hide the latest generation: numbers go on far behind it."""
+_DESIRED_COUNTERS = ("desired", "desired-copy")
+_UNREADABLE = (ValueError, KeyError, TypeError, RecursionError, OSError)
 
 
 class Catalog:
-    """The state folder of one base; nobody else has it while this lives. What is damaged is left out, and logged."""
+    """The state folder of one base; nobody else has it while this lives. What is damaged is not used, and named."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, wall_clock: Callable[[], float] = time.time) -> None:
         """Open `folder`, made if need be, and remove what a crash left half done. Raises StoreUnusable."""
-        self._names = folder / "names"
         self._versions = folder / "versions"
         self._staging = folder / "staging"
+        self._set_aside = folder / "damaged"
+        self._wall_clock = wall_clock
         self._changes = threading.Lock()
+        self._indexes = threading.Lock()
         self.records: dict[str, NameRecord] = {}
+        """In order of their generations."""
         self.tombstones: dict[str, Tombstone] = {}
+        """In order of their generations."""
         self.manifests: dict[str, AdapterManifest] = {}
-        self._damaged: set[str] = set()
+        self.generation = 0
+        self._expired = 0
+        self._named: Counter[str] = Counter()
+        self._pinned: Counter[str] = Counter()
+        self._desired = DesiredState(0, ())
+        self._damaged_names: dict[str, str] = {}
+        self._damaged_desired: dict[str, str] = {}
+        self._damaged: dict[str, str] = {}
         self._folder_lock: int | None = None
+        self._database: Database | None = None
         try:
-            for path in (self._names, self._versions):
-                path.mkdir(parents=True, exist_ok=True)
+            self._versions.mkdir(parents=True, exist_ok=True)
             self._folder_lock = _lock(folder / "lock")
             make_empty(self._staging)
             sync(folder)
-            self._load()
+            self._database = self._opened(folder / "catalog.sqlite", folder / "names")
+            self._load(self._database)
         except OSError as error:
             self.close()
-            raise StoreUnusable("store_not_writable", "the store's state folder cannot be written") from error
-        known: list[NameRecord | Tombstone] = [*self.records.values(), *self.tombstones.values()]
-        self.generation = max((entry.generation for entry in known), default=0)
+            raise unwritable(error) from error
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let another store have the folder; closing twice is fine."""
+        with self._changes:
+            # A thread may be in a transaction: a connection must not be closed under it.
+            if self._database is not None:
+                self._database.close()
+                self._database = None
         if self._folder_lock is not None:
             os.close(self._folder_lock)
             self._folder_lock = None
 
     def check_writable(self) -> None:
         """Raises StoreUnusable `store_not_writable`."""
-        if not os.access(self._names, os.W_OK) or not os.access(self._staging, os.W_OK):
-            raise StoreUnusable("store_not_writable", "the store's state folder cannot be written")
+        if not os.access(self._versions, os.W_OK) or not os.access(self._staging, os.W_OK):
+            raise unwritable()
+
+    def damaged(self) -> tuple[Damage, ...]:
+        """All that is damaged. A database that was moved aside is named until its file is removed."""
+        with self._indexes:
+            found = [Damage("name", name, why) for name, why in self._damaged_names.items()]
+            found += [Damage("version", version, why) for version, why in self._damaged.items()]
+            found += [Damage("desired", name, why) for name, why in self._damaged_desired.items()]
+        try:
+            files = sorted(path.name for path in self._set_aside.iterdir() if path.suffix in (".sqlite", ".missing"))
+        except OSError:
+            files = []
+        why = "the catalogue's database was damaged or missing; names in a part that cannot be read are not known"
+        return (*found, *(Damage("database", file, why) for file in files))
+
+    def desired(self) -> DesiredState:
+        """The desired state that was set last."""
+        return self._desired
+
+    def set_desired(self, adapters: Sequence[DesiredAdapter], generation: int) -> DesiredState:
+        """Replace the desired state, durably. Raises StaleGeneration for an older generation than the one kept."""
+        state = DesiredState(generation, tuple(sorted(adapters, key=lambda adapter: adapter.name)))
+        names = {adapter.name for adapter in state.adapters}
+        if len(names) != len(state.adapters):
+            raise ValueError("the desired state has two adapters of one name")
+        with self._changes:
+            if generation < self._desired.generation:
+                kept = self._desired.generation
+                message = f"desired generation {generation} is older than {kept}: read the desired state again"
+                raise StaleGeneration("stale_generation", message, "generation")
+            before = {adapter.name: adapter for adapter in self._desired.adapters}
+            rows = [Row.of("desired", a.name, asdict(a)) for a in state.adapters if before.get(a.name) != a]
+            gone = {*before, *self._damaged_desired} - names
+            # Kept twice: without it an older writer could not be told from a newer one.
+            totals = {"generation": generation, "count": len(names)}
+            counters = [Row.of("counter", key, totals) for key in _DESIRED_COUNTERS]
+            self._write([*rows, *counters], [("desired", name) for name in gone])
+            with self._indexes:
+                self._desired = state
+                self._damaged_desired.clear()
+        return state
+
+    def changes_since(self, generation: int) -> NameChanges:
+        """The names that changed after `generation`; costs what changed, not what there is."""
+        with self._indexes:
+            records, deleted = [], []
+            for record in reversed(self.records.values()):
+                if record.generation <= generation:
+                    break
+                records.append(record)
+            for tombstone in reversed(self.tombstones.values()):
+                if tombstone.generation <= generation:
+                    break
+                deleted.append(tombstone.name)
+            is_complete = self._expired <= generation <= self.generation
+            return NameChanges(self.generation, tuple(records), tuple(deleted), is_complete)
+
+    def is_named(self, version: str) -> bool:
+        """Whether a name points at the version."""
+        return version in self._named
+
+    def versions_named(self) -> dict[str, bool]:
+        """Versions that have a name, and whether a pinned one."""
+        with self._indexes:
+            return {version: version in self._pinned for version in self._named}
+
+    def pinned_versions(self) -> tuple[str, ...]:
+        """Versions that a pinned name points at."""
+        with self._indexes:
+            return tuple(self._pinned)
+
+    def expire_tombstones(self) -> int:
+        """Remove tombstones that have had their time, durably; returns how many."""
+        now = self._wall_clock()
+        with self._changes:
+            old = [
+                tombstone
+                for tombstone in self.tombstones.values()
+                if now - tombstone.deleted_at >= (DELETED_S if tombstone.explicit else FORGOTTEN_S)
+            ]
+            if old:
+                expired = max(self._expired, *(tombstone.generation for tombstone in old))
+                counter = _counter(self.generation, expired)
+                self._write([counter], [("name", tombstone.name) for tombstone in old])
+                with self._indexes:
+                    self._expired = expired
+                    for tombstone in old:
+                        del self.tombstones[tombstone.name]
+        return len(old)
 
     def set_name(self, record: NameRecord) -> NameRecord:
         """Let a name point at a published version, durably. Raises UnknownVersion."""
@@ -117,39 +219,49 @@ class Catalog:
         """Take a name away, durably; its version stays published. Raises UnknownAdapter."""
         with self._changes:
             record = self._record(name)
-            tombstone = Tombstone(name, explicit, self.generation + 1)
-            self._write(name, {"state": "deleted", **asdict(tombstone)})
-            self.generation = tombstone.generation
-            self.tombstones[name] = tombstone
-            del self.records[name]
+            tombstone = Tombstone(name, explicit, self.generation + 1, self._wall_clock())
+            self._write([_tombstone_row(tombstone), _counter(tombstone.generation, self._expired)])
+            with self._indexes:
+                self._forget(name)
+                self.generation = tombstone.generation
+                self.tombstones[name] = tombstone
             return record
 
     def is_deleted(self, name: str) -> bool:
-        """Whether somebody deleted this name, and nobody has loaded it since."""
-        return name in self.tombstones and self.tombstones[name].explicit
+        """Whether somebody deleted this name and nobody has loaded it since; a damaged entry may have said so."""
+        return name in self._damaged_names or (name in self.tombstones and self.tombstones[name].explicit)
 
     @contextmanager
     def staging_folder(self) -> Iterator[Path]:
         """A new empty folder beside the published ones; what is left of it in the end is removed."""
         folder = self._staging / uuid.uuid4().hex
-        folder.mkdir()
+        try:
+            folder.mkdir()
+        except OSError as error:
+            raise unwritable(error) from error
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, staged: Path, manifest: AdapterManifest) -> None:
-        """Give a staged adapter its place among the versions; nothing changes if the same one is there already."""
-        (staged / _MANIFEST).write_text(json.dumps({"format": _FORMAT, **asdict(manifest)}))
-        make_folder_durable(staged)
-        with self._changes:
-            if manifest.version in self.manifests and manifest.version not in self._damaged:
-                return
-            self._clear(manifest.version)
-            staged.rename(self.folder(manifest.version))
-            sync(self._versions)
-            self.manifests[manifest.version] = manifest
-            self._damaged.discard(manifest.version)
+        """Give a staged adapter its place among the versions; nothing changes if the same one is there, on disk too."""
+        version, row = manifest.version, manifest_row(manifest)
+        try:
+            (staged / MANIFEST).write_text(manifest_file(row))
+            make_folder_durable(staged)
+            with self._changes:
+                if version in self.manifests and version not in self._damaged and self._is_on_disk(version):
+                    return
+                self._clear(version)
+                staged.rename(self.folder(version))
+                sync(self._versions)
+                self._write([row])
+                with self._indexes:
+                    self.manifests[version] = manifest
+                    self._damaged.pop(version, None)
+        except OSError as error:
+            raise unwritable(error) from error
 
     def folder(self, version: str) -> Path:
         """Where a published version lies."""
@@ -158,27 +270,30 @@ class Catalog:
     def remove(self, version: str, is_unwanted: Callable[[], bool]) -> bool:
         """Take a version off the disk, unless it has a name, or is wanted at the moment that nothing else changes."""
         with self._changes:
-            if version not in self.manifests or self._is_named(version) or not is_unwanted():
+            if version not in self.manifests or self.is_named(version) or not is_unwanted():
                 return False
-            del self.manifests[version]
+            self._write([], [("version", version)])
+            with self._indexes:
+                del self.manifests[version]
+                self._damaged.pop(version, None)
             trash = self._clear(version)
         shutil.rmtree(trash, ignore_errors=True)
         return True
 
-    def mark_damaged(self, version: str) -> None:
+    def mark_damaged(self, version: str, why: str = "its files cannot be read back") -> None:
         """Let the next `publish` of this version replace its files; until then they stay, and names keep pointing."""
-        with self._changes:
-            self._damaged.add(version)
+        with self._changes, self._indexes:
+            self._damaged[version] = why
 
     def _clear(self, version: str) -> Path:
         # The rename makes it gone at once; what a crash leaves in the staging folder is removed at the next start.
         trash = self._staging / uuid.uuid4().hex
-        if self.folder(version).exists():
+        if os.path.lexists(self.folder(version)):
             self.folder(version).rename(trash)
         return trash
 
-    def _is_named(self, version: str) -> bool:
-        return any(record.version == version for record in self.records.values())
+    def _is_on_disk(self, version: str) -> bool:
+        return all((self.folder(version) / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE, MANIFEST))
 
     def _record(self, name: str) -> NameRecord:
         if name not in self.records:
@@ -189,40 +304,176 @@ class Catalog:
         if record.version not in self.manifests:
             raise UnknownVersion("version_not_found", f"there is no adapter version {record.version[:40]}", "version")
         stamped = replace(record, generation=self.generation + 1)
-        self._write(stamped.name, {"state": "named", **asdict(stamped)})
-        self.generation = stamped.generation
-        self.records[stamped.name] = stamped
-        self.tombstones.pop(stamped.name, None)
+        rows = [_name_row(stamped), _counter(stamped.generation, self._expired)]
+        self._write(rows, [("lost", stamped.name)] if stamped.name in self._damaged_names else ())
+        with self._indexes:
+            self._forget(stamped.name)
+            self.generation = stamped.generation
+            self._remember(stamped)
         return stamped
 
-    def _write(self, name: str, fields: Mapping[str, object]) -> None:
-        content = json.dumps({"format": _FORMAT, **fields}, indent=1).encode()
-        try:
-            write_durably(self._names / f"{name}.json", content, self._staging)
-        except OSError as error:
-            raise StoreUnusable("store_not_writable", "the store's state folder cannot be written") from error
-
-    def _load(self) -> None:
-        for path in self._versions.iterdir():
-            try:
-                self.manifests[path.name] = _read_manifest(path / _MANIFEST)
-            except (ValueError, KeyError, TypeError):
-                logger.exception("adapter version %s is damaged on disk and left out", path.name)
-        for path in self._names.iterdir():
-            try:
-                self._load_name(_read_json(path))
-            except (ValueError, KeyError, TypeError):
-                logger.exception("the record of adapter name %s is damaged on disk and left out", path.stem)
-
-    def _load_name(self, fields: dict[str, Any]) -> None:
-        if fields.pop("state") == "deleted":
-            tombstone = Tombstone(**fields)
-            self.tombstones[tombstone.name] = tombstone
-            return
-        record = NameRecord(**fields)
-        if record.version not in self.manifests:
-            raise ValueError(f"its version {record.version} is not published")
+    def _remember(self, record: NameRecord) -> None:
         self.records[record.name] = record
+        self._named[record.version] += 1
+        if record.pinned:
+            self._pinned[record.version] += 1
+
+    def _forget(self, name: str) -> None:
+        # Taken out first, a name comes last again when it is put back: so both stay in order of generations.
+        self.tombstones.pop(name, None)
+        self._damaged_names.pop(name, None)
+        record = self.records.pop(name, None)
+        if record is not None:
+            _count_down(self._named, record.version)
+            if record.pinned:
+                _count_down(self._pinned, record.version)
+
+    def _write(self, rows: Iterable[Row], removed: Iterable[tuple[str, str]] = ()) -> None:
+        if self._database is None:
+            raise unwritable()
+        self._database.write(rows, removed)
+
+    def _opened(self, path: Path, names: Path) -> Database:
+        """The database; made from the layout of former stores, or from what is left of a damaged file."""
+        if not path.exists():
+            rows = folder_layout.rows_of_names(names, self._wall_clock())
+            if not names.exists() and any(self._versions.iterdir()):
+                self._set_aside.mkdir(exist_ok=True)
+                (self._set_aside / f"{path.stem}-{time.time_ns()}.missing").touch()
+            create(path, [*rows, _counter(max((row.fields().get("generation", 0) for row in rows), default=0), 0)])
+        if names.exists():
+            names.rename(names.with_name("names.taken-over"))
+        try:
+            return Database(path)
+        except DamagedDatabaseError as error:
+            logger.error("the catalogue's database is damaged and moved aside: %s", error)
+            copy = set_aside(path, self._set_aside)
+            saved = salvage(copy)
+            lost = [Row.of("lost", name, {}) for name in saved.lost_names]
+            rows = list(saved.rows)
+            if all((row.kind, row.key) != ("counter", "names") for row in rows):
+                latest = max((row.fields().get("generation", 0) for row in rows if row.kind == "name"), default=0)
+                rows.append(_counter(latest + _AFTER_DAMAGE, 0))
+            create(path, {(row.kind, row.key): row for row in [*lost, *rows]}.values())
+            return Database(path)
+
+    def _load(self, database: Database) -> None:
+        """Judge each row by itself."""
+        fields: dict[str, list[tuple[Row, dict[str, object]]]] = {}
+        damaged = []
+        for row in database.rows:
+            try:
+                fields.setdefault(row.kind, []).append((row, row.fields()))
+            except _UNREADABLE as error:
+                damaged.append(row)
+                logger.error("entry %s %r of the catalogue is damaged: %s", row.kind, row.key, error)
+        self._load_versions({row.key: row for row, _ in fields.get("version", [])})
+        entries = []
+        for row, values in fields.get("name", []):
+            try:
+                entries.append(_name_entry(values))
+            except _UNREADABLE as error:
+                damaged.append(row)
+                logger.error("entry name %r of the catalogue cannot be read: %s", row.key, error)
+        for entry in sorted(entries, key=lambda entry: entry.generation):
+            self.generation = entry.generation
+            if isinstance(entry, Tombstone):
+                self.tombstones[entry.name] = entry
+            elif entry.version in self.manifests:
+                self._remember(entry)
+            else:
+                self._damaged_names[entry.name] = f"its version {entry.version} is damaged: load it again"
+        for row, _ in fields.get("lost", []):
+            self._damaged_names.setdefault(row.key, "its record was lost with a damaged database: load it again")
+        for row in damaged:
+            # A damaged kind, too, must not let a deleted name come back.
+            for key in row.names() - self.records.keys() if row.kind not in ("version", "counter", "desired") else ():
+                self._damaged_names[key] = "its record is damaged: load it again"
+        self._load_counters(fields, damaged)
+
+    def _load_counters(self, fields: dict[str, list[tuple[Row, dict[str, object]]]], damaged: list[Row]) -> None:
+        counters = {row.key: values for row, values in fields.get("counter", [])}
+        names = counters.get("names", {})
+        self.generation = max(self.generation, _number(names.get("generation")))
+        self._expired = _number(names.get("expired"))
+        if "names" not in counters or any(row.kind not in ("version", "desired") for row in damaged):
+            self.generation += _AFTER_DAMAGE
+            self._expired = self.generation
+        adapters = []
+        for _, values in fields.get("desired", []):
+            adapters.append(DesiredAdapter(**values))  # type: ignore[arg-type]
+        self._damaged_desired = {
+            key: "its entry is damaged: set the desired state again"
+            for row in damaged
+            if row.kind == "desired"
+            for key in row.names()
+        }
+        counter = next((counters[key] for key in _DESIRED_COUNTERS if key in counters), {})
+        is_complete = _number(counter.get("count")) == len(adapters)
+        adapters.sort(key=lambda adapter: adapter.name)
+        self._desired = DesiredState(_number(counter.get("generation")), tuple(adapters), is_complete)
+
+    def _load_versions(self, rows: dict[str, Row]) -> None:
+        """A version's manifest lies in the database and beside its weights; either mends the other."""
+        mended = []
+        on_disk = {path.name for path in self._versions.iterdir()}
+        for version in sorted(rows.keys() | on_disk):
+            path = self.folder(version) / MANIFEST
+            row = rows.get(version)
+            try:
+                if row is None:
+                    row = folder_layout.read_manifest_row(path, version)
+                    mended.append(row)
+                self.manifests[version] = manifest_of(row)
+            except _UNREADABLE as error:
+                self._damaged[version] = "its manifest is damaged: load it again"
+                logger.error("adapter version %s is damaged on disk: %s", version, error)
+                continue
+            try:
+                if self.folder(version).is_dir() and not _has_content(path, manifest_file(row)):
+                    logger.warning("the manifest of adapter version %s is written again", version)
+                    write_durably(path, manifest_file(row).encode(), self._staging)
+            except OSError as error:
+                logger.error("the manifest of adapter version %s cannot be written again: %s", version, error)
+            if not self._is_on_disk(version):
+                self._damaged[version] = "its files are gone: load it again"
+        self._write(mended)
+
+
+def _name_row(record: NameRecord) -> Row:
+    return Row.of("name", record.name, {"state": "named", **asdict(record)})
+
+
+def _tombstone_row(tombstone: Tombstone) -> Row:
+    return Row.of("name", tombstone.name, {"state": "deleted", **asdict(tombstone)})
+
+
+def _counter(generation: int, expired: int) -> Row:
+    return Row.of("counter", "names", {"generation": generation, "expired": expired})
+
+
+def _name_entry(fields: dict[str, object]) -> NameRecord | Tombstone:
+    values = {key: value for key, value in fields.items() if key != "state"}
+    if fields["state"] == "deleted":
+        return Tombstone(**values)  # type: ignore[arg-type]
+    return NameRecord(**values)  # type: ignore[arg-type]
+
+
+def _number(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _count_down(counter: Counter[str], key: str) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
+
+
+def _has_content(path: Path, content: str) -> bool:
+    try:
+        return path.read_bytes() == content.encode()
+    except OSError:
+        return False
 
 
 def _lock(path: Path) -> int:
@@ -239,20 +490,3 @@ def _lock(path: Path) -> int:
             time.sleep(0.05)
         else:
             return descriptor
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    fields = json.loads(path.read_bytes())
-    if not isinstance(fields, dict) or fields.pop("format") != _FORMAT:
-        raise ValueError("it is of another format")
-    return fields
-
-
-def _read_manifest(path: Path) -> AdapterManifest:
-    if not path.is_file():
-        raise ValueError("it has no manifest")
-    fields = _read_json(path)
-    modules = tuple(shared_module(m["name"], m["rank"], m["scaling"]) for m in fields.pop("modules"))
-    # Manifests of stores that knew no extras have none.
-    extras = tuple(shared_extra(e["name"], e["kind"], e["num_rows"], e["width"]) for e in fields.pop("extras", ()))
-    return AdapterManifest(**{**fields, "modules": modules, "targets": tuple(fields["targets"]), "extras": extras})

@@ -8,8 +8,9 @@ AdapterStoreError
 ├── UnknownKey          kind not_found     the source has nothing under this key
 ├── UnknownVersion      kind not_found     no adapter version of this digest is published
 ├── AdapterRefused      kind refused       the adapter breaks a rule; `code` is the rule's
+├── StaleGeneration     kind invalid       a desired state that is older than the one kept
 ├── SourceUnavailable   kind unavailable   the source cannot be reached now; trying again may help
-└── StoreUnusable       kind internal      the state folder is damaged, locked or not writable
+└── StoreUnusable       kind internal      the state folder is damaged, locked, full or not writable
 """
 
 # Names say what is wrong; "Error" would add nothing to "refused" or "unknown".
@@ -82,14 +83,20 @@ class AdapterRefused(AdapterStoreError):
     kind = "refused"
 
 
+class StaleGeneration(AdapterStoreError):
+    """`stale_generation`: a newer desired state is kept already."""
+
+    kind = "invalid"
+
+
 class SourceUnavailable(AdapterStoreError):
-    """`source_unavailable`: the source could not be asked, or did not answer in time."""
+    """`source_unavailable`, `source_changed`: the source could not be asked or read, or changed while it was read."""
 
     kind = "unavailable"
     retryable = True
 
 
 class StoreUnusable(AdapterStoreError):
-    """`store_locked`, `store_damaged`, `store_not_writable`: an operator must look at the state folder."""
+    """`store_locked`, `store_damaged`, `store_full`, `store_not_writable`: look at the state folder."""
 
     kind = "internal"

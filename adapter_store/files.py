@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
 from pathlib import Path
+
+from lorafleet.adapter_store.errors import StoreUnusable
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def unwritable(error: OSError | None = None, *, is_full: bool = False) -> StoreUnusable:
+    """`store_full` if the disk has no room, else `store_not_writable`."""
+    if is_full or (error is not None and error.errno in _FULL):
+        return StoreUnusable("store_full", "the disk of the store's state folder is full: make room on it")
+    return StoreUnusable("store_not_writable", "the store's state folder cannot be written")
 
 
 def sync(path: Path) -> None:
@@ -20,9 +32,13 @@ def sync(path: Path) -> None:
 def write_durably(path: Path, content: bytes, staging: Path) -> None:
     """Replace the file `path` at once; written aside in `staging`, which must lie on the same file system."""
     aside = staging / f"{uuid.uuid4().hex}.tmp"
-    aside.write_bytes(content)
-    sync(aside)
-    aside.replace(path)
+    try:
+        aside.write_bytes(content)
+        sync(aside)
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

@@ -10,13 +10,19 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
 from lorafleet.adapter_store.errors import AdapterRefused
 
 TIME_LIMIT_S = 5.0
+"""For all patterns of one adapter together."""
+
+_deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 
 _NAME = r"(?:[A-Za-z0-9_.^$-]|\\[.d])*"
 _PLAIN = re.compile(rf"{_NAME}|\(\.\*\\\.\)\?\({_NAME}\)\$")
@@ -43,6 +49,16 @@ json.dump(answer, sys.stdout)
 """
 
 
+@contextmanager
+def one_time_limit() -> Iterator[None]:
+    """All `match_patterns` calls inside share one `TIME_LIMIT_S`."""
+    token = _deadline.set(time.monotonic() + TIME_LIMIT_S)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
 @dataclass(frozen=True, slots=True)
 class Pattern:
     """A regular expression and how it is applied."""
@@ -64,17 +80,18 @@ def match_patterns(patterns: Sequence[Pattern], names: Sequence[str]) -> list[li
         return [_match_here(pattern, names) for pattern in patterns]
     request = json.dumps({"patterns": [[p.method, p.regex] for p in patterns], "names": list(names)})
     fields = ", ".join(sorted({pattern.field for pattern in patterns}))
+    deadline = _deadline.get()
     try:
         child = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _CHILD],
             input=request,
             capture_output=True,
             text=True,
-            timeout=TIME_LIMIT_S,
+            timeout=TIME_LIMIT_S if deadline is None else max(0.0, deadline - time.monotonic()),
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        message = f"matching the patterns of {fields} takes more than {TIME_LIMIT_S:g} s"
+        message = f"matching the patterns of {fields} takes more than the {TIME_LIMIT_S:g} s that an adapter has"
         raise AdapterRefused("pattern_too_slow", message, fields) from error
     if child.returncode != 0:
         raise AdapterRefused("invalid_pattern", f"the patterns of {fields} cannot be matched", fields)

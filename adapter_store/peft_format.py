@@ -24,6 +24,7 @@ from lorafleet.adapter_store.manifest import (
     ExtraManifest,
     ModuleManifest,
 )
+from lorafleet.adapter_store.patterns import one_time_limit
 from lorafleet.adapter_store.peft_config import LoraSpec, read_config
 from lorafleet.adapter_store.targets import effective_modules, tied_outputs
 from lorafleet.adapter_store.tensor_file import TensorFile, tag_of, write_tensors
@@ -122,9 +123,10 @@ class AdapterReader:
         self._check_files(folder)
         spec = read_config(folder / CONFIG_FILE)
         file = TensorFile.open(folder / WEIGHTS_FILE)
-        lora = effective_modules(spec, self.geometry, present=modules_present(file.entries, self.geometry))
-        check_ranks(lora, self.max_rank, "r")
-        beside = trained(spec, self.geometry, {module.name for module in lora})
+        with one_time_limit():
+            lora = effective_modules(spec, self.geometry, present=modules_present(file.entries, self.geometry))
+            check_ranks(lora, self.max_rank, "r")
+            beside = trained(spec, self.geometry, {module.name for module in lora})
         modules = with_tokens(lora, beside.tokens)
         check_ranks(modules, self.max_rank, TOKENS_FIELD)
         contents = match_tensors(file.entries, spec, lora, beside, self.geometry)

@@ -41,11 +41,22 @@ from lorafleet.adapter_store.manifest import (
     Origin,
 )
 from lorafleet.adapter_store.peft_format import AdapterReader
+from lorafleet.adapter_store.records import Damage, DesiredAdapter, DesiredState
 from lorafleet.adapter_store.resolution import AbsentNames, first_offer, unknown_adapter
 from lorafleet.adapter_store.single_flight import SingleFlight
 from lorafleet.adapter_store.sources import Source, SourceConfig, checked_key, open_source
 
-__all__ = ["AdapterStore", "Desired", "NameTable", "NamedAdapter", "identity"]
+__all__ = [
+    "AdapterStore",
+    "Damage",
+    "Desired",
+    "DesiredAdapter",
+    "DesiredState",
+    "NameTable",
+    "NamedAdapter",
+    "TableChanges",
+    "identity",
+]
 
 Result = TypeVar("Result")
 
@@ -53,6 +64,9 @@ NAME_PATTERN: Final = re.compile(NAME_GRAMMAR)
 
 GRACE_S = 600.0
 """How long a version without a name stays published, and how long a worker that fell silent is believed to hold any."""
+
+_COLLECTED_AT_ONCE = 500
+"""Versions that `collect` judges before other calls have their turn."""
 
 _SOURCE_THREADS = 4
 _DISK_THREADS = 4
@@ -88,6 +102,17 @@ class StoreUsage:
     num_cached: int
     """Versions in host memory."""
     cached_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableChanges:
+    """What became of the names after a generation."""
+
+    generation: int
+    adapters: tuple[NamedAdapter, ...]
+    deleted: tuple[str, ...]
+    is_complete: bool
+    """False if the store no longer knows all that was deleted since: read the whole table."""
 
 
 class AdapterStore:
@@ -132,6 +157,8 @@ class AdapterStore:
             # The served dtype may have changed since it was published.
             num_bytes = self._reader.num_bytes(manifest.modules, manifest.extras)
             self._catalog.manifests[version] = replace(manifest, num_bytes=num_bytes)
+        self._table = NameTable(-1, ())
+        self._versions_named: tuple[int, dict[str, bool]] = (-1, {})
         self._touched = dict.fromkeys(self._catalog.manifests, clock())
         self._holdings: dict[str, _Holding] = {}
         self._collected_at = clock()
@@ -210,8 +237,33 @@ class AdapterStore:
 
     async def table(self) -> NameTable:
         """All names. Equal generations mean equal tables; see `generation`."""
-        records = sorted(self._catalog.records.values(), key=lambda record: record.name)
-        return NameTable(self._catalog.generation, tuple(self._named(record) for record in records))
+        if self._table.generation != self._catalog.generation:
+            self._table = await self._on_disk(self._new_table)
+        return self._table
+
+    async def named(self, name: str) -> NamedAdapter:
+        """The adapter of this name; no source is asked. Raises UnknownAdapter."""
+        record = self._catalog.records.get(name)
+        if record is None:
+            raise unknown_adapter(name)
+        return self._named(record)
+
+    async def names_since(self, generation: int) -> TableChanges:
+        """The names that changed after `generation`; costs what changed, not what there is."""
+        return await self._on_disk(lambda: self._changes_since(generation))
+
+    async def damaged(self) -> list[Damage]:
+        """All that is damaged in the state folder and therefore not served, by name."""
+        return list(await self._on_disk(self._catalog.damaged))
+
+    async def desired(self) -> DesiredState:
+        """The desired state that was set last."""
+        return self._catalog.desired()
+
+    async def set_desired(self, adapters: Sequence[DesiredAdapter], generation: int) -> DesiredState:
+        """Replace the desired state, durably. Raises StaleGeneration for an older generation than the one kept."""
+        given = tuple(adapters)
+        return await self._on_disk(lambda: self._catalog.set_desired(given, generation))
 
     async def generation(self) -> int:
         """Grows with every change of any name: a cheap way to see whether a table is still true."""
@@ -239,7 +291,7 @@ class AdapterStore:
             return value
 
     async def reconcile(self, worker_id: str, held: tuple[str, ...]) -> Desired:
-        """Take note of the versions that a worker holds, and say which have a name."""
+        """Take note of the versions that a worker holds, and say which have a name: an answer that is shared."""
         now = self._clock()
         self._holdings[worker_id] = _Holding(now, frozenset(held))
         if now - self._collected_at >= GRACE_S / 10:
@@ -247,10 +299,10 @@ class AdapterStore:
             task = asyncio.create_task(self.collect())
             self._background.add(task)
             task.add_done_callback(self._background.discard)
-        versions: dict[str, bool] = {}
-        for record in self._catalog.records.values():
-            versions[record.version] = versions.get(record.version, False) or record.pinned
-        return Desired(self._catalog.generation, versions)
+        generation = self._catalog.generation
+        if self._versions_named[0] != generation:
+            self._versions_named = (generation, self._catalog.versions_named())
+        return Desired(*self._versions_named)
 
     async def collect(self) -> tuple[str, ...]:
         """Remove published versions that nothing has named, held or asked for during the grace period; returns them."""
@@ -259,11 +311,14 @@ class AdapterStore:
             if now - holding.at >= GRACE_S:
                 del self._holdings[worker_id]
         removed = []
-        for version in list(self._catalog.manifests):
+        for number, version in enumerate(list(self._catalog.manifests), 1):
+            if number % _COLLECTED_AT_ONCE == 0:
+                await asyncio.sleep(0)
             if self._is_unwanted(version) and await self._on_disk(partial(self._remove, version)):
                 self._cache.drop(version)
                 self._touched.pop(version, None)
                 removed.append(version)
+        await self._on_disk(self._catalog.expire_tombstones)
         return tuple(removed)
 
     def check_health(self) -> None:
@@ -287,6 +342,17 @@ class AdapterStore:
             record.origin,
             manifest,
         )
+
+    def _new_table(self) -> NameTable:
+        # The generation is read first: a change meanwhile makes the table newer than it says, and it is made again.
+        generation = self._catalog.generation
+        records = sorted(self._catalog.records.copy().values(), key=lambda record: record.name)
+        return NameTable(generation, tuple(self._named(record) for record in records))
+
+    def _changes_since(self, generation: int) -> TableChanges:
+        changes = self._catalog.changes_since(generation)
+        adapters = tuple(self._named(record) for record in changes.records)
+        return TableChanges(changes.generation, adapters, changes.deleted, changes.is_complete)
 
     async def _on_disk(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._disk, work)
@@ -337,7 +403,7 @@ class AdapterStore:
                 raise
             why = str(error) if isinstance(error, AdapterRefused) else "its files are gone"
         if why is not None:
-            self._catalog.mark_damaged(version)
+            self._catalog.mark_damaged(version, f"{why}: load it again")
             message = f"adapter version {version} cannot be read back from disk ({why}): load it again"
             raise StoreUnusable("store_damaged", message, "version")
         return self._put(weights)
@@ -367,8 +433,8 @@ class AdapterStore:
         return (
             now - self._touched.setdefault(version, now) >= GRACE_S
             and version not in self._fetches
-            and all(record.version != version for record in self._catalog.records.values())
-            and all(version not in holding.versions for holding in self._holdings.values())
+            and not self._catalog.is_named(version)
+            and all(version not in holding.versions for holding in list(self._holdings.values()))
         )
 
     def _remove(self, version: str) -> bool:

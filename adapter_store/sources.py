@@ -9,7 +9,9 @@ import contextlib
 import os
 import re
 import stat
+import time
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, BinaryIO, Literal, Protocol
 
@@ -25,13 +27,16 @@ from huggingface_hub.errors import (
 )
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lorafleet.adapter_store.errors import AdapterRefused, InvalidKey, SourceUnavailable, UnknownKey
+from lorafleet.adapter_store.errors import AdapterRefused, InvalidKey, SourceUnavailable, StoreUnusable, UnknownKey
+from lorafleet.adapter_store.files import unwritable
 from lorafleet.adapter_store.manifest import NAME_GRAMMAR
 from lorafleet.adapter_store.peft_config import MAX_CONFIG_BYTES
 from lorafleet.adapter_store.peft_format import CONFIG_FILE, OTHER_WEIGHTS_FILES, WEIGHTS_FILE
 
 _MAX_KEY_CHARS = 1024
 _CHANGED_ATTEMPTS = 3
+_TICK_NS = 10_000_000
+"""At least one tick of a file system's clock."""
 
 
 class _Source(BaseModel):
@@ -137,22 +142,25 @@ class DirectorySource:
                         return
         except OSError as error:
             raise SourceUnavailable("source_unavailable", f"source {self._name} cannot be read", "source") from error
-        raise SourceUnavailable("source_unavailable", f"{key} in source {self._name} changes while it is read", "key")
+        raise _changed(key, self._name)
 
     def _copied(self, root: Path, key: PurePosixPath, into: Path, limits: Mapping[str, int]) -> bool:
         """One try; False if the adapter changed under it."""
         folder = self._contained(root, root / key, str(key))
         if not folder.is_dir():
             raise UnknownKey("key_not_found", f"source {self._name} has no adapter {key}", "key")
-        before: dict[str, _Identity | None] = {}
+        paths = {name: self._contained(root, folder / name, str(key)) for name in limits}
+        before = {name: _identity_at(path) for name, path in paths.items()}
+        if any(seen is not None and time.time_ns() - seen[-1] < _TICK_NS for seen in before.values()):
+            # A second change within the tick of the file system's clock would leave the same time.
+            time.sleep(_TICK_NS / 1e9)
         for name, limit in limits.items():
-            path = self._contained(root, folder / name, str(key))
-            if not path.exists():
+            if before[name] is None:
                 (into / name).unlink(missing_ok=True)
-                before[name] = None
                 continue
-            with _open_below(root, path) as file:
-                before[name] = _identity(os.fstat(file.fileno()))
+            with _open_below(root, paths[name]) as file:
+                if _identity(os.fstat(file.fileno())) != before[name]:
+                    return False
                 _copy(file, into / name, limit)
                 if _identity(os.fstat(file.fileno())) != before[name]:
                     return False
@@ -262,15 +270,14 @@ class ObjectStoreSource:
                 if self._copied(folder, into, limits):
                     break
             else:
-                message = f"{key} in source {self._name} changes while it is read"
-                raise SourceUnavailable("source_unavailable", message, "key")
+                raise _changed(key, self._name)
             for name in OTHER_WEIGHTS_FILES:
                 if self._filesystem.exists(f"{folder}/{name}"):
                     (into / name).touch()
             is_empty = not any(into.iterdir())
             if is_empty and not self._filesystem.isdir(folder):
                 raise UnknownKey("key_not_found", f"source {self._name} has no adapter {key}", "key")
-        except (AdapterRefused, SourceUnavailable, UnknownKey):
+        except (AdapterRefused, SourceUnavailable, StoreUnusable, UnknownKey):
             raise
         except Exception as error:
             # Every file system of fsspec has its own errors for "cannot be reached" and "may not".
@@ -335,14 +342,34 @@ def _identity_at(path: Path) -> _Identity | None:
 
 
 def _copy(file: Any, to: Path, limit: int) -> None:
-    """Copy an open file. Raises AdapterRefused when it is larger than `limit`, and copies no more than that then."""
-    with to.open("wb") as out:
+    """Copy an open file. Raises StoreUnusable, and AdapterRefused after `limit` bytes when it is larger."""
+    try:
+        # Unbuffered, so that a full disk shows at a write and not when the file is closed.
+        out = to.open("wb", buffering=0)
+    except OSError as error:
+        raise unwritable(error) from error
+    with out:
         remaining = limit
         while block := file.read(min(2**20, remaining + 1)):
             remaining -= len(block)
             if remaining < 0:
                 raise _too_large(to.name, limit)
-            out.write(block)
+            _write(out, block)
+
+
+def _write(out: FileIO, block: bytes) -> None:
+    """Write all of a block. Raises StoreUnusable: the source is not to blame."""
+    rest = memoryview(block)
+    try:
+        while rest:
+            rest = rest[out.write(rest) :]
+    except OSError as error:
+        raise unwritable(error) from error
+
+
+def _changed(key: str, source: str) -> SourceUnavailable:
+    message = f"{key} in source {source} changes while it is read: rename finished folders into place"
+    return SourceUnavailable("source_changed", message, "key")
 
 
 def _too_large(name: str, limit: int) -> AdapterRefused:

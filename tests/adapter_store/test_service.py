@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import pickle
 import shutil
 import threading
@@ -14,13 +15,14 @@ import fsspec
 import numpy as np
 import pytest
 
-from lorafleet.adapter_store import resolution, service
+from lorafleet.adapter_store import catalog, resolution, service
 from lorafleet.adapter_store.errors import (
     AdapterRefused,
     AdapterStoreError,
     InvalidKey,
     InvalidName,
     SourceUnavailable,
+    StaleGeneration,
     StoreUnusable,
     UnknownAdapter,
     UnknownKey,
@@ -131,6 +133,7 @@ ERRORS = [
     UnknownVersion,
     AdapterRefused,
     SourceUnavailable,
+    StaleGeneration,
     StoreUnusable,
 ]
 
@@ -241,6 +244,61 @@ class TestDisk:
         shutil.rmtree(tmp_path / "state")
         with pytest.raises(StoreUnusable):
             store.check_health()
+
+
+async def test_what_changed_since_a_generation(store: AdapterStore, copy_of: CopyOf) -> None:
+    copy_of("rank4_qv")
+    await load(store, "a")
+    await load(store, "b", "a")
+    before = await store.generation()
+    await store.set_pinned("a", True)
+    await store.delete("b")
+    changes = await store.names_since(before)
+    assert changes.adapters == (await store.named("a"),) == (await store.table()).adapters
+    assert (changes.deleted, changes.is_complete) == (("b",), True)
+    with pytest.raises(UnknownAdapter):
+        await store.named("b")
+
+
+async def test_damage_is_named(open_store: OpenStore, copy_of: CopyOf, tmp_path: Path) -> None:
+    copy_of("rank4_qv")
+    store = open_store(host_cache_bytes=0)
+    version = await load(store, "a")
+    assert await store.damaged() == []
+    shutil.rmtree(next(tmp_path.glob(f"state/*/versions/{version}")))
+    with pytest.raises(StoreUnusable):
+        await store.fetch(version)
+    assert [(damage.kind, damage.entry) for damage in await store.damaged()] == [("version", version)]
+    await load(store, "a")
+    assert await store.damaged() == []
+
+
+async def test_desired_state_outlives_the_store(open_store: OpenStore) -> None:
+    wanted = service.DesiredAdapter("a", "disk", "a", pinned=True)
+    await open_store().set_desired([wanted], 3)
+    store = open_store()
+    assert await store.desired() == service.DesiredState(3, (wanted,))
+    with pytest.raises(StaleGeneration):
+        await store.set_desired([], 2)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+async def test_a_full_disk_is_named_and_leaves_nothing(
+    store: AdapterStore, copy_of: CopyOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    copy_of("rank4_qv")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(number, "full")
+
+    for owner, name in ((catalog, "make_folder_durable"), (Path, "open")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            with pytest.raises(StoreUnusable) as caught:
+                await store.stage("disk", "a")
+        assert caught.value.code == "store_full"
+        assert staged_files(tmp_path) == []
+    await load(store, "a")
 
 
 class TestHostMemory:

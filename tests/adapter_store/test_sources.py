@@ -282,8 +282,9 @@ class TestChangesWhileRead:
 
     def test_without_end(self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.replace_after(monkeypatch, lambda n: self.files_renamed(root, f"change {n}"), CONFIG)
-        with pytest.raises(SourceUnavailable, match="changes while it is read"):
+        with pytest.raises(SourceUnavailable, match="changes while it is read") as caught:
             fetched(open_source(DirectoryConfig(name="s", root=root)), "a", tmp_path / "into")
+        assert caught.value.code == "source_changed"
 
     def test_object_store(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         memory = fsspec.filesystem("memory")
