@@ -144,6 +144,11 @@ class Catalog:
         make_folder_durable(staged)
         with self._changes:
             if manifest.version in self.manifests and manifest.version not in self._damaged:
+                # The same weights may come with another config, and so with other warnings.
+                if manifest.warnings != self.manifests[manifest.version].warnings:
+                    content = (staged / _MANIFEST).read_bytes()
+                    write_durably(self.folder(manifest.version) / _MANIFEST, content, self._staging)
+                    self.manifests[manifest.version] = manifest
                 return
             self._clear(manifest.version)
             staged.rename(self.folder(manifest.version))
@@ -255,4 +260,7 @@ def _read_manifest(path: Path) -> AdapterManifest:
     modules = tuple(shared_module(m["name"], m["rank"], m["scaling"]) for m in fields.pop("modules"))
     # Manifests of stores that knew no extras have none.
     extras = tuple(shared_extra(e["name"], e["kind"], e["num_rows"], e["width"]) for e in fields.pop("extras", ()))
-    return AdapterManifest(**{**fields, "modules": modules, "targets": tuple(fields["targets"]), "extras": extras})
+    warnings = tuple(fields.pop("warnings", ()))
+    return AdapterManifest(
+        **{**fields, "modules": modules, "targets": tuple(fields["targets"]), "extras": extras, "warnings": warnings}
+    )
