@@ -77,9 +77,9 @@ def check_products(module: ModuleManifest, a: Tensor, b: Tensor, served: FloatTa
     if abs(module.scaling) > _LARGEST["F32"]:
         message = f"the scaling {module.scaling:.3g} of {module.name} is too large for float32: lower lora_alpha"
         raise AdapterRefused("overflow", message, "lora_alpha")
-    rows, columns = np.abs(a.float64()).max(axis=1, initial=0.0), np.abs(b.float64()).max(axis=0, initial=0.0)
+    rows, columns = np.abs(a.to("F32").array).max(axis=1), np.abs(b.to("F32").array).max(axis=0)
     with np.errstate(over="ignore"):
-        bound = abs(module.scaling) * float(rows @ columns)
+        bound = abs(module.scaling) * float(rows.astype(np.float64) @ columns.astype(np.float64))
     if bound > largest:
         message = f"scaling * B @ A of {module.name} may reach {bound:.3g}, too large for {served}: lower lora_alpha"
         raise AdapterRefused("overflow", message, "lora_alpha")
