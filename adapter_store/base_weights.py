@@ -15,6 +15,8 @@ from typing import Protocol
 
 import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from lorafleet.adapter_store.errors import SourceUnavailable
 from lorafleet.adapter_store.manifest import BaseGeometry
@@ -46,6 +48,7 @@ class CheckpointWeights:
         if name not in self._file_of:
             # Checkpoints of a bare decoder lack the first parts: `wte.weight` is `transformer.wte.weight`.
             ends = [stored for stored in self._file_of if name.endswith(f".{stored}")]
+            ends = [self._renamed[name]] if name in self._renamed else ends
             if len(ends) != 1:
                 return None
             (name,) = ends
@@ -64,6 +67,18 @@ class CheckpointWeights:
         if Path(self._source).is_dir():
             return {}
         raise SourceUnavailable("source_unavailable", "the base's checkpoint cannot be reached to compare with")
+
+    @cached_property
+    def _renamed(self) -> dict[str, str]:
+        """Names that transformers gives on load -> those of the file: GPT-NeoX's `embed_out` becomes `lm_head`."""
+        path = self._path("config.json")
+        fields = json.loads(path.read_bytes()) if path is not None else {}
+        for kind in (*(fields.get("architectures") or ()), fields.get("model_type")):
+            transforms = get_checkpoint_conversion_mapping(kind)
+            if transforms is not None:
+                renamings = [transform for transform in transforms if type(transform) is WeightRenaming]
+                return {apply_renamings(stored, renamings): stored for stored in self._file_of}
+        return {}
 
     def _path(self, file_name: str) -> Path | None:
         if Path(self._source).is_dir():

@@ -245,13 +245,22 @@ class Catalog:
             shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, staged: Path, manifest: AdapterManifest) -> None:
-        """Give a staged adapter its place among the versions; nothing changes if the same one is there, on disk too."""
+        """Give a staged adapter its place among the versions; nothing changes if the same one is there, on disk too.
+
+        The same weights may come with another config, and so with other warnings: these are kept up to date.
+        """
         version, row = manifest.version, manifest_row(manifest)
         try:
             (staged / MANIFEST).write_text(manifest_file(row))
             make_folder_durable(staged)
             with self._changes:
                 if version in self.manifests and version not in self._damaged and self._is_on_disk(version):
+                    if manifest.warnings != self.manifests[version].warnings:
+                        content = (staged / MANIFEST).read_bytes()
+                        write_durably(self.folder(version) / MANIFEST, content, self._staging)
+                        self._write([row])
+                        with self._indexes:
+                            self.manifests[version] = manifest
                     return
                 self._clear(version)
                 staged.rename(self.folder(version))

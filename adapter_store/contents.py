@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorafleet.adapter_store.errors import AdapterRefused
@@ -11,13 +11,15 @@ from lorafleet.adapter_store.manifest import BaseGeometry, ModuleManifest, Modul
 from lorafleet.adapter_store.peft_config import LoraSpec
 from lorafleet.adapter_store.tensor_file import TensorEntry, tag_of
 from lorafleet.adapter_store.trained import Trained, norms
+from lorafleet.adapter_store.wrappers import nearest, prefix_of
 
-_PREFIX = "base_model.model."
 _FACTORS = {"linear": (".lora_A.weight", ".lora_B.weight"), "embedding": (".lora_embedding_A", ".lora_embedding_B")}
 _BASE_ENDS = (
     ".token_adapter.base_layer.weight",
     ".base_layer.weight",
     ".base_layer.bias",
+    ".original_module.weight",
+    ".original_module.bias",
     ".weight",
     ".bias",
 )
@@ -25,6 +27,12 @@ _IDLE_OF_LORA = re.compile(r"(.+)\.lora_(?:velora_embed|monteclora_sampler\.\w+)
 """What VeLoRA and MonteCLoRA keep for training on; PEFT answers without it."""
 _IDLE_OF_MODULES = re.compile(r"(.+)\.(?:original_module|modules_to_save)\.bias")
 """Second copies, under `bias: all`, of the biases of modules that were trained as a whole; PEFT reads neither."""
+
+
+_ENDS_OF_MODULES = re.compile(
+    r"\.lora_.*|\.token_adapter\..*|(\.base_layer|\.original_module|\.modules_to_save)?\.(weight|bias)$"
+)
+"""What follows a module's name in the names of a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +68,14 @@ class Contents:
         return frozenset(names).union(*self.factors.values())
 
 
-def prefix_of(names: Collection[str]) -> str:
-    """What stands before the base's names in a file: PEFT's own prefix, or nothing.
-
-    Raises AdapterRefused `unmatched_tensor` for a file that has names of both kinds.
-    """
-    bare = [name for name in names if not name.startswith(_PREFIX)]
-    if 0 < len(bare) < len(names):
-        message = f"tensor {bare[0][:200]} lacks the {_PREFIX} that other names begin with"
-        raise AdapterRefused("unmatched_tensor", message, bare[0][:200])
-    return "" if bare else _PREFIX
+def is_pefts_name(name: str, geometry: BaseGeometry) -> bool:
+    """Whether a name without PEFT's prefix is of a module or a parameter of this base."""
+    if name in geometry.parameters or name in geometry.vectors:
+        return True
+    ends = _ENDS_OF_MODULES.search(name)
+    return ends is not None and (
+        name[: ends.start()] in geometry.modules or f"{name[: ends.start()]}.weight" in (geometry.vectors)
+    )
 
 
 def modules_present(entries: Mapping[str, TensorEntry], geometry: BaseGeometry) -> set[str]:
@@ -194,14 +200,30 @@ class _Matching:
             if match and match[1] in owners:
                 return
         for end in _BASE_ENDS:
-            module = name.removesuffix(end)
+            module, leaf = name.removesuffix(end), end.rpartition(".")[2]
             if module != name and module in self._geometry.modules:
-                if end.endswith(".weight"):
+                if leaf == "weight":
                     self._refuse_resized(tensor, self._matrix(module))
-                yield BaseCopy(tensor, module, end.rpartition(".")[2])
+                yield BaseCopy(tensor, module, leaf)
                 return
-        message = f"tensor {tensor[:200]} belongs to nothing that the adapter trains, and is no weight of the base"
+            if module != name and f"{module}.{leaf}" in self._geometry.parameters:
+                yield BaseCopy(tensor, module, leaf)
+                return
+        if name in self._geometry.parameters:
+            yield BaseCopy(tensor, *name.rpartition(".")[::2])
+            return
+        message = f"tensor {tensor[:200]} belongs to nothing that the adapter trains, and is {self._what(name)}"
         raise AdapterRefused("unmatched_tensor", message, tensor[:200])
+
+    def _what(self, name: str) -> str:
+        """What a tensor with no place is of, for a refusal."""
+        match = _ENDS_OF_MODULES.search(name)
+        owner = name[: match.start()] if match else name
+        if owner in self._geometry.modules:
+            return f"no weight of the base: {owner} is there, but the config does not ask for this of it"
+        if any(parameter.startswith(f"{owner}.") for parameter in self._geometry.parameters):
+            return f"of {owner}, which is not one that an adapter can change here"
+        return f"no weight of the base, which has no {owner[:200]}"
 
     def _matrix(self, module: str) -> tuple[int, int]:
         """Shape of the weight of an embedding or an output: a row a token."""
@@ -210,7 +232,9 @@ class _Matching:
 
     def _checked(self, name: str, shape: tuple[int, ...], owner: str) -> str:
         if name not in self._entries:
-            raise AdapterRefused("missing_tensor", f"{owner} is trained, but there is no tensor {name}", name)
+            message = f"{owner} is trained, but there is no tensor {name}"
+            message += f"; the nearest in the file is {nearest(name, self._entries)[:200]}"
+            raise AdapterRefused("missing_tensor", message, name)
         entry = self._entries[name]
         self._refuse_resized(name, shape)
         if entry.shape != shape:

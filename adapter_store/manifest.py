@@ -42,6 +42,8 @@ class BaseGeometry:
     """Parameters of the base's norms, by name (`model.norm.weight`), and their width: an adapter may replace them."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Output that has no matrix of its own -> the embedding whose it uses: `lm_head` -> `model.embed_tokens`."""
+    parameters: frozenset[str] = frozenset()
+    """Names of all parameters of the base, so that a refusal tells what cannot be changed from what is not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,8 @@ class AdapterManifest:
     """Bytes of the weights in the served dtype, extras included."""
     extras: tuple[ExtraManifest, ...] = ()
     """Sorted by name. Most adapters have none, and only those that have any pay for them."""
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+    """What its author may not expect: parts of the config or the folder that change nothing. No part of the version."""
 
 
 Array = npt.NDArray[np.generic]

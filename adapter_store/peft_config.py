@@ -1,7 +1,7 @@
 """`adapter_config.json` of PEFT: every field of LoraConfig is served, harmless, or refused by its name.
 
-Written against the fields of PEFT 0.21 and open to older and newer ones: a field that is not known here is refused
-unless it is null, false or empty, which is how PEFT spells "off".
+Written against the fields of PEFT 0.21 and open to older and newer ones: a field that is not known here is ignored, as
+PEFT ignores it, and a warning says so. It is refused if its name and value say that it changes what LoRA computes.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from lorafleet.adapter_store.errors import AdapterRefused
+from lorafleet.adapter_store.tensor_file import refuse_other_content
 
 MAX_CONFIG_BYTES = 4 * 2**20
+_MAX_WARNINGS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ FIELDS: Mapping[str, FieldRule] = {
     "modules_to_save": FieldRule(
         "served",
         "the embedding, the output (`lm_head`) and norms, by the end of their names; refused where it names other "
-        "modules, or none",
+        "modules; names that the base lacks with a warning",
     ),
     "monteclora_config": FieldRule("harmless", "MonteCLoRA perturbs A in training only"),
     "peft_type": FieldRule("served", "`LORA`"),
@@ -78,12 +80,16 @@ FIELDS: Mapping[str, FieldRule] = {
     "revision": FieldRule("harmless", "the base's, see `base_model_name_or_path`"),
     "runtime_config": FieldRule("harmless", "where PEFT is to put things; never saved"),
     "target_modules": FieldRule(
-        "served", "a list, a regular expression, `all-linear`; any linear module, embedding, output"
+        "served",
+        "a list, a regular expression, `all-linear`; any linear module, embedding, output; names that the base lacks "
+        "with a warning, as long as another one matches",
     ),
     "target_parameters": FieldRule(
         "refused", "a bare parameter has no module that LoRA could run beside", _EMPTY_IS_OFF
     ),
-    "task_type": FieldRule("served", "`CAUSAL_LM` or none"),
+    "task_type": FieldRule(
+        "served", "`CAUSAL_LM` or none; another of PEFT's tasks with a warning, as long as no head of its own is saved"
+    ),
     "trainable_token_indices": FieldRule(
         "served",
         "a list or an object, on the embedding and the output, as a rank for each token; PEFT has them not together "
@@ -102,6 +108,18 @@ INPUT_EMBEDDING = ""
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _MAX_NAMES = 1024
+
+_TASKS = frozenset({"SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"})
+"""PEFT's; for each it computes the same LoRA, and its head is a module beside it."""
+
+_OFF: tuple[object, ...] = (None, False, "", [], {})
+"""How PEFT spells that a field asks for nothing."""
+
+_COMPUTES = re.compile(
+    r"(use|enable|target|init|invocation|fan|dora|lora|alora)_.*|.*_(config|lora|dora|pattern|parameters)"
+    r"|(.*_)?(alpha|bias|layers?|modules?|pattern|r|rank|scale|scaling)(_.*)?"
+)
+"""Names of unknown fields that speak of what LoRA computes and not of how it was trained."""
 
 _INIT_LEAVES_BASE = frozenset({"eva", "gaussian", "mica", "orthogonal"})
 
@@ -131,12 +149,17 @@ class LoraSpec:
     """Ends of the names of modules that were trained as a whole."""
     token_indices: Mapping[str, tuple[int, ...]]
     """End of a module's name -> tokens whose rows were trained; `INPUT_EMBEDDING` stands for the base's embedding."""
+    warnings: tuple[str, ...] = ()
+    """What the config says and PEFT ignores."""
 
 
-def read_config(path: Path) -> LoraSpec:
-    """Read and judge a config. Raises AdapterRefused `broken_config`, `config_too_large`, `invalid_field` or
-    `unsupported_field`; the last two name the field.
+def read_config(path: Path, *, strict: bool = False) -> LoraSpec:
+    """Read and judge a config; `strict` refuses what would be a warning.
+
+    Raises AdapterRefused `broken_config`, `config_too_large`, `invalid_field` or `unsupported_field`; the last two name
+    the field.
     """
+    refuse_other_content(path, "broken_config")
     size = path.stat().st_size
     if size > MAX_CONFIG_BYTES:
         raise AdapterRefused(
@@ -149,12 +172,16 @@ def read_config(path: Path) -> LoraSpec:
     if not isinstance(fields, dict):
         raise AdapterRefused("broken_config", "adapter_config.json is no JSON object", path.name)
     _refuse_unsupported(fields)
+    ignored = dict(_ignored(fields))
+    for field, warning in ignored.items():
+        if strict:
+            _unsupported(field[:200], f"{warning} (the source is strict)")
     return LoraSpec(
         rank=_rank(fields.get("r", 8), "r"),
         alpha=_alpha(fields.get("lora_alpha", 8), "lora_alpha"),
         use_rslora=_flag(fields, "use_rslora"),
-        rank_pattern={key: _rank(value, "rank_pattern") for key, value in _table(fields, "rank_pattern").items()},
-        alpha_pattern={key: _alpha(value, "alpha_pattern") for key, value in _table(fields, "alpha_pattern").items()},
+        rank_pattern={k: _rank(value, "rank_pattern", k) for k, value in _table(fields, "rank_pattern").items()},
+        alpha_pattern={k: _alpha(value, "alpha_pattern", k) for k, value in _table(fields, "alpha_pattern").items()},
         target_modules=_targets(fields),
         exclude_modules=_names_or_regex(fields, "exclude_modules") or frozenset(),
         layers_to_transform=_layers(fields),
@@ -164,14 +191,16 @@ def read_config(path: Path) -> LoraSpec:
         lora_bias=_flag(fields, "lora_bias"),
         modules_to_save=_modules_to_save(fields),
         token_indices=_token_indices(fields),
+        warnings=tuple(ignored.values())[:_MAX_WARNINGS],
     )
 
 
 def _refuse_unsupported(fields: Mapping[str, object]) -> None:
     if fields.get("peft_type") != "LORA":
         _unsupported("peft_type", f"peft_type {_shown(fields.get('peft_type'))} (only LORA is served)")
-    if fields.get("task_type") not in (None, "CAUSAL_LM"):
-        _unsupported("task_type", f"task_type {_shown(fields['task_type'])} (only CAUSAL_LM is served)")
+    task = fields.get("task_type")
+    if task is not None and not (isinstance(task, str) and task in _TASKS):
+        _unsupported("task_type", f"task_type {_shown(task)} is none of PEFT's: {', '.join(sorted(_TASKS))}")
     init = fields.get("init_lora_weights", True)
     if not (init is None or isinstance(init, bool) or init in _INIT_LEAVES_BASE):
         _unsupported(
@@ -181,18 +210,29 @@ def _refuse_unsupported(fields: Mapping[str, object]) -> None:
         )
     for name, value in fields.items():
         rule = FIELDS.get(name)
-        if rule is None and value not in (None, False, "", [], {}):
+        if rule is None and value not in _OFF and _COMPUTES.fullmatch(name):
             _unsupported(name[:200], f"{name[:200]} {_shown(value)}: this field is not known")
         if rule is not None and rule.verdict == "refused" and value not in rule.off:
             _unsupported(name, f"{name} {_shown(value)} is not served: {rule.note}")
+
+
+def _ignored(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """What PEFT ignores, with the warning that says so."""
+    task = fields.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        yield "task_type", f"task_type is {task}: the adapter is served for CAUSAL_LM, without a head of that task"
+    for name, value in fields.items():
+        if name not in FIELDS and value not in _OFF:
+            yield name, f"{name[:200]} {_shown(value)}: this field is not known, and ignored"
 
 
 def _unsupported(field: str, message: str) -> NoReturn:
     raise AdapterRefused("unsupported_field", message, field)
 
 
-def _invalid(field: str, value: object, bound: str) -> NoReturn:
-    raise AdapterRefused("invalid_field", f"{field} is {_shown(value)}: it must be {bound}", field)
+def _invalid(field: str, value: object, bound: str, pattern: str | None = None) -> NoReturn:
+    where = field if pattern is None else f"{field}[{_shown(pattern)}]"
+    raise AdapterRefused("invalid_field", f"{where} is {_shown(value)}: it must be {bound}", field)
 
 
 def _shown(value: object) -> str:
@@ -200,20 +240,20 @@ def _shown(value: object) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def _rank(value: object, field: str) -> int:
+def _rank(value: object, field: str, pattern: str | None = None) -> int:
     if type(value) is not int or value < 1:
-        _invalid(field, value, "an integer of at least 1")
+        _invalid(field, value, "an integer of at least 1", pattern)
     return value
 
 
-def _alpha(value: object, field: str) -> float:
+def _alpha(value: object, field: str, pattern: str | None = None) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
         # An integer may lie beyond any float.
         with contextlib.suppress(OverflowError):
             number = float(value)
             if math.isfinite(number):
                 return number
-    _invalid(field, value, "a finite number")
+    _invalid(field, value, "a finite number", pattern)
 
 
 def _flag(fields: Mapping[str, object], field: str) -> bool:

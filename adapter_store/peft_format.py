@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
 from lorafleet.adapter_store.base_weights import BaseWeights, own_weight
-from lorafleet.adapter_store.contents import BaseCopy, Contents, match_tensors, modules_present
+from lorafleet.adapter_store.contents import BaseCopy, Contents, is_pefts_name, match_tensors, modules_present
 from lorafleet.adapter_store.errors import AdapterRefused
 from lorafleet.adapter_store.extras import read_extras
 from lorafleet.adapter_store.manifest import (
@@ -26,12 +27,13 @@ from lorafleet.adapter_store.manifest import (
 )
 from lorafleet.adapter_store.patterns import one_time_limit
 from lorafleet.adapter_store.peft_config import LoraSpec, read_config
-from lorafleet.adapter_store.targets import effective_modules, tied_outputs
+from lorafleet.adapter_store.targets import effective_modules, listed, tied_outputs, unmatched_targets
 from lorafleet.adapter_store.tensor_file import TensorFile, tag_of, write_tensors
 from lorafleet.adapter_store.tensors import SERVED, Tensor
 from lorafleet.adapter_store.token_rows import read_token_rows, with_tokens
 from lorafleet.adapter_store.trained import TOKENS_FIELD, Trained, trained
-from lorafleet.adapter_store.validation import check_base_copy, check_ranks, check_values
+from lorafleet.adapter_store.validation import check_base_copy, check_products, check_ranks, check_values
+from lorafleet.adapter_store.wrappers import pefts_names
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -40,6 +42,13 @@ INDEX_FILES = (f"{WEIGHTS_FILE}.index.json", "model.safetensors.index.json")
 """What transformers writes beside an adapter in shards; nothing reads them back."""
 OTHER_WEIGHTS_FILES = (PICKLE_FILE, *INDEX_FILES)
 """In place of `WEIGHTS_FILE`: whether they are there, only the wording of a refusal depends on."""
+
+NOTED_FILES: Mapping[str, str] = {
+    "chat_template.jinja": "chats are written by the base's template",
+    "tokenizer_config.json": "texts are read by the base's tokenizer",
+    "added_tokens.json": "the base's tokenizer has its own tokens only",
+}
+"""What may lie beside an adapter and change nothing: whether they are there, only a warning depends on."""
 
 _VERSION_CHARS = 40
 
@@ -66,9 +75,12 @@ class AdapterReader:
         )
         return 8 * (factors + biases + copies) + 2**26
 
-    def read(self, folder: Path) -> AdapterWeights:
-        """Read, check and digest the adapter in `folder`. Raises AdapterRefused with the code of the broken rule."""
-        plan = self._plan(folder)
+    def read(self, folder: Path, *, strict: bool = False) -> AdapterWeights:
+        """Read, check and digest the adapter in `folder`. Raises AdapterRefused with the code of the broken rule.
+
+        `strict` refuses a config that says what PEFT ignores; otherwise that is a warning.
+        """
+        plan = self._plan(folder, strict=strict)
         file, contents = plan.file, plan.contents
         for copy in contents.base_copies:
             self._check_base_copy(file, copy)
@@ -77,12 +89,15 @@ class AdapterReader:
         served = SERVED[self.geometry.dtype]
         digest = hashlib.sha256(b"lorafleet adapter 1")
         tensors: dict[str, tuple[Array, Array]] = {}
+        idle: list[bool] = []
         for module in plan.lora:
             a_name, b_name = contents.factors[module.name]
             a, b = file.read(a_name), file.read(b_name)
             _update(digest, module, a, b)
+            idle.append(module.scaling == 0.0 or b.is_zero() or a.is_zero())
             a_array = check_values(a_name, a, served).array
             b_array = check_values(b_name, b, served).array
+            check_products(module, a, b, served)
             # PEFT's B is (out_dim, rank), an embedding's A (rank, num_embeddings): transposed here and only here.
             is_embedding = self.geometry.modules[module.name].kind == "embedding"
             tensors[module.name] = (a_array.T if is_embedding else a_array, b_array.T)
@@ -99,7 +114,8 @@ class AdapterReader:
             digest.update(extra.tensor.array.data)
             extras[extra.manifest.name] = check_values(extra.source, extra.tensor, served).array
             manifests.append(extra.manifest)
-        manifest = self._manifest(digest.hexdigest()[:_VERSION_CHARS], plan.modules, tuple(manifests))
+        warnings = (*plan.warnings, *_noted(folder), *_idle(plan, idle, bool(plan.trained.tokens or manifests)))
+        manifest = self._manifest(digest.hexdigest()[:_VERSION_CHARS], plan.modules, tuple(manifests), warnings)
         return AdapterWeights.of(manifest, self.geometry.dtype, dict(sorted(tensors.items())), extras)
 
     def drop_base_copies(self, folder: Path) -> None:
@@ -118,22 +134,40 @@ class AdapterReader:
         elements += sum(extra.num_rows * extra.width for extra in extras)
         return elements * np.dtype(NUMPY_DTYPES[self.geometry.dtype]).itemsize
 
-    def _plan(self, folder: Path) -> _Plan:
+    def _plan(self, folder: Path, *, strict: bool = False) -> _Plan:
         """What is in the folder, and what for; no tensor is read yet."""
         self._check_files(folder)
-        spec = read_config(folder / CONFIG_FILE)
+        spec = read_config(folder / CONFIG_FILE, strict=strict)
         file = TensorFile.open(folder / WEIGHTS_FILE)
+        if not file.entries:
+            raise AdapterRefused("missing_tensor", f"{WEIGHTS_FILE} has no tensors", WEIGHTS_FILE)
         with one_time_limit():
+            names = pefts_names(file.entries, partial(is_pefts_name, geometry=self.geometry))
+            file = replace(file, entries={names[name]: entry for name, entry in file.entries.items()})
             lora = effective_modules(spec, self.geometry, present=modules_present(file.entries, self.geometry))
             check_ranks(lora, self.max_rank, "r")
             beside = trained(spec, self.geometry, {module.name for module in lora})
         modules = with_tokens(lora, beside.tokens)
         check_ranks(modules, self.max_rank, TOKENS_FIELD)
         contents = match_tensors(file.entries, spec, lora, beside, self.geometry)
-        return _Plan(spec, file, lora, beside, modules, contents)
+        warnings = [*spec.warnings]
+        for field, absent in (
+            ("target_modules", unmatched_targets(spec, self.geometry)),
+            ("modules_to_save", beside.unmatched),
+        ):
+            if absent and strict:
+                message = f"{field} names no module of the base: {listed(absent)} (the source is strict)"
+                raise AdapterRefused("unknown_target", message, field)
+            if absent:
+                warnings.append(f"{field} names what the base has no module of: {listed(absent)}")
+        return _Plan(spec, file, lora, beside, modules, contents, tuple(warnings))
 
     def _manifest(
-        self, version: str, modules: tuple[ModuleManifest, ...], extras: tuple[ExtraManifest, ...]
+        self,
+        version: str,
+        modules: tuple[ModuleManifest, ...],
+        extras: tuple[ExtraManifest, ...],
+        warnings: tuple[str, ...],
     ) -> AdapterManifest:
         return AdapterManifest(
             version=version,
@@ -142,6 +176,7 @@ class AdapterReader:
             modules=modules,
             num_bytes=self.num_bytes(modules, extras),
             extras=extras,
+            warnings=warnings,
         )
 
     def _check_files(self, folder: Path) -> None:
@@ -197,6 +232,21 @@ class _Plan:
     modules: tuple[ModuleManifest, ...]
     """Modules that get low-rank factors: `lora` and those with trained tokens."""
     contents: Contents
+    warnings: tuple[str, ...]
+
+
+def _noted(folder: Path) -> Iterator[str]:
+    for name, warning in NOTED_FILES.items():
+        if (folder / name).exists():
+            yield f"{name} is ignored: {warning}"
+
+
+def _idle(plan: _Plan, idle: Sequence[bool], has_more: bool) -> Iterator[str]:
+    """Says that LoRA, or the whole adapter, adds nothing."""
+    if not all(idle):
+        return
+    why = "lora_alpha is 0" if all(module.scaling == 0.0 for module in plan.lora) else "every A @ B is 0"
+    yield f"{why}: LoRA adds nothing" if has_more else f"{why}: the adapter answers as the base"
 
 
 def _refuse_untied(output: str) -> NoReturn:

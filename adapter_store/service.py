@@ -182,14 +182,14 @@ class AdapterStore:
         Raises UnknownSource, InvalidKey, UnknownKey, AdapterRefused, SourceUnavailable.
         """
         opened = self._opened(source)
-        manifest, value = await self._in_source(opened, lambda: self._stage(opened.source, key))
+        manifest, value = await self._in_source(opened, lambda: self._stage(opened, key))
         self._cache.put(manifest.version, value, manifest.num_bytes)
         return manifest
 
     async def validate(self, source: str, key: str) -> AdapterManifest:
         """What `stage` would say, leaving nothing behind."""
         opened = self._opened(source)
-        return await self._in_source(opened, lambda: self._validate(opened.source, key))
+        return await self._in_source(opened, lambda: self._validate(opened, key))
 
     async def flip(
         self,
@@ -367,24 +367,24 @@ class AdapterStore:
             message = f"source {name} did not answer within {limit:g} s"
             raise SourceUnavailable("source_unavailable", message, "source") from error
 
-    def _stage(self, source: Source, key: str) -> tuple[AdapterManifest, Any]:
+    def _stage(self, opened: _OpenSource, key: str) -> tuple[AdapterManifest, Any]:
         with self._catalog.staging_folder() as folder:
-            weights = self._read_from(source, key, folder)
+            weights = self._read_from(opened, key, folder)
             self._reader.drop_base_copies(folder)
             # Before it is published, so that it is never seen unnamed and old.
             self._touched[weights.manifest.version] = self._clock()
             self._catalog.publish(folder, weights.manifest)
         return weights.manifest, self._put(weights)
 
-    def _validate(self, source: Source, key: str) -> AdapterManifest:
+    def _validate(self, opened: _OpenSource, key: str) -> AdapterManifest:
         with self._catalog.staging_folder() as folder:
-            return self._read_from(source, key, folder).manifest
+            return self._read_from(opened, key, folder).manifest
 
-    def _read_from(self, source: Source, key: str, folder: Path) -> AdapterWeights:
+    def _read_from(self, opened: _OpenSource, key: str, folder: Path) -> AdapterWeights:
         """Only the copy is looked at: what happens to the original meanwhile cannot give a mixed version."""
         checked_key(key)
-        source.fetch(key, folder, self._reader.max_weights_bytes)
-        return self._reader.read(folder)
+        opened.source.fetch(key, folder, self._reader.max_weights_bytes)
+        return self._reader.read(folder, strict=opened.config.strict)
 
     async def _fetch(self, version: str) -> Any:
         manifest = await self.manifest(version)
@@ -416,6 +416,10 @@ class AdapterStore:
         }
         try:
             source, manifest = await first_offer(name, asks)
+        except AdapterRefused as error:
+            named = AdapterRefused(error.code, f"adapter {name}: {error.message}", error.param)
+            self._absent.put(name, named)
+            raise named from error
         except AdapterStoreError as error:
             self._absent.put(name, error)
             raise

@@ -31,7 +31,7 @@ from lorafleet.adapter_store.errors import AdapterRefused, InvalidKey, SourceUna
 from lorafleet.adapter_store.files import unwritable
 from lorafleet.adapter_store.manifest import NAME_GRAMMAR
 from lorafleet.adapter_store.peft_config import MAX_CONFIG_BYTES
-from lorafleet.adapter_store.peft_format import CONFIG_FILE, OTHER_WEIGHTS_FILES, WEIGHTS_FILE
+from lorafleet.adapter_store.peft_format import CONFIG_FILE, NOTED_FILES, OTHER_WEIGHTS_FILES, WEIGHTS_FILE
 
 _MAX_KEY_CHARS = 1024
 _CHANGED_ATTEMPTS = 3
@@ -45,6 +45,10 @@ class _Source(BaseModel):
     name: str = Field(pattern=rf"^{NAME_GRAMMAR}$", description="What callers and configs call it.")
     resolve: bool = Field(
         default=False, description="Requests may name adapters that were never loaded: the name is asked for as a key."
+    )
+    strict: bool = Field(
+        default=False,
+        description="Refuse a config that has fields or names which PEFT ignores; else they are warnings.",
     )
     timeout_s: float = Field(default=300.0, gt=0, description="Longest time that one adapter may take to arrive.")
 
@@ -93,8 +97,8 @@ class Source(Protocol):
     def fetch(self, key: str, into: Path, max_weights_bytes: int) -> None:
         """Copy the adapter's config and weights into the empty folder `into`, both as they were at one moment.
 
-        Files that are not there are left out; of weights in other formats empty files are made. Raises InvalidKey,
-        UnknownKey, SourceUnavailable, and AdapterRefused for a file that is too large.
+        Files that are not there are left out; of weights in other formats, and of `NOTED_FILES`, empty files are made.
+        Raises InvalidKey, UnknownKey, SourceUnavailable, and AdapterRefused for a file that is too large.
         """
 
 
@@ -164,7 +168,7 @@ class DirectorySource:
                 _copy(file, into / name, limit)
                 if _identity(os.fstat(file.fileno())) != before[name]:
                     return False
-        for name in OTHER_WEIGHTS_FILES:
+        for name in (*OTHER_WEIGHTS_FILES, *NOTED_FILES):
             if (folder / name).exists():
                 (into / name).touch()
         # Files replaced by renaming change neither of the open ones: look at the names again.
@@ -199,7 +203,7 @@ class HubSource:
         # The cache keeps files by commit: the weights are taken from the commit that the config came from.
         commit = _commit_of(config) if config is not None else self._config.revision
         weights = self._copied(repository, folder, commit, into / WEIGHTS_FILE, max_weights_bytes)
-        for name in OTHER_WEIGHTS_FILES if weights is None else ():
+        for name in OTHER_WEIGHTS_FILES if weights is None else NOTED_FILES:
             if self._exists(repository, folder, name, commit):
                 (into / name).touch()
 
@@ -271,7 +275,7 @@ class ObjectStoreSource:
                     break
             else:
                 raise _changed(key, self._name)
-            for name in OTHER_WEIGHTS_FILES:
+            for name in (*OTHER_WEIGHTS_FILES, *NOTED_FILES):
                 if self._filesystem.exists(f"{folder}/{name}"):
                     (into / name).touch()
             is_empty = not any(into.iterdir())

@@ -34,6 +34,10 @@ def effective_modules(
     if spec.ensure_weight_tying:
         names = sorted({*names, *(tied_outputs(names, geometry) & set(present))})
     if not names:
+        absent = unmatched_targets(spec, geometry)
+        if absent and not targets:
+            message = f"target_modules names no module of the base: {listed(absent)}"
+            raise AdapterRefused("unknown_target", message, "target_modules")
         raise AdapterRefused("no_module", "the adapter changes no module of the base", "target_modules")
     ranks = _by_pattern(spec.rank_pattern, names, spec.rank, "rank_pattern")
     alphas = _by_pattern(spec.alpha_pattern, names, spec.alpha, "alpha_pattern")
@@ -41,6 +45,22 @@ def effective_modules(
         shared_module(name, rank, alpha / math.sqrt(rank) if spec.use_rslora else alpha / rank)
         for name, rank, alpha in zip(names, ranks, alphas, strict=True)
     )
+
+
+def unmatched_targets(spec: LoraSpec, geometry: BaseGeometry) -> list[str]:
+    """Names in `target_modules` that no module of the base ends in; PEFT passes over them if another one matches.
+
+    Raises AdapterRefused `unknown_target` for a name of what the base has and LoRA cannot be on here.
+    """
+    if isinstance(spec.target_modules, str):
+        return []
+    absent = spec.target_modules.difference(*map(_ends, geometry.modules))
+    others = {owner for parameter in geometry.parameters for owner in _owners(parameter)}
+    there = absent.intersection(*[{end for owner in others for end in _ends(owner)}])
+    if there:
+        message = f"target_modules names what the base has, but LoRA cannot be on here: {listed(there)}"
+        raise AdapterRefused("unknown_target", message, "target_modules")
+    return sorted(absent)
 
 
 def tied_outputs(names: Collection[str], geometry: BaseGeometry) -> set[str]:
@@ -63,10 +83,6 @@ def _targeted(spec: LoraSpec, geometry: BaseGeometry) -> set[str]:
             return {name for name, shape in linear.items() if not is_output(name, shape, geometry)}
         return _fully_matching(spec.target_modules, list(modules), "target_modules")
     ends = {name: spec.target_modules.intersection(_ends(name)) for name in modules}
-    unknown = spec.target_modules.difference(*ends.values())
-    if unknown:
-        shown = ", ".join(sorted(unknown)[:5])[:300]
-        raise AdapterRefused("unknown_target", f"target_modules names no module of the base: {shown}", "target_modules")
     layers = _layers(spec, list(modules)) if spec.layers_to_transform else {}
     return {
         name
@@ -84,6 +100,17 @@ def _excluded(spec: LoraSpec, names: Collection[str]) -> set[str]:
     return saved | (
         _fully_matching(spec.exclude_modules, list(names), "exclude_modules") if spec.exclude_modules else set()
     )
+
+
+def _owners(parameter: str) -> Iterator[str]:
+    """A parameter's module, and all that this is within."""
+    while parameter := parameter.rpartition(".")[0]:
+        yield parameter
+
+
+def listed(names: Collection[str]) -> str:
+    """The first few names, for a message."""
+    return ", ".join(sorted(names)[:5])[:300] + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _ends(name: str) -> Iterator[str]:

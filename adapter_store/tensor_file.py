@@ -44,9 +44,12 @@ class TensorFile:
     @classmethod
     def open(cls, path: Path) -> TensorFile:
         """Read and check the header. Raises AdapterRefused `broken_safetensors`, `truncated` or `header_too_large`."""
+        refuse_other_content(path, "broken_safetensors")
         size = path.stat().st_size
         too_short = AdapterRefused(
-            "truncated", f"the weights file ends after {size} bytes, within its header", path.name
+            "truncated",
+            f"the weights file {f'ends after {size} bytes, within its header' if size else 'is empty'}",
+            path.name,
         )
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
@@ -93,6 +96,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(text)
         for _, tensor in sorted(tensors.items()):
             file.write(np.ascontiguousarray(tensor.array).data)
+
+
+def refuse_other_content(path: Path, code: str) -> None:
+    """Refuse with `code`, by what it is, a file that a download left in the place of another."""
+    with path.open("rb") as file:
+        begin = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if begin.startswith(b"version https://git-lfs.github.com/spec/"):
+        message = f"{path.name} is a Git LFS pointer and not the file itself: run `git lfs pull` where it is from"
+    elif begin.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")):
+        message = f"{path.name} is a web page and not the file itself: download the file's raw content"
+    elif not begin and code == "broken_config":
+        message = f"{path.name} is empty"
+    else:
+        return
+    raise AdapterRefused(code, message, path.name)
 
 
 def _parse_header(text: bytes, file_name: str) -> dict[str, object]:

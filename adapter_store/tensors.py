@@ -51,6 +51,10 @@ class Tensor:
         unsigned, exponent = _EXPONENT[self.tag]
         return int((self._bits() & unsigned(exponent)).max(initial=0)) != exponent
 
+    def is_zero(self) -> bool:
+        """Whether every element is zero."""
+        return not np.any(self._bits() << 1)
+
     def has_bits_of(self, other: Tensor) -> bool:
         """Whether both hold the same bits; they must be of one type and shape."""
         return np.array_equal(self._bits(), other._bits())

@@ -28,6 +28,8 @@ class Trained:
     """Embedding or output -> the tokens whose rows were trained."""
     token_source: Mapping[str, str]
     """An output in `tokens` -> the embedding whose trained rows are also its own."""
+    unmatched: tuple[str, ...]
+    """Names in modules_to_save that no module of the base ends in; PEFT passes over them."""
 
 
 def trained(spec: LoraSpec, geometry: BaseGeometry, lora: Collection[str]) -> Trained:
@@ -37,6 +39,7 @@ def trained(spec: LoraSpec, geometry: BaseGeometry, lora: Collection[str]) -> Tr
     """
     known = _known(geometry)
     modules = {module for end in sorted(spec.modules_to_save) for module in _saved(end, known, geometry)}
+    unmatched = tuple(end for end in sorted(spec.modules_to_save) if not _ending_in(end, known))
     tied = _tied_modules(spec, geometry)
     modules |= {*tied.keys(), *tied.values()}
     tokens, token_source = _tokens(spec, known, geometry)
@@ -47,7 +50,7 @@ def trained(spec: LoraSpec, geometry: BaseGeometry, lora: Collection[str]) -> Tr
             _refuse(TOKENS_FIELD, f"{TOKENS_FIELD} and modules_to_save are both on {module}")
         if module in lora and module not in token_source:
             _refuse(TOKENS_FIELD, f"{TOKENS_FIELD} and LoRA are both on {module}")
-    return Trained(frozenset(modules), tied, tokens, token_source)
+    return Trained(frozenset(modules), tied, tokens, token_source, unmatched)
 
 
 def norms(geometry: BaseGeometry) -> set[str]:
@@ -56,13 +59,8 @@ def norms(geometry: BaseGeometry) -> set[str]:
 
 
 def _saved(end: str, known: Collection[str], geometry: BaseGeometry) -> Iterator[str]:
-    matched = _ending_in(end, known)
-    if not matched:
-        _refuse(
-            "modules_to_save", f"modules_to_save names {end[:200]}: the base has no such module, or none to replace"
-        )
     replaceable = norms(geometry)
-    for module in matched:
+    for module in _ending_in(end, known):
         if module not in replaceable and not _has_tokens(module, geometry):
             _refuse(
                 "modules_to_save",
@@ -72,8 +70,8 @@ def _saved(end: str, known: Collection[str], geometry: BaseGeometry) -> Iterator
 
 
 def _known(geometry: BaseGeometry) -> set[str]:
-    """Names of the modules that adapters may change, and of all that these are within."""
-    known = {*geometry.modules, *norms(geometry)}
+    """Names of the modules that have parameters, and of all that these are within."""
+    known = {*geometry.modules, *norms(geometry), *(name.rpartition(".")[0] for name in geometry.parameters)}
     for name in list(known):
         while name := name.rpartition(".")[0]:
             known.add(name)

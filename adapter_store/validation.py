@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
+import numpy as np
+
 from lorafleet.adapter_store.base_weights import BaseWeights, own_weight
 from lorafleet.adapter_store.contents import BaseCopy
 from lorafleet.adapter_store.errors import AdapterRefused
 from lorafleet.adapter_store.manifest import BaseGeometry, ModuleManifest
+from lorafleet.adapter_store.targets import is_output
 from lorafleet.adapter_store.tensors import FloatTag, Tensor
+
+_LARGEST: Final[Mapping[FloatTag, float]] = {"F64": 1.79e308, "F32": 3.4028e38, "F16": 65504.0, "BF16": 3.3895e38}
 
 RULES: Final[Mapping[str, str]] = {
     "empty_folder": "The folder holds no adapter at all.",
@@ -24,7 +29,7 @@ RULES: Final[Mapping[str, str]] = {
     "unsupported_field": "A field of the config asks for something that is not served.",
     "invalid_pattern": "A pattern of the config is no regular expression.",
     "pattern_too_slow": "A pattern of the config takes too long to match.",
-    "unknown_target": "target_modules names a module that the base does not have.",
+    "unknown_target": "target_modules names no module of the base, or one that LoRA cannot be on here.",
     "no_module": "The adapter changes no module of the base.",
     "rank_too_large": "A module's rank is over the configured limit.",
     "truncated": "The weights file ends before its tensors do.",
@@ -36,7 +41,7 @@ RULES: Final[Mapping[str, str]] = {
     "vocabulary_resized": "The adapter is of a base with tokens added or removed.",
     "unsupported_dtype": "A tensor is not of float64, float32, float16 or bfloat16.",
     "non_finite": "A tensor holds a NaN or an infinity.",
-    "overflow": "A value is too large for the dtype that is served.",
+    "overflow": "A value, a scaling or a product of both is too large for the dtype that is served.",
     "base_weights_changed": "The file brings weights of the base that differ from the base's own.",
     "base_weights_unverified": "The base's own weights are not at hand to compare with what the file brings of them.",
 }
@@ -47,7 +52,9 @@ def check_ranks(modules: Sequence[ModuleManifest], max_rank: int, field: str) ->
     for module in modules:
         if module.rank > max_rank:
             raise AdapterRefused(
-                "rank_too_large", f"rank {module.rank} of {module.name} is over the limit of {max_rank}", field
+                "rank_too_large",
+                f"rank {module.rank} of {module.name} is over the limit of {max_rank}: raise adapters.max_rank",
+                field,
             )
 
 
@@ -59,6 +66,31 @@ def check_values(name: str, tensor: Tensor, served: FloatTag) -> Tensor:
     if converted is not tensor and not converted.is_finite():
         raise AdapterRefused("overflow", f"tensor {name} holds a value too large for {served}", name)
     return converted
+
+
+def check_products(module: ModuleManifest, a: Tensor, b: Tensor, served: FloatTag) -> None:
+    """Rule `overflow` for what is computed with the factors: neither scaling nor delta may leave the floats' range.
+
+    `a` and `b` are as in a file of linear modules: B @ A has sums over the rank.
+    """
+    largest = _LARGEST[served]
+    if abs(module.scaling) > _LARGEST["F32"]:
+        message = f"the scaling {module.scaling:.3g} of {module.name} is too large for float32: lower lora_alpha"
+        raise AdapterRefused("overflow", message, "lora_alpha")
+    rows, columns = np.abs(a.to("F32").array).max(axis=1), np.abs(b.to("F32").array).max(axis=0)
+    with np.errstate(over="ignore"):
+        bound = abs(module.scaling) * float(rows.astype(np.float64) @ columns.astype(np.float64))
+    if bound > largest:
+        message = f"scaling * B @ A of {module.name} may reach {bound:.3g}, too large for {served}: lower lora_alpha"
+        raise AdapterRefused("overflow", message, "lora_alpha")
+
+
+def is_replaceable(copy: BaseCopy, geometry: BaseGeometry) -> bool:
+    """Whether an adapter may bring another one in the place of this parameter of the base."""
+    shape = geometry.modules.get(copy.module)
+    if shape is None:
+        return f"{copy.module}.{copy.leaf}" in geometry.vectors
+    return shape.kind == "embedding" or is_output(copy.module, shape, geometry)
 
 
 def check_base_copy(copy: BaseCopy, saved: Tensor, base: BaseWeights | None, geometry: BaseGeometry) -> None:
@@ -74,4 +106,6 @@ def check_base_copy(copy: BaseCopy, saved: Tensor, base: BaseWeights | None, geo
     vias: tuple[FloatTag, ...] = (own.tag, "BF16", "F16")
     if own.shape != saved.shape or not any(own.to(via).to(saved.tag).has_bits_of(saved) for via in vias):
         message = f"tensor {copy.tensor} is a weight of the base and differs from the base's own"
+        if not is_replaceable(copy, geometry):
+            message += f": {copy.module} is not one that an adapter can replace here"
         raise AdapterRefused("base_weights_changed", message, copy.tensor)

@@ -58,6 +58,9 @@ class AdapterReply(Settings):
     rank: int = Field(description="Largest rank of any module.")
     targets: tuple[str, ...] = Field(description="Modules that it changes, by the last part of their names.")
     bytes: int = Field(description="Size of its weights as they are served.")
+    warnings: tuple[str, ...] = Field(
+        description="What of the adapter changes nothing though its author may expect it."
+    )
     pages: int | None = Field(description="Pages of a worker's pool that it takes; null where that is not known.")
     pinned: bool
     state: Literal["resident", "loading", "stored"] = Field(description="The best that any worker has.")
@@ -95,6 +98,7 @@ class ValidationReply(Settings):
     rank: int
     targets: tuple[str, ...]
     bytes: int
+    warnings: tuple[str, ...]
     pages: int | None
     fits: bool = Field(description="Whether every worker has room for it.")
     workers: dict[str, EstimateReply]
@@ -214,4 +218,5 @@ def _describe(manifest: AdapterManifest) -> dict[str, object]:
         "rank": manifest.rank,
         "targets": manifest.targets,
         "bytes": manifest.num_bytes,
+        "warnings": manifest.warnings,
     }

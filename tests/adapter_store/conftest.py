@@ -44,7 +44,7 @@ def geometry_of(model: PreTrainedModel, dtype: Dtype = "float32") -> BaseGeometr
         if "norm" in name.split(".")[-2] or name.split(".")[-2].startswith("ln_")
     }
     tied = {names[output]: names[embedding]} if output.weight is embedding.weight else {}
-    return BaseGeometry(modules, dtype, vectors, tied)
+    return BaseGeometry(modules, dtype, vectors, tied, frozenset(name for name, _ in model.named_parameters()))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from lorafleet.adapter_store.base_weights import CheckpointWeights, own_weight
 from lorafleet.adapter_store.errors import SourceUnavailable
@@ -84,3 +84,13 @@ def test_hub_that_cannot_be_reached_is_no_answer(tmp_path: Path, monkeypatch: py
     for _ in range(2):
         with pytest.raises(SourceUnavailable):
             weights.read("lm_head", "weight")
+
+
+def test_names_that_transformers_renames_on_load(tmp_path: Path) -> None:
+    config = GPTNeoXConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    assert "embed_out.weight" in load_file(tmp_path / "model.safetensors")
+    assert_reads(CheckpointWeights(tmp_path), "lm_head", model.get_parameter("lm_head.weight").detach())

@@ -325,7 +325,7 @@ BROKEN: dict[str, tuple[str, str, str, Change]] = {
     ),
     "norm-that-was-not-to-be-saved": (
         "save-head",
-        "unmatched_tensor",
+        "base_weights_changed",
         f"{PREFIX}model.norm.weight",
         lambda t: t.update({f"{PREFIX}model.norm.weight": torch.ones(64)}),
     ),

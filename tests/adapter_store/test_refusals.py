@@ -23,6 +23,9 @@ Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 Q_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 HEAD = "base_model.model.lm_head.base_layer.weight"
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 123456\n"
+PAGE = b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html><body>Not found</body></html>"
+
 Break = Callable[[AdapterCopy], None]
 
 
@@ -102,9 +105,9 @@ CASES: dict[str, tuple[str, str | None, str, Break]] = {
     "config_deep": ("broken_config", CONFIG, "rank4_qv", write(CONFIG, b"[" * 1_000_000)),
     "config_huge": ("config_too_large", "adapter_config.json", "rank4_qv", write(CONFIG, b" " * (2**22 + 1))),
     "not_lora": ("unsupported_field", "peft_type", "rank4_qv", config(peft_type="LOHA")),
-    "task": ("unsupported_field", "task_type", "rank4_qv", config(task_type="SEQ_CLS")),
+    "task": ("unsupported_field", "task_type", "rank4_qv", config(task_type="SEQ_WARP")),
     "unknown_field": ("unsupported_field", "use_warp", "rank4_qv", config(use_warp=True)),
-    "unknown_number": ("unsupported_field", "warp_factor", "rank4_qv", config(warp_factor=9)),
+    "unknown_number": ("unsupported_field", "warp_rank", "rank4_qv", config(warp_rank=9)),
     "rank_zero": ("invalid_field", "r", "rank4_qv", config(r=0)),
     "rank_text": ("invalid_field", "r", "rank4_qv", config(r="4")),
     "rank_true": ("invalid_field", "r", "rank4_qv", config(r=True)),
@@ -125,7 +128,13 @@ CASES: dict[str, tuple[str, str | None, str, Break]] = {
         "rank4_qv",
         config(target_modules=".*q_proj", layers_to_transform=[1]),
     ),
-    "unknown_target": ("unknown_target", "target_modules", "rank4_qv", config(target_modules=["q_proj", "w_proj"])),
+    "unknown_target": ("unknown_target", "target_modules", "rank4_qv", config(target_modules=["v", "w_proj"])),
+    "target_that_no_lora_fits": (
+        "unknown_target",
+        "target_modules",
+        "rank4_qv",
+        config(target_modules=["q_proj", "v_proj", "input_layernorm"]),
+    ),
     "part_of_a_name": ("unknown_target", "target_modules", "rank4_qv", config(target_modules=["proj"])),
     "nothing_matches": ("no_module", "target_modules", "rank4_qv", config(target_modules=".*w_proj")),
     "all_excluded": ("no_module", "target_modules", "rank4_qv", config(exclude_modules=["q_proj", "v_proj"])),
@@ -137,6 +146,11 @@ CASES: dict[str, tuple[str, str | None, str, Break]] = {
     "pattern_rank_over_limit": ("rank_too_large", "r", "rank4_qv", config(rank_pattern={"v_proj": 1000})),
     "weights_cut_short": ("truncated", None, "rank4_qv", cut(0.9)),
     "weights_cut_in_header": ("truncated", None, "rank4_qv", cut(0.05)),
+    "weights_without_tensors": ("missing_tensor", WEIGHTS, "rank4_qv", raw_header(b"{}")),
+    "weights_pointer": ("broken_safetensors", WEIGHTS, "rank4_qv", write(WEIGHTS, POINTER)),
+    "weights_page": ("broken_safetensors", WEIGHTS, "rank4_qv", write(WEIGHTS, PAGE)),
+    "config_pointer": ("broken_config", CONFIG, "rank4_qv", write(CONFIG, POINTER)),
+    "config_page": ("broken_config", CONFIG, "rank4_qv", write(CONFIG, PAGE)),
     "weights_empty": ("truncated", None, "rank4_qv", write(WEIGHTS, b"")),
     "weights_of_text": ("header_too_large", None, "rank4_qv", write(WEIGHTS, b"these are no weights")),
     "header_too_large": ("header_too_large", None, "rank4_qv", write(WEIGHTS, struct.pack("<Q", 2**62) + b"{}")),
@@ -203,6 +217,14 @@ CASES: dict[str, tuple[str, str | None, str, Break]] = {
         "base_model.model.model.embed_tokens.lora_embedding_A",
         "embeddings",
         poke("base_model.model.model.embed_tokens.lora_embedding_A", float("nan")),
+    ),
+    "scaling_beyond_float32": ("overflow", "lora_alpha", "rank4_qv", config(lora_alpha=1e308)),
+    "negative_scaling_beyond_float32": ("overflow", "lora_alpha", "rank4_qv", config(lora_alpha=-1e308)),
+    "product_beyond_float32": (
+        "overflow",
+        "lora_alpha",
+        "rank4_qv",
+        tensors(lambda t: t.update({Q_A: t[Q_A] * 1e20, Q_B: t[Q_B] * 1e20})),
     ),
     "beyond_float32": ("overflow", Q_A, "rank4_qv", put(Q_A, torch.full((4, 64), 1e300, dtype=torch.float64))),
     "base_changed": ("base_weights_changed", HEAD, "embeddings", poke(HEAD, 1.0)),

@@ -86,6 +86,7 @@ async def test_put_get_list_and_delete(api: Api) -> None:
         "rank": 4,
         "targets": ["q_proj"],
         "bytes": 400,
+        "warnings": [],
         "pages": 4,
         "pinned": False,
         "state": "resident",

@@ -50,6 +50,11 @@ def _gpt2(*fields: str, **options: Any) -> FieldCase:
 SERVED: dict[str, FieldCase] = {
     "rank1": FieldCase(("r", "lora_alpha", "peft_type", "target_modules", "task_type"), kind="rank1"),
     "no-task": FieldCase(("task_type",), edit={"task_type": None}),
+    "other-task": FieldCase(("task_type",), edit={"task_type": "FEATURE_EXTRACTION"}),
+    "unmatched-targets": FieldCase(
+        ("target_modules",), {"target_modules": ("q_proj", "c_attn", "query_key_value"), "modules_to_save": ("score",)}
+    ),
+    "unmatched-save": FieldCase(("modules_to_save",), {"modules_to_save": ("classifier", "norm")}),
     "patterns": FieldCase(("rank_pattern", "alpha_pattern"), kind="rank_pattern"),
     "rslora": FieldCase(("use_rslora",), base="qwen2", kind="rslora"),
     "all-linear": FieldCase(("target_modules",), kind="all_linear"),
@@ -190,7 +195,7 @@ REFUSED: dict[str, FieldCase] = {
     "loftq": FieldCase(("init_lora_weights",), edit={"init_lora_weights": "loftq"}),
     "lora-ga": FieldCase(("init_lora_weights",), edit={"init_lora_weights": "lora_ga"}),
     "other-method": FieldCase(("peft_type",), edit={"peft_type": "LOHA"}),
-    "other-task": FieldCase(("task_type",), edit={"task_type": "SEQ_CLS"}),
+    "other-task": FieldCase(("task_type",), edit={"task_type": "SEQ_WARP"}),
     "other-bias": FieldCase(("bias",), edit={"bias": "some"}, code="invalid_field"),
     "lora-bias-embedding": FieldCase(("lora_bias",), kind="embed_tokens", edit={"lora_bias": True}),
     "save-linear": FieldCase(("modules_to_save",), {"modules_to_save": ("o_proj",)}),
@@ -200,7 +205,6 @@ REFUSED: dict[str, FieldCase] = {
     ),
     "save-all-norms-and-linear": FieldCase(("modules_to_save",), {"modules_to_save": ("norm", "up_proj")}),
     "save-positions": FieldCase(("modules_to_save",), {"modules_to_save": ("wpe",)}, "gpt2", "rank4"),
-    "save-unknown": FieldCase(("modules_to_save",), {"modules_to_save": ("classifier",)}),
     "save-pattern": FieldCase(("modules_to_save",), edit={"modules_to_save": ["lm_(head)?"]}, code="invalid_field"),
     "save-too-many": FieldCase(
         ("modules_to_save",), edit={"modules_to_save": ["lm_head"] * 1025}, code="invalid_field"

@@ -87,7 +87,13 @@ def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:
             modules[name] = ModuleShape("linear", module.nx, module.nf)
         elif module is embedding and type(module) is nn.Embedding:
             modules[name] = ModuleShape("embedding", module.num_embeddings, module.embedding_dim)
-    return BaseGeometry(modules=modules, dtype=dtype, vectors=_norm_parameters(model), tied=_tied(model))
+    return BaseGeometry(
+        modules=modules,
+        dtype=dtype,
+        vectors=_norm_parameters(model),
+        tied=_tied(model),
+        parameters=frozenset(name for name, _ in model.named_parameters()),
+    )
 
 
 def _norm_parameters(model: PreTrainedModel) -> dict[str, int]:
