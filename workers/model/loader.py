@@ -21,6 +21,7 @@ from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.kv_cache import LayerKV
 from lorafleet.workers.model.geometry import TORCH_DTYPES, empty_model, geometry_of, read_config, resolve_dtype
+from lorafleet.workers.model.rope import fix_frequencies, longest_model_len
 
 PROBE_TOKENS = 12
 """Length of the prompt that the substituted model must answer as the untouched one does."""
@@ -57,10 +58,12 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def max_model_len(model: ModelConfig, longest: int | None) -> int:
+def max_model_len(model: ModelConfig, config: PretrainedConfig) -> int:
     """`model.max_model_len`, or the base's own. Raises UnsupportedModel when it is more than the base was made for."""
     if model.max_model_len is None:
-        return longest or 2048
+        own: int | None = getattr(config, "max_position_embeddings", None)
+        return own or 2048
+    longest = longest_model_len(config)
     if longest is not None and model.max_model_len > longest:
         raise UnsupportedModel(f"max_model_len={model.max_model_len} is more than the base's {longest} positions")
     return model.max_model_len
@@ -76,6 +79,8 @@ def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
         else:
             loaded = _load_weights(model.source, config, TORCH_DTYPES[dtype], device)
     loaded.eval().requires_grad_(False)
+    longest = max_model_len(model, config)
+    fix_frequencies(loaded, longest)
     if "logits_to_keep" not in inspect.signature(loaded.forward).parameters:
         raise UnsupportedModel(f"{type(loaded).__name__} cannot give the logits of chosen rows only")
     probe = torch.randint(config.vocab_size, (PROBE_TOKENS,), generator=torch.Generator().manual_seed(0)).to(device)
@@ -87,7 +92,7 @@ def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
         dtype=dtype,
         device=device,
         vocab_size=config.vocab_size,
-        max_model_len=max_model_len(model, getattr(config, "max_position_embeddings", None)),
+        max_model_len=longest,
         stop_token_ids=_stop_token_ids(loaded),
         layers=_layers(loaded),
         probe_token_ids=probe,
