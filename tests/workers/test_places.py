@@ -1,4 +1,4 @@
-"""Modules between the body and the output embedding: their rows are the logits' rows, and nobody else's adapter acts."""
+"""Modules between the body and the output embedding: their rows are the logits', and no other adapter acts on them."""
 
 from __future__ import annotations
 

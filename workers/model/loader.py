@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.kv_cache import LayerKV
 from lorafleet.workers.model.geometry import TORCH_DTYPES, empty_model, geometry_of, read_config, resolve_dtype
+from lorafleet.workers.model.reach import read_windows
 from lorafleet.workers.model.rope import fix_frequencies, longest_model_len
 
 PROBE_TOKENS = 12
@@ -41,6 +43,8 @@ class BaseModel:
     """Tokens that end an answer."""
     layers: tuple[LayerKV, ...]
     """What each attention layer keeps of a token."""
+    windows: Mapping[int, int | None]
+    """Sliding window of the layers whose masks tell it."""
     probe_token_ids: torch.Tensor
     """(PROBE_TOKENS,) int64: a fixed prompt."""
     probe_logits: torch.Tensor
@@ -95,6 +99,7 @@ def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
         max_model_len=longest,
         stop_token_ids=_stop_token_ids(loaded),
         layers=_layers(loaded),
+        windows=read_windows(loaded, longest),
         probe_token_ids=probe,
         probe_logits=probe_logits,
     )

@@ -80,7 +80,7 @@ class ModelRunner:
         self.cache = cache
         self.pool = pool
         self._lora = lora_layers.LoraContext(pool.extras)
-        self._attention = attention.AttentionContext(cache)
+        self._attention = attention.AttentionContext(cache, base.windows)
         self._sampler = Sampler()
         self._graphs: dict[tuple[GraphForm, int], StepGraph] = {}
         """By `StepBatch.graph_key`."""
