@@ -82,12 +82,23 @@ def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
             loaded = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[dtype])
         else:
             loaded = _load_weights(model.source, config, TORCH_DTYPES[dtype], device)
+    return base_of(loaded, config, dtype, max_model_len(model, config))
+
+
+def base_of(
+    loaded: PreTrainedModel, config: PretrainedConfig, dtype: Dtype, longest: int, probe_tokens: int = PROBE_TOKENS
+) -> BaseModel:
+    """The base of a model in memory. Raises UnsupportedModel, naming what cannot be served.
+
+    `longest`: tokens of the longest sequence. `probe_tokens`: length of its probe.
+    """
+    refuse_recurrent(loaded)
+    device = loaded.device
     loaded.eval().requires_grad_(False)
-    longest = max_model_len(model, config)
     fix_frequencies(loaded, longest)
     if "logits_to_keep" not in inspect.signature(loaded.forward).parameters:
         raise UnsupportedModel(f"{type(loaded).__name__} cannot give the logits of chosen rows only")
-    probe = torch.randint(config.vocab_size, (PROBE_TOKENS,), generator=torch.Generator().manual_seed(0)).to(device)
+    probe = torch.randint(config.vocab_size, (probe_tokens,), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
         probe_logits = loaded(input_ids=probe[None], use_cache=False).logits[0].float()
     return BaseModel(
@@ -115,7 +126,7 @@ def _load_weights(source: str, config: PretrainedConfig, dtype: torch.dtype, dev
             device_map=str(device),
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UnsupportedModel(f"the weights of model.source {source!r} cannot be loaded: {error}") from error
@@ -124,6 +135,16 @@ def _load_weights(source: str, config: PretrainedConfig, dtype: torch.dtype, dev
         raise UnsupportedModel(f"model.source {source!r} lacks the weights {', '.join(sorted(found['missing_keys']))}")
     model: PreTrainedModel = loaded
     return model
+
+
+def refuse_recurrent(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel when layers of the model keep a recurrent state beside keys and values."""
+    for name, module in model.named_modules():
+        if hasattr(module, "A_log"):
+            raise UnsupportedModel(
+                f"{type(model).__name__} has layers that do not attend but keep a recurrent state ({name}), "
+                "which pages cannot hold"
+            )
 
 
 def _stop_token_ids(loaded: PreTrainedModel) -> frozenset[int]:

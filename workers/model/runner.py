@@ -362,7 +362,7 @@ class ModelRunner:
             parts = [part for start, end in pairwise(bounds) for part in self._probe_part(pages, start, end)]
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             raise UnsupportedModel(f"{type(self.base.model).__name__} cannot be computed on pages: {error}") from error
         finally:
             self._attention.batch = None
