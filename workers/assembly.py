@@ -17,8 +17,9 @@ from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.memory.residency import Residency
-from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, resolve_device
-from lorafleet.workers.model.loader import load_base, load_tokenizer
+from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, read_config, resolve_device
+from lorafleet.workers.model.loader import load_base, load_tokenizer, max_model_len
+from lorafleet.workers.model.rehearsal import rehearse
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.sizing import memory_sizes
 from lorafleet.workers.step.forms import graph_forms
@@ -58,6 +59,8 @@ def assemble(
     """
     started_s = time.monotonic()
     device = resolve_device(engine.device)
+    config = read_config(model)
+    rehearse(config, max_model_len(model, config))
     base = load_base(model, device)
     load_s = time.monotonic() - started_s
     linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]

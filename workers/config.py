@@ -54,7 +54,10 @@ class ModelConfig(Settings):
         default="auto", description="`auto` takes the checkpoint's dtype; float32 on a CPU."
     )
     max_model_len: int | None = Field(
-        default=None, ge=1, description="Longest prompt plus answer, in tokens; default the model's own."
+        default=None,
+        ge=1,
+        description="Longest prompt plus answer, in tokens; default the model's own. Longrope and dynamic RoPE choose "
+        "their frequencies by it, for all requests alike.",
     )
     load: Literal["weights", "dummy"] = Field(
         default="weights", description="`dummy` makes random weights, for benchmarks."

@@ -57,7 +57,7 @@ class Prompts:
         return cls(
             load_tokenizer(model.source),
             vocab_size=config.vocab_size,
-            max_model_len=max_model_len(model, getattr(config, "max_position_embeddings", None)),
+            max_model_len=max_model_len(model, config),
         )
 
     async def tokenize(self, request: GenerateRequest) -> tuple[int, ...]:

@@ -80,8 +80,22 @@ def generate_with_peft(
 
 
 @torch.no_grad()
-def prompt_logprobs_with_peft(base: Path, adapter: Path | None, token_ids: Sequence[int]) -> Tensor:
-    """(len(token_ids), vocab) float32: the distribution after each token, from one forward pass without a cache."""
+def prompt_logprobs_with_peft(
+    base: Path, adapter: Path | None, token_ids: Sequence[int], *, max_model_len: int | None = None
+) -> Tensor:
+    """(len(token_ids), vocab) float32: the distribution after each token, from one forward pass without a cache.
+
+    Transformers lets longrope and dynamic RoPE choose frequencies by the longest position of a pass; a worker chooses
+    by its `max_model_len`. Give that, and a second line of the pass stands at the last positions that there can be.
+    """
     model = load_with_peft(base, adapter)
-    logits: Tensor = model(input_ids=torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+    if max_model_len is None:
+        logits: Tensor = model(input_ids=torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+    else:
+        positions = torch.arange(len(token_ids))
+        both = torch.stack([positions, positions + max_model_len - len(token_ids)])
+        input_ids = torch.tensor([list(token_ids)] * 2)
+        # With a mask, lest transformers take positions that do not begin at 0 for packed sequences.
+        mask = torch.ones_like(input_ids)
+        logits = model(input_ids=input_ids, attention_mask=mask, position_ids=both, use_cache=False).logits[0]
     return logits.float().log_softmax(dim=-1)

@@ -149,7 +149,7 @@ def test_added_rows_reach_their_members(bench: Bench, bias: bool) -> None:
 
     def run(context: LoraContext) -> Tensor:
         modules: list[nn.Module] = list(linears)
-        y: Tensor = FusedProjection(QKV, modules, bench.pool.weights(QKV), context, is_head=False)(x)
+        y: Tensor = FusedProjection(QKV, modules, bench.pool.weights(QKV), context, place="body", is_head=False)(x)
         return y[0]
 
     def expected(row: int, slot: int) -> Tensor:
@@ -169,7 +169,9 @@ def test_heads_of_their_own(bench: Bench, bias: bool, gathered: int, monkeypatch
     def run(context: LoraContext) -> Tensor:
         # The rows whose logits are wanted, not those of the layers below.
         context = LoraContext(context.resident_extras, None, context.logits_segments)
-        y: Tensor = FusedProjection((HEAD,), [head], bench.pool.weights((HEAD,)), context, is_head=True)(x)
+        y: Tensor = FusedProjection(
+            (HEAD,), [head], bench.pool.weights((HEAD,)), context, place="logits", is_head=True
+        )(x)
         return y[0]
 
     def expected(row: int, slot: int) -> Tensor:
@@ -203,7 +205,7 @@ def test_norms_of_their_own(bench: Bench, kind: str, shape: tuple[int, ...]) -> 
     x = bench.random(*shape, seed=9)
 
     def run(context: LoraContext) -> Tensor:
-        y: Tensor = AdapterNorm(base, NORM, context)(x)
+        y: Tensor = AdapterNorm(base, NORM, context, "body")(x)
         return y.view(NUM_ROWS, -1, HIDDEN)
 
     def expected(row: int, slot: int) -> Tensor:
@@ -224,7 +226,7 @@ def test_fused_norms_of_their_own(bench: Bench, has_residual: bool) -> None:
 
     def run(context: LoraContext) -> Tensor:
         changed = residual.clone() if has_residual else None
-        y = fused_layers._norm(AdapterNorm(base, NORM, context), x, changed)
+        y = fused_layers._norm(AdapterNorm(base, NORM, context, "body"), x, changed)
         assert changed is None or torch.equal(changed, total)
         return y
 

@@ -43,6 +43,15 @@ DEEPSEEK = {
     "n_group": 1,
     "topk_group": 1,
 }
+LLAMA4 = {
+    **SHAPE,
+    "head_dim": 8,
+    "intermediate_size_mlp": 48,
+    "num_local_experts": 2,
+    "attention_chunk_size": 16,
+    "no_rope_layers": [1, 0],
+    "attn_temperature_tuning": False,
+}
 SMALL = {"vocab_size": 304, "num_hidden_layers": 2, "num_layers": 2, "n_layer": 2}
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -51,14 +60,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({**SMALL, "hidden_size": 32, "n_head": 4}, "do not attend"),
     "gemma2": ({**SHAPE, "head_dim": 8}, "softcap"),
     "gpt_oss": ({**SHAPE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "s_aux"),
-    "deepseek_v3": (DEEPSEEK, "key must have shape"),
+    "deepseek_v3": (
+        {**DEEPSEEK, "qk_nope_head_dim": 8},
+        "keys of 12 and values of 8 elements per head .latent attention",
+    ),
+    "llama4_text": (LLAMA4, "chunks of 16 tokens"),
+    "llama4_text-temperature": (
+        {**LLAMA4, "attention_chunk_size": 64, "attn_temperature_tuning": True, "floor_scale": 32},
+        "by the position from 32 tokens on",
+    ),
     # It attends by itself, beside the keys and values of its cache: only a prompt in parts shows it.
     "xglm": (
         {"vocab_size": 304, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
         "off transformers",
     ),
     # It attends to what comes after, too.
-    "bert": ({key: value for key, value in SHAPE.items() if "key_value" not in key}, "off transformers"),
+    "bert": ({key: value for key, value in SHAPE.items() if "key_value" not in key}, "tokens that come after"),
 }
 
 
@@ -80,7 +97,7 @@ def save_base(folder: Path, kind: str, settings: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("kind", REFUSED)
 async def test_what_cannot_be_served_right_is_not_served(kind: str, tmp_path: Path) -> None:
     settings, reason = REFUSED[kind]
-    base = save_base(tmp_path, kind, settings)
+    base = save_base(tmp_path, kind.partition("-")[0], settings)
     await refuses(UnsupportedModel, reason, base)
 
 
@@ -123,6 +140,18 @@ SERVED: dict[str, dict[str, Any]] = {
         "word_embed_proj_dim": 32,
     },
     "cohere2": {**SHAPE, "sliding_window": 8},
+    # Their masks alone say the window.
+    "qwen2_moe": {
+        **SHAPE,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "phimoe": {**SHAPE, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
 

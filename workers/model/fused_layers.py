@@ -158,7 +158,7 @@ def _norm(module: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
     y = fused.rms_norm(x, weight, eps, residual)
     if isinstance(module, AdapterNorm):
         summed = x if residual is None else residual
-        for rows, parameters in module.replaced():
+        for rows, parameters in module.replaced(summed.shape[0]):
             y.index_copy_(0, rows, fused.rms_norm(summed.index_select(0, rows), parameters["weight"], eps))
     return y
 

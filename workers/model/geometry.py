@@ -23,6 +23,9 @@ TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 
+DEQUANTISED = ("fp8", "mxfp4")
+"""Methods of quantisation that transformers undoes on load; what it leaves quantised is refused then."""
+
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules of one parent that are always applied to the same tensor, one after another; they are fused."""
 
@@ -59,13 +62,35 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
         raise UnsupportedModel(f"model.source {model.source!r} is no model that transformers loads: {error}") from error
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{config.model_type} is an encoder-decoder model; only decoder-only models are served")
+    _refuse_quantised(model, config)
     return config.get_text_config(decoder=True) if hasattr(config, "vision_config") else config
+
+
+def _refuse_quantised(model: ModelConfig, config: PretrainedConfig) -> None:
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is None:
+        return
+    if not isinstance(quantisation, dict):
+        quantisation = quantisation.to_dict()
+    method = getattr(quantisation.get("quant_method"), "value", quantisation.get("quant_method"))
+    if method not in DEQUANTISED:
+        raise UnsupportedModel(
+            f"model.source {model.source!r} is quantised by {method}, which is not supported: use the checkpoint "
+            "that it was made from"
+        )
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The base without weights, on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise UnsupportedModel(
+            f"transformers has no model of causal language for {config.model_type}, or not for this configuration"
+        ) from error
+    except ImportError as error:
+        raise UnsupportedModel(f"{config.model_type} needs a package that is not installed: {error}") from error
 
 
 def read_geometry(model: ModelConfig, device: str = "auto") -> BaseGeometry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.kv_cache import LayerKV
 from lorafleet.workers.model.geometry import TORCH_DTYPES, empty_model, geometry_of, read_config, resolve_dtype
+from lorafleet.workers.model.reach import read_windows
+from lorafleet.workers.model.rope import fix_frequencies, longest_model_len
 
 PROBE_TOKENS = 12
 """Length of the prompt that the substituted model must answer as the untouched one does."""
@@ -40,6 +43,8 @@ class BaseModel:
     """Tokens that end an answer."""
     layers: tuple[LayerKV, ...]
     """What each attention layer keeps of a token."""
+    windows: Mapping[int, int | None]
+    """Sliding window of the layers whose masks tell it."""
     probe_token_ids: torch.Tensor
     """(PROBE_TOKENS,) int64: a fixed prompt."""
     probe_logits: torch.Tensor
@@ -57,10 +62,12 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def max_model_len(model: ModelConfig, longest: int | None) -> int:
+def max_model_len(model: ModelConfig, config: PretrainedConfig) -> int:
     """`model.max_model_len`, or the base's own. Raises UnsupportedModel when it is more than the base was made for."""
     if model.max_model_len is None:
-        return longest or 2048
+        own: int | None = getattr(config, "max_position_embeddings", None)
+        return own or 2048
+    longest = longest_model_len(config)
     if longest is not None and model.max_model_len > longest:
         raise UnsupportedModel(f"max_model_len={model.max_model_len} is more than the base's {longest} positions")
     return model.max_model_len
@@ -75,10 +82,23 @@ def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
             loaded = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[dtype])
         else:
             loaded = _load_weights(model.source, config, TORCH_DTYPES[dtype], device)
+    return base_of(loaded, config, dtype, max_model_len(model, config))
+
+
+def base_of(
+    loaded: PreTrainedModel, config: PretrainedConfig, dtype: Dtype, longest: int, probe_tokens: int = PROBE_TOKENS
+) -> BaseModel:
+    """The base of a model in memory. Raises UnsupportedModel, naming what cannot be served.
+
+    `longest`: tokens of the longest sequence. `probe_tokens`: length of its probe.
+    """
+    refuse_recurrent(loaded)
+    device = loaded.device
     loaded.eval().requires_grad_(False)
+    fix_frequencies(loaded, longest)
     if "logits_to_keep" not in inspect.signature(loaded.forward).parameters:
         raise UnsupportedModel(f"{type(loaded).__name__} cannot give the logits of chosen rows only")
-    probe = torch.randint(config.vocab_size, (PROBE_TOKENS,), generator=torch.Generator().manual_seed(0)).to(device)
+    probe = torch.randint(config.vocab_size, (probe_tokens,), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
         probe_logits = loaded(input_ids=probe[None], use_cache=False).logits[0].float()
     return BaseModel(
@@ -87,9 +107,10 @@ def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
         dtype=dtype,
         device=device,
         vocab_size=config.vocab_size,
-        max_model_len=max_model_len(model, getattr(config, "max_position_embeddings", None)),
+        max_model_len=longest,
         stop_token_ids=_stop_token_ids(loaded),
         layers=_layers(loaded),
+        windows=read_windows(loaded, longest),
         probe_token_ids=probe,
         probe_logits=probe_logits,
     )
@@ -105,7 +126,7 @@ def _load_weights(source: str, config: PretrainedConfig, dtype: torch.dtype, dev
             device_map=str(device),
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UnsupportedModel(f"the weights of model.source {source!r} cannot be loaded: {error}") from error
@@ -114,6 +135,16 @@ def _load_weights(source: str, config: PretrainedConfig, dtype: torch.dtype, dev
         raise UnsupportedModel(f"model.source {source!r} lacks the weights {', '.join(sorted(found['missing_keys']))}")
     model: PreTrainedModel = loaded
     return model
+
+
+def refuse_recurrent(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel when layers of the model keep a recurrent state beside keys and values."""
+    for name, module in model.named_modules():
+        if hasattr(module, "A_log"):
+            raise UnsupportedModel(
+                f"{type(model).__name__} has layers that do not attend but keep a recurrent state ({name}), "
+                "which pages cannot hold"
+            )
 
 
 def _stop_token_ids(loaded: PreTrainedModel) -> frozenset[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +20,11 @@ from transformers.pytorch_utils import Conv1D
 from lorafleet.kernels import ops, reference
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
+from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.extra_rows import Extra, ExtraMatrix, ExtraVector
+
+Place = Literal["body", "logits"]
+"""Where a module stands: in the body, which computes all rows, or after it, where only the logits' rows come."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +48,19 @@ class LoraContext:
     logits_segments: Segments | None = None
     """Of the rows whose logits are wanted."""
     _last_owners: tuple[Segments | None, tuple[Owner, ...]] = (None, ())
+
+    def segments_at(self, place: Place, name: str, num_rows: int) -> Segments | None:
+        """The segments of the rows that module `name` is given. Raises UnsupportedModel when it is given others.
+
+        Rows and segments that do not belong together would give requests the adapters of other requests.
+        """
+        segments = self.logits_segments if place == "logits" else self.segments
+        if segments is not None and segments.num_rows != num_rows:
+            raise UnsupportedModel(
+                f"module {name} is given {num_rows} rows where a step has {segments.num_rows}: "
+                "it cannot be told which request's adapter a row uses"
+            )
+        return segments
 
     def owners(self, segments: Segments | None) -> tuple[Owner, ...]:
         """The adapters of a pass with these segments that bring parameters of their own; most passes have none.
@@ -72,8 +90,10 @@ class FusedProjection(nn.Module):
         weights: LoraWeights,
         context: LoraContext,
         *,
+        place: Place,
         is_head: bool,
     ) -> None:
+        """`is_head`: whether it is the output embedding, whose matrix an adapter may replace."""
         super().__init__()
         self.names = names
         matrices = [_matrix(linear) for linear in linears]
@@ -90,14 +110,15 @@ class FusedProjection(nn.Module):
             self.bias = nn.Parameter(torch.cat(parts), requires_grad=False)
         self.lora = weights
         self.context = context
+        self.place: Place = place
         self.is_head = is_head
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_dim) -> (..., sum of the members' widths)."""
-        segments = self.context.logits_segments if self.is_head else self.context.segments
+        rows = x.reshape(-1, x.shape[-1])
+        segments = self.context.segments_at(self.place, self.names[0], rows.shape[0])
         if segments is None:
             return F.linear(x, self.weight, self.bias)
-        rows = x.reshape(-1, x.shape[-1])
         owners = self.context.owners(segments)
         if rows.is_cuda:
             # The delta first, the base product onto it: beta = 1 costs cuBLAS nothing, and y is not read by expand.
@@ -171,6 +192,7 @@ class LoraEmbedding(nn.Module):
     def __init__(self, name: str, base: nn.Embedding, weights: LoraEmbeddingWeights, context: LoraContext) -> None:
         super().__init__()
         self.base = base
+        self.name = name
         self.replaced = f"{name}.weight"
         self.lora = weights
         self.context = context
@@ -183,7 +205,7 @@ class LoraEmbedding(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: (...) int64 -> (..., embedding_dim)."""
         y: Tensor = self.base(token_ids)
-        segments = self.context.segments
+        segments = self.context.segments_at("body", self.name, token_ids.numel())
         if segments is not None:
             tokens, rows = token_ids.reshape(-1), y.view(-1, y.shape[-1])
             for owner in self.context.owners(segments):
@@ -194,13 +216,21 @@ class LoraEmbedding(nn.Module):
         return y
 
 
+def place_of(model: PreTrainedModel, name: str) -> Place:
+    """Where the module `name` of the model stands."""
+    if model.get_submodule(name) is model.get_output_embeddings():
+        return "logits"
+    body = next(name for name, module in model.named_modules() if module is model.base_model)
+    return "body" if not body or name.startswith(f"{body}.") else "logits"
+
+
 def substitute_projections(
     model: PreTrainedModel, names: tuple[str, ...], weights: LoraWeights, context: LoraContext
 ) -> None:
     """Put a fused projection in the places of `names`, which share their input."""
     is_head = model.get_output_embeddings() is model.get_submodule(names[0])
     linears = [model.get_submodule(name) for name in names]
-    fused = FusedProjection(names, linears, weights, context, is_head=is_head)
+    fused = FusedProjection(names, linears, weights, context, place=place_of(model, names[0]), is_head=is_head)
     siblings: list[tuple[Tensor, tuple[Tensor, ...]]] = []
     for index, name in enumerate(names):
         model.set_submodule(name, ProjectionSlice(index, fused, siblings))

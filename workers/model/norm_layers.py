@@ -9,16 +9,18 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from lorafleet.workers.memory.extra_rows import ExtraVector
-from lorafleet.workers.model.lora_layers import LoraContext, Owner
+from lorafleet.workers.model.lora_layers import LoraContext, Owner, Place, place_of
 
 
 class AdapterNorm(nn.Module):
     """A norm as it is, computed once more for the rows of each adapter that replaces a parameter of it."""
 
-    def __init__(self, base: nn.Module, name: str, context: LoraContext) -> None:
+    def __init__(self, base: nn.Module, name: str, context: LoraContext, place: Place) -> None:
         super().__init__()
         self.base = base
+        self.name = name
         self.context = context
+        self.place: Place = place
         self.replaceable = {parameter: f"{name}.{parameter}" for parameter, _ in base.named_parameters()}
 
     @property
@@ -32,14 +34,17 @@ class AdapterNorm(nn.Module):
         """x: (1, rows, ..., width), or (rows, width) -> the same shape."""
         y: Tensor = self.base(x)
         axis = min(1, x.dim() - 2)
-        for rows, parameters in self.replaced():
+        for rows, parameters in self.replaced(x.shape[axis]):
             own: Tensor = functional_call(self.base, parameters, (x.index_select(axis, rows),))
             y.index_copy_(axis, rows, own.to(y.dtype))
         return y
 
-    def replaced(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Rows of the running pass, int64, and the parameters that they have instead of the base's, by name."""
-        owners = self.context.owners(self.context.segments)
+    def replaced(self, num_rows: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Rows of the running pass, int64, and the parameters that they have instead of the base's, by name.
+
+        `num_rows`: how many rows the norm is given.
+        """
+        owners = self.context.owners(self.context.segments_at(self.place, self.name, num_rows))
         found = [(owner.rows, self.parameters_of(owner)) for owner in owners]
         return [(rows, parameters) for rows, parameters in found if parameters]
 
@@ -52,4 +57,4 @@ class AdapterNorm(nn.Module):
 def substitute_norms(model: PreTrainedModel, parameters: Iterable[str], context: LoraContext) -> None:
     """Put a substitute in the place of every norm that has one of these parameters."""
     for name in sorted({parameter.rpartition(".")[0] for parameter in parameters}):
-        model.set_submodule(name, AdapterNorm(model.get_submodule(name), name, context))
+        model.set_submodule(name, AdapterNorm(model.get_submodule(name), name, context, place_of(model, name)))

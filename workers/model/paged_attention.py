@@ -7,6 +7,7 @@ another, decodes (one row each) first.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,8 @@ class AttentionContext:
     """The KV cache, and the batch of the running forward pass. The runner sets the batch."""
 
     cache: KVCache
+    windows: Mapping[int, int | None] = field(default_factory=dict)
+    """Of the layers whose masks tell it, the sliding window, whatever the layer itself says; None: it has none."""
     batch: AttentionBatch | None = None
     workspaces: list[DecodeWorkspace] = field(default_factory=list)
     """Of each layer, on CUDA; layers of one shape share theirs, since a stream runs them in turn."""
@@ -97,8 +100,28 @@ def paged_attention(
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    _check_heads(key, value, context.cache, layer)
     fused.store(key, value, context.place(layer))
+    sliding_window = context.windows.get(layer, sliding_window)
     return attend(query, context, layer, scaling, sliding_window).unsqueeze(0), None
+
+
+def _check_heads(key: Tensor, value: Tensor, cache: KVCache, layer: int) -> None:
+    """Raise UnsupportedModel when the layer's keys and values are not of the shape that the cache was made for.
+
+    key, value: (num_rows, num_kv_heads, head_dim).
+    """
+    if key.shape[-1] != value.shape[-1]:
+        raise UnsupportedModel(
+            f"layer {layer} has keys of {key.shape[-1]} and values of {value.shape[-1]} elements per head "
+            "(latent attention), which is not supported: both must be of one size"
+        )
+    _, num_heads, _, head_dim = cache.keys[layer].shape
+    if key.shape[1:] != (num_heads, head_dim):
+        raise UnsupportedModel(
+            f"layer {layer} has {key.shape[1]} KV heads of {key.shape[2]} elements where the base's configuration "
+            f"says {num_heads} of {head_dim}: layers of several shapes are not supported"
+        )
 
 
 def attend(query: Tensor, context: AttentionContext, layer: int, scaling: float, window: int | None) -> Tensor:

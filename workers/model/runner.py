@@ -81,7 +81,7 @@ class ModelRunner:
         self.cache = cache
         self.pool = pool
         self._lora = lora_layers.LoraContext(pool.extras)
-        self._attention = paged_attention.AttentionContext(cache)
+        self._attention = paged_attention.AttentionContext(cache, base.windows)
         self._sampler = Sampler()
         self._graphs: dict[tuple[GraphForm, int], StepGraph] = {}
         """By `StepBatch.graph_key`."""
@@ -363,7 +363,7 @@ class ModelRunner:
             parts = [part for start, end in pairwise(bounds) for part in self._probe_part(pages, start, end)]
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             raise UnsupportedModel(f"{type(self.base.model).__name__} cannot be computed on pages: {error}") from error
         finally:
             self._attention.batch = None
