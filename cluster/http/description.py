@@ -56,7 +56,7 @@ def body_of(kind: type[BaseModel], neutral: Mapping[str, Sequence[object]]) -> S
     for name, values in neutral.items():
         if values:
             schema["properties"][name] = {"enum": [*values, None], "description": "Accepted, without an effect."}
-    schema["additionalProperties"] = NULL
+    schema["additionalProperties"] = {"enum": [None, False, "", [], {}]}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
