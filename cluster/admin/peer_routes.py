@@ -17,7 +17,7 @@ from lorafleet.adapter_store.manifest import NameTable
 from lorafleet.adapter_store.sources import DirectoryConfig, HubConfig, SourceConfig
 from lorafleet.cluster.admin.peer_bodies import LoadAdapter, SglangReply, UnloadAdapter, VllmErrorBody
 from lorafleet.cluster.admin.rollout import Rollout
-from lorafleet.cluster.errors import describe
+from lorafleet.cluster.errors import NameTaken, describe
 from lorafleet.cluster.http.bodies import ErrorBody
 from lorafleet.cluster.http.description import replies
 
@@ -44,13 +44,11 @@ def _vllm_router(rollout: Rollout, sources: Sequence[SourceConfig]) -> APIRouter
             return _vllm_error(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
         try:
             if not body.load_inplace and _has(await rollout.table(), body.lora_name):
-                return _vllm_error(
-                    400,
-                    "InvalidUserInput",
-                    f"The lora adapter '{body.lora_name}' has already been loaded. To replace it, set 'load_inplace'.",
-                )
+                return _vllm_taken(body.lora_name)
             source, key = locate(body.lora_path, sources)
-            await rollout.put(body.lora_name, source=source, key=key)
+            await rollout.put(body.lora_name, source=source, key=key, replace=body.load_inplace)
+        except NameTaken:
+            return _vllm_taken(body.lora_name)
         except Exception as error:
             return _vllm_failure(error)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -72,6 +70,11 @@ def _vllm_router(rollout: Rollout, sources: Sequence[SourceConfig]) -> APIRouter
 
 def _vllm_error(status: int, kind: str, message: str) -> Response:
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+
+
+def _vllm_taken(name: str) -> Response:
+    message = f"The lora adapter '{name}' has already been loaded. To replace it, set 'load_inplace'."
+    return _vllm_error(400, "InvalidUserInput", message)
 
 
 def _vllm_failure(error: Exception) -> Response:
@@ -98,11 +101,12 @@ def _sglang_router(rollout: Rollout, sources: Sequence[SourceConfig]) -> APIRout
     async def load(body: LoadAdapter) -> Response:
         try:
             if _has(await rollout.table(), body.lora_name):
-                return await _sglang_reply(
-                    rollout, f"Failed to load LoRA adapter {body.lora_name}: an adapter of this name is loaded already."
-                )
+                raise NameTaken(f"an adapter is named {body.lora_name!r} already", "lora_name")
             source, key = locate(body.lora_path, sources)
-            await rollout.put(body.lora_name, source=source, key=key, pinned=body.pinned)
+            await rollout.put(body.lora_name, source=source, key=key, pinned=body.pinned, replace=False)
+        except NameTaken:
+            message = f"Failed to load LoRA adapter {body.lora_name}: an adapter of this name is loaded already."
+            return await _sglang_reply(rollout, message)
         except Exception as error:
             return await _sglang_reply(
                 rollout, f"Failed to load LoRA adapter {body.lora_name}: {describe(error).message}"
@@ -157,7 +161,7 @@ def _locate(path: str, sources: Sequence[SourceConfig]) -> tuple[str, str]:
         if (source.root / path).is_dir():
             return source.name, path
     for hub in sources:
-        if isinstance(hub, HubConfig) and (hub.namespace is None) == ("/" in path):
+        if isinstance(hub, HubConfig) and (hub.namespace is None) == ("/" in path.partition("@")[0]):
             return hub.name, path
     raise UnknownKey("key_not_found", "no configured source has what lora_path names", "lora_path")
 
