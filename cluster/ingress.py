@@ -19,6 +19,7 @@ from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.http.app import build_http_app
 from lorafleet.cluster.http.probes import build_probes
 from lorafleet.cluster.metrics import RequestMetrics
+from lorafleet.cluster.openai.peer_routes import build_peer_router
 from lorafleet.cluster.openai.routes import build_router
 from lorafleet.cluster.ray_internals import http_hosts
 from lorafleet.cluster.serving.dispatch import Dispatcher
@@ -53,6 +54,7 @@ class Ingress:
                 [
                     build_router(self._dispatcher, keys, started=int(time.time())),
                     build_probes(self._admin.not_ready),
+                    build_peer_router(self._dispatcher, keys, self._admin.not_ready),
                     self._admin.router,
                 ],
                 config.http.cors_origins,

@@ -51,7 +51,7 @@ def body_of(kind: type[BaseModel], neutral: Mapping[str, Sequence[object]]) -> S
     """
     schema = _schema_of(kind)
     for name, field in schema["properties"].items():
-        if name not in schema["required"]:
+        if name not in schema.get("required", ()):
             schema["properties"][name] = _or_null(field)
     for name, values in neutral.items():
         if values:
