@@ -273,7 +273,7 @@ NAMES = (
     "org/adapter@v2",
     "policy@12",
     "/srv/runs/step_1",
-    "/home/me/.cache/hub/models--org--x",
+    "/srv/.cache/hub/models--org--x",
     "a/pin",
 )
 
