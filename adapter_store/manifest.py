@@ -11,8 +11,14 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-NAME_GRAMMAR: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-"""What adapters and sources may be called."""
+_PART = r"[A-Za-z0-9_][A-Za-z0-9._@+=~-]{0,127}"
+NAME_GRAMMAR: Final = rf"(?:/\.?)?{_PART}(?:/\.?{_PART}){{0,15}}"
+"""What adapters may be called: `shout`, `org/name@revision`, `policy@12`, a path. A name is never used as one."""
+NAME_RULE: Final = (
+    "a name is up to 16 parts with / between them, each of up to 128 of A-Z, a-z, 0-9 and . _ @ + = ~ -, and begins "
+    "with a letter, a digit or _ (a . may precede it)"
+)
+"""The grammar for people."""
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 

@@ -32,6 +32,7 @@ from lorafleet.adapter_store.errors import (
 from lorafleet.adapter_store.host_cache import HostCache
 from lorafleet.adapter_store.manifest import (
     NAME_GRAMMAR,
+    NAME_RULE,
     AdapterManifest,
     AdapterWeights,
     BaseGeometry,
@@ -447,8 +448,7 @@ class AdapterStore:
 
 def _checked_name(name: str) -> str:
     if NAME_PATTERN.fullmatch(name) is None:
-        message = f"name {name[:140]!r} does not match {NAME_PATTERN.pattern}"
-        raise InvalidName("invalid_name", message, "name")
+        raise InvalidName("invalid_name", f"name {name[:140]!a} is refused: {NAME_RULE}", "name")
     return name
 
 

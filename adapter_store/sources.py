@@ -29,7 +29,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorafleet.adapter_store.errors import AdapterRefused, InvalidKey, SourceUnavailable, StoreUnusable, UnknownKey
 from lorafleet.adapter_store.files import unwritable
-from lorafleet.adapter_store.manifest import NAME_GRAMMAR
 from lorafleet.adapter_store.peft_config import MAX_CONFIG_BYTES
 from lorafleet.adapter_store.peft_format import CONFIG_FILE, NOTED_FILES, OTHER_WEIGHTS_FILES, WEIGHTS_FILE
 
@@ -37,12 +36,14 @@ _MAX_KEY_CHARS = 1024
 _CHANGED_ATTEMPTS = 3
 _TICK_NS = 10_000_000
 """At least one tick of a file system's clock."""
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(?:[./][A-Za-z0-9_-]+)*")
+"""Branches and tags without what could climb or mean something in a URL; `refs/pr/1` too."""
 
 
 class _Source(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=rf"^{NAME_GRAMMAR}$", description="What callers and configs call it.")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$", description="What callers and configs call it.")
     resolve: bool = Field(
         default=False, description="Requests may name adapters that were never loaded: the name is asked for as a key."
     )
@@ -67,9 +68,12 @@ class HubConfig(_Source):
     namespace: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="User or organisation: keys are then its repositories. Without it a key is `owner/repository`.",
+        description="User or organisation: keys are then its repositories. Without it a key is `owner/repository`. "
+        "A key may end in `@revision`.",
     )
-    revision: str | None = Field(default=None, min_length=1, description="Branch, tag or commit; default the main one.")
+    revision: str | None = Field(
+        default=None, min_length=1, description="Branch, tag or commit of keys that name none."
+    )
     cache_dir: Path | None = Field(default=None, description="Default the hub client's own.")
 
     @model_validator(mode="after")
@@ -193,15 +197,19 @@ class HubSource:
         self._config = config
 
     def fetch(self, key: str, into: Path, max_weights_bytes: int) -> None:
-        parts = checked_key(key).parts
+        path, _, named = key.partition("@")
+        if "@" in key and not _REVISION.fullmatch(named):
+            raise InvalidKey("invalid_key", f"key {key[:100]!r} must name a branch, tag or commit after its @", "key")
+        revision = named or self._config.revision
+        parts = checked_key(path).parts
         if self._config.namespace is not None:
             parts = (self._config.namespace, *parts)
         if len(parts) < 2:
             raise InvalidKey("invalid_key", f"key {key!r} must be owner/repository", "key")
         repository, folder = "/".join(parts[:2]), "/".join(parts[2:])
-        config = self._copied(repository, folder, self._config.revision, into / CONFIG_FILE, MAX_CONFIG_BYTES)
+        config = self._copied(repository, folder, revision, into / CONFIG_FILE, MAX_CONFIG_BYTES)
         # The cache keeps files by commit: the weights are taken from the commit that the config came from.
-        commit = _commit_of(config) if config is not None else self._config.revision
+        commit = _commit_of(config) if config is not None else revision
         weights = self._copied(repository, folder, commit, into / WEIGHTS_FILE, max_weights_bytes)
         for name in OTHER_WEIGHTS_FILES if weights is None else NOTED_FILES:
             if self._exists(repository, folder, name, commit):

@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lorafleet.adapter_store.manifest import NAME_GRAMMAR
-from lorafleet.adapter_store.sources import DirectoryConfig, SourceConfig
+from lorafleet.adapter_store.sources import DirectoryConfig, HubConfig, SourceConfig
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.validation import with_integers
 from lorafleet.workers.config import Bytes, EngineConfig, ModelConfig, PoolConfig, Settings
@@ -72,6 +72,11 @@ class AdaptersConfig(PoolConfig):
         default=None,
         description="Where the store keeps its catalogue and its versions; default `~/.lorafleet/<model.id>`.",
     )
+
+    @property
+    def hubs(self) -> frozenset[str]:
+        """Names of the sources that take revisions."""
+        return frozenset(source.name for source in self.sources if isinstance(source, HubConfig))
 
     @property
     def pool(self) -> PoolConfig:
@@ -148,6 +153,16 @@ class AuthConfig(Settings):
         )
 
 
+class HttpConfig(Settings):
+    """Who may call over HTTP from where."""
+
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+)$")], ...] = Field(
+        default=(),
+        description="Origins, as `https://app.example.org`, whose pages browsers let call the service; `*`: all. "
+        "Without any a browser calls it from no other origin.",
+    )
+
+
 class AppConfig(Settings):
     """Everything that `build` takes.
 
@@ -160,6 +175,7 @@ class AppConfig(Settings):
     worker: WorkerConfig = WorkerConfig()
     ingress: IngressConfig = IngressConfig()
     auth: AuthConfig = AuthConfig()
+    http: HttpConfig = HttpConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -10,6 +10,7 @@
     ├── RouteNotFound              404
     ├── MethodNotAllowed           405
     ├── AdapterDoesNotFit          409
+    ├── NameTaken                  409
     ├── Overloaded                 429, Retry-After
     ├── ServiceUnavailable         503, Retry-After
     │   ├── StoreUnavailable
@@ -144,6 +145,14 @@ class AdapterDoesNotFit(ClusterError):
     status = 409
     type = "conflict_error"
     code = "no_room"
+
+
+class NameTaken(ClusterError):
+    """A load that must not replace found the name loaded; vLLM's and SGLang's routes say so in their words."""
+
+    status = 409
+    type = "conflict_error"
+    code = "name_taken"
 
 
 class Overloaded(ClusterError):

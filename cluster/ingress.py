@@ -24,6 +24,7 @@ from lorafleet.cluster.http.app import build_http_app
 from lorafleet.cluster.http.probes import build_probes
 from lorafleet.cluster.metrics import RequestMetrics
 from lorafleet.cluster.openai import routes as openai
+from lorafleet.cluster.openai.peer_routes import build_peer_router
 from lorafleet.cluster.ray_internals import http_hosts
 from lorafleet.cluster.routing.whereabouts import live_workers
 from lorafleet.cluster.serving.dispatch import Dispatcher
@@ -67,8 +68,10 @@ class Ingress:
                 [
                     openai.build_router(self._dispatcher, keys, started=config.model_created_s),
                     build_probes(self._readiness.not_ready),
-                    admin.build_router(control, keys),
-                ]
+                    build_peer_router(self._dispatcher, keys, self._readiness.not_ready),
+                    admin.build_router(control, keys, hubs=config.adapters.hubs),
+                ],
+                config.http.cors_origins,
             )
         )
         self._names.start()

@@ -28,6 +28,7 @@ from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.probes import build_probes
 from lorafleet.cluster.openai import requests as openai_requests
 from lorafleet.cluster.openai import routes as openai_routes
+from lorafleet.cluster.openai.peer_routes import build_peer_router
 from lorafleet.workers.request import GenerateDelta, GenerateRequest, TokenLogprobs
 
 DOCS = Path(__file__).parent
@@ -162,6 +163,7 @@ def routes() -> str:
         [
             openai_routes.build_router(cast(Any, None), Keys(), started=0),
             build_probes(cast(Any, None)),
+            build_peer_router(cast(Any, None), Keys(), cast(Any, None)),
             admin_routes.build_router(cast(Any, None), Keys()),
         ]
     )

@@ -28,7 +28,9 @@ CHANGE_S = 1260.0
 class ControlPlane(Protocol):
     """What the admin routes ask. `Rollout` is one; `ControllerClient` is one in another process."""
 
-    async def put(self, name: str, *, source: str, key: str, pinned: bool = False, warm: Warm = 1) -> Placed: ...
+    async def put(
+        self, name: str, *, source: str, key: str, pinned: bool = False, warm: Warm = 1, replace: bool = True
+    ) -> Placed: ...
 
     async def delete(self, name: str) -> None: ...
 
@@ -55,8 +57,12 @@ class ControllerClient:
         self._handle = by_value(handle)
         self._observe = observe
 
-    async def put(self, name: str, *, source: str, key: str, pinned: bool = False, warm: Warm = 1) -> Placed:
-        placed: Placed = await self._call("put", CHANGE_S, name, source=source, key=key, pinned=pinned, warm=warm)
+    async def put(
+        self, name: str, *, source: str, key: str, pinned: bool = False, warm: Warm = 1, replace: bool = True
+    ) -> Placed:
+        placed: Placed = await self._call(
+            "put", CHANGE_S, name, source=source, key=key, pinned=pinned, warm=warm, replace=replace
+        )
         self._observe(name, placed.adapter.version)
         note_resident(placed.adapter.version, [w for w, state in placed.workers.items() if state == "resident"])
         return placed

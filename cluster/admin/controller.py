@@ -32,9 +32,9 @@ class Controller:
         self._applying = asyncio.create_task(self._apply())
 
     @replying
-    async def put(self, name: str, *, source: str, key: str, pinned: bool, warm: Warm) -> Placed:
+    async def put(self, name: str, *, source: str, key: str, pinned: bool, warm: Warm, replace: bool) -> Placed:
         """Publish an adapter and flip a name to it, everywhere at once."""
-        return await self._rollout.put(name, source=source, key=key, pinned=pinned, warm=warm)
+        return await self._rollout.put(name, source=source, key=key, pinned=pinned, warm=warm, replace=replace)
 
     @replying
     async def delete(self, name: str) -> None:

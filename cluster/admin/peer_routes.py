@@ -13,7 +13,7 @@ from lorafleet.adapter_store.errors import UnknownAdapter, UnknownKey
 from lorafleet.adapter_store.manifest import NameTable
 from lorafleet.cluster.admin.client import ControlPlane
 from lorafleet.cluster.admin.peer_bodies import LoadAdapter, SglangReply, UnloadAdapter, VllmErrorBody
-from lorafleet.cluster.errors import describe
+from lorafleet.cluster.errors import NameTaken, describe
 from lorafleet.cluster.http.bodies import ErrorBody
 from lorafleet.cluster.http.description import replies
 
@@ -40,13 +40,11 @@ def _vllm_router(control: ControlPlane) -> APIRouter:
             return _vllm_error(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
         try:
             if not body.load_inplace and _has(await control.table(), body.lora_name):
-                return _vllm_error(
-                    400,
-                    "InvalidUserInput",
-                    f"The lora adapter '{body.lora_name}' has already been loaded. To replace it, set 'load_inplace'.",
-                )
+                return _vllm_taken(body.lora_name)
             source, key = await control.locate(body.lora_path)
-            await control.put(body.lora_name, source=source, key=key)
+            await control.put(body.lora_name, source=source, key=key, replace=body.load_inplace)
+        except NameTaken:
+            return _vllm_taken(body.lora_name)
         except Exception as error:
             return _vllm_failure(error)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
@@ -68,6 +66,11 @@ def _vllm_router(control: ControlPlane) -> APIRouter:
 
 def _vllm_error(status: int, kind: str, message: str) -> Response:
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+
+
+def _vllm_taken(name: str) -> Response:
+    message = f"The lora adapter '{name}' has already been loaded. To replace it, set 'load_inplace'."
+    return _vllm_error(400, "InvalidUserInput", message)
 
 
 def _vllm_failure(error: Exception) -> Response:
@@ -94,11 +97,12 @@ def _sglang_router(control: ControlPlane) -> APIRouter:
     async def load(body: LoadAdapter) -> Response:
         try:
             if _has(await control.table(), body.lora_name):
-                return await _sglang_reply(
-                    control, f"Failed to load LoRA adapter {body.lora_name}: an adapter of this name is loaded already."
-                )
+                raise NameTaken(f"an adapter is named {body.lora_name!r} already", "lora_name")
             source, key = await control.locate(body.lora_path)
-            await control.put(body.lora_name, source=source, key=key, pinned=body.pinned)
+            await control.put(body.lora_name, source=source, key=key, pinned=body.pinned, replace=False)
+        except NameTaken:
+            message = f"Failed to load LoRA adapter {body.lora_name}: an adapter of this name is loaded already."
+            return await _sglang_reply(control, message)
         except Exception as error:
             return await _sglang_reply(
                 control, f"Failed to load LoRA adapter {body.lora_name}: {describe(error).message}"

@@ -18,11 +18,18 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from lorafleet.adapter_store.errors import InvalidName, UnknownAdapter
-from lorafleet.adapter_store.manifest import AdapterManifest, NamedAdapter, NameTable, Origin
+from lorafleet.adapter_store.manifest import NAME_RULE, AdapterManifest, NamedAdapter, NameTable, Origin
 from lorafleet.cluster.admin.fleet import Fleet
 from lorafleet.cluster.admin.holds import Holds
 from lorafleet.cluster.config import NAME_PATTERN, Warm
-from lorafleet.cluster.errors import AdapterDoesNotFit, NoWorker, ServiceUnavailable, StoreUnavailable, WorkerGone
+from lorafleet.cluster.errors import (
+    AdapterDoesNotFit,
+    NameTaken,
+    NoWorker,
+    ServiceUnavailable,
+    StoreUnavailable,
+    WorkerGone,
+)
 from lorafleet.cluster.wire import Estimate, Placed, Validation
 from lorafleet.workers.errors import NoRoomError
 from lorafleet.workers.state import WorkerState
@@ -69,15 +76,23 @@ class Rollout:
     # --- changes ---
 
     async def put(
-        self, name: str, *, source: str, key: str, pinned: bool = False, warm: Warm = 1, origin: Origin = "admin"
+        self,
+        name: str,
+        *,
+        source: str,
+        key: str,
+        pinned: bool = False,
+        warm: Warm = 1,
+        origin: Origin = "admin",
+        replace: bool = True,
     ) -> Placed:
         """Publish what `source` has under `key` and flip `name` to it.
 
-        Raises InvalidName, what the store refuses the adapter for, AdapterDoesNotFit, RolloutFailed, NoWorker and
-        StoreUnavailable.
+        replace: False raises NameTaken for a name that is loaded. Raises InvalidName, what the store refuses the
+        adapter for, AdapterDoesNotFit, RolloutFailed, NoWorker and StoreUnavailable.
         """
         self._check_name(name)
-        return await self._to_the_end(self._put(name, source, key, pinned, warm, origin))
+        return await self._to_the_end(self._put(name, source, key, pinned, warm, origin, replace))
 
     async def delete(self, name: str) -> None:
         """Take a name away; streams on its version end as they began. Raises UnknownAdapter, StoreUnavailable."""
@@ -94,8 +109,13 @@ class Rollout:
         """Have an adapter that has a name resident on at least `warm` workers. Raises as `put`."""
         await self._to_the_end(self._warm(name, warm))
 
-    async def _put(self, name: str, source: str, key: str, pinned: bool, warm: Warm, origin: Origin) -> Placed:
+    async def _put(
+        self, name: str, source: str, key: str, pinned: bool, warm: Warm, origin: Origin, replace: bool
+    ) -> Placed:
         async with self._lock(name):
+            # Asked under the lock: of two loads at the same time the second one finds what the first one made.
+            if not replace and _find(await self._store.table(), name) is not None:
+                raise NameTaken(f"an adapter is named {name!r} already", "name")
             manifest = await self._store.stage(source, key)
             table, states = await asyncio.gather(self._store.table(), self._living())
             before = _find(table, name)
@@ -193,7 +213,7 @@ class Rollout:
 
     def _check_name(self, name: str) -> None:
         if re.fullmatch(NAME_PATTERN, name) is None:
-            raise InvalidName("invalid_name", f"name {name[:140]!r} does not match {NAME_PATTERN}", "name")
+            raise InvalidName("invalid_name", f"name {name[:140]!a} is refused: {NAME_RULE}", "name")
         if name in self._reserved:
             raise InvalidName("name_reserved", f"{name!r} is the base model's name", "name")
 

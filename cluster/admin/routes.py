@@ -5,6 +5,7 @@ Bodies in and out are the models of this file. Errors are raised; `http_app` giv
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from http import HTTPStatus
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from lorafleet.adapter_store.manifest import AdapterManifest
 from lorafleet.cluster.admin.client import ControlPlane
 from lorafleet.cluster.admin.peer_routes import add_peer_routes
 from lorafleet.cluster.config import NAME_PATTERN, Warm
+from lorafleet.cluster.errors import BadRequest
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.description import bearer, error_responses
 from lorafleet.cluster.wire import Placed, Validation
@@ -31,6 +33,9 @@ class PutAdapter(Settings):
 
     source: str = Field(min_length=1, description="Name of a configured source.")
     key: str = Field(min_length=1, description="Where the source has the adapter.")
+    revision: str | None = Field(
+        default=None, min_length=1, description="Of a hub source: branch, tag or commit; the same as `key@revision`."
+    )
     pinned: bool = Field(default=False, description="Resident on every worker and never evicted.")
     warm: Warm = Field(
         default=1,
@@ -110,7 +115,7 @@ class WorkersReply(Settings):
     workers: tuple[WorkerState, ...]
 
 
-def build_router(control: ControlPlane, keys: Keys) -> APIRouter:
+def build_router(control: ControlPlane, keys: Keys, *, hubs: Collection[str] = ()) -> APIRouter:
     """All routes that need the admin token: ours, and the load and unload routes of vLLM and SGLang."""
 
     async def check_admin(request: Request) -> None:
@@ -129,32 +134,39 @@ def build_router(control: ControlPlane, keys: Keys) -> APIRouter:
     async def list_adapters() -> AdaptersReply:
         return AdaptersReply(adapters=tuple(adapter_reply(placed) for placed in await control.adapters()))
 
-    @admin.get("/adapters/{name}", summary="One adapter", responses=is_absent)
+    @admin.get("/adapters/{name:path}", summary="One adapter", responses=is_absent)
     async def get_adapter(name: Name) -> AdapterReply:
         return adapter_reply(await control.adapter(name))
 
     @admin.put(
-        "/adapters/{name}",
+        "/adapters/{name:path}",
         summary="Load an adapter, or replace it everywhere at once",
         responses=may_be_refused | is_absent | may_not_fit,
     )
     async def put_adapter(name: Name, body: PutAdapter) -> AdapterReply:
-        return adapter_reply(
-            await control.put(name, source=body.source, key=body.key, pinned=body.pinned, warm=body.warm)
-        )
+        key = body.key
+        if body.revision is not None:
+            if body.source not in hubs:
+                raise BadRequest(
+                    f"revision={body.revision[:64]!a} is for hub sources; {body.source[:128]!a} is none", "revision"
+                )
+            key = f"{key}@{body.revision}"
+        return adapter_reply(await control.put(name, source=body.source, key=key, pinned=body.pinned, warm=body.warm))
 
-    @admin.delete("/adapters/{name}", summary="Take an adapter's name away", responses=is_absent)
+    @admin.delete("/adapters/{name:path}", summary="Take an adapter's name away", responses=is_absent)
     async def delete_adapter(name: Name) -> DeletedReply:
         await control.delete(name)
         return DeletedReply(name=name)
 
     @admin.post(
-        "/adapters/{name}/pin", summary="Keep an adapter resident on every worker", responses=is_absent | may_not_fit
+        "/adapters/{name:path}/pin",
+        summary="Keep an adapter resident on every worker",
+        responses=is_absent | may_not_fit,
     )
     async def pin_adapter(name: Name) -> AdapterReply:
         return adapter_reply(await control.set_pinned(name, True))
 
-    @admin.post("/adapters/{name}/unpin", summary="Let an adapter be evicted again", responses=is_absent)
+    @admin.post("/adapters/{name:path}/unpin", summary="Let an adapter be evicted again", responses=is_absent)
     async def unpin_adapter(name: Name) -> AdapterReply:
         return adapter_reply(await control.set_pinned(name, False))
 

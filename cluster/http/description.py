@@ -51,12 +51,12 @@ def body_of(kind: type[BaseModel], neutral: Mapping[str, Sequence[object]]) -> S
     """
     schema = _schema_of(kind)
     for name, field in schema["properties"].items():
-        if name not in schema["required"]:
+        if name not in schema.get("required", ()):
             schema["properties"][name] = _or_null(field)
     for name, values in neutral.items():
         if values:
             schema["properties"][name] = {"enum": [*values, None], "description": "Accepted, without an effect."}
-    schema["additionalProperties"] = NULL
+    schema["additionalProperties"] = {"enum": [None, False, "", [], {}]}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 

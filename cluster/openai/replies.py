@@ -40,6 +40,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """These three only for a whole reply."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     num_characters: int = 0
     """Where the next token begins in the text, echo included; counted only where logprobs are reported."""
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
@@ -57,14 +58,23 @@ class Reply(ABC):
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
 
-    def __init__(self, body: CompletionBody | ChatBody, prepared: Sequence[PreparedRequest], prompts: Prompts) -> None:
+    def __init__(
+        self,
+        body: CompletionBody | ChatBody,
+        prepared: Sequence[PreparedRequest],
+        prompts: Prompts,
+        request_id: str | None = None,
+    ) -> None:
         self._prompts = prompts
         self._prepared = prepared
         self._wants_token_ids = body.return_token_ids
         self._wants_usage = body.stream_options.include_usage
+        self._wants_every_usage = self._wants_usage and body.stream_options.continuous_usage_stats
+        self._wants_prompt_logprobs = body.prompt_logprobs is not None
+        self._num_prompt_tops = body.prompt_logprobs or 0
         self._answers = [Answer(request) for request in prepared for _ in range(request.request.n)]
         self._frame = {
-            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "id": f"{self.id_prefix}-{request_id or body.request_id or body.rid or uuid.uuid4().hex}",
             "object": self.kind,
             "created": int(time.time()),
             "model": body.model,
@@ -91,7 +101,8 @@ class Reply(ABC):
             if is_first:
                 self._put_prompt_token_ids(answer, extra, choice)
         extra_fields = f"{to_json(extra)[1:-1]}," if extra else ""
-        return f'{self._head}{extra_fields}"choices":[{to_json(choice)}]{self._tail}'.encode()
+        tail = f',"usage":{to_json(self._usage_of(answer))}}}\n\n' if self._wants_every_usage else self._tail
+        return f'{self._head}{extra_fields}"choices":[{to_json(choice)}]{tail}'.encode()
 
     def end(self) -> bytes:
         """The events that end a stream: the usage if asked for, and [DONE]."""
@@ -106,7 +117,8 @@ class Reply(ABC):
         delta = self._noted(answer, delta)
         answer.texts.append(self._echoed(answer) + delta.text if is_first else delta.text)
         answer.token_ids.extend(delta.token_ids)
-        answer.logprobs.extend(_all_logprobs(delta))
+        answer.prompt_logprobs += delta.prompt_logprobs or ()
+        answer.logprobs.extend(self._shown_logprobs(delta))
 
     def whole(self) -> bytes:
         """The whole reply, once every answer has its finish reason."""
@@ -120,6 +132,8 @@ class Reply(ABC):
             if self._wants_token_ids:
                 choice["token_ids"] = answer.token_ids
                 self._put_prompt_token_ids(answer, reply, choice)
+            if self._wants_prompt_logprobs:
+                self._put_prompt_logprobs(self._prompt_logprobs(answer), reply, choice)
             if len(self._answers) > 1:
                 choice["lorafleet"] = answer.served_by()
             choices.append(choice)
@@ -138,6 +152,39 @@ class Reply(ABC):
         answer.last = delta
         answer.num_tokens += len(delta.token_ids)
         return delta
+
+    def _shown_logprobs(self, delta: GenerateDelta) -> tuple[TokenLogprobs, ...]:
+        """Those that belong into `logprobs`."""
+        return delta.logprobs or ()
+
+    def _prompt_logprobs(self, answer: Answer) -> list[dict[str, Any] | None]:
+        """As vLLM has them: of each prompt token what it and the likeliest ones have, by token id."""
+        found: list[dict[str, Any] | None] = []
+        for token in answer.prompt_logprobs:
+            if token.logprob is None:
+                found.append(None)
+                continue
+            ranks = {token_id: rank for rank, (token_id, _) in enumerate(token.top, 1)}
+            entries = {token.token_id: token.logprob, **dict(token.top[: self._num_prompt_tops])}
+            found.append(
+                {
+                    str(token_id): {
+                        "logprob": _finite(logprob),
+                        "rank": ranks.get(token_id),
+                        "decoded_token": self._prompts.piece(token_id).text,
+                    }
+                    for token_id, logprob in entries.items()
+                }
+            )
+        return found
+
+    def _usage_of(self, answer: Answer) -> dict[str, Any]:
+        num_prompt_tokens = len(answer.prepared.prompt_token_ids)
+        return {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": answer.num_tokens,
+            "total_tokens": num_prompt_tokens + answer.num_tokens,
+        }
 
     def _usage(self) -> dict[str, Any]:
         num_prompt_tokens = sum(len(request.prompt_token_ids) for request in self._prepared)
@@ -171,6 +218,10 @@ class Reply(ABC):
     def _put_prompt_token_ids(self, answer: Answer, reply: dict[str, Any], choice: dict[str, Any]) -> None:
         """The prompt's token ids, where vLLM has them for this kind of reply."""
 
+    @abstractmethod
+    def _put_prompt_logprobs(self, found: Sequence[Any], reply: dict[str, Any], choice: dict[str, Any]) -> None:
+        """The prompt's logprobs, where vLLM has them for this kind of reply."""
+
 
 class CompletionReply(Reply):
     """Reply of POST /v1/completions."""
@@ -178,10 +229,17 @@ class CompletionReply(Reply):
     id_prefix = "cmpl"
     kind = chunk_kind = "text_completion"
 
-    def __init__(self, body: CompletionBody, prepared: Sequence[PreparedRequest], prompts: Prompts) -> None:
-        super().__init__(body, prepared, prompts)
+    def __init__(
+        self,
+        body: CompletionBody,
+        prepared: Sequence[PreparedRequest],
+        prompts: Prompts,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(body, prepared, prompts, request_id)
         self._echo = body.echo
-        self._is_prompt_only = body.max_tokens == 0
+        self._num_tops = body.logprobs
+        self._is_prompt_only = body.is_prompt_only
 
     def _noted(self, answer: Answer, delta: GenerateDelta) -> GenerateDelta:
         if self._is_prompt_only:
@@ -194,8 +252,12 @@ class CompletionReply(Reply):
         prompt = answer.prepared.request.prompt
         return prompt if isinstance(prompt, str) else self._prompts.text_of(answer.prepared.prompt_token_ids)
 
+    def _shown_logprobs(self, delta: GenerateDelta) -> tuple[TokenLogprobs, ...]:
+        is_echoed = self._echo and self._num_tops is not None
+        return ((delta.prompt_logprobs or ()) if is_echoed else ()) + (delta.logprobs or ())
+
     def _chunk_choice(self, answer: Answer, delta: GenerateDelta, is_first: bool) -> dict[str, Any]:
-        tokens = _all_logprobs(delta)
+        tokens = self._shown_logprobs(delta)
         return {
             "index": delta.index,
             "text": self._echoed(answer) + delta.text if is_first else delta.text,
@@ -212,6 +274,9 @@ class CompletionReply(Reply):
 
     def _put_prompt_token_ids(self, answer: Answer, reply: dict[str, Any], choice: dict[str, Any]) -> None:
         choice["prompt_token_ids"] = answer.prepared.prompt_token_ids
+
+    def _put_prompt_logprobs(self, found: Sequence[Any], reply: dict[str, Any], choice: dict[str, Any]) -> None:
+        choice["prompt_logprobs"] = found
 
     def _logprobs(self, answer: Answer, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
         texts: list[str] = []
@@ -230,7 +295,8 @@ class CompletionReply(Reply):
                 continue
             values.append(_finite(token.logprob))
             # Worst first, so that of two tokens that read alike the likelier one stays.
-            top = {self._prompts.piece(token_id).text: _finite(logprob) for token_id, logprob in reversed(token.top)}
+            likeliest = reversed(token.top[: self._num_tops])
+            top = {self._prompts.piece(token_id).text: _finite(logprob) for token_id, logprob in likeliest}
             top.setdefault(piece.text, _finite(token.logprob))
             tops.append(top)
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
@@ -264,6 +330,9 @@ class ChatReply(Reply):
     def _put_prompt_token_ids(self, answer: Answer, reply: dict[str, Any], choice: dict[str, Any]) -> None:
         reply["prompt_token_ids"] = answer.prepared.prompt_token_ids
 
+    def _put_prompt_logprobs(self, found: Sequence[Any], reply: dict[str, Any], choice: dict[str, Any]) -> None:
+        reply["prompt_logprobs"] = found
+
     def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
         content = []
         for token in tokens:
@@ -275,10 +344,6 @@ class ChatReply(Reply):
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         piece = self._prompts.piece(token_id)
         return {"token": piece.text, "logprob": _finite(logprob), "bytes": list(piece.utf8)}
-
-
-def _all_logprobs(delta: GenerateDelta) -> tuple[TokenLogprobs, ...]:
-    return (delta.prompt_logprobs or ()) + (delta.logprobs or ())
 
 
 def _finite(logprob: float) -> float:

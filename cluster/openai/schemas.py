@@ -34,6 +34,7 @@ class ModelCard(Settings):
     owned_by: str
     root: str = Field(description="Where it came from: an adapter's source and key.")
     parent: str | None = Field(description="An adapter's base; null for the base.")
+    max_model_len: int = Field(description="Longest prompt plus answer, in tokens.")
     lorafleet: ModelVersion | None = Field(default=None, description="Of adapters.")
 
 
@@ -56,7 +57,9 @@ class Usage(Settings):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: CachedTokens | None = Field(
+        default=None, description="Absent from the usage so far, which `continuous_usage_stats` asks for."
+    )
 
 
 class CompletionLogprobs(Settings):
@@ -71,6 +74,14 @@ class CompletionLogprobs(Settings):
     text_offset: list[int]
 
 
+class PromptLogprob(Settings):
+    """A token at a place of the prompt, as vLLM has it."""
+
+    logprob: float
+    rank: int | None = Field(description="1 for the likeliest; null for one that is not among those asked for.")
+    decoded_token: str
+
+
 class CompletionChoice(Settings):
     """One answer."""
 
@@ -81,6 +92,9 @@ class CompletionChoice(Settings):
     stop_reason: str | int | None = Field(description="The stop string or stop token id that ended it.")
     token_ids: list[int] | None = Field(default=None, description="With `return_token_ids`.")
     prompt_token_ids: list[int] | None = Field(default=None, description="With `return_token_ids`.")
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
+        default=None, description="With `prompt_logprobs`: by token id; null for the first token."
+    )
     lorafleet: ServedBy | None = Field(default=None, description="Where there are several answers.")
 
 
@@ -171,6 +185,9 @@ class ChatCompletion(Settings):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = Field(default=None, description="With `return_token_ids`.")
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
+        default=None, description="With `prompt_logprobs`: by token id; null for the first token."
+    )
     lorafleet: ServedBy = Field(description="Who gave the first answer.")
 
 

@@ -68,10 +68,14 @@ class Prompts:
         """
         if request.messages is not None:
             param = "messages"
-            token_ids = await self._encode(self._render(request.messages), param, add_special_tokens=False)
+            token_ids = await self.encode(
+                self.render(request.messages), param, add_special_tokens=bool(request.add_special_tokens)
+            )
         elif isinstance(request.prompt, str):
             param = "prompt"
-            token_ids = await self._encode(request.prompt, param, add_special_tokens=True)
+            token_ids = await self.encode(
+                request.prompt, param, add_special_tokens=request.add_special_tokens is not False
+            )
         else:
             assert request.prompt is not None
             param = "prompt"
@@ -79,6 +83,7 @@ class Prompts:
             self.check_token_ids(token_ids, param)
         if not token_ids:
             raise BadRequest(f"{param} is empty: it has no tokens", param, "empty_prompt")
+        token_ids = self._truncated(token_ids, request)
         self._check_length(len(token_ids), request.max_tokens, param)
         self.check_token_ids(request.stop_token_ids, "stop_token_ids")
         self.check_token_ids(tuple(request.logit_bias), "logit_bias")
@@ -126,7 +131,8 @@ class Prompts:
         except UnicodeDecodeError:
             return TokenPiece("bytes:" + "".join(f"\\x{byte:02x}" for byte in utf8), utf8, is_special=False)
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """A conversation as the chat template writes it. Raises BadRequest."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise BadRequest(
                 "the base has no chat template; use completions with a prompt", "messages", "no_chat_template"
@@ -146,7 +152,15 @@ class Prompts:
         assert isinstance(text, str)
         return text
 
-    async def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+    def _truncated(self, token_ids: tuple[int, ...], request: GenerateRequest) -> tuple[int, ...]:
+        limit = request.truncate_prompt_tokens
+        if limit is None:
+            return token_ids
+        room = self.max_model_len - (request.max_tokens or 1)
+        return token_ids[-max(1, room if limit == -1 else limit) :]
+
+    async def encode(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Token ids of a text. Raises BadRequest."""
         if not text:
             raise BadRequest(f"{param} is empty", param, "empty_prompt")
         if len(text) <= LONG_TEXT:
@@ -162,6 +176,20 @@ class Prompts:
         except UnicodeEncodeError as error:
             raise BadRequest(f"{param} has a lone surrogate, which is no character", param) from error
         return tuple(encoded["input_ids"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special ones included. Raises BadRequest `no_tokenizer` or `invalid_token_id`."""
+        if self.tokenizer is None:
+            raise BadRequest("the base has no tokenizer", "tokens", "no_tokenizer")
+        self.check_token_ids(token_ids, "tokens")
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def token_of(self, token_id: int) -> str:
+        """The token as the tokenizer spells it."""
+        assert self.tokenizer is not None
+        return str(self.tokenizer.convert_ids_to_tokens(token_id))
 
     def _check_length(self, num_prompt_tokens: int, max_tokens: int | None, param: str) -> None:
         asked = 1 if max_tokens is None else max_tokens

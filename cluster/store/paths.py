@@ -39,6 +39,6 @@ def _locate(path: str, sources: Sequence[SourceConfig]) -> tuple[str, str]:
         if (source.root / path).is_dir():
             return source.name, path
     for hub in sources:
-        if isinstance(hub, HubConfig) and (hub.namespace is None) == ("/" in path):
+        if isinstance(hub, HubConfig) and (hub.namespace is None) == ("/" in path.partition("@")[0]):
             return hub.name, path
     raise UnknownKey("key_not_found", "no configured source has what lora_path names", "lora_path")

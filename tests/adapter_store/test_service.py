@@ -44,7 +44,7 @@ from tests.adapter_store.conftest import AdapterCopy, Base, Clock, staged_files
 CopyOf = Callable[..., AdapterCopy]
 OpenStore = Callable[..., AdapterStore]
 
-BAD_NAMES = ["", ".a", "-a", "a/b", "a b", "a\n", "a\0", "ä", "x" * 129, "../a", "base:a"]
+BAD_NAMES = ["", ".a", "-a", "a//b", "a/../b", "a b", "a\n", "a\0", "ä", "x" * 129, "../a", "base:a"]
 
 
 async def load(store: AdapterStore, name: str, key: str | None = None, **options: Any) -> str:

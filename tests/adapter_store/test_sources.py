@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 import huggingface_hub
@@ -320,6 +322,10 @@ class TestUnavailable:
 COMMIT = "a" * 40
 
 
+def commit_of(revision: str) -> str:
+    return hashlib.sha1(revision.encode()).hexdigest()
+
+
 class FakeHub(BaseHTTPRequestHandler):
     """The few routes of the hub that its client needs to download a file."""
 
@@ -333,18 +339,31 @@ class FakeHub(BaseHTTPRequestHandler):
 
     def answer(self, *, with_body: bool) -> None:
         repository, _, rest = self.path.strip("/").partition("/resolve/")
-        name = rest.partition("/")[2]
+        revision, _, name = unquote(rest).partition("/")
+        if revision not in ("main", COMMIT):
+            # Of other revisions the files are kept as `owner/repository@revision/path`; the commit is made of it.
+            named = {commit_of(path.partition("@")[2].partition("/")[0]): path for path in self.files if "@" in path}
+            known = named.get(revision, f"@{revision}/").partition("@")[2].partition("/")[0]
+            if not any(path.startswith(f"{repository}@{known}/") for path in self.files):
+                self.send_response(404)
+                self.send_header("X-Error-Code", "RevisionNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            repository, commit = f"{repository}@{known}", commit_of(known)
+        else:
+            commit = COMMIT
         text = self.files.get(f"{repository}/{name}")
         if text is None:
             is_known = any(path.startswith(f"{repository}/") for path in self.files)
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound" if is_known else "RepoNotFound")
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("X-Repo-Commit", commit)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
         self.send_response(200)
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", commit)
         self.send_header("ETag", f'"{abs(hash(text))}"')
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
@@ -395,6 +414,23 @@ class TestHub:
         assert fetched(open_source(HubConfig(name="h", cache_dir=tmp_path)), "org/many/sub/a", tmp_path / "1") == ONE
         of_org = open_source(HubConfig(name="h", namespace="org", cache_dir=tmp_path))
         assert fetched(of_org, "many/sub/a", tmp_path / "2") == ONE
+
+    def test_revisions_of_a_key(self, hub: dict[str, str], tmp_path: Path) -> None:
+        self.put(hub, "org/a")
+        self.put(hub, "org/a@v2", "two")
+        self.put(hub, "org/a@v3/sub", "three")
+        source = open_source(HubConfig(name="h", cache_dir=tmp_path / "cache"))
+        assert fetched(source, "org/a", tmp_path / "1") == ONE
+        assert fetched(source, "org/a@v2", tmp_path / "2") == {CONFIG: "config two", WEIGHTS: "weights two"}
+        assert fetched(source, "org/a/sub@v3", tmp_path / "3") == {CONFIG: "config three", WEIGHTS: "weights three"}
+        fixed = open_source(HubConfig(name="h", namespace="org", revision="v2", cache_dir=tmp_path / "cache"))
+        assert fetched(fixed, "a", tmp_path / "4")[CONFIG] == "config two"
+        assert fetched(fixed, "a@main", tmp_path / "5") == ONE
+        with pytest.raises(UnknownKey, match="has no revision v9"):
+            fetched(source, "org/a@v9", tmp_path / "6")
+        for i, key in enumerate(("org/a@", "org/a@../b", "org/a@v 2", "org/a@v2@v3", "@v2")):
+            with pytest.raises(InvalidKey):
+                fetched(source, key, tmp_path / f"bad{i}")
 
     def test_what_is_not_there(self, hub: dict[str, str], source: Source, tmp_path: Path) -> None:
         hub["org/a/other"] = "x"

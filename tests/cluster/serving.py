@@ -20,6 +20,7 @@ from lorafleet.cluster.http.app import build_http_app
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.probes import build_probes
 from lorafleet.cluster.metrics import RequestMetrics
+from lorafleet.cluster.openai.peer_routes import build_peer_router
 from lorafleet.cluster.openai.routes import build_router
 from lorafleet.cluster.serving.dispatch import Dispatcher
 from lorafleet.cluster.serving.names import Names
@@ -51,7 +52,13 @@ class Service:
         async def not_ready() -> str | None:
             return self.waits_for
 
-        return build_http_app([build_router(dispatcher, self.keys, started=STARTED), build_probes(not_ready)])
+        return build_http_app(
+            [
+                build_router(dispatcher, self.keys, started=STARTED),
+                build_probes(not_ready),
+                build_peer_router(dispatcher, self.keys, not_ready),
+            ]
+        )
 
     def client(self, **options: object) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="secret", max_retries=0, timeout=20, **options)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -265,3 +266,60 @@ def test_paths_are_confined_to_sources(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(InvalidKey) as refused:
             locate(path, sources)
         assert refused.value.code == "invalid_key"
+
+
+NAMES = (
+    "org/adapter",
+    "org/adapter@v2",
+    "policy@12",
+    "/srv/runs/step_1",
+    "/srv/.cache/hub/models--org--x",
+    "a/pin",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_names_as_people_have_them(api: Api, name: str) -> None:
+    response = await api.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": "a"})
+    assert response.status_code == 200, response.text
+    url = f"/admin/v1/adapters/{name}"
+    assert (await api.http.get(url)).json()["name"] == name
+    assert (await api.http.post(f"{url}/pin")).json()["pinned"] is True
+    assert (await api.http.post(f"{url}/unpin")).json()["pinned"] is False
+    assert (await api.load(name, "b")).json()["key"] == "b"
+    assert (await api.http.delete(url)).json() == {"name": name, "deleted": True}
+    assert error_of(await api.http.get(url)) == (404, "adapter_not_found")
+
+
+@pytest.mark.parametrize(
+    "name", ["schön", "a b", "../up", "a/../b", "a//b", "a/", "base:a", "a" * 130, "a/" * 16 + "a"]
+)
+async def test_other_names_are_refused_clearly(api: Api, name: str) -> None:
+    response = await api.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": "a"})
+    assert response.status_code == 400
+    assert "A-Z, a-z, 0-9" in response.json()["error"]["message"]
+    assert not api.store.names
+
+
+async def test_a_revision_is_for_hub_sources(api: Api) -> None:
+    assert error_of(await api.load(revision="v2")) == (400, "invalid_value")
+
+
+@pytest.mark.parametrize(
+    "routes",
+    [("/v1/load_lora_adapter",) * 2, ("/load_lora_adapter",) * 2, ("/v1/load_lora_adapter", "/load_lora_adapter")],
+)
+async def test_of_two_loads_at_the_same_time_one_wins(api: Api, routes: tuple[str, str]) -> None:
+    api.store.may_stage = asyncio.Event()
+    loads = [
+        asyncio.create_task(api.http.post(route, json={"lora_name": "shout", "lora_path": key}))
+        for route, key in zip(routes, "ab", strict=True)
+    ]
+    await asyncio.sleep(0.05)
+    api.store.may_stage.set()
+    replies = await asyncio.gather(*loads)
+    assert sorted(reply.status_code for reply in replies) == [200, 400]
+    winner = next(i for i, reply in enumerate(replies) if reply.status_code == 200)
+    assert api.store.names["shout"].key == "ab"[winner]
+    assert "already" in replies[1 - winner].text
+    assert api.store.num_staged == 1

@@ -59,7 +59,7 @@ def test_unknown_keys_are_errors_that_name_the_key(part: str) -> None:
     [
         ("adapters.host_cache_bytes", "1 elephant", "is no size"),
         ("adapters.max_rank", 0, "adapters.max_rank"),
-        ("adapters.preload", [{"name": "a/b", "source": "demo", "key": "k"}], "pattern"),
+        ("adapters.preload", [{"name": "a//b", "source": "demo", "key": "k"}], "pattern"),
         ("adapters.preload", [{"name": "a", "source": "nowhere", "key": "k"}], "source 'nowhere'"),
         ("adapters.preload", [{"name": "a", "source": "demo", "key": "k", "warm": "some"}], "warm"),
         ("adapters.preload", [{"name": "a", "source": "demo", "key": k} for k in "kl"], "'a' is given twice"),

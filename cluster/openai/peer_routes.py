@@ -1,0 +1,117 @@
+"""vLLM's routes that clients ask beside OpenAI's: health, version, tokenising."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from importlib.metadata import version
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+
+from lorafleet.cluster.http.auth import Keys
+from lorafleet.cluster.http.bodies import read_body
+from lorafleet.cluster.http.description import bearer, body_of, error_responses, replies
+from lorafleet.cluster.openai.peer_schemas import (
+    DetokenizeBody,
+    DetokenizeReply,
+    TokenizeBody,
+    TokenizeReply,
+    VersionReply,
+)
+from lorafleet.cluster.openai.requests import parse_body
+from lorafleet.cluster.serving.dispatch import Dispatcher
+
+NEUTRAL = {
+    "add_generation_prompt": (True,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "mm_processor_kwargs": ({},),
+    "tools": ([],),
+}
+"""vLLM's fields of /tokenize that have no effect here, and their values without one."""
+
+
+def build_peer_router(dispatcher: Dispatcher, keys: Keys, not_ready: Callable[[], Awaitable[str | None]]) -> APIRouter:
+    """The routes. not_ready: what the service still waits for, None once it is ready."""
+
+    async def check_client(request: Request) -> None:
+        keys.check_client(request.headers.get("authorization"))
+
+    router = APIRouter(tags=["vLLM's data plane"])
+
+    async def health() -> Response:
+        return Response(status_code=200 if await not_ready() is None else 503)
+
+    empty = {200: {"description": "Ready."}, 503: {"description": "Not yet."}}
+    for path, methods in (("/health", ["GET"]), ("/ping", ["GET", "POST"])):
+        for method in methods:
+            router.add_api_route(
+                path,
+                health,
+                methods=[method],
+                summary="Whether requests are served; no body",
+                responses=empty,  # type: ignore[arg-type]
+                response_class=Response,
+                operation_id=f"{method.lower()}_{path[1:]}",
+            )
+
+    @router.get("/version", summary="The version of lorafleet", responses=replies(VersionReply))
+    async def get_version() -> JSONResponse:
+        return JSONResponse({"version": version("lorafleet")})
+
+    guarded = APIRouter(
+        dependencies=[Depends(check_client), *bearer("api_key", bool(keys.api_keys))],
+        tags=["OpenAI"],
+        responses=error_responses(
+            HTTPStatus.BAD_REQUEST,
+            HTTPStatus.UNAUTHORIZED,
+            HTTPStatus.NOT_FOUND,
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            HTTPStatus.INTERNAL_SERVER_ERROR,
+            HTTPStatus.SERVICE_UNAVAILABLE,
+        ),
+    )
+
+    @guarded.post(
+        "/tokenize",
+        summary="Token ids of a text or a conversation",
+        openapi_extra=body_of(TokenizeBody, NEUTRAL),
+        responses=replies(TokenizeReply),
+    )
+    async def tokenize(request: Request) -> JSONResponse:
+        body = parse_body(TokenizeBody, await read_body(request))
+        if body.model is not None:
+            await dispatcher.resolve(body.model)
+        prompts = dispatcher.prompts
+        if body.messages is not None:
+            text, param, adds_special = prompts.render(body.messages), "messages", bool(body.add_special_tokens)
+        else:
+            assert body.prompt is not None
+            text, param, adds_special = body.prompt, "prompt", body.add_special_tokens is not False
+        token_ids = await prompts.encode(text, param, add_special_tokens=adds_special)
+        token_strs = [prompts.token_of(token_id) for token_id in token_ids] if body.return_token_strs else None
+        return JSONResponse(
+            {
+                "count": len(token_ids),
+                "max_model_len": prompts.max_model_len,
+                "tokens": token_ids,
+                "token_strs": token_strs,
+            }
+        )
+
+    @guarded.post(
+        "/detokenize",
+        summary="The text of token ids",
+        openapi_extra=body_of(DetokenizeBody, {}),
+        responses=replies(DetokenizeReply),
+    )
+    async def detokenize(request: Request) -> JSONResponse:
+        body = parse_body(DetokenizeBody, await read_body(request))
+        if body.model is not None:
+            await dispatcher.resolve(body.model)
+        return JSONResponse({"prompt": dispatcher.prompts.decode(body.tokens)})
+
+    router.include_router(guarded)
+    return router

@@ -1,0 +1,59 @@
+"""Bodies of vLLM's routes beside OpenAI's: tokenising, and what the service is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from lorafleet.workers.config import Settings
+
+_Ids = Annotated[tuple[int, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
+
+
+class TokenizeBody(BaseModel):
+    """Body of POST /tokenize: a text, or a conversation as the chat template writes it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | None = Field(default=None, min_length=1, description="A base id, an adapter name, or base:adapter.")
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = Field(default=None, description="Default: for a prompt only.")
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_text(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt=... or messages=... must be given, and not both")
+        return self
+
+
+class TokenizeReply(Settings):
+    """vLLM's."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeBody(BaseModel):
+    """Body of POST /detokenize."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | None = Field(default=None, min_length=1, description="A base id, an adapter name, or base:adapter.")
+    tokens: _Ids = Field(description="Token ids.")
+
+
+class DetokenizeReply(Settings):
+    """vLLM's."""
+
+    prompt: str
+
+
+class VersionReply(Settings):
+    """vLLM's; the version is ours."""
+
+    version: str

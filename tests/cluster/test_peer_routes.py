@@ -1,0 +1,40 @@
+"""vLLM's routes beside OpenAI's."""
+
+from __future__ import annotations
+
+from lorafleet.cluster.http.auth import Keys
+from tests.cluster.serving import BASE_ID, Service, serving
+
+
+def test_health_and_version_need_no_key() -> None:
+    with serving(Service(keys=Keys(api_keys=("secret",)))) as service, service.http() as http:
+        for response in (http.get("/health"), http.get("/ping"), http.post("/ping")):
+            assert (response.status_code, response.content) == (200, b"")
+        assert set(http.get("/version").json()) == {"version"}
+        assert http.post("/tokenize", json={"prompt": "a"}).status_code == 401
+        service.waits_for = "0 of 2 workers are up"
+        assert http.get("/health").status_code == 503
+
+
+def test_tokenize_is_the_tokenizers(shared_service: Service) -> None:
+    tokenizer = shared_service.prompts.tokenizer
+    assert tokenizer is not None
+    messages = [{"role": "user", "content": "Hello"}]
+    with shared_service.http() as http:
+        for adds_special in (True, False):
+            body = {"model": "shout", "prompt": "Hello wörld", "add_special_tokens": adds_special}
+            reply = http.post("/tokenize", json=body | {"return_token_strs": True}).json()
+            wanted = tokenizer("Hello wörld", add_special_tokens=adds_special)["input_ids"]
+            assert (reply["tokens"], reply["count"]) == (wanted, len(wanted))
+            assert reply["token_strs"] == tokenizer.convert_ids_to_tokens(wanted)
+            assert reply["max_model_len"] == shared_service.prompts.max_model_len
+            back = http.post("/detokenize", json={"model": BASE_ID, "tokens": wanted}).json()
+            assert back == {"prompt": tokenizer.decode(wanted)}
+        chat = http.post("/tokenize", json={"messages": messages}).json()["tokens"]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert chat == tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert http.post("/tokenize", json={"model": "nobody", "prompt": "a"}).status_code == 404
+        for wrong in ({}, {"prompt": "a", "messages": messages}):
+            assert http.post("/tokenize", json=wrong).status_code == 400
+        assert http.post("/detokenize", json={"tokens": [10**9]}).json()["error"]["code"] == "invalid_token_id"
+        assert all(card["max_model_len"] == 512 for card in http.get("/v1/models").json()["data"])
