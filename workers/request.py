@@ -84,6 +84,16 @@ class SamplingParams(BaseModel):
         return self
 
 
+class TemplateOptions(BaseModel):
+    """How a chat template writes a conversation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    add_generation_prompt: bool = Field(default=True, description="End with what begins an answer.")
+    continue_final_message: bool = Field(default=False, description="Leave the last message open.")
+    variables: dict[str, Any] = Field(default={}, description="Variables of the template's own.")
+
+
 class GenerateRequest(SamplingParams):
     """What a caller asks of the service: `handle.generate.remote(GenerateRequest(model="shout", prompt="Hi"))`.
 
@@ -94,6 +104,9 @@ class GenerateRequest(SamplingParams):
     prompt: str | tuple[int, ...] | None = Field(default=None, description="Text or token ids.")
     messages: tuple[dict[str, Any], ...] | None = Field(
         default=None, description="A conversation, for the chat template."
+    )
+    template: TemplateOptions = Field(
+        default=TemplateOptions(), description="How the chat template writes the conversation."
     )
     n: int = Field(default=1, ge=1, le=16, description="Independent answers to make.")
 

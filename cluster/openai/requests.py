@@ -6,14 +6,15 @@ Turns the bytes of a body into `GenerateRequest`s. A field that is null counts a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from lorafleet.cluster.errors import BadRequest
+from lorafleet.cluster.openai.messages import RESERVED_OPTIONS, ChatMessage, check_template_options, rendered
 from lorafleet.cluster.validation import refusal_of, with_integers
-from lorafleet.workers.request import GenerateRequest, SamplingParams
+from lorafleet.workers.request import GenerateRequest, SamplingParams, TemplateOptions
 
 DEFAULT_MAX_TOKENS = 16
 """What completions make when the body does not say, as with OpenAI."""
@@ -46,7 +47,16 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-"""Fields that other servers give an effect: the values without one are accepted, the others refused by name."""
+"""Fields that other servers give an effect: the values without one are accepted, the others refused by name.
+
+A body that has such a field serves it in all its values.
+"""
+
+
+def neutral_of(kind: type[BaseModel]) -> Mapping[str, tuple[object, ...]]:
+    """The part of `NEUTRAL` that holds for a kind of body."""
+    return {name: values for name, values in NEUTRAL.items() if name not in kind.model_fields}
+
 
 _Item = TypeVar("_Item")
 _Text = Annotated[str, Field(min_length=1)]
@@ -168,48 +178,6 @@ class CompletionBody(SharedBody):
         return [_request(model=self.model, n=self.n, prompt=prompt, **sampling) for prompt in self.prompt]
 
 
-class TextPart(BaseModel):
-    """A part of a message; only text is served."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    type: Literal["text"]
-    text: str
-
-
-def _parts(content: object) -> object:
-    return [TextPart(type="text", text=content)] if isinstance(content, str) else content
-
-
-class ChatMessage(BaseModel):
-    """One message of a conversation."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        json_schema_extra={"additionalProperties": {"enum": [None, []]}},
-    )
-
-    role: Literal["developer", "system", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | _NotEmpty[TextPart])]
-    name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_empty_fields(cls, message: Any) -> Any:
-        """Clients send answers back as they got them, with what was null or empty in them."""
-        if not isinstance(message, dict):
-            return message
-        return {name: value for name, value in message.items() if value is not None and value != []}
-
-    def rendered(self) -> dict[str, Any]:
-        """The message as chat templates know it."""
-        content = "".join(part.text for part in self.content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        return message if self.name is None else message | {"name": self.name}
-
-
 class ChatBody(SharedBody):
     """Body of POST /v1/chat/completions."""
 
@@ -223,6 +191,29 @@ class ChatBody(SharedBody):
         default=None, ge=0, le=20, description="Alternatives to report beside each token; needs logprobs."
     )
 
+    add_generation_prompt: bool = Field(
+        default=True, description="End the prompt with what begins an answer in the chat template."
+    )
+    continue_final_message: bool = Field(
+        default=False,
+        description="The answer goes on with the last message, which is left open; needs add_generation_prompt=false.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={},
+        description="Variables of the chat template, say `enable_thinking`.",
+        json_schema_extra={"propertyNames": {"not": {"enum": [*sorted(RESERVED_OPTIONS)]}}},
+    )
+    reasoning_effort: str | None = Field(
+        default=None,
+        description="Given to the chat template under this name; `none` also sets its `enable_thinking` to false.",
+    )
+
+    @model_validator(mode="after")
+    def _ends_one_way(self) -> ChatBody:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message=true needs add_generation_prompt=false")
+        return self
+
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
@@ -235,8 +226,22 @@ class ChatBody(SharedBody):
         sampling["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
         if self.max_completion_tokens is not None:
             sampling["max_tokens"] = self.max_completion_tokens
-        messages = tuple(message.rendered() for message in self.messages)
-        return _request(model=self.model, n=self.n, messages=messages, **sampling)
+        return _request(
+            model=self.model, n=self.n, messages=rendered(self.messages), template=self._template(), **sampling
+        )
+
+    def _template(self) -> TemplateOptions:
+        check_template_options(self.chat_template_kwargs)
+        variables: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            variables["reasoning_effort"] = self.reasoning_effort
+            if self.reasoning_effort == "none":
+                variables["enable_thinking"] = False
+        return TemplateOptions(
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            variables=variables | self.chat_template_kwargs,
+        )
 
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -256,7 +261,7 @@ def parse_body(kind: type[Body], raw: bytes) -> Body:
     for name, value in body.items():
         if value is None:
             continue
-        if name in NEUTRAL:
+        if name in NEUTRAL and name not in kind.model_fields:
             # Compared with the type, for Python holds True for 1.
             given = with_integers(value)
             if not any(type(given) is type(neutral) and given == neutral for neutral in NEUTRAL[name]):

@@ -21,7 +21,7 @@ from lorafleet.cluster.http.bodies import read_body
 from lorafleet.cluster.http.description import Responses, bearer, body_of, error_responses, events_of, replies
 from lorafleet.cluster.http.sse import ClientGone, EventStream, while_connected
 from lorafleet.cluster.openai.replies import ChatReply, CompletionReply, Reply
-from lorafleet.cluster.openai.requests import DEFAULT_MAX_TOKENS, NEUTRAL, ChatBody, CompletionBody, parse_body
+from lorafleet.cluster.openai.requests import DEFAULT_MAX_TOKENS, ChatBody, CompletionBody, neutral_of, parse_body
 from lorafleet.cluster.openai.schemas import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -76,7 +76,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
     @router.post(
         "/completions",
         summary="Continue prompts",
-        openapi_extra=body_of(CompletionBody, NEUTRAL),
+        openapi_extra=body_of(CompletionBody, neutral_of(CompletionBody)),
         responses=_answers(Completion, CompletionChunk),
     )
     async def complete(request: Request) -> Response:
@@ -88,7 +88,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
     @router.post(
         "/chat/completions",
         summary="Answer a conversation",
-        openapi_extra=body_of(ChatBody, NEUTRAL),
+        openapi_extra=body_of(ChatBody, neutral_of(ChatBody)),
         responses=_answers(ChatCompletion, ChatCompletionChunk),
     )
     async def chat(request: Request) -> Response:

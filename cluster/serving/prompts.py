@@ -19,7 +19,7 @@ from lorafleet.cluster.errors import BadRequest, ContextLengthExceeded
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.model.geometry import read_config
 from lorafleet.workers.model.loader import load_tokenizer, max_model_len
-from lorafleet.workers.request import GenerateRequest
+from lorafleet.workers.request import GenerateRequest, TemplateOptions
 
 LONG_TEXT = 4096
 """Characters above which tokenising leaves the event loop, so that other streams go on."""
@@ -68,7 +68,9 @@ class Prompts:
         """
         if request.messages is not None:
             param = "messages"
-            token_ids = await self._encode(self._render(request.messages), param, add_special_tokens=False)
+            token_ids = await self._encode(
+                self._render(request.messages, request.template), param, add_special_tokens=False
+            )
         elif isinstance(request.prompt, str):
             param = "prompt"
             token_ids = await self._encode(request.prompt, param, add_special_tokens=True)
@@ -126,7 +128,7 @@ class Prompts:
         except UnicodeDecodeError:
             return TokenPiece("bytes:" + "".join(f"\\x{byte:02x}" for byte in utf8), utf8, is_special=False)
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def _render(self, messages: Sequence[Mapping[str, Any]], options: TemplateOptions) -> str:
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise BadRequest(
                 "the base has no chat template; use completions with a prompt", "messages", "no_chat_template"
@@ -135,7 +137,11 @@ class Prompts:
             raise BadRequest("messages is empty", "messages", "empty_prompt")
         try:
             text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=options.add_generation_prompt,
+                continue_final_message=options.continue_final_message,
+                **options.variables,
             )
         # A template is a program of the base's author: it raises what it likes.
         except Exception as error:

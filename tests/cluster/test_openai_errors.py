@@ -117,8 +117,8 @@ def test_bad_completion(
     [
         ({"messages": []}, "invalid_value", "messages"),
         ({"messages": "Hello"}, "invalid_value", "messages"),
-        ({"messages": [{"role": "user"}]}, "missing_parameter", "messages.0.content"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_value", "messages.0.role"),
+        ({"messages": [{"role": "user"}]}, "invalid_value", "messages.0"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "invalid_value", "messages.0.role"),
         ({"messages": [{"role": "user", "content": 3}]}, "invalid_value", "messages.0.content"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -127,12 +127,15 @@ def test_bad_completion(
         ),
         (
             {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
-            "unknown_parameter",
-            "messages.0.tool_calls",
+            "missing_parameter",
+            "messages.0.tool_calls.0.function",
         ),
         ({"messages": [{"role": "user", "content": "word " * 9000}]}, "context_length_exceeded", "messages"),
         ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+        ({"chat_template": "{{ messages }}"}, "unsupported_parameter", "chat_template"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "invalid_value", "chat_template_kwargs.tokenize"),
+        ({"continue_final_message": True}, "invalid_value", "continue_final_message"),
         ({"top_logprobs": 3}, "invalid_value", "top_logprobs"),
         ({"logprobs": 3}, "invalid_value", "logprobs"),
         ({"echo": True}, "unknown_parameter", "echo"),
