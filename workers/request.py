@@ -21,6 +21,42 @@ def _token_id(key: object) -> object:
 TokenIdKey = Annotated[int, BeforeValidator(_token_id), Field(ge=0)]
 
 
+GrammarKind = Literal["json", "regex", "choice", "grammar", "lark"]
+
+
+class StructuredOutputs(BaseModel):
+    """What an answer must be. Exactly one of the fields says it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
+
+    json_schema: dict[str, Any] | str | bool | None = Field(
+        default=None, alias="json", description="JSON that fits this schema."
+    )
+    json_object: bool | None = Field(default=None, description="Any JSON object.")
+    regex: str | None = Field(default=None, description="A text that this regular expression matches as a whole.")
+    choice: tuple[str, ...] | None = Field(default=None, min_length=1, description="One of these texts.")
+    grammar: str | None = Field(default=None, description="A text of this grammar, in Lark's form or in GBNF.")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> StructuredOutputs:
+        given = [name for name in type(self).model_fields if getattr(self, name) not in (None, False)]
+        if len(given) + (self.json_schema is False) != 1:
+            raise ValueError("structured_outputs needs exactly one of json, json_object, regex, choice and grammar")
+        return self
+
+    def kind_and_value(self) -> tuple[GrammarKind, object]:
+        """Which one is given, and what it is."""
+        if self.json_object:
+            return "json", {"type": "object"}
+        if self.json_schema is not None:
+            return "json", self.json_schema
+        if self.regex is not None:
+            return "regex", self.regex
+        if self.choice is not None:
+            return "choice", list(self.choice)
+        return "grammar", self.grammar
+
+
 class SamplingParams(BaseModel):
     """How tokens are chosen and when to stop. Defaults are greedy-free OpenAI defaults."""
 
@@ -76,6 +112,8 @@ class SamplingParams(BaseModel):
     prompt_logprobs: bool = Field(
         default=False, description="Report logprobs of the prompt's tokens too (`echo` with `logprobs`)."
     )
+
+    structured_outputs: StructuredOutputs | None = Field(default=None, description="What the answer must be.")
 
     @model_validator(mode="after")
     def _min_within_max(self) -> SamplingParams:

@@ -5,8 +5,8 @@ Turns the bytes of a body into `GenerateRequest`s. A field that is null counts a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
@@ -14,7 +14,7 @@ from pydantic_core import from_json
 from lorafleet.cluster.errors import BadRequest
 from lorafleet.cluster.openai.messages import RESERVED_OPTIONS, ChatMessage, check_template_options, rendered
 from lorafleet.cluster.validation import refusal_of, with_integers
-from lorafleet.workers.request import GenerateRequest, SamplingParams, TemplateOptions
+from lorafleet.workers.request import GenerateRequest, SamplingParams, StructuredOutputs, TemplateOptions
 
 DEFAULT_MAX_TOKENS = 16
 """What completions make when the body does not say, as with OpenAI."""
@@ -99,6 +99,38 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool = Field(default=False, description="Accepted; nothing is padded.")
 
 
+class JsonSchemaFormat(BaseModel):
+    """A schema with a name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_by_name=True, validate_by_alias=True)
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default={}, alias="schema", description="The answer is JSON that fits it.")
+    strict: bool | None = Field(default=None, description="Accepted; every schema is kept to.")
+
+
+class ResponseFormat(BaseModel):
+    """What the answer must be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = Field(default=None, description="For `json_schema`.")
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError(f"json_schema belongs to the type json_schema, this one is {self.type}")
+        return self
+
+    def outputs(self) -> StructuredOutputs:
+        """The same in the engine's terms."""
+        if self.json_schema is None:
+            return StructuredOutputs(json_object=True)
+        return StructuredOutputs(json_schema=self.json_schema.schema_)
+
+
 class SharedBody(SamplingParams):
     """What both routes accept: the sampling parameters, how to answer, and fields without an effect."""
 
@@ -120,6 +152,15 @@ class SharedBody(SamplingParams):
     stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_tuple)] = Field(
         default=(), description="Token ids that end the answer."
     )
+    response_format: ResponseFormat | None = Field(
+        default=None, description="What the answer must be, as OpenAI has it: `json_object` or `json_schema`."
+    )
+    guided_json: dict[str, Any] | str | None = Field(
+        default=None, description="vLLM's earlier names of what is in `structured_outputs`; so are the next three."
+    )
+    guided_regex: str | None = None
+    guided_choice: Annotated[tuple[str, ...] | None, BeforeValidator(_tuple)] = None
+    guided_grammar: str | None = None
     stream: bool = Field(default=False, description="Answer by server-sent events.")
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = Field(
@@ -141,7 +182,24 @@ class SharedBody(SamplingParams):
 
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that the body names."""
-        return {name: getattr(self, name) for name in self.model_fields_set & _SAMPLING_FIELDS}
+        sampling = {name: getattr(self, name) for name in self.model_fields_set & _SAMPLING_FIELDS}
+        asked = [*self._structured_outputs()]
+        if len(asked) > 1:
+            raise BadRequest(f"{asked[0][0]} and {asked[1][0]} both say what the answer must be; send one", asked[1][0])
+        if asked:
+            sampling["structured_outputs"] = asked[0][1]
+        return sampling
+
+    def _structured_outputs(self) -> Iterator[tuple[str, StructuredOutputs]]:
+        """What the answer must be, with the field that says so."""
+        if self.structured_outputs is not None:
+            yield "structured_outputs", self.structured_outputs
+        if self.response_format is not None and self.response_format.type != "text":
+            yield "response_format", self.response_format.outputs()
+        for kind in ("json", "regex", "choice", "grammar"):
+            value = getattr(self, f"guided_{kind}")
+            if value is not None:
+                yield f"guided_{kind}", StructuredOutputs.model_validate({kind: value})
 
 
 class CompletionBody(SharedBody):

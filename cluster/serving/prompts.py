@@ -17,9 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafleet.cluster.errors import BadRequest, ContextLengthExceeded
 from lorafleet.workers.config import ModelConfig
+from lorafleet.workers.errors import GrammarRefused
+from lorafleet.workers.grammars import Grammars
 from lorafleet.workers.model.geometry import read_config
 from lorafleet.workers.model.loader import load_tokenizer, max_model_len
-from lorafleet.workers.request import GenerateRequest, TemplateOptions
+from lorafleet.workers.request import GenerateRequest, StructuredOutputs, TemplateOptions
 
 LONG_TEXT = 4096
 """Characters above which tokenising leaves the event loop, so that other streams go on."""
@@ -45,6 +47,8 @@ class Prompts:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
+        self._grammars = Grammars(tokenizer, vocab_size=vocab_size)
+        self._compiler = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammars")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self._pieces: dict[int, TokenPiece] = {}
         self._decoder = _decoder_of(tokenizer)
@@ -85,6 +89,16 @@ class Prompts:
         self.check_token_ids(request.stop_token_ids, "stop_token_ids")
         self.check_token_ids(tuple(request.logit_bias), "logit_bias")
         return token_ids
+
+    async def check_grammar(self, asked: StructuredOutputs | None) -> None:
+        """Compile what an answer must be, on a thread. Raises BadRequest `grammar_refused`, which says why."""
+        if asked is None:
+            return
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._compiler, self._grammars.matcher, asked)
+        except GrammarRefused as error:
+            kind, _ = asked.kind_and_value()
+            raise BadRequest(f"this {kind} cannot be followed: {error}", "structured_outputs", error.code) from error
 
     def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
         """Raise BadRequest when a token id is outside the vocabulary."""

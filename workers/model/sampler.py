@@ -45,6 +45,10 @@ class SamplingBatch:
     """`START` of lines in `penalties`."""
     prompts: Records
     """`PROMPT` of lines in `starts`, where repetition counts from the prompt on."""
+    masked: npt.NDArray[np.int64]
+    """The rows that have a mask."""
+    masks: npt.NDArray[np.int32]
+    """(len(masked), ceil(vocab / 32)): a bit a token, set where it may come; a word's lowest bit is its first token."""
     num_logprobs: int
     """Alternatives wanted by the row that wants most; -1: no row wants logprobs."""
 
@@ -55,19 +59,22 @@ class SamplingBatch:
     @property
     def is_plain(self) -> bool:
         """Whether each row takes the likeliest token of its logits as they are."""
-        return self.is_greedy and not len(self.biases) and not len(self.penalties)
+        return self.is_greedy and not len(self.biases) and not len(self.penalties) and not len(self.masked)
 
     def part(self, start: int, end: int) -> SamplingBatch:
         """What is for the rows from `start` to `end`, which are sampled apart from the others."""
         if (start, end) == (0, len(self.draws)):
             return self
         penalties = _of_rows(self.penalties, start, end)
+        within = (self.masked >= start) & (self.masked < end)
         return SamplingBatch(
             draws=self.draws[start:end],
             biases=_of_rows(self.biases, start, end),
             penalties=penalties,
             starts=self.starts[np.isin(self.starts["line"], penalties["line"])],
             prompts=self.prompts[np.isin(self.prompts["line"], penalties["line"])],
+            masked=self.masked[within] - start,
+            masks=self.masks[within],
             num_logprobs=self.num_logprobs,
         )
 
@@ -79,7 +86,14 @@ def _of_rows(records: Records, start: int, end: int) -> Records:
 
 
 NO_SAMPLING = SamplingBatch(
-    np.zeros(0, DRAW), np.zeros(0, BIAS), np.zeros(0, PENALTY), np.zeros(0, START), np.zeros(0, PROMPT), -1
+    np.zeros(0, DRAW),
+    np.zeros(0, BIAS),
+    np.zeros(0, PENALTY),
+    np.zeros(0, START),
+    np.zeros(0, PROMPT),
+    np.zeros(0, np.int64),
+    np.zeros((0, 0), np.int32),
+    -1,
 )
 """Of no rows."""
 
@@ -152,7 +166,7 @@ class Sampler:
 
     def _choose(self, logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
         draws, biases, penalties, starts, prompts = _on_device(batch, logits.device)
-        if len(batch.biases) or len(batch.penalties):
+        if len(batch.biases) or len(batch.penalties) or len(batch.masked):
             logits = logits.clone()
         if len(batch.biases):
             places = biases["row"] * logits.shape[-1] + biases["token_id"]
@@ -162,12 +176,25 @@ class Sampler:
             if len(batch.starts):
                 self._counts.start(starts["line"], prompts["line"], prompts["token_id"])
             self._counts.penalise(logits, penalties)
+        if len(batch.masked):
+            _forbid(logits, batch)
         peaks, token_ids = _likeliest(logits)
         if not batch.is_greedy:
             token_ids = _draw(logits, draws)
         if len(batch.penalties):
             self._counts.add(penalties["line"], token_ids[penalties["row"]])
         return peaks, token_ids
+
+
+def _forbid(logits: Tensor, batch: SamplingBatch) -> None:
+    """Let only those tokens come, in the rows that have a mask, whose bits are set. logits: (rows, vocab), changed."""
+    rows, words = torch.from_numpy(batch.masked), torch.from_numpy(batch.masks)
+    if logits.device.type == "cuda":
+        rows, words = rows.pin_memory(), words.pin_memory()
+    rows, words = rows.to(logits.device, non_blocking=True), words.to(logits.device, non_blocking=True)
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1
+    may_come = bits.view(len(batch.masked), -1)[:, : logits.shape[-1]] != 0
+    logits[rows] = logits[rows].masked_fill(~may_come, -torch.inf)
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
