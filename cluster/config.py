@@ -138,6 +138,16 @@ class AuthConfig(Settings):
         )
 
 
+class HttpConfig(Settings):
+    """Who may call over HTTP from where."""
+
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+)$")], ...] = Field(
+        default=(),
+        description="Origins, as `https://app.example.org`, whose pages browsers let call the service; `*`: all. "
+        "Without any a browser calls it from no other origin.",
+    )
+
+
 class AppConfig(Settings):
     """Everything that `build` takes.
 
@@ -149,6 +159,7 @@ class AppConfig(Settings):
     adapters: AdaptersConfig = AdaptersConfig()
     worker: WorkerConfig = WorkerConfig()
     auth: AuthConfig = AuthConfig()
+    http: HttpConfig = HttpConfig()
 
     @model_validator(mode="before")
     @classmethod

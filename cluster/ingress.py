@@ -54,7 +54,8 @@ class Ingress:
                     build_router(self._dispatcher, keys, started=int(time.time())),
                     build_probes(self._admin.not_ready),
                     self._admin.router,
-                ]
+                ],
+                config.http.cors_origins,
             )
         )
         self._names.start()

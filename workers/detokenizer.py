@@ -24,12 +24,15 @@ class Detokenizer:
     """Settled text of one answer.
 
     Text is withheld while it may change: the bytes of an unfinished character, and a tail that may begin a stop string.
-    Special tokens have no text.
+    Special tokens have no text, unless `keeps_special`.
     """
 
     tokenizer: PreTrainedTokenizerBase | None
     stop: tuple[str, ...]
     prompt_token_ids: tuple[int, ...]
+    keeps_special: bool = False
+    keeps_stop: bool = False
+    """The stop string that ends the text is part of it."""
     matched_stop: str | None = None
     _context: list[int] | None = None
     _num_settled: int = 0
@@ -45,7 +48,7 @@ class Detokenizer:
         if self._context is None:
             self._context = list(self.prompt_token_ids[-LEFT_CONTEXT:])
             self._num_settled, self._settled = len(self._context), self._decode(self._context)
-        special = _special_ids(self.tokenizer)
+        special = frozenset[int]() if self.keeps_special else _special_ids(self.tokenizer)
         self._context += [token_id for token_id in token_ids if token_id not in special]
         whole = self._decode(self._context)
         text = ""
@@ -93,7 +96,7 @@ class Detokenizer:
         found = min(((text.find(stop), stop) for stop in self.stop if stop in text), default=None)
         if found is not None:
             self.matched_stop = found[1]
-            return text[: found[0]]
+            return text[: found[0] + len(found[1])] if self.keeps_stop else text[: found[0]]
         keep = max(_overlap(text, stop) for stop in self.stop)
         if keep:
             text, self._withheld = text[:-keep], text[-keep:]
@@ -101,17 +104,17 @@ class Detokenizer:
 
     def _decode(self, token_ids: list[int]) -> str:
         assert self.tokenizer is not None
-        return _decoder_of(self.tokenizer)(token_ids)
+        return _decoder_of(self.tokenizer, not self.keeps_special)(token_ids)
 
 
 @lru_cache(maxsize=8)
-def _decoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
-    """Decodes without special tokens. Transformers' way is the same for most tokenizers, at several times the cost."""
+def _decoder_of(tokenizer: PreTrainedTokenizerBase, skips_special: bool) -> Callable[[list[int]], str]:
+    """Decodes, with special tokens or without. Transformers' way is the same for most, at several times the cost."""
     kind, plain = type(tokenizer), PreTrainedTokenizerFast
     if isinstance(tokenizer, plain) and kind.decode is plain.decode and kind._decode is plain._decode:
         backend: Tokenizer = tokenizer.backend_tokenizer
-        return partial(backend.decode, skip_special_tokens=True)
-    return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return partial(backend.decode, skip_special_tokens=skips_special)
+    return partial(tokenizer.decode, skip_special_tokens=skips_special, clean_up_tokenization_spaces=False)
 
 
 @lru_cache(maxsize=8)

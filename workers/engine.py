@@ -318,7 +318,7 @@ class Engine:
         logprobs = chosen.logprobs.tolist()
         row = 0
         for sequence, start, count in launched.batch.prompts:
-            num_top = sequence.request.sampling.logprobs or 0
+            num_top = sequence.request.sampling.prompt_tops
             for position in range(start + 1, start + 1 + count):
                 # After a preemption positions come again; those that were noted stand.
                 if position == len(sequence.prompt_logprobs) + 1:
@@ -342,8 +342,9 @@ class Engine:
             sequence.finish_reason = "stop"  # a grammar has no other place for it than its end
         elif num_made >= sequence.max_tokens:
             sequence.finish_reason = "length"
-        # A token that ends the answer is no part of its text.
-        said = () if sequence.finish_reason == "stop" else (token_id,)
+        # A token that ends the answer is no part of its text, unless that is asked for.
+        is_said = sequence.finish_reason != "stop" or sampling.include_stop_str_in_output
+        said = (token_id,) if is_said else ()
         if sequence.matcher is not None and sequence.matcher.is_over:
             sequence.finish_reason = "stop"
         text = sequence.detokenizer.append(said, check_stop=past_min)
@@ -416,7 +417,13 @@ class Engine:
             arrival_s=self._clock(),
             max_tokens=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
             seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
-            detokenizer=Detokenizer(self._tokenizer, sampling.stop, request.prompt_token_ids),
+            detokenizer=Detokenizer(
+                self._tokenizer,
+                sampling.stop,
+                request.prompt_token_ids,
+                keeps_special=not sampling.skip_special_tokens,
+                keeps_stop=sampling.include_stop_str_in_output,
+            ),
             token_ids=list(request.prompt_token_ids),
             matcher=matcher,
         )

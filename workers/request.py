@@ -6,9 +6,12 @@ import re
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 FinishReason = Literal["stop", "length", "abort"]
+
+MAX_N = 128
+"""Most answers to one prompt, as with OpenAI."""
 
 _DECIMAL = re.compile("0|[1-9][0-9]{0,18}")
 
@@ -17,6 +20,15 @@ def _token_id(key: object) -> object:
     """JSON has only texts for keys."""
     return int(key) if isinstance(key, str) and _DECIMAL.fullmatch(key) else key
 
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("must be -1, or at least 1")
+    return value
+
+
+NumKept = Annotated[int, Field(ge=-1), AfterValidator(_not_zero), Field(json_schema_extra={"not": {"const": 0}})]
+"""How many tokens of a prompt to keep; -1: as many as leave room for the answer."""
 
 TokenIdKey = Annotated[int, BeforeValidator(_token_id), Field(ge=0)]
 
@@ -41,7 +53,7 @@ class StructuredOutputs(BaseModel):
     def _exactly_one(self) -> StructuredOutputs:
         given = [name for name in type(self).model_fields if getattr(self, name) not in (None, False)]
         if len(given) + (self.json_schema is False) != 1:
-            raise ValueError("structured_outputs needs exactly one of json, json_object, regex, choice and grammar")
+            raise ValueError("needs exactly one of json, json_object, regex, choice and grammar")
         return self
 
     def kind_and_value(self) -> tuple[GrammarKind, object]:
@@ -106,14 +118,26 @@ class SamplingParams(BaseModel):
     )
     stop_token_ids: tuple[int, ...] = Field(default=(), description="Token ids that end the answer.")
     ignore_eos: bool = Field(default=False, description="Go on over the base's own end tokens.")
+    skip_special_tokens: bool = Field(default=True, description="Leave special tokens out of the text.")
+    include_stop_str_in_output: bool = Field(
+        default=False, description="Keep the stop string, or the stop token, that ended the answer in its text."
+    )
     logprobs: int | None = Field(
         default=None, ge=0, le=20, description="Alternatives to report beside each token; None: no logprobs."
     )
     prompt_logprobs: bool = Field(
         default=False, description="Report logprobs of the prompt's tokens too (`echo` with `logprobs`)."
     )
+    num_prompt_tops: int | None = Field(
+        default=None, ge=0, le=20, description="Alternatives beside each prompt token; None: as many as `logprobs`."
+    )
 
     structured_outputs: StructuredOutputs | None = Field(default=None, description="What the answer must be.")
+
+    @property
+    def prompt_tops(self) -> int:
+        """Alternatives to report beside each token of the prompt."""
+        return (self.logprobs or 0) if self.num_prompt_tops is None else self.num_prompt_tops
 
     @model_validator(mode="after")
     def _min_within_max(self) -> SamplingParams:
@@ -129,6 +153,7 @@ class TemplateOptions(BaseModel):
 
     add_generation_prompt: bool = Field(default=True, description="End with what begins an answer.")
     continue_final_message: bool = Field(default=False, description="Leave the last message open.")
+    tools: tuple[dict[str, Any], ...] = Field(default=(), description="Functions that the model may call.")
     variables: dict[str, Any] = Field(default={}, description="Variables of the template's own.")
 
 
@@ -146,7 +171,18 @@ class GenerateRequest(SamplingParams):
     template: TemplateOptions = Field(
         default=TemplateOptions(), description="How the chat template writes the conversation."
     )
-    n: int = Field(default=1, ge=1, le=16, description="Independent answers to make.")
+    n: int = Field(default=1, ge=1, le=MAX_N, description="Independent answers to make.")
+    lora_path: str | None = Field(
+        default=None, description="As SGLang has it: the adapter's name, where `model` names the base or the same."
+    )
+    add_special_tokens: bool | None = Field(
+        default=None,
+        description="Put the tokenizer's own tokens (a begin token, say) around the text; None: for `prompt` only.",
+    )
+    truncate_prompt_tokens: NumKept | None = Field(
+        default=None,
+        description="Keep only so many tokens of the prompt, the last ones; -1: as many as leave room for the answer.",
+    )
 
     @model_validator(mode="after")
     def _one_prompt(self) -> GenerateRequest:

@@ -35,7 +35,8 @@ def memory_sizes(base: BaseModel, engine: EngineConfig, pool: PoolConfig) -> Mem
     """Sizes for this base on its device. Raises WorkerConfigError, naming the setting to change."""
     page_bytes = KVCache.page_bytes(base.layers, engine.kv_page_tokens, TORCH_DTYPES[base.dtype])
     pages_per_sequence = -(-base.max_model_len // engine.kv_page_tokens)
-    wanted_kv = page_bytes * pages_per_sequence * engine.max_running
+    # One page beside the sequences': captured graphs' padding rows write to it.
+    wanted_kv = page_bytes * (pages_per_sequence * engine.max_running + 1)
     wanted_pool = AUTO_ADAPTERS * _largest_adapter_bytes(base, pool.max_rank)
     set_pool = pool.pool_bytes if pool.max_slots else 0
     if base.device.type == "cuda":

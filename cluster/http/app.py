@@ -9,11 +9,13 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorafleet.cluster.errors import BadRequest, ErrorReply, MethodNotAllowed, RouteNotFound, describe
 from lorafleet.cluster.http.description import DescribedApp
+from lorafleet.cluster.http.request_ids import HEADER, RequestIds
 from lorafleet.cluster.validation import refusal_of
 
 logger = logging.getLogger(__name__)
@@ -21,14 +23,24 @@ logger = logging.getLogger(__name__)
 METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 
 
-def build_http_app(routers: Sequence[APIRouter]) -> FastAPI:
-    """One application of these routers."""
+def build_http_app(routers: Sequence[APIRouter], cors_origins: Sequence[str] = ()) -> FastAPI:
+    """One application of these routers. cors_origins: whose pages a browser may let call it; `*`: all."""
     app = DescribedApp(title="lorafleet", docs_url=None, redoc_url=None, redirect_slashes=False)
     for router in routers:
         app.include_router(router)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_middleware(ErrorReplies)
+    if cors_origins:
+        # Outside of the errors' replies, which a page could not read otherwise.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=list(METHODS),
+            allow_headers=["*"],
+            expose_headers=[HEADER, "retry-after", "x-lorafleet-version", "x-lorafleet-worker"],
+        )
+    app.add_middleware(RequestIds)
     return app
 
 

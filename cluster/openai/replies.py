@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from lorafleet.cluster.openai.reading import AnswerReader, Reading, call_id
 from lorafleet.cluster.openai.requests import ChatBody, CompletionBody
 from lorafleet.cluster.serving.dispatch import PreparedRequest
 from lorafleet.cluster.serving.prompts import Prompts
@@ -40,6 +41,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """These three only for a whole reply."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     num_characters: int = 0
     """Where the next token begins in the text, echo included; counted only where logprobs are reported."""
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
@@ -57,14 +59,23 @@ class Reply(ABC):
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
 
-    def __init__(self, body: CompletionBody | ChatBody, prepared: Sequence[PreparedRequest], prompts: Prompts) -> None:
+    def __init__(
+        self,
+        body: CompletionBody | ChatBody,
+        prepared: Sequence[PreparedRequest],
+        prompts: Prompts,
+        request_id: str | None = None,
+    ) -> None:
         self._prompts = prompts
         self._prepared = prepared
         self._wants_token_ids = body.return_token_ids
         self._wants_usage = body.stream_options.include_usage
+        self._wants_every_usage = self._wants_usage and body.stream_options.continuous_usage_stats
+        self._wants_prompt_logprobs = body.prompt_logprobs is not None
+        self._num_prompt_tops = body.prompt_logprobs or 0
         self._answers = [Answer(request) for request in prepared for _ in range(request.request.n)]
         self._frame = {
-            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "id": f"{self.id_prefix}-{request_id or body.request_id or body.rid or uuid.uuid4().hex}",
             "object": self.kind,
             "created": int(time.time()),
             "model": body.model,
@@ -78,7 +89,7 @@ class Reply(ABC):
         is_first = answer.last is None
         delta = self._noted(answer, delta)
         is_last = delta.finish_reason is not None
-        if not (delta.text or is_first or is_last or delta.logprobs or self._wants_token_ids):
+        if not (self._has_news(delta) or is_first or is_last or delta.logprobs or self._wants_token_ids):
             return None
         choice = self._chunk_choice(answer, delta, is_first)
         if is_last:
@@ -91,7 +102,16 @@ class Reply(ABC):
             if is_first:
                 self._put_prompt_token_ids(answer, extra, choice)
         extra_fields = f"{to_json(extra)[1:-1]}," if extra else ""
-        return f'{self._head}{extra_fields}"choices":[{to_json(choice)}]{self._tail}'.encode()
+        tail = f',"usage":{to_json(self._usage_of(answer))}}}\n\n' if self._wants_every_usage else self._tail
+        return f'{self._head}{extra_fields}"choices":[{to_json(choice)}]{tail}'.encode()
+
+    def _has_news(self, delta: GenerateDelta) -> bool:
+        """Whether there is something to show of a delta's text."""
+        return bool(delta.text)
+
+    def _finish_reason(self, index: int, delta: GenerateDelta) -> str | None:
+        """Why an answer ended, as the client is told."""
+        return delta.finish_reason
 
     def end(self) -> bytes:
         """The events that end a stream: the usage if asked for, and [DONE]."""
@@ -106,7 +126,8 @@ class Reply(ABC):
         delta = self._noted(answer, delta)
         answer.texts.append(self._echoed(answer) + delta.text if is_first else delta.text)
         answer.token_ids.extend(delta.token_ids)
-        answer.logprobs.extend(_all_logprobs(delta))
+        answer.prompt_logprobs += delta.prompt_logprobs or ()
+        answer.logprobs.extend(self._shown_logprobs(delta))
 
     def whole(self) -> bytes:
         """The whole reply, once every answer has its finish reason."""
@@ -115,11 +136,13 @@ class Reply(ABC):
         for index, answer in enumerate(self._answers):
             assert answer.last is not None
             choice = self._whole_choice(index, answer)
-            choice["finish_reason"] = answer.last.finish_reason
+            choice["finish_reason"] = self._finish_reason(index, answer.last)
             choice["stop_reason"] = answer.last.stop_reason
             if self._wants_token_ids:
                 choice["token_ids"] = answer.token_ids
                 self._put_prompt_token_ids(answer, reply, choice)
+            if self._wants_prompt_logprobs:
+                self._put_prompt_logprobs(self._prompt_logprobs(answer), reply, choice)
             if len(self._answers) > 1:
                 choice["lorafleet"] = answer.served_by()
             choices.append(choice)
@@ -138,6 +161,39 @@ class Reply(ABC):
         answer.last = delta
         answer.num_tokens += len(delta.token_ids)
         return delta
+
+    def _shown_logprobs(self, delta: GenerateDelta) -> tuple[TokenLogprobs, ...]:
+        """Those that belong into `logprobs`."""
+        return delta.logprobs or ()
+
+    def _prompt_logprobs(self, answer: Answer) -> list[dict[str, Any] | None]:
+        """As vLLM has them: of each prompt token what it and the likeliest ones have, by token id."""
+        found: list[dict[str, Any] | None] = []
+        for token in answer.prompt_logprobs:
+            if token.logprob is None:
+                found.append(None)
+                continue
+            ranks = {token_id: rank for rank, (token_id, _) in enumerate(token.top, 1)}
+            entries = {token.token_id: token.logprob, **dict(token.top[: self._num_prompt_tops])}
+            found.append(
+                {
+                    str(token_id): {
+                        "logprob": _finite(logprob),
+                        "rank": ranks.get(token_id),
+                        "decoded_token": self._prompts.piece(token_id).text,
+                    }
+                    for token_id, logprob in entries.items()
+                }
+            )
+        return found
+
+    def _usage_of(self, answer: Answer) -> dict[str, Any]:
+        num_prompt_tokens = len(answer.prepared.prompt_token_ids)
+        return {
+            "prompt_tokens": num_prompt_tokens,
+            "completion_tokens": answer.num_tokens,
+            "total_tokens": num_prompt_tokens + answer.num_tokens,
+        }
 
     def _usage(self) -> dict[str, Any]:
         num_prompt_tokens = sum(len(request.prompt_token_ids) for request in self._prepared)
@@ -171,6 +227,10 @@ class Reply(ABC):
     def _put_prompt_token_ids(self, answer: Answer, reply: dict[str, Any], choice: dict[str, Any]) -> None:
         """The prompt's token ids, where vLLM has them for this kind of reply."""
 
+    @abstractmethod
+    def _put_prompt_logprobs(self, found: Sequence[Any], reply: dict[str, Any], choice: dict[str, Any]) -> None:
+        """The prompt's logprobs, where vLLM has them for this kind of reply."""
+
 
 class CompletionReply(Reply):
     """Reply of POST /v1/completions."""
@@ -178,10 +238,17 @@ class CompletionReply(Reply):
     id_prefix = "cmpl"
     kind = chunk_kind = "text_completion"
 
-    def __init__(self, body: CompletionBody, prepared: Sequence[PreparedRequest], prompts: Prompts) -> None:
-        super().__init__(body, prepared, prompts)
+    def __init__(
+        self,
+        body: CompletionBody,
+        prepared: Sequence[PreparedRequest],
+        prompts: Prompts,
+        request_id: str | None = None,
+    ) -> None:
+        super().__init__(body, prepared, prompts, request_id)
         self._echo = body.echo
-        self._is_prompt_only = body.max_tokens == 0
+        self._num_tops = body.logprobs
+        self._is_prompt_only = body.is_prompt_only
 
     def _noted(self, answer: Answer, delta: GenerateDelta) -> GenerateDelta:
         if self._is_prompt_only:
@@ -194,8 +261,12 @@ class CompletionReply(Reply):
         prompt = answer.prepared.request.prompt
         return prompt if isinstance(prompt, str) else self._prompts.text_of(answer.prepared.prompt_token_ids)
 
+    def _shown_logprobs(self, delta: GenerateDelta) -> tuple[TokenLogprobs, ...]:
+        is_echoed = self._echo and self._num_tops is not None
+        return ((delta.prompt_logprobs or ()) if is_echoed else ()) + (delta.logprobs or ())
+
     def _chunk_choice(self, answer: Answer, delta: GenerateDelta, is_first: bool) -> dict[str, Any]:
-        tokens = _all_logprobs(delta)
+        tokens = self._shown_logprobs(delta)
         return {
             "index": delta.index,
             "text": self._echoed(answer) + delta.text if is_first else delta.text,
@@ -212,6 +283,9 @@ class CompletionReply(Reply):
 
     def _put_prompt_token_ids(self, answer: Answer, reply: dict[str, Any], choice: dict[str, Any]) -> None:
         choice["prompt_token_ids"] = answer.prepared.prompt_token_ids
+
+    def _put_prompt_logprobs(self, found: Sequence[Any], reply: dict[str, Any], choice: dict[str, Any]) -> None:
+        choice["prompt_logprobs"] = found
 
     def _logprobs(self, answer: Answer, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
         texts: list[str] = []
@@ -230,7 +304,8 @@ class CompletionReply(Reply):
                 continue
             values.append(_finite(token.logprob))
             # Worst first, so that of two tokens that read alike the likelier one stays.
-            top = {self._prompts.piece(token_id).text: _finite(logprob) for token_id, logprob in reversed(token.top)}
+            likeliest = reversed(token.top[: self._num_tops])
+            top = {self._prompts.piece(token_id).text: _finite(logprob) for token_id, logprob in likeliest}
             top.setdefault(piece.text, _finite(token.logprob))
             tops.append(top)
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
@@ -243,26 +318,89 @@ class ChatReply(Reply):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
+    def __init__(
+        self, body: ChatBody, prepared: Sequence[PreparedRequest], prompts: Prompts, request_id: str | None = None
+    ) -> None:
+        super().__init__(body, prepared, prompts, request_id)
+        self._readers: list[AnswerReader | None] = [None] * len(self._answers)
+        self._shown: dict[str, Any] = {}
+        """What the present delta shows of its message."""
+        calls = bool(body.tools) and body.choice != "none"
+        if calls or prompts.answers.thinks:
+            # An answer that goes on with the client's own message is none that the model began.
+            prompt = prompts.decode(prepared[0].prompt_token_ids) if body.add_generation_prompt else ""
+            tools = [tool.rendered() for tool in body.tools]
+            self._readers = [
+                AnswerReader(prompts.answers, prompt, tools=tools, reads_calls=calls) for _ in self._answers
+            ]
+
+    def chunk(self, delta: GenerateDelta) -> bytes | None:
+        """The events for a delta: that of a call's name comes before that of its arguments."""
+        reader = self._readers[delta.index]
+        is_first = self._answers[delta.index].last is None
+        if reader is None:
+            self._shown = {"content": delta.text} if delta.text or is_first else {}
+            early: list[dict[str, Any]] = []
+        else:
+            first_call = len(reader.calls)
+            reading = reader.feed(delta.text, is_last=delta.finish_reason is not None)
+            *early, self._shown = _message_deltas(reading, first_call)
+        events = b""
+        for each in early:
+            choice = {"index": delta.index, "delta": each, "logprobs": None, "finish_reason": None}
+            if is_first:
+                choice["delta"] = {"role": "assistant", **each}
+                is_first = False
+            events += f'{self._head}"choices":[{to_json(choice)}]{self._tail}'.encode()
+        last = super().chunk(delta)
+        return events + last if last is not None else events or None
+
+    def _has_news(self, delta: GenerateDelta) -> bool:
+        return bool(self._shown)
+
+    def _finish_reason(self, index: int, delta: GenerateDelta) -> str | None:
+        reader = self._readers[index]
+        return (
+            "tool_calls"
+            if reader is not None and reader.calls and delta.finish_reason == "stop"
+            else delta.finish_reason
+        )
+
     def _chunk_choice(self, answer: Answer, delta: GenerateDelta, is_first: bool) -> dict[str, Any]:
         content: dict[str, Any] = {"role": "assistant"} if is_first else {}
-        if delta.text or is_first:
-            content["content"] = delta.text
+        if is_first and not self._shown:
+            content["content"] = ""
         return {
             "index": delta.index,
-            "delta": content,
+            "delta": content | self._shown,
             "logprobs": self._logprobs(delta.logprobs) if delta.logprobs else None,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": self._finish_reason(delta.index, delta),
         }
 
     def _whole_choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        text, reader = "".join(answer.texts), self._readers[index]
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if reader is not None:
+            reading = reader.feed(text, is_last=True)
+            message["content"] = reading.content if reading.content or not reading.calls else None
+            if reading.reasoning:
+                message["reasoning_content"] = reading.reasoning
+            if reading.calls:
+                message["tool_calls"] = [
+                    {"id": call_id(), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                    for call in reading.calls
+                ]
         return {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(answer.texts), "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(answer.logprobs) if answer.logprobs else None,
         }
 
     def _put_prompt_token_ids(self, answer: Answer, reply: dict[str, Any], choice: dict[str, Any]) -> None:
         reply["prompt_token_ids"] = answer.prepared.prompt_token_ids
+
+    def _put_prompt_logprobs(self, found: Sequence[Any], reply: dict[str, Any], choice: dict[str, Any]) -> None:
+        reply["prompt_logprobs"] = found
 
     def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
         content = []
@@ -277,8 +415,18 @@ class ChatReply(Reply):
         return {"token": piece.text, "logprob": _finite(logprob), "bytes": list(piece.utf8)}
 
 
-def _all_logprobs(delta: GenerateDelta) -> tuple[TokenLogprobs, ...]:
-    return (delta.prompt_logprobs or ()) + (delta.logprobs or ())
+def _message_deltas(reading: Reading, first_call: int) -> list[dict[str, Any]]:
+    """What a piece of text adds to a message, at least one delta: a call's name first, then its arguments."""
+    deltas: list[dict[str, Any]] = []
+    if reading.reasoning:
+        deltas.append({"reasoning_content": reading.reasoning})
+    if reading.content:
+        deltas.append({"content": reading.content})
+    for index, call in enumerate(reading.calls, first_call):
+        function = {"name": call.name, "arguments": ""}
+        deltas.append({"tool_calls": [{"index": index, "id": call_id(), "type": "function", "function": function}]})
+        deltas.append({"tool_calls": [{"index": index, "function": {"arguments": call.arguments}}]})
+    return deltas or [{}]
 
 
 def _finite(logprob: float) -> float:

@@ -13,8 +13,18 @@ from pydantic_core import from_json
 
 from lorafleet.cluster.errors import BadRequest
 from lorafleet.cluster.openai.messages import RESERVED_OPTIONS, ChatMessage, check_template_options, rendered
+from lorafleet.cluster.openai.peer_defaults import INERT, PEER_DEFAULTS, is_among
+from lorafleet.cluster.openai.tools import ToolChoice, Tools, check_tools, outputs_of
+from lorafleet.cluster.serving.answer_formats import TEXT_ONLY, AnswerFormat
 from lorafleet.cluster.validation import refusal_of, with_integers
-from lorafleet.workers.request import GenerateRequest, SamplingParams, StructuredOutputs, TemplateOptions
+from lorafleet.workers.request import (
+    MAX_N,
+    GenerateRequest,
+    NumKept,
+    SamplingParams,
+    StructuredOutputs,
+    TemplateOptions,
+)
 
 DEFAULT_MAX_TOKENS = 16
 """What completions make when the body does not say, as with OpenAI."""
@@ -23,29 +33,18 @@ MAX_ANSWERS = 256
 """Most answers to one body: prompts times `n`."""
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    **PEER_DEFAULTS,
     "add_generation_prompt": (True,),
-    "audio": (),
-    "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "include_stop_str_in_output": (False,),
-    "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "prompt_logprobs": (),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
-    "skip_special_tokens": (True,),
-    "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "verbosity": ("medium",),
-    "web_search_options": (),
 }
 """Fields that other servers give an effect: the values without one are accepted, the others refused by name.
 
@@ -63,7 +62,9 @@ _Text = Annotated[str, Field(min_length=1)]
 _TokenId = Annotated[int, Field(ge=0)]
 _NotEmpty = Annotated[list[_Item], Field(min_length=1)]
 
-_SAMPLING_FIELDS = frozenset(SamplingParams.model_fields)
+_SHARED_FIELDS = frozenset(
+    {*SamplingParams.model_fields, "add_special_tokens", "lora_path", "truncate_prompt_tokens"}
+) - {"prompt_logprobs"}
 
 
 def _texts(value: object) -> object:
@@ -93,10 +94,20 @@ def _prompts(value: object) -> object:
 class StreamOptions(BaseModel):
     """What a stream carries beside the answers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     include_usage: bool = Field(default=False, description="A last chunk with the usage of the whole request.")
+    continuous_usage_stats: bool = Field(
+        default=False, description="With include_usage: each chunk has the usage of its own answer so far."
+    )
     include_obfuscation: bool = Field(default=False, description="Accepted; nothing is padded.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, options: Any) -> Any:
+        if not isinstance(options, dict):
+            return options
+        return {name: value for name, value in options.items() if value is not None}
 
 
 class JsonSchemaFormat(BaseModel):
@@ -134,15 +145,18 @@ class ResponseFormat(BaseModel):
 class SharedBody(SamplingParams):
     """What both routes accept: the sampling parameters, how to answer, and fields without an effect."""
 
+    # Numbers and switches are as lax as vLLM's: "1", 1.0 and true for 1, and 0, "off" and their like for false.
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
-        strict=True,
-        json_schema_extra=lambda schema: schema["properties"].pop("prompt_logprobs", None),
+        json_schema_extra=lambda schema: schema["properties"].pop("num_prompt_tops", None),
     )
 
     model: str = Field(min_length=1, description="A base id, an adapter name, or base:adapter.")
-    n: int = Field(default=1, ge=1, le=16, description="Independent answers to each prompt.")
+    max_completion_tokens: int | None = Field(
+        default=None, ge=1, description="Most tokens to make; goes before max_tokens."
+    )
+    n: int = Field(default=1, ge=1, le=MAX_N, description="Independent answers to each prompt.")
     stop: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
         BeforeValidator(_texts, json_schema_input_type=_Text | Annotated[list[_Text], Field(max_length=MAX_STOPS)]),
@@ -166,6 +180,28 @@ class SharedBody(SamplingParams):
     return_token_ids: bool = Field(
         default=False, description="Answer with token ids too, of the prompt and the answers."
     )
+    prompt_logprobs: int | None = Field(  # type: ignore[assignment]
+        default=None,
+        ge=0,
+        le=20,
+        description="Report the logprob of each prompt token, with so many alternatives; for whole replies only.",
+    )
+    add_special_tokens: bool | None = Field(
+        default=None,
+        description="Put the tokenizer's own tokens (a begin token, say) around the text; default: for completions.",
+    )
+    truncate_prompt_tokens: NumKept | None = Field(
+        default=None,
+        description="Keep only so many tokens of the prompt, the last ones; -1: as many as leave room for the answer.",
+    )
+    lora_path: str | None = Field(
+        default=None,
+        description="As SGLang has it: the adapter's name, where `model` names the base or the same.",
+    )
+    request_id: str | None = Field(
+        default=None, description="Part of the reply's id, unless a header x-request-id is there."
+    )
+    rid: str | None = Field(default=None, description="SGLang's name for request_id.")
     user: str | None = Field(default=None, description="Accepted, without an effect; so are the following fields.")
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -173,16 +209,28 @@ class SharedBody(SamplingParams):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    session_id: str | None = None
+    custom_labels: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _usage_only_in_streams(self) -> SharedBody:
+    def _fields_agree(self) -> SharedBody:
         if self.stream_options.include_usage and not self.stream:
             raise ValueError("stream_options=include_usage is for streams only")
+        if self.prompt_logprobs and self.stream:
+            raise ValueError(f"prompt_logprobs={self.prompt_logprobs} is for whole replies; leave it or stream out")
+        if self.max_completion_tokens is not None and self.min_tokens > self.max_completion_tokens:
+            raise ValueError(
+                f"min_tokens={self.min_tokens} is more than max_completion_tokens={self.max_completion_tokens}"
+            )
         return self
 
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that the body names."""
-        sampling = {name: getattr(self, name) for name in self.model_fields_set & _SAMPLING_FIELDS}
+        sampling = {name: getattr(self, name) for name in self.model_fields_set & _SHARED_FIELDS}
+        if self.max_completion_tokens is not None:
+            sampling["max_tokens"] = self.max_completion_tokens
+        if self.prompt_logprobs is not None and not self.stream:
+            sampling |= {"prompt_logprobs": True, "num_prompt_tops": self.prompt_logprobs}
         asked = [*self._structured_outputs()]
         if len(asked) > 1:
             raise BadRequest(f"{asked[0][0]} and {asked[1][0]} both say what the answer must be; send one", asked[1][0])
@@ -198,7 +246,7 @@ class SharedBody(SamplingParams):
             yield "response_format", self.response_format.outputs()
         for kind in ("json", "regex", "choice", "grammar"):
             value = getattr(self, f"guided_{kind}")
-            if value is not None:
+            if value not in (None, ()):
                 yield f"guided_{kind}", StructuredOutputs.model_validate({kind: value})
 
 
@@ -221,18 +269,25 @@ class CompletionBody(SharedBody):
 
     @model_validator(mode="after")
     def _nothing_to_make(self) -> CompletionBody:
-        if self.max_tokens == 0 and not self.echo:
+        if self.is_prompt_only and not self.echo:
             raise ValueError("max_tokens=0 makes nothing; it is for echo only")
         if len(self.prompt) * self.n > MAX_ANSWERS:
             raise ValueError(f"prompt={len(self.prompt)} prompts times n={self.n} is over {MAX_ANSWERS} answers")
         return self
 
+    @property
+    def is_prompt_only(self) -> bool:
+        """Whether nothing is to be made: the prompt is scored."""
+        return self.max_tokens == 0 and self.max_completion_tokens is None
+
     def requests(self) -> list[GenerateRequest]:
         """One request for each prompt. Raises BadRequest."""
         sampling = self.sampling()
-        if self.max_tokens == 0:
+        if self.is_prompt_only:
             sampling["max_tokens"] = 1  # made and not shown: a worker scores a prompt on the way to a token
-        sampling["prompt_logprobs"] = self.echo and self.logprobs is not None
+        if self.echo and self.logprobs is not None:
+            sampling["prompt_logprobs"] = True
+            sampling["num_prompt_tops"] = max(self.logprobs, self.prompt_logprobs or 0)
         return [_request(model=self.model, n=self.n, prompt=prompt, **sampling) for prompt in self.prompt]
 
 
@@ -240,9 +295,6 @@ class ChatBody(SharedBody):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1, description="The conversation so far.")
-    max_completion_tokens: int | None = Field(
-        default=None, ge=1, description="Most tokens to make; None: as many as fit. Goes before max_tokens."
-    )
     # A number for completions and a switch for chats is how OpenAI has it.
     logprobs: bool = Field(default=False, description="Report the logprob of each token.")
     top_logprobs: int | None = Field(
@@ -266,6 +318,18 @@ class ChatBody(SharedBody):
         description="Given to the chat template under this name; `none` also sets its `enable_thinking` to false.",
     )
 
+    tools: Tools = Field(default=(), description="Functions that the model may call.")
+    tool_choice: ToolChoice | None = Field(
+        default=None,
+        description="`auto` if there are tools, else `none`; `required` and a named function must be called.",
+    )
+    parallel_tool_calls: bool = Field(default=True, description="Whether `required` allows several calls.")
+
+    @property
+    def choice(self) -> ToolChoice:
+        """What is chosen of the tools."""
+        return self.tool_choice or ("auto" if self.tools else "none")
+
     @model_validator(mode="after")
     def _ends_one_way(self) -> ChatBody:
         if self.continue_final_message and self.add_generation_prompt:
@@ -274,16 +338,29 @@ class ChatBody(SharedBody):
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatBody:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError(f"top_logprobs={self.top_logprobs} needs logprobs")
         return self
 
-    def request(self) -> GenerateRequest:
-        """The request. Raises BadRequest."""
+    def request(self, answers: AnswerFormat = TEXT_ONLY) -> GenerateRequest:
+        """The request. answers: how the model writes calls and reasoning. Raises BadRequest."""
+        check_tools(self.tools, self.choice, answers)
         sampling = self.sampling()
+        thinks = answers.thinks and self.chat_template_kwargs.get("enable_thinking") is not False
+        outputs = outputs_of(
+            self.tools,
+            self.choice,
+            answers,
+            many=self.parallel_tool_calls,
+            thinking=False if thinks and self.reasoning_effort != "none" else None,
+        )
+        if outputs is not None:
+            if "structured_outputs" in sampling:
+                raise BadRequest("response_format and calls that must fit their schemas exclude each other", "tools")
+            sampling["structured_outputs"] = outputs
+        if answers.shows_special_tokens:
+            sampling["skip_special_tokens"] = False
         sampling["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
-        if self.max_completion_tokens is not None:
-            sampling["max_tokens"] = self.max_completion_tokens
         return _request(
             model=self.model, n=self.n, messages=rendered(self.messages), template=self._template(), **sampling
         )
@@ -298,6 +375,7 @@ class ChatBody(SharedBody):
         return TemplateOptions(
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
+            tools=() if self.choice == "none" else tuple(tool.rendered() for tool in self.tools),
             variables=variables | self.chat_template_kwargs,
         )
 
@@ -320,20 +398,20 @@ def parse_body(kind: type[Body], raw: bytes) -> Body:
         if value is None:
             continue
         if name in NEUTRAL and name not in kind.model_fields:
-            # Compared with the type, for Python holds True for 1.
-            given = with_integers(value)
-            if not any(type(given) is type(neutral) and given == neutral for neutral in NEUTRAL[name]):
+            if not is_among(value, NEUTRAL[name]):
                 raise BadRequest(f"{name} is not supported; leave it out", name, "unsupported_parameter")
+            continue
+        if name not in kind.model_fields and any(type(value) is type(inert) and value == inert for inert in INERT):
             continue
         fields[name] = with_integers(value)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise refusal_of(error.errors(include_url=False)) from None
+        raise refusal_of(error.errors(include_url=False), kind.model_fields) from None
 
 
 def _request(**values: Any) -> GenerateRequest:
     try:
         return GenerateRequest(**values)
     except ValidationError as error:
-        raise refusal_of(error.errors(include_url=False)) from None
+        raise refusal_of(error.errors(include_url=False), GenerateRequest.model_fields) from None

@@ -19,6 +19,7 @@ from lorafleet.cluster.errors import ModelNotFound, describe
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.bodies import read_body
 from lorafleet.cluster.http.description import Responses, bearer, body_of, error_responses, events_of, replies
+from lorafleet.cluster.http.request_ids import request_id_of
 from lorafleet.cluster.http.sse import ClientGone, EventStream, while_connected
 from lorafleet.cluster.openai.replies import ChatReply, CompletionReply, Reply
 from lorafleet.cluster.openai.requests import DEFAULT_MAX_TOKENS, ChatBody, CompletionBody, neutral_of, parse_body
@@ -56,7 +57,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
     @router.get("/models", summary="The base and every adapter that has a name", responses=replies(ModelList))
     async def list_models() -> JSONResponse:
         adapters = await dispatcher.names.entries()
-        cards = [_base_card(dispatcher.base_id, started), *(_adapter_card(dispatcher, entry) for entry in adapters)]
+        cards = [_base_card(dispatcher, started), *(_adapter_card(dispatcher, entry) for entry in adapters)]
         return JSONResponse({"object": "list", "data": cards})
 
     @router.get(
@@ -66,7 +67,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
     )
     async def get_model(model: str) -> JSONResponse:
         if model == dispatcher.base_id:
-            return JSONResponse(_base_card(dispatcher.base_id, started))
+            return JSONResponse(_base_card(dispatcher, started))
         name = dispatcher.adapter_name(model)
         for entry in await dispatcher.names.entries():
             if entry.name == name:
@@ -82,7 +83,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
     async def complete(request: Request) -> Response:
         body = parse_body(CompletionBody, await read_body(request))
         prepared = [await dispatcher.prepare(each, default_max_tokens=DEFAULT_MAX_TOKENS) for each in body.requests()]
-        reply = CompletionReply(body, prepared, dispatcher.prompts)
+        reply = CompletionReply(body, prepared, dispatcher.prompts, request_id_of(request))
         return await _answer(request, dispatcher, prepared, reply, is_stream=body.stream)
 
     @router.post(
@@ -93,8 +94,8 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
     )
     async def chat(request: Request) -> Response:
         body = parse_body(ChatBody, await read_body(request))
-        prepared = [await dispatcher.prepare(body.request())]
-        reply = ChatReply(body, prepared, dispatcher.prompts)
+        prepared = [await dispatcher.prepare(body.request(dispatcher.prompts.answers))]
+        reply = ChatReply(body, prepared, dispatcher.prompts, request_id_of(request))
         return await _answer(request, dispatcher, prepared, reply, is_stream=body.stream)
 
     return router
@@ -143,8 +144,16 @@ async def _events(
         yield reply.end()
 
 
-def _base_card(base_id: str, created: int) -> dict[str, Any]:
-    return {"id": base_id, "object": "model", "created": created, "owned_by": OWNER, "root": base_id, "parent": None}
+def _base_card(dispatcher: Dispatcher, created: int) -> dict[str, Any]:
+    return {
+        "id": dispatcher.base_id,
+        "object": "model",
+        "created": created,
+        "owned_by": OWNER,
+        "root": dispatcher.base_id,
+        "parent": None,
+        "max_model_len": dispatcher.prompts.max_model_len,
+    }
 
 
 def _adapter_card(dispatcher: Dispatcher, entry: NamedVersion) -> dict[str, Any]:
@@ -155,6 +164,7 @@ def _adapter_card(dispatcher: Dispatcher, entry: NamedVersion) -> dict[str, Any]
         "owned_by": OWNER,
         "root": entry.origin,
         "parent": dispatcher.base_id,
+        "max_model_len": dispatcher.prompts.max_model_len,
         "lorafleet": {"version": entry.version},
     }
 

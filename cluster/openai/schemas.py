@@ -34,6 +34,7 @@ class ModelCard(Settings):
     owned_by: str
     root: str = Field(description="Where it came from: an adapter's source and key.")
     parent: str | None = Field(description="An adapter's base; null for the base.")
+    max_model_len: int = Field(description="Longest prompt plus answer, in tokens.")
     lorafleet: ModelVersion | None = Field(default=None, description="Of adapters.")
 
 
@@ -56,7 +57,9 @@ class Usage(Settings):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens_details: CachedTokens | None = Field(
+        default=None, description="Absent from the usage so far, which `continuous_usage_stats` asks for."
+    )
 
 
 class CompletionLogprobs(Settings):
@@ -71,6 +74,14 @@ class CompletionLogprobs(Settings):
     text_offset: list[int]
 
 
+class PromptLogprob(Settings):
+    """A token at a place of the prompt, as vLLM has it."""
+
+    logprob: float
+    rank: int | None = Field(description="1 for the likeliest; null for one that is not among those asked for.")
+    decoded_token: str
+
+
 class CompletionChoice(Settings):
     """One answer."""
 
@@ -81,6 +92,9 @@ class CompletionChoice(Settings):
     stop_reason: str | int | None = Field(description="The stop string or stop token id that ended it.")
     token_ids: list[int] | None = Field(default=None, description="With `return_token_ids`.")
     prompt_token_ids: list[int] | None = Field(default=None, description="With `return_token_ids`.")
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
+        default=None, description="With `prompt_logprobs`: by token id; null for the first token."
+    )
     lorafleet: ServedBy | None = Field(default=None, description="Where there are several answers.")
 
 
@@ -141,12 +155,29 @@ class ChatLogprobs(Settings):
     refusal: None
 
 
+class AnsweredFunction(Settings):
+    """A function and the arguments of a call."""
+
+    name: str
+    arguments: str = Field(description="JSON.")
+
+
+class AnsweredCall(Settings):
+    """A call that the model makes."""
+
+    id: str
+    type: Literal["function"]
+    function: AnsweredFunction
+
+
 class AnswerMessage(Settings):
     """The answer as a message."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="null where there are calls only.")
     refusal: None
+    reasoning_content: str | None = Field(default=None, description="What the model thought.")
+    tool_calls: list[AnsweredCall] | None = None
 
 
 class ChatChoice(Settings):
@@ -155,7 +186,7 @@ class ChatChoice(Settings):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: str | int | None = Field(description="The stop string or stop token id that ended it.")
     token_ids: list[int] | None = Field(default=None, description="With `return_token_ids`.")
     lorafleet: ServedBy | None = Field(default=None, description="Where there are several answers.")
@@ -171,7 +202,26 @@ class ChatCompletion(Settings):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = Field(default=None, description="With `return_token_ids`.")
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
+        default=None, description="With `prompt_logprobs`: by token id; null for the first token."
+    )
     lorafleet: ServedBy = Field(description="Who gave the first answer.")
+
+
+class FunctionPiece(Settings):
+    """A piece of a call: the name comes first, then the arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class CallPiece(Settings):
+    """What a step added to one call."""
+
+    index: int
+    id: str | None = Field(default=None, description="With the first piece.")
+    type: Literal["function"] | None = Field(default=None, description="With the first piece.")
+    function: FunctionPiece
 
 
 class AnswerDelta(Settings):
@@ -179,6 +229,8 @@ class AnswerDelta(Settings):
 
     role: Literal["assistant"] | None = Field(default=None, description="With the first piece.")
     content: str | None = None
+    reasoning_content: str | None = Field(default=None, description="What the model thinks.")
+    tool_calls: list[CallPiece] | None = None
 
 
 class ChatPiece(Settings):
@@ -187,7 +239,9 @@ class ChatPiece(Settings):
     index: int
     delta: AnswerDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None = Field(description="null until the answer's last piece.")
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = Field(
+        description="null until the answer's last piece."
+    )
     stop_reason: str | int | None = Field(default=None, description="With the last piece.")
     token_ids: list[int] | None = Field(default=None, description="With `return_token_ids`.")
 

@@ -13,7 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from lorafleet.cluster.errors import NoWorker, StreamBroken, WorkerGone
+from lorafleet.cluster.errors import BadRequest, NoWorker, StreamBroken, WorkerGone
 from lorafleet.cluster.metrics import RequestMetrics, RequestTimer
 from lorafleet.cluster.serving.names import Names
 from lorafleet.cluster.serving.prompts import Prompts
@@ -102,9 +102,10 @@ class Dispatcher:
 
         default_max_tokens: bound of the answer where the request names none; it need not fit the model's length.
         """
-        timer = self._metrics.begin(self.adapter_name(request.model))
+        model = self.model_of(request)
+        timer = self._metrics.begin(self.adapter_name(model))
         try:
-            version = await self.resolve(request.model)
+            version = await self.resolve(model)
             prompt_token_ids = await self.prompts.tokenize(request)
             await self.prompts.check_grammar(request.structured_outputs)
         except Exception as error:
@@ -130,6 +131,17 @@ class Dispatcher:
         if model == self.base_id:
             return None
         return await self.names.resolve(self.adapter_name(model))
+
+    def model_of(self, request: GenerateRequest) -> str:
+        """What a request names in `model`, or in `lora_path` beside the base. Raises BadRequest where they differ."""
+        path = request.lora_path
+        if not path or self.adapter_name(request.model) == path:
+            return request.model
+        if request.model == self.base_id:
+            return path
+        raise BadRequest(
+            f"lora_path names {path[:128]!r} and model another adapter, {request.model[:128]!r}; send one", "lora_path"
+        )
 
     def adapter_name(self, model: str) -> str:
         """The adapter's name in `model`, which may come with its base in front."""

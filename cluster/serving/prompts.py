@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lorafleet.cluster.errors import BadRequest, ContextLengthExceeded
+from lorafleet.cluster.serving.answer_formats import TEXT_ONLY, AnswerFormat
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import GrammarRefused
 from lorafleet.workers.grammars import Grammars
@@ -43,7 +44,15 @@ class TokenPiece:
 class Prompts:
     """The tokenizer of one base, and the bounds that a prompt must keep."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        answers: AnswerFormat = TEXT_ONLY,
+    ) -> None:
+        self.answers = answers
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
@@ -58,8 +67,10 @@ class Prompts:
     def load(cls, model: ModelConfig) -> Prompts:
         """The tokenizer and the bounds of the base at `model.source`, read without its weights."""
         config = read_config(model)
+        tokenizer = load_tokenizer(model.source)
         return cls(
-            load_tokenizer(model.source),
+            tokenizer,
+            answers=AnswerFormat.of(model, getattr(tokenizer, "response_template", None)),
             vocab_size=config.vocab_size,
             max_model_len=max_model_len(model, getattr(config, "max_position_embeddings", None)),
         )
@@ -72,12 +83,16 @@ class Prompts:
         """
         if request.messages is not None:
             param = "messages"
-            token_ids = await self._encode(
-                self._render(request.messages, request.template), param, add_special_tokens=False
+            token_ids = await self.encode(
+                self.render(request.messages, request.template),
+                param,
+                add_special_tokens=bool(request.add_special_tokens),
             )
         elif isinstance(request.prompt, str):
             param = "prompt"
-            token_ids = await self._encode(request.prompt, param, add_special_tokens=True)
+            token_ids = await self.encode(
+                request.prompt, param, add_special_tokens=request.add_special_tokens is not False
+            )
         else:
             assert request.prompt is not None
             param = "prompt"
@@ -85,6 +100,7 @@ class Prompts:
             self.check_token_ids(token_ids, param)
         if not token_ids:
             raise BadRequest(f"{param} is empty: it has no tokens", param, "empty_prompt")
+        token_ids = self._truncated(token_ids, request)
         self._check_length(len(token_ids), request.max_tokens, param)
         self.check_token_ids(request.stop_token_ids, "stop_token_ids")
         self.check_token_ids(tuple(request.logit_bias), "logit_bias")
@@ -142,7 +158,12 @@ class Prompts:
         except UnicodeDecodeError:
             return TokenPiece("bytes:" + "".join(f"\\x{byte:02x}" for byte in utf8), utf8, is_special=False)
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], options: TemplateOptions) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: TemplateOptions = TemplateOptions(),  # noqa: B008 (frozen)
+    ) -> str:
+        """A conversation as the chat template writes it. Raises BadRequest."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise BadRequest(
                 "the base has no chat template; use completions with a prompt", "messages", "no_chat_template"
@@ -155,6 +176,7 @@ class Prompts:
                 tokenize=False,
                 add_generation_prompt=options.add_generation_prompt,
                 continue_final_message=options.continue_final_message,
+                tools=[dict(tool) for tool in options.tools] or None,
                 **options.variables,
             )
         # A template is a program of the base's author: it raises what it likes.
@@ -166,7 +188,15 @@ class Prompts:
         assert isinstance(text, str)
         return text
 
-    async def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+    def _truncated(self, token_ids: tuple[int, ...], request: GenerateRequest) -> tuple[int, ...]:
+        limit = request.truncate_prompt_tokens
+        if limit is None:
+            return token_ids
+        room = self.max_model_len - (request.max_tokens or 1)
+        return token_ids[-max(1, room if limit == -1 else limit) :]
+
+    async def encode(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Token ids of a text. Raises BadRequest."""
         if not text:
             raise BadRequest(f"{param} is empty", param, "empty_prompt")
         if len(text) <= LONG_TEXT:
@@ -182,6 +212,20 @@ class Prompts:
         except UnicodeEncodeError as error:
             raise BadRequest(f"{param} has a lone surrogate, which is no character", param) from error
         return tuple(encoded["input_ids"])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special ones included. Raises BadRequest `no_tokenizer` or `invalid_token_id`."""
+        if self.tokenizer is None:
+            raise BadRequest("the base has no tokenizer", "tokens", "no_tokenizer")
+        self.check_token_ids(token_ids, "tokens")
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def token_of(self, token_id: int) -> str:
+        """The token as the tokenizer spells it."""
+        assert self.tokenizer is not None
+        return str(self.tokenizer.convert_ids_to_tokens(token_id))
 
     def _check_length(self, num_prompt_tokens: int, max_tokens: int | None, param: str) -> None:
         asked = 1 if max_tokens is None else max_tokens

@@ -123,7 +123,7 @@ class FakeStream:
 
     def _prompt_logprobs(self, request: EngineRequest) -> tuple[TokenLogprobs, ...]:
         first, *others = request.prompt_token_ids
-        num_top = request.sampling.logprobs or 0
+        num_top = request.sampling.prompt_tops
         return (TokenLogprobs(first, None, ()), *(self._logprob(token_id, num_top) for token_id in others))
 
     @staticmethod

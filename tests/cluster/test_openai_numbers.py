@@ -206,3 +206,68 @@ def test_min_tokens_and_ignore_eos(engine: Service) -> None:
     assert ask() == (1, "stop")
     assert ask(min_tokens=4) == (5, "stop")
     assert ask(ignore_eos=True) == (9, "length")
+
+
+def test_special_tokens_in_the_text(engine: Service) -> None:
+    """A bias forces the end token; the tokenizer says how it reads."""
+    tokenizer = engine.prompts.tokenizer
+    assert tokenizer is not None
+    end = tokenizer.eos_token_id
+    request: dict[str, Any] = {"model": BASE_ID, "prompt": "The", "temperature": 0, "max_tokens": 3}
+    request["logit_bias"] = {str(end): 100}
+
+    def text_of(**extra: Any) -> str:
+        whole = engine.client().completions.create(**request, extra_body=extra).choices[0].text
+        chunks = engine.client().completions.create(**request, extra_body=extra, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == whole
+        return whole
+
+    shown = tokenizer.decode([end] * 3, skip_special_tokens=False)
+    assert text_of(ignore_eos=True) == ""
+    assert text_of(ignore_eos=True, skip_special_tokens=False) == shown != ""
+    assert text_of(skip_special_tokens=False) == ""
+    # As vLLM has it, the end token counts as what stopped the answer.
+    assert text_of(skip_special_tokens=False, include_stop_str_in_output=True) == tokenizer.decode([end])
+
+
+def test_the_stop_stays_in_the_text(engine: Service) -> None:
+    request: dict[str, Any] = {"model": BASE_ID, "prompt": "The quick", "seed": 3, "max_tokens": 40}
+    extra = {"ignore_eos": True, "return_token_ids": True}
+    plain: Any = engine.client().completions.create(**request, extra_body=extra).choices[0]
+    stop = plain.text[4:6]
+    whole = plain.text[: plain.text.index(stop)]
+    stopped = engine.client().completions.create(**request, stop=stop, extra_body=extra).choices[0].text
+    kept = extra | {"include_stop_str_in_output": True}
+    assert (stopped, whole + stop) == (
+        whole,
+        engine.client().completions.create(**request, stop=stop, extra_body=kept).choices[0].text,
+    )
+    tokenizer = engine.prompts.tokenizer
+    assert tokenizer is not None
+    place = next(i for i, token in enumerate(plain.token_ids) if i > 2 and tokenizer.decode([token]).isascii())
+    token = plain.token_ids[place]
+    by_token = kept | {"stop_token_ids": [token]}
+    ended: Any = engine.client().completions.create(**request, extra_body=by_token).choices[0]
+    assert ended.token_ids == plain.token_ids[: plain.token_ids.index(token) + 1]
+    assert ended.text == tokenizer.decode(ended.token_ids)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_prompt_logprobs_are_pefts(engine: Service, shelf: Shelf, model: str) -> None:
+    prompt = list(random_prompt(23, 4))
+    expected = prompt_logprobs_with_peft(shelf.base, folder_of(shelf, model), prompt)
+    expected = expected[: len(prompt) - 1]
+    for logprobs in (None, 1):
+        reply: Any = engine.client().completions.create(
+            model=model, prompt=prompt, logprobs=logprobs, extra_body={"prompt_logprobs": 3}, **GREEDY
+        )
+        first, *others = reply.choices[0].prompt_logprobs
+        assert first is None
+        assert_logprobs(
+            [entries[str(token)]["logprob"] for token, entries in zip(prompt[1:], others, strict=True)],
+            prompt[1:],
+            expected,
+        )
+        ranked = [{entry["rank"]: entry["logprob"] for entry in entries.values()} for entries in others]
+        assert_tops([[ranks[rank] for rank in (1, 2, 3)] for ranks in ranked], expected)
+        assert (reply.choices[0].logprobs is None) == (logprobs is None)

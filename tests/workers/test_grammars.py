@@ -202,8 +202,8 @@ async def test_what_cannot_be_followed_is_refused(llama: Shelf, outputs: dict[st
 async def test_a_grammar_that_explodes_on_the_way_ends_its_own_answer_only(
     llama: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammars, "LIMITS", LLParserLimits(max_lexer_states=40))
-    sampling = constrained({"regex": "(a|b)*a(a|b){9}c"})
+    monkeypatch.setattr(grammars, "LIMITS", LLParserLimits(max_lexer_states=60))
+    sampling = constrained({"regex": "(.*a.{30}){5}"})
     async with open_worker(llama) as worker:
         free = asyncio.ensure_future(ask(worker, random_prompt(8, 1)))
         with pytest.raises(GrammarRefused):

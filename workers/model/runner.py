@@ -161,7 +161,7 @@ class ModelRunner:
         prompts = sampled = None
         if first < middle:
             assert targets is not None
-            num_top = max(sequence.request.sampling.logprobs or 0 for sequence, _, _ in batch.prompts)
+            num_top = max(sequence.request.sampling.prompt_tops for sequence, _, _ in batch.prompts)
             prompts = with_logprobs(logits[: middle - first], targets[first:middle], num_top)
         if middle < last:
             sampling = batch.sampling.part(middle - num_prompt_rows, last - num_prompt_rows)
