@@ -44,6 +44,7 @@ from lorafleet.adapter_store.errors import AdapterStoreError, ErrorKind
 from lorafleet.workers.errors import (
     AdapterUnavailable,
     EngineFailed,
+    GrammarRefused,
     InvalidTokenId,
     NonFiniteOutput,
     NoRoomError,
@@ -274,6 +275,7 @@ _STORE_STATUS: Mapping[ErrorKind, int] = {
 _WORKER_STATUS: Mapping[type[WorkerError], int] = {
     PromptTooLong: 400,
     InvalidTokenId: 400,
+    GrammarRefused: 400,
     NoRoomError: 409,
     NonFiniteOutput: 500,
     AdapterUnavailable: 503,

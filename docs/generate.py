@@ -25,6 +25,7 @@ from lorafleet.cluster.admin import routes as admin_routes
 from lorafleet.cluster.config import AppConfig, UserConfig
 from lorafleet.cluster.http.app import build_http_app
 from lorafleet.cluster.http.auth import Keys
+from lorafleet.cluster.http.description import NEUTRAL_DESCRIPTION
 from lorafleet.cluster.http.probes import build_probes
 from lorafleet.cluster.openai import requests as openai_requests
 from lorafleet.cluster.openai import routes as openai_routes
@@ -197,7 +198,7 @@ def _with_effect(body: Schema) -> Schema:
     """Without what counts as absent: null, and fields that have a table of their own."""
     fields = {}
     for name, field in body["properties"].items():
-        if name not in openai_requests.NEUTRAL:
+        if field.get("description") != NEUTRAL_DESCRIPTION:
             choices = [choice for choice in field.get("anyOf", ()) if choice != {"type": "null"}]
             fields[name] = field | {"anyOf": choices} if choices else field
     return {**body, "properties": fields}

@@ -59,6 +59,13 @@ class ModelConfig(Settings):
         description="Longest prompt plus answer, in tokens; default the model's own. Longrope and dynamic RoPE choose "
         "their frequencies by it, for all requests alike.",
     )
+    tool_parser: Literal["hermes", "qwen", "llama3_json", "mistral", "deepseek"] | None = Field(
+        default=None,
+        description="How the model writes tool calls; default the response template of its tokenizer, if it has one.",
+    )
+    reasoning_parser: Literal["think_tags"] | None = Field(
+        default=None, description="How the model writes its reasoning: `think_tags` is <think>...</think>."
+    )
     load: Literal["weights", "dummy"] = Field(
         default="weights", description="`dummy` makes random weights, for benchmarks."
     )

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,9 +22,17 @@ from transformers import PreTrainedTokenizerBase
 from lorafleet.workers.adapter_loader import AdapterLoader
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.detokenizer import Detokenizer
-from lorafleet.workers.errors import EngineFailed, InvalidTokenId, NonFiniteOutput, PromptTooLong, WorkerError
+from lorafleet.workers.errors import (
+    EngineFailed,
+    GrammarRefused,
+    InvalidTokenId,
+    NonFiniteOutput,
+    PromptTooLong,
+    WorkerError,
+)
+from lorafleet.workers.grammars import Grammars, Matcher
 from lorafleet.workers.model.runner import ModelRunner, StepInFlight
-from lorafleet.workers.request import EngineRequest, FinishReason, GenerateDelta, TokenLogprobs
+from lorafleet.workers.request import EngineRequest, FinishReason, GenerateDelta, StructuredOutputs, TokenLogprobs
 from lorafleet.workers.scheduler import Scheduler
 from lorafleet.workers.sequence import Sequence, pending_token
 from lorafleet.workers.stats import EngineStats
@@ -109,11 +117,18 @@ class Engine:
             page_tokens=runner.cache.page_tokens,
             max_pages=runner.max_pages,
             stop_token_ids=runner.base.stop_token_ids,
+            vocab_size=runner.base.vocab_size,
             num_slots=runner.pool.num_slots,
             pass_rows=runner.pass_rows,
             graph_forms=runner.graph_forms,
             null_page=next(iter(runner.null_pages), 0),
         )
+        self._grammars = Grammars(
+            tokenizer, vocab_size=runner.base.vocab_size, stop_token_ids=runner.base.stop_token_ids
+        )
+        self._compilers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammars")
+        self._compiling: set[str] = set()
+        """Requests whose grammar is being compiled, which nobody has aborted."""
         self._sequences: dict[str, Sequence] = {}
         self._outbox: list[Delivery] = []
         self._in_flight: _LaunchedStep | None = None
@@ -139,7 +154,10 @@ class Engine:
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request; everything that comes of it is delivered under its id."""
-        self._post(lambda: self._add(request))
+        if request.sampling.structured_outputs is None:
+            self._post(lambda: self._add(request))
+        else:
+            self._post(lambda: self._compile(request, request.sampling.structured_outputs))
 
     def abort(self, request_id: str) -> None:
         """End a request that nobody waits for; unknown and finished ids are fine. Takes effect before the next step."""
@@ -214,7 +232,10 @@ class Engine:
                 self._commands.queue.popleft()()
             for sequence in list(self._sequences.values()):
                 self._end_with(sequence, EngineFailed("the worker's step loop ended"))
+            for request_id in self._compiling:
+                self._outbox.append((request_id, EngineFailed("the worker's step loop ended")))
             self._flush()
+            self._compilers.shutdown(wait=False, cancel_futures=True)
             self._loader.close()
 
     def _step(self) -> bool:
@@ -262,6 +283,11 @@ class Engine:
                 if not is_finite[index]:
                     self._end_unusable(sequence)
                     continue
+                if sequence.matcher is not None:
+                    sequence.matcher.take(token_ids[index])
+                    if sequence.matcher.error is not None:
+                        self._end_with(sequence, GrammarRefused(sequence.matcher.error))
+                        continue
                 token_logprobs = None
                 num_top = sequence.request.sampling.logprobs
                 if num_top is not None:
@@ -312,11 +338,15 @@ class Engine:
             sequence.finish_reason, sequence.stop_reason = "stop", token_id
         elif token_id in self._runner.base.stop_token_ids and not sampling.ignore_eos and past_min:
             sequence.finish_reason = "stop"
+        elif sequence.matcher is not None and token_id in self._runner.base.stop_token_ids:
+            sequence.finish_reason = "stop"  # a grammar has no other place for it than its end
         elif num_made >= sequence.max_tokens:
             sequence.finish_reason = "length"
         # A token that ends the answer is no part of its text, unless that is asked for.
         is_said = sequence.finish_reason != "stop" or sampling.include_stop_str_in_output
         said = (token_id,) if is_said else ()
+        if sequence.matcher is not None and sequence.matcher.is_over:
+            sequence.finish_reason = "stop"
         text = sequence.detokenizer.append(said, check_stop=past_min)
         if sequence.detokenizer.matched_stop is not None:
             sequence.finish_reason, sequence.stop_reason = "stop", sequence.detokenizer.matched_stop
@@ -342,7 +372,29 @@ class Engine:
         if sequence.finish_reason is not None:
             self._finish(sequence, sequence.finish_reason, num_made)
 
-    def _add(self, request: EngineRequest) -> None:
+    def _compile(self, request: EngineRequest, asked: StructuredOutputs | None) -> None:
+        """Have the grammar compiled on another thread, and add the request when that is done."""
+        assert asked is not None
+        self._compiling.add(request.request_id)
+
+        def done(compiled: Future[Matcher]) -> None:
+            with contextlib.suppress(EngineFailed):  # which the loop's end has told the request
+                self._post(lambda: self._add_compiled(request, compiled))
+
+        self._compilers.submit(self._grammars.matcher, asked).add_done_callback(done)
+
+    def _add_compiled(self, request: EngineRequest, compiled: Future[Matcher]) -> None:
+        if request.request_id not in self._compiling:
+            return
+        self._compiling.remove(request.request_id)
+        error = compiled.exception()
+        if error is None:
+            self._add(request, compiled.result())
+        else:
+            assert isinstance(error, Exception)
+            self._outbox.append((request.request_id, error))
+
+    def _add(self, request: EngineRequest, matcher: Matcher | None = None) -> None:
         num_prompt = len(request.prompt_token_ids)
         room = self._runner.base.max_model_len - num_prompt
         if not request.prompt_token_ids or room < 1:
@@ -373,6 +425,7 @@ class Engine:
                 keeps_stop=sampling.include_stop_str_in_output,
             ),
             token_ids=list(request.prompt_token_ids),
+            matcher=matcher,
         )
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
@@ -380,6 +433,7 @@ class Engine:
             self._loader.want(request.version)
 
     def _abort(self, request_id: str) -> None:
+        self._compiling.discard(request_id)
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._finish(sequence, "abort", sequence.num_made)

@@ -7,6 +7,7 @@ WorkerError
 |-- AdapterUnavailable      an adapter's weights cannot be fetched now
 |-- PromptTooLong           a prompt that leaves no room for an answer
 |-- InvalidTokenId          a token id that the base does not have
+|-- GrammarRefused          a grammar that cannot be followed, or costs too much
 |-- NonFiniteOutput         logits that are no numbers
 `-- EngineFailed            the step loop ended or stands still
 """
@@ -84,3 +85,9 @@ class NonFiniteOutput(WorkerError):  # noqa: N818
     """The logits of a request are infinite or no numbers, so there is no token to choose."""
 
     code: ClassVar[str] = "non_finite_output"
+
+
+class GrammarRefused(WorkerError):  # noqa: N818
+    """A grammar that cannot be read, or that costs more to follow than is allowed."""
+
+    code: ClassVar[str] = "grammar_refused"

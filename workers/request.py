@@ -33,6 +33,42 @@ NumKept = Annotated[int, Field(ge=-1), AfterValidator(_not_zero), Field(json_sch
 TokenIdKey = Annotated[int, BeforeValidator(_token_id), Field(ge=0)]
 
 
+GrammarKind = Literal["json", "regex", "choice", "grammar", "lark"]
+
+
+class StructuredOutputs(BaseModel):
+    """What an answer must be. Exactly one of the fields says it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
+
+    json_schema: dict[str, Any] | str | bool | None = Field(
+        default=None, alias="json", description="JSON that fits this schema."
+    )
+    json_object: bool | None = Field(default=None, description="Any JSON object.")
+    regex: str | None = Field(default=None, description="A text that this regular expression matches as a whole.")
+    choice: tuple[str, ...] | None = Field(default=None, min_length=1, description="One of these texts.")
+    grammar: str | None = Field(default=None, description="A text of this grammar, in Lark's form or in GBNF.")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> StructuredOutputs:
+        given = [name for name in type(self).model_fields if getattr(self, name) not in (None, False)]
+        if len(given) + (self.json_schema is False) != 1:
+            raise ValueError("needs exactly one of json, json_object, regex, choice and grammar")
+        return self
+
+    def kind_and_value(self) -> tuple[GrammarKind, object]:
+        """Which one is given, and what it is."""
+        if self.json_object:
+            return "json", {"type": "object"}
+        if self.json_schema is not None:
+            return "json", self.json_schema
+        if self.regex is not None:
+            return "regex", self.regex
+        if self.choice is not None:
+            return "choice", list(self.choice)
+        return "grammar", self.grammar
+
+
 class SamplingParams(BaseModel):
     """How tokens are chosen and when to stop. Defaults are greedy-free OpenAI defaults."""
 
@@ -96,6 +132,8 @@ class SamplingParams(BaseModel):
         default=None, ge=0, le=20, description="Alternatives beside each prompt token; None: as many as `logprobs`."
     )
 
+    structured_outputs: StructuredOutputs | None = Field(default=None, description="What the answer must be.")
+
     @property
     def prompt_tops(self) -> int:
         """Alternatives to report beside each token of the prompt."""
@@ -108,6 +146,17 @@ class SamplingParams(BaseModel):
         return self
 
 
+class TemplateOptions(BaseModel):
+    """How a chat template writes a conversation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    add_generation_prompt: bool = Field(default=True, description="End with what begins an answer.")
+    continue_final_message: bool = Field(default=False, description="Leave the last message open.")
+    tools: tuple[dict[str, Any], ...] = Field(default=(), description="Functions that the model may call.")
+    variables: dict[str, Any] = Field(default={}, description="Variables of the template's own.")
+
+
 class GenerateRequest(SamplingParams):
     """What a caller asks of the service: `handle.generate.remote(GenerateRequest(model="shout", prompt="Hi"))`.
 
@@ -118,6 +167,9 @@ class GenerateRequest(SamplingParams):
     prompt: str | tuple[int, ...] | None = Field(default=None, description="Text or token ids.")
     messages: tuple[dict[str, Any], ...] | None = Field(
         default=None, description="A conversation, for the chat template."
+    )
+    template: TemplateOptions = Field(
+        default=TemplateOptions(), description="How the chat template writes the conversation."
     )
     n: int = Field(default=1, ge=1, le=MAX_N, description="Independent answers to make.")
     lora_path: str | None = Field(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from lorafleet.workers.detokenizer import Detokenizer
+from lorafleet.workers.grammars import Matcher
 from lorafleet.workers.memory.residency import AdapterLease
 from lorafleet.workers.request import EngineRequest, FinishReason, TokenLogprobs
 
@@ -37,6 +38,8 @@ class Sequence:
     detokenizer: Detokenizer
     token_ids: list[int]
     """The prompt, then what was made. A token that is being computed is a placeholder, `pending_token(index)`."""
+    matcher: Matcher | None = None
+    """Follows the answer's grammar, up to the last token that was collected; None: it has none."""
     num_computed: int = 0
     """Tokens whose KV is in `kv_pages`, or will be when the steps in flight are done."""
     num_cached: int = 0
@@ -78,6 +81,11 @@ class Sequence:
     def has_pending(self) -> bool:
         """Whether its last token is still a placeholder."""
         return self.token_ids[-1] < 0
+
+    @property
+    def waits_for_token(self) -> bool:
+        """Whether what may come next depends on a token that is still a placeholder."""
+        return self.matcher is not None and self.has_pending
 
     @property
     def num_uncomputed(self) -> int:

@@ -39,6 +39,10 @@ def error_responses(*statuses: HTTPStatus) -> Responses:
     }
 
 
+NEUTRAL_DESCRIPTION = "Accepted, without an effect."
+"""Of fields that are accepted in values without one."""
+
+
 def bearer(name: str, is_needed: bool) -> list[Dependency]:
     """For `dependencies=` of a router: says that its routes want a secret. What checks it is another dependency."""
     return [Depends(HTTPBearer(auto_error=False, scheme_name=name))] if is_needed else []
@@ -55,7 +59,7 @@ def body_of(kind: type[BaseModel], neutral: Mapping[str, Sequence[object]]) -> S
             schema["properties"][name] = _or_null(field)
     for name, values in neutral.items():
         if values:
-            schema["properties"][name] = {"enum": [*values, None], "description": "Accepted, without an effect."}
+            schema["properties"][name] = {"enum": [*values, None], "description": NEUTRAL_DESCRIPTION}
     schema["additionalProperties"] = {"enum": [None, False, "", [], {}]}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 

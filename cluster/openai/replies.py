@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from lorafleet.cluster.openai.reading import AnswerReader, Reading, call_id
 from lorafleet.cluster.openai.requests import ChatBody, CompletionBody
 from lorafleet.cluster.serving.dispatch import PreparedRequest
 from lorafleet.cluster.serving.prompts import Prompts
@@ -88,7 +89,7 @@ class Reply(ABC):
         is_first = answer.last is None
         delta = self._noted(answer, delta)
         is_last = delta.finish_reason is not None
-        if not (delta.text or is_first or is_last or delta.logprobs or self._wants_token_ids):
+        if not (self._has_news(delta) or is_first or is_last or delta.logprobs or self._wants_token_ids):
             return None
         choice = self._chunk_choice(answer, delta, is_first)
         if is_last:
@@ -103,6 +104,14 @@ class Reply(ABC):
         extra_fields = f"{to_json(extra)[1:-1]}," if extra else ""
         tail = f',"usage":{to_json(self._usage_of(answer))}}}\n\n' if self._wants_every_usage else self._tail
         return f'{self._head}{extra_fields}"choices":[{to_json(choice)}]{tail}'.encode()
+
+    def _has_news(self, delta: GenerateDelta) -> bool:
+        """Whether there is something to show of a delta's text."""
+        return bool(delta.text)
+
+    def _finish_reason(self, index: int, delta: GenerateDelta) -> str | None:
+        """Why an answer ended, as the client is told."""
+        return delta.finish_reason
 
     def end(self) -> bytes:
         """The events that end a stream: the usage if asked for, and [DONE]."""
@@ -127,7 +136,7 @@ class Reply(ABC):
         for index, answer in enumerate(self._answers):
             assert answer.last is not None
             choice = self._whole_choice(index, answer)
-            choice["finish_reason"] = answer.last.finish_reason
+            choice["finish_reason"] = self._finish_reason(index, answer.last)
             choice["stop_reason"] = answer.last.stop_reason
             if self._wants_token_ids:
                 choice["token_ids"] = answer.token_ids
@@ -309,21 +318,81 @@ class ChatReply(Reply):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
+    def __init__(
+        self, body: ChatBody, prepared: Sequence[PreparedRequest], prompts: Prompts, request_id: str | None = None
+    ) -> None:
+        super().__init__(body, prepared, prompts, request_id)
+        self._readers: list[AnswerReader | None] = [None] * len(self._answers)
+        self._shown: dict[str, Any] = {}
+        """What the present delta shows of its message."""
+        calls = bool(body.tools) and body.choice != "none"
+        if calls or prompts.answers.thinks:
+            # An answer that goes on with the client's own message is none that the model began.
+            prompt = prompts.decode(prepared[0].prompt_token_ids) if body.add_generation_prompt else ""
+            tools = [tool.rendered() for tool in body.tools]
+            self._readers = [
+                AnswerReader(prompts.answers, prompt, tools=tools, reads_calls=calls) for _ in self._answers
+            ]
+
+    def chunk(self, delta: GenerateDelta) -> bytes | None:
+        """The events for a delta: that of a call's name comes before that of its arguments."""
+        reader = self._readers[delta.index]
+        is_first = self._answers[delta.index].last is None
+        if reader is None:
+            self._shown = {"content": delta.text} if delta.text or is_first else {}
+            early: list[dict[str, Any]] = []
+        else:
+            first_call = len(reader.calls)
+            reading = reader.feed(delta.text, is_last=delta.finish_reason is not None)
+            *early, self._shown = _message_deltas(reading, first_call)
+        events = b""
+        for each in early:
+            choice = {"index": delta.index, "delta": each, "logprobs": None, "finish_reason": None}
+            if is_first:
+                choice["delta"] = {"role": "assistant", **each}
+                is_first = False
+            events += f'{self._head}"choices":[{to_json(choice)}]{self._tail}'.encode()
+        last = super().chunk(delta)
+        return events + last if last is not None else events or None
+
+    def _has_news(self, delta: GenerateDelta) -> bool:
+        return bool(self._shown)
+
+    def _finish_reason(self, index: int, delta: GenerateDelta) -> str | None:
+        reader = self._readers[index]
+        return (
+            "tool_calls"
+            if reader is not None and reader.calls and delta.finish_reason == "stop"
+            else delta.finish_reason
+        )
+
     def _chunk_choice(self, answer: Answer, delta: GenerateDelta, is_first: bool) -> dict[str, Any]:
         content: dict[str, Any] = {"role": "assistant"} if is_first else {}
-        if delta.text or is_first:
-            content["content"] = delta.text
+        if is_first and not self._shown:
+            content["content"] = ""
         return {
             "index": delta.index,
-            "delta": content,
+            "delta": content | self._shown,
             "logprobs": self._logprobs(delta.logprobs) if delta.logprobs else None,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": self._finish_reason(delta.index, delta),
         }
 
     def _whole_choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        text, reader = "".join(answer.texts), self._readers[index]
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if reader is not None:
+            reading = reader.feed(text, is_last=True)
+            message["content"] = reading.content if reading.content or not reading.calls else None
+            if reading.reasoning:
+                message["reasoning_content"] = reading.reasoning
+            if reading.calls:
+                message["tool_calls"] = [
+                    {"id": call_id(), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                    for call in reading.calls
+                ]
         return {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(answer.texts), "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(answer.logprobs) if answer.logprobs else None,
         }
 
@@ -344,6 +413,20 @@ class ChatReply(Reply):
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         piece = self._prompts.piece(token_id)
         return {"token": piece.text, "logprob": _finite(logprob), "bytes": list(piece.utf8)}
+
+
+def _message_deltas(reading: Reading, first_call: int) -> list[dict[str, Any]]:
+    """What a piece of text adds to a message, at least one delta: a call's name first, then its arguments."""
+    deltas: list[dict[str, Any]] = []
+    if reading.reasoning:
+        deltas.append({"reasoning_content": reading.reasoning})
+    if reading.content:
+        deltas.append({"content": reading.content})
+    for index, call in enumerate(reading.calls, first_call):
+        function = {"name": call.name, "arguments": ""}
+        deltas.append({"tool_calls": [{"index": index, "id": call_id(), "type": "function", "function": function}]})
+        deltas.append({"tool_calls": [{"index": index, "function": {"arguments": call.arguments}}]})
+    return deltas or [{}]
 
 
 def _finite(logprob: float) -> float:

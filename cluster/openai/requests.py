@@ -5,16 +5,26 @@ Turns the bytes of a body into `GenerateRequest`s. A field that is null counts a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from lorafleet.cluster.errors import BadRequest
+from lorafleet.cluster.openai.messages import RESERVED_OPTIONS, ChatMessage, check_template_options, rendered
 from lorafleet.cluster.openai.peer_defaults import INERT, PEER_DEFAULTS, is_among
+from lorafleet.cluster.openai.tools import ToolChoice, Tools, check_tools, outputs_of
+from lorafleet.cluster.serving.answer_formats import TEXT_ONLY, AnswerFormat
 from lorafleet.cluster.validation import refusal_of, with_integers
-from lorafleet.workers.request import MAX_N, GenerateRequest, NumKept, SamplingParams
+from lorafleet.workers.request import (
+    MAX_N,
+    GenerateRequest,
+    NumKept,
+    SamplingParams,
+    StructuredOutputs,
+    TemplateOptions,
+)
 
 DEFAULT_MAX_TOKENS = 16
 """What completions make when the body does not say, as with OpenAI."""
@@ -36,7 +46,16 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
-"""Fields that other servers give an effect: the values without one are accepted, the others refused by name."""
+"""Fields that other servers give an effect: the values without one are accepted, the others refused by name.
+
+A body that has such a field serves it in all its values.
+"""
+
+
+def neutral_of(kind: type[BaseModel]) -> Mapping[str, tuple[object, ...]]:
+    """The part of `NEUTRAL` that holds for a kind of body."""
+    return {name: values for name, values in NEUTRAL.items() if name not in kind.model_fields}
+
 
 _Item = TypeVar("_Item")
 _Text = Annotated[str, Field(min_length=1)]
@@ -91,6 +110,38 @@ class StreamOptions(BaseModel):
         return {name: value for name, value in options.items() if value is not None}
 
 
+class JsonSchemaFormat(BaseModel):
+    """A schema with a name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_by_name=True, validate_by_alias=True)
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(default={}, alias="schema", description="The answer is JSON that fits it.")
+    strict: bool | None = Field(default=None, description="Accepted; every schema is kept to.")
+
+
+class ResponseFormat(BaseModel):
+    """What the answer must be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = Field(default=None, description="For `json_schema`.")
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError(f"json_schema belongs to the type json_schema, this one is {self.type}")
+        return self
+
+    def outputs(self) -> StructuredOutputs:
+        """The same in the engine's terms."""
+        if self.json_schema is None:
+            return StructuredOutputs(json_object=True)
+        return StructuredOutputs(json_schema=self.json_schema.schema_)
+
+
 class SharedBody(SamplingParams):
     """What both routes accept: the sampling parameters, how to answer, and fields without an effect."""
 
@@ -115,6 +166,15 @@ class SharedBody(SamplingParams):
     stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_tuple)] = Field(
         default=(), description="Token ids that end the answer."
     )
+    response_format: ResponseFormat | None = Field(
+        default=None, description="What the answer must be, as OpenAI has it: `json_object` or `json_schema`."
+    )
+    guided_json: dict[str, Any] | str | None = Field(
+        default=None, description="vLLM's earlier names of what is in `structured_outputs`; so are the next three."
+    )
+    guided_regex: str | None = None
+    guided_choice: Annotated[tuple[str, ...] | None, BeforeValidator(_tuple)] = None
+    guided_grammar: str | None = None
     stream: bool = Field(default=False, description="Answer by server-sent events.")
     stream_options: StreamOptions = StreamOptions()
     return_token_ids: bool = Field(
@@ -171,7 +231,23 @@ class SharedBody(SamplingParams):
             sampling["max_tokens"] = self.max_completion_tokens
         if self.prompt_logprobs is not None and not self.stream:
             sampling |= {"prompt_logprobs": True, "num_prompt_tops": self.prompt_logprobs}
+        asked = [*self._structured_outputs()]
+        if len(asked) > 1:
+            raise BadRequest(f"{asked[0][0]} and {asked[1][0]} both say what the answer must be; send one", asked[1][0])
+        if asked:
+            sampling["structured_outputs"] = asked[0][1]
         return sampling
+
+    def _structured_outputs(self) -> Iterator[tuple[str, StructuredOutputs]]:
+        """What the answer must be, with the field that says so."""
+        if self.structured_outputs is not None:
+            yield "structured_outputs", self.structured_outputs
+        if self.response_format is not None and self.response_format.type != "text":
+            yield "response_format", self.response_format.outputs()
+        for kind in ("json", "regex", "choice", "grammar"):
+            value = getattr(self, f"guided_{kind}")
+            if value not in (None, ()):
+                yield f"guided_{kind}", StructuredOutputs.model_validate({kind: value})
 
 
 class CompletionBody(SharedBody):
@@ -215,48 +291,6 @@ class CompletionBody(SharedBody):
         return [_request(model=self.model, n=self.n, prompt=prompt, **sampling) for prompt in self.prompt]
 
 
-class TextPart(BaseModel):
-    """A part of a message; only text is served."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    type: Literal["text"]
-    text: str
-
-
-def _parts(content: object) -> object:
-    return [TextPart(type="text", text=content)] if isinstance(content, str) else content
-
-
-class ChatMessage(BaseModel):
-    """One message of a conversation."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        json_schema_extra={"additionalProperties": {"enum": [None, []]}},
-    )
-
-    role: Literal["developer", "system", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | _NotEmpty[TextPart])]
-    name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_empty_fields(cls, message: Any) -> Any:
-        """Clients send answers back as they got them, with what was null or empty in them."""
-        if not isinstance(message, dict):
-            return message
-        return {name: value for name, value in message.items() if value is not None and value != []}
-
-    def rendered(self) -> dict[str, Any]:
-        """The message as chat templates know it."""
-        content = "".join(part.text for part in self.content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        return message if self.name is None else message | {"name": self.name}
-
-
 class ChatBody(SharedBody):
     """Body of POST /v1/chat/completions."""
 
@@ -267,18 +301,83 @@ class ChatBody(SharedBody):
         default=None, ge=0, le=20, description="Alternatives to report beside each token; needs logprobs."
     )
 
+    add_generation_prompt: bool = Field(
+        default=True, description="End the prompt with what begins an answer in the chat template."
+    )
+    continue_final_message: bool = Field(
+        default=False,
+        description="The answer goes on with the last message, which is left open; needs add_generation_prompt=false.",
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default={},
+        description="Variables of the chat template, say `enable_thinking`.",
+        json_schema_extra={"propertyNames": {"not": {"enum": [*sorted(RESERVED_OPTIONS)]}}},
+    )
+    reasoning_effort: str | None = Field(
+        default=None,
+        description="Given to the chat template under this name; `none` also sets its `enable_thinking` to false.",
+    )
+
+    tools: Tools = Field(default=(), description="Functions that the model may call.")
+    tool_choice: ToolChoice | None = Field(
+        default=None,
+        description="`auto` if there are tools, else `none`; `required` and a named function must be called.",
+    )
+    parallel_tool_calls: bool = Field(default=True, description="Whether `required` allows several calls.")
+
+    @property
+    def choice(self) -> ToolChoice:
+        """What is chosen of the tools."""
+        return self.tool_choice or ("auto" if self.tools else "none")
+
+    @model_validator(mode="after")
+    def _ends_one_way(self) -> ChatBody:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message=true needs add_generation_prompt=false")
+        return self
+
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
             raise ValueError(f"top_logprobs={self.top_logprobs} needs logprobs")
         return self
 
-    def request(self) -> GenerateRequest:
-        """The request. Raises BadRequest."""
+    def request(self, answers: AnswerFormat = TEXT_ONLY) -> GenerateRequest:
+        """The request. answers: how the model writes calls and reasoning. Raises BadRequest."""
+        check_tools(self.tools, self.choice, answers)
         sampling = self.sampling()
+        thinks = answers.thinks and self.chat_template_kwargs.get("enable_thinking") is not False
+        outputs = outputs_of(
+            self.tools,
+            self.choice,
+            answers,
+            many=self.parallel_tool_calls,
+            thinking=False if thinks and self.reasoning_effort != "none" else None,
+        )
+        if outputs is not None:
+            if "structured_outputs" in sampling:
+                raise BadRequest("response_format and calls that must fit their schemas exclude each other", "tools")
+            sampling["structured_outputs"] = outputs
+        if answers.shows_special_tokens:
+            sampling["skip_special_tokens"] = False
         sampling["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
-        messages = tuple(message.rendered() for message in self.messages)
-        return _request(model=self.model, n=self.n, messages=messages, **sampling)
+        return _request(
+            model=self.model, n=self.n, messages=rendered(self.messages), template=self._template(), **sampling
+        )
+
+    def _template(self) -> TemplateOptions:
+        check_template_options(self.chat_template_kwargs)
+        variables: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            variables["reasoning_effort"] = self.reasoning_effort
+            if self.reasoning_effort == "none":
+                variables["enable_thinking"] = False
+        return TemplateOptions(
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            tools=() if self.choice == "none" else tuple(tool.rendered() for tool in self.tools),
+            variables=variables | self.chat_template_kwargs,
+        )
 
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -298,7 +397,7 @@ def parse_body(kind: type[Body], raw: bytes) -> Body:
     for name, value in body.items():
         if value is None:
             continue
-        if name in NEUTRAL:
+        if name in NEUTRAL and name not in kind.model_fields:
             if not is_among(value, NEUTRAL[name]):
                 raise BadRequest(f"{name} is not supported; leave it out", name, "unsupported_parameter")
             continue

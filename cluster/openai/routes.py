@@ -22,7 +22,7 @@ from lorafleet.cluster.http.description import Responses, bearer, body_of, error
 from lorafleet.cluster.http.request_ids import request_id_of
 from lorafleet.cluster.http.sse import ClientGone, EventStream, while_connected
 from lorafleet.cluster.openai.replies import ChatReply, CompletionReply, Reply
-from lorafleet.cluster.openai.requests import DEFAULT_MAX_TOKENS, NEUTRAL, ChatBody, CompletionBody, parse_body
+from lorafleet.cluster.openai.requests import DEFAULT_MAX_TOKENS, ChatBody, CompletionBody, neutral_of, parse_body
 from lorafleet.cluster.openai.schemas import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -77,7 +77,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
     @router.post(
         "/completions",
         summary="Continue prompts",
-        openapi_extra=body_of(CompletionBody, NEUTRAL),
+        openapi_extra=body_of(CompletionBody, neutral_of(CompletionBody)),
         responses=_answers(Completion, CompletionChunk),
     )
     async def complete(request: Request) -> Response:
@@ -89,12 +89,12 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
     @router.post(
         "/chat/completions",
         summary="Answer a conversation",
-        openapi_extra=body_of(ChatBody, NEUTRAL),
+        openapi_extra=body_of(ChatBody, neutral_of(ChatBody)),
         responses=_answers(ChatCompletion, ChatCompletionChunk),
     )
     async def chat(request: Request) -> Response:
         body = parse_body(ChatBody, await read_body(request))
-        prepared = [await dispatcher.prepare(body.request())]
+        prepared = [await dispatcher.prepare(body.request(dispatcher.prompts.answers))]
         reply = ChatReply(body, prepared, dispatcher.prompts, request_id_of(request))
         return await _answer(request, dispatcher, prepared, reply, is_stream=body.stream)
 

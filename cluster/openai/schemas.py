@@ -155,12 +155,29 @@ class ChatLogprobs(Settings):
     refusal: None
 
 
+class AnsweredFunction(Settings):
+    """A function and the arguments of a call."""
+
+    name: str
+    arguments: str = Field(description="JSON.")
+
+
+class AnsweredCall(Settings):
+    """A call that the model makes."""
+
+    id: str
+    type: Literal["function"]
+    function: AnsweredFunction
+
+
 class AnswerMessage(Settings):
     """The answer as a message."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="null where there are calls only.")
     refusal: None
+    reasoning_content: str | None = Field(default=None, description="What the model thought.")
+    tool_calls: list[AnsweredCall] | None = None
 
 
 class ChatChoice(Settings):
@@ -169,7 +186,7 @@ class ChatChoice(Settings):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: str | int | None = Field(description="The stop string or stop token id that ended it.")
     token_ids: list[int] | None = Field(default=None, description="With `return_token_ids`.")
     lorafleet: ServedBy | None = Field(default=None, description="Where there are several answers.")
@@ -191,11 +208,29 @@ class ChatCompletion(Settings):
     lorafleet: ServedBy = Field(description="Who gave the first answer.")
 
 
+class FunctionPiece(Settings):
+    """A piece of a call: the name comes first, then the arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class CallPiece(Settings):
+    """What a step added to one call."""
+
+    index: int
+    id: str | None = Field(default=None, description="With the first piece.")
+    type: Literal["function"] | None = Field(default=None, description="With the first piece.")
+    function: FunctionPiece
+
+
 class AnswerDelta(Settings):
     """What a step added to the message."""
 
     role: Literal["assistant"] | None = Field(default=None, description="With the first piece.")
     content: str | None = None
+    reasoning_content: str | None = Field(default=None, description="What the model thinks.")
+    tool_calls: list[CallPiece] | None = None
 
 
 class ChatPiece(Settings):
@@ -204,7 +239,9 @@ class ChatPiece(Settings):
     index: int
     delta: AnswerDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None = Field(description="null until the answer's last piece.")
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = Field(
+        description="null until the answer's last piece."
+    )
     stop_reason: str | int | None = Field(default=None, description="With the last piece.")
     token_ids: list[int] | None = Field(default=None, description="With `return_token_ids`.")
 

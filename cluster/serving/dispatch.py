@@ -107,6 +107,7 @@ class Dispatcher:
         try:
             version = await self.resolve(model)
             prompt_token_ids = await self.prompts.tokenize(request)
+            await self.prompts.check_grammar(request.structured_outputs)
         except Exception as error:
             self._metrics.reject(_code_of(error))
             raise

@@ -16,10 +16,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lorafleet.cluster.errors import BadRequest, ContextLengthExceeded
+from lorafleet.cluster.serving.answer_formats import TEXT_ONLY, AnswerFormat
 from lorafleet.workers.config import ModelConfig
+from lorafleet.workers.errors import GrammarRefused
+from lorafleet.workers.grammars import Grammars
 from lorafleet.workers.model.geometry import read_config
 from lorafleet.workers.model.loader import load_tokenizer, max_model_len
-from lorafleet.workers.request import GenerateRequest
+from lorafleet.workers.request import GenerateRequest, StructuredOutputs, TemplateOptions
 
 LONG_TEXT = 4096
 """Characters above which tokenising leaves the event loop, so that other streams go on."""
@@ -41,10 +44,20 @@ class TokenPiece:
 class Prompts:
     """The tokenizer of one base, and the bounds that a prompt must keep."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        answers: AnswerFormat = TEXT_ONLY,
+    ) -> None:
+        self.answers = answers
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
+        self._grammars = Grammars(tokenizer, vocab_size=vocab_size)
+        self._compiler = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammars")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
         self._pieces: dict[int, TokenPiece] = {}
         self._decoder = _decoder_of(tokenizer)
@@ -54,8 +67,10 @@ class Prompts:
     def load(cls, model: ModelConfig) -> Prompts:
         """The tokenizer and the bounds of the base at `model.source`, read without its weights."""
         config = read_config(model)
+        tokenizer = load_tokenizer(model.source)
         return cls(
-            load_tokenizer(model.source),
+            tokenizer,
+            answers=AnswerFormat.of(model, getattr(tokenizer, "response_template", None)),
             vocab_size=config.vocab_size,
             max_model_len=max_model_len(model, config),
         )
@@ -69,7 +84,9 @@ class Prompts:
         if request.messages is not None:
             param = "messages"
             token_ids = await self.encode(
-                self.render(request.messages), param, add_special_tokens=bool(request.add_special_tokens)
+                self.render(request.messages, request.template),
+                param,
+                add_special_tokens=bool(request.add_special_tokens),
             )
         elif isinstance(request.prompt, str):
             param = "prompt"
@@ -88,6 +105,16 @@ class Prompts:
         self.check_token_ids(request.stop_token_ids, "stop_token_ids")
         self.check_token_ids(tuple(request.logit_bias), "logit_bias")
         return token_ids
+
+    async def check_grammar(self, asked: StructuredOutputs | None) -> None:
+        """Compile what an answer must be, on a thread. Raises BadRequest `grammar_refused`, which says why."""
+        if asked is None:
+            return
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._compiler, self._grammars.matcher, asked)
+        except GrammarRefused as error:
+            kind, _ = asked.kind_and_value()
+            raise BadRequest(f"this {kind} cannot be followed: {error}", "structured_outputs", error.code) from error
 
     def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
         """Raise BadRequest when a token id is outside the vocabulary."""
@@ -131,7 +158,11 @@ class Prompts:
         except UnicodeDecodeError:
             return TokenPiece("bytes:" + "".join(f"\\x{byte:02x}" for byte in utf8), utf8, is_special=False)
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        options: TemplateOptions = TemplateOptions(),  # noqa: B008 (frozen)
+    ) -> str:
         """A conversation as the chat template writes it. Raises BadRequest."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise BadRequest(
@@ -141,7 +172,12 @@ class Prompts:
             raise BadRequest("messages is empty", "messages", "empty_prompt")
         try:
             text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=options.add_generation_prompt,
+                continue_final_message=options.continue_final_message,
+                tools=[dict(tool) for tool in options.tools] or None,
+                **options.variables,
             )
         # A template is a program of the base's author: it raises what it likes.
         except Exception as error:

@@ -234,6 +234,7 @@ def test_extensions_reach_the_worker(service: Service) -> None:
         "logprobs": None,
         "prompt_logprobs": False,
         "num_prompt_tops": None,
+        "structured_outputs": None,
         "skip_special_tokens": True,
         "include_stop_str_in_output": False,
     }

@@ -59,6 +59,7 @@ def builder(
     graph_forms: tuple[GraphForm, ...] = (), pass_rows: tuple[int, int] = (1, 1000), num_slots: int = NUM_SLOTS
 ) -> BatchBuilder:
     return BatchBuilder(
+        vocab_size=304,
         page_tokens=PAGE_TOKENS,
         max_pages=MAX_PAGES,
         stop_token_ids=STOP_IDS,

@@ -88,7 +88,7 @@ class Sampler:
 
     def _choose(self, logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
         draws, biases, penalties, starts, prompts = _on_device(batch, logits.device)
-        if len(batch.biases) or len(batch.penalties):
+        if len(batch.biases) or len(batch.penalties) or len(batch.masked):
             logits = logits.clone()
         if len(batch.biases):
             places = biases["row"] * logits.shape[-1] + biases["token_id"]
@@ -98,12 +98,25 @@ class Sampler:
             if len(batch.starts):
                 self._counts.start(starts["line"], prompts["line"], prompts["token_id"])
             self._counts.penalise(logits, penalties)
+        if len(batch.masked):
+            _forbid(logits, batch)
         peaks, token_ids = _likeliest(logits)
         if not batch.is_greedy:
             token_ids = _draw(logits, draws)
         if len(batch.penalties):
             self._counts.add(penalties["line"], token_ids[penalties["row"]])
         return peaks, token_ids
+
+
+def _forbid(logits: Tensor, batch: SamplingBatch) -> None:
+    """Let only those tokens come, in the rows that have a mask, whose bits are set. logits: (rows, vocab), changed."""
+    rows, words = torch.from_numpy(batch.masked), torch.from_numpy(batch.masks)
+    if logits.device.type == "cuda":
+        rows, words = rows.pin_memory(), words.pin_memory()
+    rows, words = rows.to(logits.device, non_blocking=True), words.to(logits.device, non_blocking=True)
+    bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1
+    may_come = bits.view(len(batch.masked), -1)[:, : logits.shape[-1]] != 0
+    logits[rows] = logits[rows].masked_fill(~may_come, -torch.inf)
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ class BatchBuilder:
         page_tokens: int,
         max_pages: int,
         stop_token_ids: frozenset[int],
+        vocab_size: int,
         num_slots: int,
         pass_rows: tuple[int, int],
         graph_forms: tuple[GraphForm, ...] = (),
@@ -33,7 +34,7 @@ class BatchBuilder:
         padding rows write their keys and values to `null_page`.
         """
         self._page_tokens = page_tokens
-        self._sampling = SamplingTable(stop_token_ids)
+        self._sampling = SamplingTable(stop_token_ids, vocab_size)
         self._num_slots = num_slots
         self._pass_rows = pass_rows
         self._graph_forms = graph_forms

@@ -36,6 +36,10 @@ class SamplingBatch:
     """`START` of lines in `penalties`."""
     prompts: Records
     """`PROMPT` of lines in `starts`, where repetition counts from the prompt on."""
+    masked: npt.NDArray[np.int64]
+    """The rows that have a mask."""
+    masks: npt.NDArray[np.int32]
+    """(len(masked), ceil(vocab / 32)): a bit a token, set where it may come; a word's lowest bit is its first token."""
     num_logprobs: int
     """Alternatives wanted by the row that wants most; -1: no row wants logprobs."""
 
@@ -46,19 +50,22 @@ class SamplingBatch:
     @property
     def is_plain(self) -> bool:
         """Whether each row takes the likeliest token of its logits as they are."""
-        return self.is_greedy and not len(self.biases) and not len(self.penalties)
+        return self.is_greedy and not len(self.biases) and not len(self.penalties) and not len(self.masked)
 
     def part(self, start: int, end: int) -> SamplingBatch:
         """What is for the rows from `start` to `end`, which are sampled apart from the others."""
         if (start, end) == (0, len(self.draws)):
             return self
         penalties = _of_rows(self.penalties, start, end)
+        within = (self.masked >= start) & (self.masked < end)
         return SamplingBatch(
             draws=self.draws[start:end],
             biases=_of_rows(self.biases, start, end),
             penalties=penalties,
             starts=self.starts[np.isin(self.starts["line"], penalties["line"])],
             prompts=self.prompts[np.isin(self.prompts["line"], penalties["line"])],
+            masked=self.masked[within] - start,
+            masks=self.masks[within],
             num_logprobs=self.num_logprobs,
         )
 
@@ -70,7 +77,14 @@ def _of_rows(records: Records, start: int, end: int) -> Records:
 
 
 NO_SAMPLING = SamplingBatch(
-    np.zeros(0, DRAW), np.zeros(0, BIAS), np.zeros(0, PENALTY), np.zeros(0, START), np.zeros(0, PROMPT), -1
+    np.zeros(0, DRAW),
+    np.zeros(0, BIAS),
+    np.zeros(0, PENALTY),
+    np.zeros(0, START),
+    np.zeros(0, PROMPT),
+    np.zeros(0, np.int64),
+    np.zeros((0, 0), np.int32),
+    -1,
 )
 """Of no rows."""
 

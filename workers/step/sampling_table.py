@@ -38,8 +38,9 @@ _LINE = np.dtype(
 class SamplingTable:
     """Makes each step's `SamplingBatch`."""
 
-    def __init__(self, stop_token_ids: frozenset[int]) -> None:
+    def __init__(self, stop_token_ids: frozenset[int], vocab_size: int) -> None:
         """`stop_token_ids`: the base's own, which may not come before `min_tokens`."""
+        self._num_mask_words = -(-vocab_size // 32)
         self._stop_token_ids = stop_token_ids
         self._lines = np.zeros(0, dtype=_LINE)
         self._biases: dict[int, Records] = {}
@@ -89,12 +90,20 @@ class SamplingTable:
         parts += [self._forbidden[line] for line in lines[early].tolist()]
         biases = _joined(BIAS, parts)
         biases["row"] = np.repeat(np.concatenate([biased, early]), [len(part) for part in parts])
+        masked = np.array([i for i, sequence in enumerate(sampled) if sequence.matcher is not None], dtype=np.int64)
+        masks = np.zeros((len(masked), self._num_mask_words), dtype=np.int32)
+        for words, row in zip(masks, masked.tolist(), strict=True):
+            matcher = sampled[row].matcher
+            assert matcher is not None
+            matcher.fill(words)
         return SamplingBatch(
             draws=draws,
             biases=biases,
             penalties=penalties,
             starts=starts["line"].astype(START),
             prompts=_joined(PROMPT, prompts),
+            masked=masked,
+            masks=masks,
             num_logprobs=int(settings["num_logprobs"].max(initial=-1)),
         )
 

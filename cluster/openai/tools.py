@@ -1,0 +1,100 @@
+"""Tools in a request: which functions a model may call, must call, and how its calls are held to their schemas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lorafleet.cluster.errors import BadRequest
+from lorafleet.cluster.serving.answer_formats import AnswerFormat, calls_grammar, talk_grammar
+from lorafleet.workers.request import StructuredOutputs
+
+MAX_TOOLS = 256
+
+
+class Function(BaseModel):
+    """A function that the model may call."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", json_schema_extra={"additionalProperties": True})
+
+    name: str = Field(min_length=1, max_length=256, pattern=r"^[\w.-]+$")
+    description: str | None = None
+    parameters: dict[str, Any] = Field(default={}, description="JSON schema of its arguments.")
+    strict: bool | None = Field(default=None, description="Hold the arguments to the schema by construction.")
+
+
+class Tool(BaseModel):
+    """A tool; only functions are served."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", json_schema_extra={"additionalProperties": True})
+
+    type: Literal["function"] = "function"
+    function: Function
+
+    def rendered(self) -> dict[str, Any]:
+        """The tool as chat templates know it."""
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+
+
+class ChosenName(BaseModel):
+    """The name of a function."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+
+
+class ChosenTool(BaseModel):
+    """The one function to call."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["function"] = "function"
+    function: ChosenName
+
+
+ToolChoice = Literal["none", "auto", "required"] | ChosenTool
+Tools = Annotated[tuple[Tool, ...], Field(max_length=MAX_TOOLS)]
+
+
+def check_tools(tools: Sequence[Tool], choice: ToolChoice, answers: AnswerFormat) -> None:
+    """Raise BadRequest where the tools cannot be served."""
+    if tools and not answers.has_tools:
+        raise BadRequest(
+            "tools are not served: the model's tokenizer has no response template and model.tool_parser is not set",
+            "tools",
+            "unsupported_parameter",
+        )
+    if choice in ("required",) and not tools:
+        raise BadRequest(f"tool_choice={choice} needs tools", "tool_choice")
+    if isinstance(choice, ChosenTool) and choice.function.name not in {tool.function.name for tool in tools}:
+        raise BadRequest(f"tool_choice names {choice.function.name!r}, which is not in tools", "tool_choice")
+
+
+def outputs_of(
+    tools: Sequence[Tool], choice: ToolChoice, answers: AnswerFormat, *, many: bool, thinking: bool | None
+) -> StructuredOutputs | None:
+    """What holds an answer to the tools; None: nothing does. Raises BadRequest."""
+    must = choice == "required" or isinstance(choice, ChosenTool)
+    if choice == "none" or not tools or not (must or any(tool.function.strict for tool in tools)):
+        return None
+    if answers.tools is None:
+        raise BadRequest(
+            "tool_choice=required, a named function and strict need model.tool_parser; the tokenizer's response "
+            "template says how to read calls, not how to write them",
+            "tool_choice",
+            "unsupported_parameter",
+        )
+    functions = [tool.function for tool in tools]
+    if isinstance(choice, ChosenTool):
+        functions = [function for function in functions if function.name == choice.function.name]
+    schemas = [
+        (function.name, function.parameters if must or function.strict else {"type": "object"})
+        for function in functions
+    ]
+    if must:
+        many = many and not isinstance(choice, ChosenTool)
+        return StructuredOutputs(grammar=calls_grammar(answers.tools, schemas, many=many, thinking=thinking))
+    return StructuredOutputs(grammar=talk_grammar(answers.tools, schemas))

@@ -1,0 +1,246 @@
+"""How models write tool calls and reasoning: by name, for models whose tokenizer brings no response template.
+
+A format says how transformers' ResponseParser splits an answer, how the body of a call reads, and what
+it must look like where a grammar holds the model to it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llguidance import StructTag
+
+from lorafleet.workers.config import ModelConfig
+from lorafleet.workers.grammars import COMPACT
+
+NO_ANCHOR = "(?!)"
+"""Matches nowhere: the parser is given only what belongs to the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call, as the model wrote it."""
+
+    name: str
+    arguments: str
+    """JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    """How a model writes calls."""
+
+    field: Mapping[str, Any]
+    """Of the response template: where the body of one call, or of all of them, begins and ends."""
+    read: Callable[[str], list[Call]]
+    """The calls in a body. Raises ValueError."""
+    begin: str
+    """What all calls begin with together, where a grammar writes them."""
+    before: str
+    """What comes before a call's arguments; NAME stands for the function's name."""
+    after: str
+    between: str
+    end: str
+    shows_special_tokens: bool = False
+    """Whether its marks are special tokens, which have no text otherwise."""
+
+
+def _object(value: Any, *keys: str) -> Call:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ValueError("a call needs a name")
+    found: Any = next((value[key] for key in keys if key in value), {})
+    return Call(value["name"], found if isinstance(found, str) else json.dumps(found, ensure_ascii=False))
+
+
+def _read_objects(body: str) -> list[Call]:
+    """JSON objects one after another, or a list of them."""
+    decoder, calls, at = json.JSONDecoder(), [], 0
+    text = body.strip()
+    while at < len(text):
+        value, at = decoder.raw_decode(text, at)
+        calls += [_object(each, "arguments", "parameters") for each in (value if isinstance(value, list) else [value])]
+        while at < len(text) and text[at] in " \r\n\t;,":
+            at += 1
+    if not calls:
+        raise ValueError("there is no call")
+    return calls
+
+
+_NAMED = re.compile(r"\s*(?P<name>[\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?(?=\{)")
+
+
+def _read_mistral(body: str) -> list[Call]:
+    """A list of objects, or a name with its arguments, as later models write it."""
+    named = _NAMED.match(body)
+    if named is None:
+        return _read_objects(body)
+    arguments = body[named.end() :].strip()
+    json.loads(arguments)
+    return [Call(named["name"], arguments)]
+
+
+_DEEPSEEK = re.compile(
+    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[^<\n]+?)(?:<｜tool▁sep｜>|\n```json\n)(?P<arguments>.*?)"
+    r"(?:\n```)?<｜tool▁call▁end｜>",
+    re.DOTALL,
+)
+
+
+def _read_deepseek(body: str) -> list[Call]:
+    calls = [Call(found["name"], found["arguments"].strip()) for found in _DEEPSEEK.finditer(body)]
+    if not calls:
+        raise ValueError("there is no call")
+    for call in calls:
+        json.loads(call.arguments)
+    return calls
+
+
+TOOL_FORMATS: Mapping[str, ToolFormat] = {
+    "hermes": ToolFormat(
+        field={"open_pattern": r"\s*<tool_call>", "close": "</tool_call>"},
+        read=_read_objects,
+        begin="",
+        before='<tool_call>\n{"name": NAME, "arguments": ',
+        after="}\n</tool_call>",
+        between="\n",
+        end="",
+    ),
+    "llama3_json": ToolFormat(
+        field={"open_pattern": r'\A\s*(?:<\|python_tag\|>)?(?=\{\s*"name")'},
+        read=_read_objects,
+        begin="",
+        before='{"name": NAME, "parameters": ',
+        after="}",
+        between="; ",
+        end="",
+    ),
+    "mistral": ToolFormat(
+        field={"open_pattern": r"\s*\[TOOL_CALLS\]", "close_pattern": r"(?=\[TOOL_CALLS\])"},
+        read=_read_mistral,
+        begin="[TOOL_CALLS][",
+        before='{"name": NAME, "arguments": ',
+        after="}",
+        between=", ",
+        end="]",
+        shows_special_tokens=True,
+    ),
+    "deepseek": ToolFormat(
+        field={"open_pattern": r"\s*<｜tool▁calls▁begin｜>", "close": "<｜tool▁calls▁end｜>"},
+        read=_read_deepseek,
+        begin="<｜tool▁calls▁begin｜>",
+        before="<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n",
+        after="\n```<｜tool▁call▁end｜>",
+        between="\n",
+        end="<｜tool▁calls▁end｜>",
+        shows_special_tokens=True,
+    ),
+}
+TOOL_FORMATS = {**TOOL_FORMATS, "qwen": TOOL_FORMATS["hermes"]}
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFormat:
+    """How one base's answers are split into text, reasoning and calls."""
+
+    template: Mapping[str, Any] | None
+    """The response template; None: answers are text only."""
+    tools: ToolFormat | None = None
+    """None: calls cannot be read, or the tokenizer's template reads them."""
+    thinks: bool = False
+    has_tools: bool = False
+    is_the_tokenizers: bool = False
+
+    @property
+    def shows_special_tokens(self) -> bool:
+        return self.is_the_tokenizers or (self.tools is not None and self.tools.shows_special_tokens)
+
+    @classmethod
+    def of(cls, model: ModelConfig, own: Mapping[str, Any] | None) -> AnswerFormat:
+        """What the configuration names; else `own`, the tokenizer's response template."""
+        if model.tool_parser is None and model.reasoning_parser is None:
+            if not own:
+                return cls(None)
+            owned = own.get("fields", {})
+            return cls(own, None, "reasoning_content" in owned, "tool_calls" in owned, True)
+        tools = None if model.tool_parser is None else TOOL_FORMATS[model.tool_parser]
+        fields: dict[str, Any] = {"content": {"content": "text"}}
+        if tools is not None:
+            fields["tool_calls"] = {**tools.field, "content": "text", "repeats": True}
+        if model.reasoning_parser is not None:
+            fields["reasoning_content"] = {
+                "open_pattern": r"<think>\n?",
+                "close_pattern": r"\s*</think>\s*",
+                "content": "text",
+            }
+        template = {"start_anchor_pattern": NO_ANCHOR, "fields": fields}
+        return cls(template, tools, model.reasoning_parser is not None, tools is not None)
+
+    def prefix_of(self, prompt: str) -> str:
+        """What of the prompt the parser is to read: the answer's own beginning."""
+        if self.is_the_tokenizers:
+            return prompt
+        return "<think>\n" if self.thinks and prompt.rstrip().endswith("<think>") else ""
+
+
+TEXT_ONLY = AnswerFormat(None)
+"""Of a base that neither calls tools nor thinks."""
+
+Functions = Sequence[tuple[str, Mapping[str, Any]]]
+"""Names, and the schemas of their arguments."""
+
+
+def calls_grammar(tools: ToolFormat, functions: Functions, *, many: bool, thinking: bool | None) -> str:
+    """A grammar in llguidance's Lark of an answer that calls one of the functions, or several.
+
+    thinking: whether the prompt has begun a thought; None: the model does not think.
+    """
+    lines = ["one: " + " | ".join(f"call_{i}" for i in range(len(functions)))]
+    for i, (name, schema) in enumerate(functions):
+        lines.append(f"call_{i}: {_text(_before(tools, name))} {_arguments(schema)} {_text(tools.after)}")
+    more = f"({_text(tools.between)} one)*" if many else ""
+    lines.append(f"calls: {_text(tools.begin)} one {more} {_text(tools.end)}")
+    first = "calls"
+    if thinking is not None:
+        lines += ["THOUGHT: /(.|\\n)*/", 'thought[lazy]: THOUGHT "</think>"', "GAP: /\\s{0,4}/"]
+        first = "thought GAP calls" if thinking else '("<think>" thought GAP)? calls'
+    return "\n".join(["%llguidance {}", f"start: {first}", *lines])
+
+
+def talk_grammar(tools: ToolFormat, functions: Functions) -> str:
+    """A grammar of any text in which each call fits its function's schema."""
+    mark = (tools.begin + tools.before).partition("\n")[0].partition("{")[0].rstrip("[").partition("function")[0]
+    if mark:
+        tags = [
+            StructTag(
+                trigger=mark,
+                begin=tools.begin + _before(tools, name),
+                grammar=json.dumps(_object_schema(schema)),
+                end=tools.after + tools.end,
+            )
+            for name, schema in functions
+        ]
+        return str(StructTag.to_grammar(tags, assume_special=False))
+    return calls_grammar(tools, functions, many=True, thinking=None).replace(
+        "start: calls", "start: calls | TALK\nTALK: /([^{ \\n\\t](.|\\n)*)?/"
+    )
+
+
+def _before(tools: ToolFormat, name: str) -> str:
+    written = json.dumps(name, ensure_ascii=False) if '"name"' in tools.before else name
+    return tools.before.replace("NAME", written)
+
+
+def _text(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def _object_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", **schema, "x-guidance": COMPACT}
+
+
+def _arguments(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps(_object_schema(schema))}"

@@ -1,0 +1,87 @@
+"""Structured output through the stock client, over a worker, judged by jsonschema and pydantic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonschema
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from tests.cluster.engines import engine_service
+from tests.cluster.serving import BASE_ID, Service
+from tests.support.adapters import make_adapter
+from tests.support.bases import BaseKind
+from tests.workers.harness import Shelf
+
+MESSAGES: Any = [{"role": "user", "content": "Go"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["a", "b"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["kind", "count"],
+    "additionalProperties": False,
+}
+
+
+class Found(BaseModel):
+    """What the client's own `parse` asks for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["a", "b"]
+    sure: bool
+
+
+@pytest.fixture(scope="module")
+def service(base_of: Callable[[BaseKind], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    shelf = Shelf(base_of("llama"))
+    shelf.put(make_adapter(tmp_path_factory.mktemp("adapters") / "shout", shelf.base, "rank4_qv"))
+    with engine_service(shelf) as running:
+        yield running
+
+
+@pytest.mark.parametrize("model", [BASE_ID, "shout"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_json_schema(service: Service, model: str, stream: bool) -> None:
+    made: Any = service.client().chat.completions.create(
+        model=model,
+        messages=MESSAGES,
+        n=3,
+        seed=1,
+        stream=stream,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}},
+    )
+    texts = ["", "", ""]
+    for reply in made if stream else [made]:
+        for choice in reply.choices:
+            texts[choice.index] += (choice.delta if stream else choice.message).content or ""
+    for text in texts:
+        jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_the_clients_own_models(service: Service) -> None:
+    completion = service.client().chat.completions.parse(model="shout", messages=MESSAGES, response_format=Found)
+    assert isinstance(completion.choices[0].message.parsed, Found)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"guided_choice": ["red", "blue"]}, {"red", "blue"}),
+        ({"guided_regex": "ab?c"}, {"ac", "abc"}),
+        ({"structured_outputs": {"choice": ["x", "y"]}}, {"x", "y"}),
+        ({"guided_json": {"enum": [1, 2]}}, {"1", "2"}),
+        ({"guided_grammar": 'root ::= "a" | "b"'}, {"a", "b"}),
+    ],
+    ids=str,
+)
+def test_fields_of_vllm(service: Service, fields: dict[str, Any], expected: set[str]) -> None:
+    client = service.client()
+    chat = client.chat.completions.create(model=BASE_ID, messages=MESSAGES, extra_body=fields)
+    completion = client.completions.create(model="shout", prompt="Go", extra_body=fields)
+    assert chat.choices[0].message.content in expected
+    assert completion.choices[0].text in expected
+    assert chat.choices[0].finish_reason == "stop"

@@ -1,0 +1,206 @@
+"""Tool calls and reasoning through the stock client: parsed from texts, and held to schemas over a worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from lorafleet.cluster.serving.answer_formats import AnswerFormat, talk_grammar
+from lorafleet.cluster.serving.prompts import Prompts
+from lorafleet.workers.config import ModelConfig
+from lorafleet.workers.grammars import Grammars
+from lorafleet.workers.request import StructuredOutputs
+from tests.cluster import fakes
+from tests.cluster.engines import engine_service
+from tests.cluster.fakes import make_prompts
+from tests.cluster.serving import BASE_ID, Service, serving
+from tests.support.adapters import make_adapter
+from tests.support.bases import BaseKind
+from tests.workers.harness import Shelf
+
+MESSAGES: Any = [{"role": "user", "content": "Weather?"}]
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+EMPTY = {"type": "object", "properties": {}, "additionalProperties": False}
+SCHEMAS: dict[str, Any] = {"weather": PARAMETERS, "now": EMPTY}
+TOOLS: Any = [
+    {"type": "function", "function": {"name": name, "parameters": schema, "strict": True}}
+    for name, schema in SCHEMAS.items()
+]
+OSLO, ROME = '{"city": "Oslo", "days": 2}', '{"city": "Rome", "days": 1}'
+PARSERS = ("hermes", "llama3_json", "mistral", "deepseek")
+
+
+def answers_of(tool_parser: str | None, reasoning_parser: str | None = None) -> AnswerFormat:
+    model = ModelConfig.model_validate(
+        {"id": "x", "source": "x", "tool_parser": tool_parser, "reasoning_parser": reasoning_parser}
+    )
+    return AnswerFormat.of(model, None)
+
+
+def said(service: Service, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Let the workers answer this text."""
+    tokenizer: Any = service.prompts.tokenizer
+    monkeypatch.setattr(fakes, "answer_token_ids", lambda request, prompts: tokenizer(text)["input_ids"])
+
+
+def collected(service: Service, stream: bool, **fields: Any) -> list[dict[str, Any]]:
+    """Content, reasoning, calls and finish reason of each answer."""
+    made: Any = service.client().chat.completions.create(
+        **{"model": BASE_ID, "messages": MESSAGES, "tools": TOOLS, "stream": stream, **fields}
+    )
+    found: dict[int, dict[str, Any]] = {}
+    for reply in made if stream else [made]:
+        for choice in reply.choices:
+            one = found.setdefault(choice.index, {"content": "", "thought": "", "calls": [], "reason": None})
+            part = choice.delta if stream else choice.message
+            one["content"] += part.content or ""
+            one["thought"] += getattr(part, "reasoning_content", None) or ""
+            for call in part.tool_calls or []:
+                if call.id:
+                    assert not stream or (call.index == len(one["calls"]) and call.function.arguments == "")
+                    one["calls"].append([call.function.name, call.function.arguments])
+                else:
+                    one["calls"][call.index][1] += call.function.arguments
+            one["reason"] = choice.finish_reason or one["reason"]
+    return [found[index] for index in sorted(found)]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("parser", "text", "content"),
+    [
+        (
+            "hermes",
+            'Let me see.\n<tool_call>\n{"name": "weather", "arguments": %s}\n</tool_call>\n<tool_call>\n'
+            '{"name": "weather", "arguments": %s}\n</tool_call>',
+            "Let me see.",
+        ),
+        ("llama3_json", '{"name": "weather", "parameters": %s}; {"name": "weather", "parameters": %s}', ""),
+        ("mistral", '[TOOL_CALLS][{"name": "weather", "arguments": %s}, {"name": "weather", "arguments": %s}]', ""),
+        ("mistral", "Hm[TOOL_CALLS]weather[ARGS]%s[TOOL_CALLS]weather%s", "Hm"),
+        (
+            "deepseek",
+            "Hm<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n%s\n```<｜tool▁call▁end｜>\n"
+            "<｜tool▁call▁begin｜>weather<｜tool▁sep｜>%s<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+            "Hm",
+        ),
+    ],
+    ids=["hermes", "llama3", "mistral", "mistral-args", "deepseek"],
+)
+def test_formats(monkeypatch: pytest.MonkeyPatch, parser: str, text: str, content: str, stream: bool) -> None:
+    service = Service()
+    service.prompts.answers = answers_of(parser)
+    said(service, monkeypatch, text % (OSLO, ROME))
+    with serving(service):
+        [answer, other] = collected(service, stream, n=2)
+    assert answer == other
+    assert answer["content"].strip() == content
+    assert [(name, json.loads(text)) for name, text in answer["calls"]] == [
+        ("weather", json.loads(OSLO)),
+        ("weather", json.loads(ROME)),
+    ]
+    assert answer["reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_reasoning(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    service = Service()
+    service.prompts.answers = answers_of("hermes", "think_tags")
+    said(service, monkeypatch, "<think>\nHm, <b>.\n</think>\n\nFine.")
+    with serving(service):
+        [answer] = collected(service, stream, tools=[])
+        [with_tools] = collected(service, stream)
+    assert answer == with_tools == {"content": "Fine.", "thought": "Hm, <b>.", "calls": [], "reason": "stop"}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_what_is_no_call_is_content(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    service = Service()
+    service.prompts.answers = answers_of("hermes")
+    said(service, monkeypatch, "So: <tool_call>{broken</tool_call> <tool")
+    with serving(service):
+        [answer] = collected(service, stream)
+    assert answer["content"].replace(" ", "") == "So:{broken<tool"
+    assert (answer["calls"], answer["reason"]) == ([], "stop")
+
+
+def test_tools_are_refused_where_nobody_reads_them(service: Service) -> None:
+    with service.http() as http:
+        reply = http.post("/v1/chat/completions", json={"model": BASE_ID, "messages": MESSAGES, "tools": TOOLS})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "tools"
+    assert "model.tool_parser" in reply.json()["error"]["message"]
+    with pytest.raises(ValueError, match="tool_parser"):
+        answers_of("unheard_of")
+
+
+def test_choices_that_cannot_be() -> None:
+    service = Service()
+    service.prompts.answers = answers_of("hermes")
+    with serving(service), service.http() as http:
+        for fields in (
+            {"tool_choice": "required"},
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "nothing"}}},
+        ):
+            reply = http.post("/v1/chat/completions", json={"model": BASE_ID, "messages": MESSAGES, **fields})
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tool_choice")
+
+
+@pytest.fixture(scope="module")
+def worker_service(base_of: Callable[[BaseKind], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    shelf = Shelf(base_of("llama"))
+    shelf.put(make_adapter(tmp_path_factory.mktemp("adapters") / "shout", shelf.base, "rank4_qv"))
+    with engine_service(shelf) as running:
+        yield running
+
+
+def fit(calls: list[list[str]]) -> None:
+    for name, arguments in calls:
+        jsonschema.validate(json.loads(arguments), SCHEMAS[name])
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("parser", PARSERS)
+def test_calls_that_must_come_fit_their_schemas(worker_service: Service, parser: str, stream: bool) -> None:
+    """Over a base of random weights, which never called a tool."""
+    worker_service.prompts.answers = answers_of(parser)
+    fields = {"model": "shout", "n": 3, "seed": 5, "max_tokens": 300}
+    for answer in collected(worker_service, stream, tool_choice="required", parallel_tool_calls=False, **fields):
+        assert len(answer["calls"]) == 1
+        assert (answer["content"], answer["reason"]) == ("", "tool_calls")
+        fit(answer["calls"])
+    named = {"type": "function", "function": {"name": "weather"}}
+    for answer in collected(worker_service, stream, tool_choice=named, **fields):
+        assert [name for name, _ in answer["calls"]] == ["weather"]
+        fit(answer["calls"])
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_strict_calls_fit_where_they_come(parser: str) -> None:
+    """The grammar takes a good call anywhere in a text and refuses a bad one, whatever the format."""
+    tools = answers_of(parser).tools
+    assert tools is not None
+    prompts: Prompts = make_prompts()
+    tokenizer: Any = prompts.tokenizer
+    grammars = Grammars(tokenizer, vocab_size=prompts.vocab_size)
+    source = talk_grammar(tools, list(SCHEMAS.items()))
+    before, after = (
+        tools.begin + tools.before.replace("NAME", '"weather"' if '"name"' in tools.before else "weather"),
+        tools.after,
+    )
+    talk = "" if parser == "llama3_json" else "Hm. "
+    for arguments, is_good in ((OSLO, True), ('{"city": "Nowhere"', False)):
+        matcher = grammars.matcher(StructuredOutputs(grammar=source))
+        for token_id in tokenizer(f"{talk}{before}{arguments}{after if is_good else ''}")["input_ids"]:
+            matcher.take(token_id)
+        assert (matcher.error is None) == is_good, (arguments, matcher.error)

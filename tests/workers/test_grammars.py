@@ -1,0 +1,212 @@
+"""Answers that keep to a grammar, judged by jsonschema and `re`, beside answers that have none."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from llguidance import LLParserLimits
+
+from lorafleet.workers import grammars
+from lorafleet.workers.errors import GrammarRefused
+from lorafleet.workers.model.sampler import DRAW, , Chosen, Sampler
+from lorafleet.workers.step.sampling import NO_SAMPLING
+from lorafleet.workers.request import SamplingParams, StructuredOutputs
+from tests.workers.harness import Answer, Shelf, ask, open_worker, random_prompt
+
+Schema = dict[str, Any]
+
+
+def constrained(outputs: dict[str, Any], **settings: Any) -> SamplingParams:
+    return SamplingParams(
+        structured_outputs=StructuredOutputs.model_validate(outputs), **{"max_tokens": 380, "seed": 3, **settings}
+    )
+
+
+def random_schema(rng: random.Random, depth: int = 0) -> Schema:
+    """A schema whose documents are short, so that a base of random weights ends them."""
+    makers: list[Callable[[], Schema]] = [
+        lambda: {"type": "boolean"},
+        lambda: {"type": "null"},
+        lambda: {"type": "integer", "minimum": rng.randint(-50, 0), "maximum": rng.randint(0, 5000)},
+        lambda: {"type": "number", "minimum": 0, "maximum": rng.randint(1, 9)},
+        lambda: {"type": "string", "minLength": rng.randint(0, 2), "maxLength": rng.randint(2, 8)},
+        lambda: {"type": "string", "pattern": rng.choice(["^[a-c]{1,4}$", "^(yes|no)$", "^[0-9]{3}-[0-9]{2}$"])},
+        lambda: {"type": "string", "format": rng.choice(["date", "time", "ipv4", "uuid"])},
+        lambda: {"enum": rng.sample(["a", "b", 1, 2.5, None, True, "é", ["x"], {"k": 1}], 3)},
+        lambda: {"const": rng.choice(["x", 7, None, [1, 2], {"a": {"b": 0}}])},
+    ]
+    if depth < 3:
+        makers += [lambda: _random_object(rng, depth), lambda: _random_object(rng, depth), lambda: _union(rng, depth)]
+        makers += [lambda: {"type": "array", "items": random_schema(rng, depth + 1), "maxItems": rng.randint(0, 3)}]
+    return rng.choice(makers)()
+
+
+def deep(levels: int) -> Schema:
+    schema: Schema = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "object", "properties": {"k": schema}, "required": ["k"]}
+    return schema
+
+
+def _random_object(rng: random.Random, depth: int) -> Schema:
+    names = rng.sample(["name", "age", "x y", "ключ", 'q"', "tags", "z"], rng.randint(0, 3))
+    required = [name for name in names if rng.random() < 0.6]
+    properties = {name: random_schema(rng, depth + 1) for name in names}
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+def _union(rng: random.Random, depth: int) -> Schema:
+    return {"anyOf": [random_schema(rng, depth + 1) for _ in range(2)]}
+
+
+@pytest.mark.slow
+async def test_random_schemas(llama: Shelf) -> None:
+    rng = random.Random(0)
+    schemas = [random_schema(rng) for _ in range(150)]
+    versions = [None, *llama.versions]
+    async with open_worker(llama) as worker:
+        answers = await asyncio.gather(
+            *(
+                ask(worker, random_prompt(5, i), versions[i % len(versions)], constrained({"json": schema}, seed=i))
+                for i, schema in enumerate(schemas)
+            )
+        )
+    ended = 0
+    for schema, answer in zip(schemas, answers, strict=True):
+        if answer.last.finish_reason == "stop":
+            ended += 1
+            jsonschema.validate(json.loads(answer.text), schema, jsonschema.Draft202012Validator)
+    assert ended > 140
+
+
+@pytest.mark.parametrize(
+    ("outputs", "pattern"),
+    [
+        ({"regex": "[ab]{3}-[0-9]{2,4}"}, "[ab]{3}-[0-9]{2,4}"),
+        ({"choice": ["red", "green", "grün"]}, "red|green|grün"),
+        ({"grammar": 'start: "<" WORD ">"\nWORD: /[a-z]{1,5}/'}, "<[a-z]{1,5}>"),
+        ({"grammar": 'root ::= ("yes" | "no") "!"'}, "(yes|no)!"),
+        ({"json_object": True}, r"(?s)\{.*"),
+    ],
+    ids=["regex", "choice", "lark", "gbnf", "object"],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_other_grammars(llama: Shelf, outputs: dict[str, Any], pattern: str, temperature: float) -> None:
+    async with open_worker(llama) as worker:
+        answer = await ask(worker, random_prompt(7, 1), None, constrained(outputs, temperature=temperature))
+    assert re.fullmatch(pattern, answer.text), answer.text
+
+
+async def test_every_setting_keeps_to_the_grammar(llama: Shelf) -> None:
+    settings: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"frequency_penalty": 2.0, "presence_penalty": 2.0, "repetition_penalty": 2.0},
+        {"logit_bias": {260: 100.0}},
+        {"top_k": 1},
+        {"top_p": 0.1, "min_p": 0.5},
+        {"ignore_eos": True},
+        {"min_tokens": 30},
+        {"logprobs": 3},
+    ]
+    schema = {"type": "array", "items": {"enum": ["ab", "cd", 3]}, "minItems": 2, "maxItems": 6}
+    async with open_worker(llama) as worker:
+        answers = await asyncio.gather(
+            *(
+                ask(worker, random_prompt(9, i), None, constrained({"json": schema}, **s))
+                for i, s in enumerate(settings)
+            )
+        )
+    for answer in answers:
+        jsonschema.validate(json.loads(answer.text), schema)
+        assert answer.last.finish_reason == "stop"
+    assert len(answers[-1].logprobs) == len(answers[-1].tokens)
+
+
+async def test_a_stop_string_ends_it_before(llama: Shelf) -> None:
+    async with open_worker(llama) as worker:
+        answer = await ask(worker, random_prompt(7, 1), None, constrained({"regex": "ab,cd,ef"}, stop=(",ef",)))
+    assert (answer.text, answer.last.stop_reason) == ("ab,cd", ",ef")
+
+
+def test_masks_leave_other_rows_their_bits() -> None:
+    logits = torch.randn(6, 304, generator=torch.Generator().manual_seed(1))
+    draws = np.zeros(6, DRAW)
+    draws["temperature"], draws["top_p"], draws["uniform"] = [0, 1, 0.7, 1, 1, 0], 1.0, [0.1, 0.2, 0.9, 0.5, 0.7, 0.3]
+    free = replace(NO_SAMPLING, draws=draws, num_logprobs=3)
+    masks = np.zeros((2, 10), np.int32)
+    masks[:, 3] = -(2**31) + 5  # tokens 96, 98 and 127
+    mixed = replace(free, masked=np.array([1, 4]), masks=masks)
+    plain, found = Sampler().sample(logits, free), Sampler().sample(logits, mixed)
+    others = [0, 2, 3, 5]
+    for name in ("token_ids", "logprobs", "top_ids", "top_logprobs", "peaks"):
+        assert torch.equal(getattr(plain, name)[others], getattr(found, name)[others])
+    assert set(found.token_ids[[1, 4]].tolist()) <= {96, 98, 127}
+    parts = Chosen.joined([Sampler().sample(logits[a:b], mixed.part(a, b)) for a, b in ((0, 2), (2, 6))])
+    assert parts is not None
+    assert torch.equal(parts.token_ids, found.token_ids)
+
+
+async def test_free_rows_are_as_if_alone(llama: Shelf) -> None:
+    versions = [None, *llama.versions]
+    free = [SamplingParams(max_tokens=24, ignore_eos=True, seed=i, logprobs=2, temperature=i % 2) for i in range(6)]
+
+    async def run(with_constrained: bool) -> list[Answer]:
+        async with open_worker(llama) as worker:
+            others = [
+                asyncio.ensure_future(
+                    ask(worker, random_prompt(6, 90 + i), versions[i % 2], constrained({"regex": "[a-f]{60}"}))
+                )
+                for i in range(5 if with_constrained else 0)
+            ]
+            answers = await asyncio.gather(
+                *(ask(worker, random_prompt(8, i), versions[i % len(versions)], s) for i, s in enumerate(free))
+            )
+            await asyncio.gather(*others)
+        return list(answers)
+
+    alone, mixed = await run(False), await run(True)
+    for one, other in zip(alone, mixed, strict=True):
+        assert (one.tokens, one.text) == (other.tokens, other.text)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {"json": {"type": "nothing"}},
+        {"json": {"$ref": "#/$defs/nowhere"}},
+        {"json": "{"},
+        {"regex": "("},
+        {"json": deep(200)},
+        {"grammar": "start: nowhere"},
+        {"json": {"description": "x" * 200_000}},
+    ],
+    ids=lambda value: json.dumps(value)[:30],
+)
+async def test_what_cannot_be_followed_is_refused(llama: Shelf, outputs: dict[str, Any]) -> None:
+    async with open_worker(llama) as worker:
+        free = asyncio.ensure_future(ask(worker, random_prompt(8, 1)))
+        with pytest.raises(GrammarRefused):
+            await ask(worker, random_prompt(7, 1), None, constrained(outputs))
+        assert (await free).last.finish_reason == "length"
+
+
+async def test_a_grammar_that_explodes_on_the_way_ends_its_own_answer_only(
+    llama: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars, "LIMITS", LLParserLimits(max_lexer_states=60))
+    sampling = constrained({"regex": "(.*a.{30}){5}"})
+    async with open_worker(llama) as worker:
+        free = asyncio.ensure_future(ask(worker, random_prompt(8, 1)))
+        with pytest.raises(GrammarRefused):
+            await ask(worker, random_prompt(7, 1), None, sampling)
+        assert (await free).last.finish_reason == "length"

@@ -1,0 +1,136 @@
+"""Grammars that answers keep to: compiled by llguidance, cached by content, and followed token by token.
+
+The ingress checks what a client asks for, a worker follows it; both bound its size and cost. Any thread may compile.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance.hf import from_tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lorafleet.workers.errors import GrammarRefused
+from lorafleet.workers.request import StructuredOutputs
+
+Words = npt.NDArray[np.int32]
+"""(ceil(vocab / 32),): a bit a token, set where it may come; the lowest bit of a word is its first token."""
+
+MAX_GRAMMAR_BYTES = 128 << 10
+"""Longest grammar. It takes llguidance at most some 0.2 s to compile."""
+MAX_CACHED = 128
+"""Grammars that are kept compiled; those of the demo's size take some 100 KB each."""
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000, step_lexer_fuel=200_000, step_max_items=50_000, max_lexer_states=50_000
+)
+"""What compiling a grammar and what one token may cost, in llguidance's units: about 20 ms each."""
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""One way to write white space: a model that may write any can write it for ever."""
+
+
+class Matcher:
+    """The state of one answer in its grammar. Belongs to the thread that asks it."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def fill(self, words: Words) -> None:
+        """Write which tokens may come next: all of them once the grammar has become too costly (see `error`)."""
+        try:
+            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        except ValueError:
+            words.fill(-1)
+
+    def take(self, token_id: int) -> None:
+        """The token that came."""
+        self._matcher.consume_token(token_id)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more may come."""
+        return bool(self._matcher.is_stopped())
+
+    @property
+    def error(self) -> str | None:
+        """Why the grammar can be followed no further; None: it can."""
+        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int, stop_token_ids: Collection[int] = ()
+    ) -> None:
+        """vocab_size: of the logits. stop_token_ids: that end an answer where its grammar may end."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._stop_token_ids = sorted(stop_token_ids)
+        self._lock = threading.Lock()
+        self._vocabulary: LLTokenizer | None = None
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+
+    def matcher(self, asked: StructuredOutputs) -> Matcher:
+        """The beginning of the grammar. Raises GrammarRefused, which says what is wrong with it or too costly."""
+        source = _source_of(asked)
+        with self._lock:
+            found = self._compiled.get(source)
+            if found is not None:
+                self._compiled.move_to_end(source)
+        if found is None:
+            found = self._compile(source)
+            with self._lock:
+                self._compiled[source] = found
+                while len(self._compiled) > MAX_CACHED:
+                    self._compiled.popitem(last=False)
+        return Matcher(found.deep_copy())
+
+    def _compile(self, source: str) -> LLMatcher:
+        matcher = LLMatcher(self._llguidance_vocabulary(), source, log_level=0, limits=LIMITS)
+        if not matcher.is_error():
+            Matcher(matcher).fill(np.zeros(-(-self._vocab_size // 32), dtype=np.int32))
+        if matcher.is_error():
+            raise GrammarRefused(_first_line(matcher.get_error()))
+        return matcher
+
+    def _llguidance_vocabulary(self) -> LLTokenizer:
+        """Made by the first grammar: it takes llguidance up to a second."""
+        if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
+            raise GrammarRefused("the base has no tokenizer that tells how its tokens are spelled")
+        with self._lock:
+            if self._vocabulary is None:
+                stops: list[int] | None = self._stop_token_ids or None
+                self._vocabulary = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=stops)
+            return self._vocabulary
+
+
+def _source_of(asked: StructuredOutputs) -> str:
+    """The grammar as llguidance reads it. Raises GrammarRefused."""
+    kind, value = asked.kind_and_value()
+    text = value if isinstance(value, str) else json.dumps(value)
+    if len(text.encode(errors="replace")) > MAX_GRAMMAR_BYTES:
+        raise GrammarRefused(f"it has {len(text)} characters; at most {MAX_GRAMMAR_BYTES} bytes are compiled")
+    try:
+        if kind == "json":
+            source: str = LLMatcher.grammar_from_json_schema(text, overrides=_options())
+        else:
+            source = grammar_from(kind, text)
+    except (ValueError, RecursionError) as error:
+        raise GrammarRefused(_first_line(str(error))) from None
+    return source
+
+
+def _options() -> Any:
+    return COMPACT
+
+
+def _first_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[0][:300] if lines else "it cannot be read"
