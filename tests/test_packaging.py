@@ -18,7 +18,13 @@ ROOT = Path(__file__).parent.parent
 FLOORS = ("adapter_store", "cluster", "deploy", "kernels", "workers")
 DATA = {"deploy": ("serve/*.yaml", "kuberay/*.yaml", "grafana/*.json"), "kernels": ("tuned/*.json",)}
 """Files beside the modules that a floor reads or ships."""
-CARRIED_BY = {"starlette": "fastapi", "pydantic_core": "pydantic", "tokenizers": "transformers", "uvicorn": "ray"}
+CARRIED_BY = {
+    "starlette": "fastapi",
+    "pydantic_core": "pydantic",
+    "annotated_types": "pydantic",
+    "tokenizers": "transformers",
+    "uvicorn": "ray",
+}
 """Packages that others bring and whose versions those choose."""
 
 
