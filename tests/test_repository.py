@@ -93,7 +93,7 @@ def rooms() -> dict[str, list[str]]:
     (tree,) = re.findall(r"hold this tree.*?^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     found: dict[str, list[str]] = {}
     floor = folder = ""
-    for indent, name, modules in re.findall(r"^( *)(?:([a-z_]+)/ +)?(.*)$", tree, re.MULTILINE):
+    for indent, name, modules in re.findall(r"^( *)(?:([a-z_/]+)/ +)?(.*)$", tree, re.MULTILINE):
         if name:
             folder = f"{floor}/{name}" if indent else name
             floor = floor if indent else name
