@@ -16,7 +16,7 @@ from typing import Protocol
 import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lorafleet.adapter_store.errors import SourceUnavailable
 from lorafleet.adapter_store.manifest import BaseGeometry
@@ -77,7 +77,7 @@ class CheckpointWeights:
             transforms = get_checkpoint_conversion_mapping(kind)
             if transforms is not None:
                 renamings = [transform for transform in transforms if type(transform) is WeightRenaming]
-                return {apply_renamings(stored, renamings): stored for stored in self._file_of}
+                return {rename_source_key(stored, renamings, [])[0]: stored for stored in self._file_of}
         return {}
 
     def _path(self, file_name: str) -> Path | None:

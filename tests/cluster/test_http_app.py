@@ -105,6 +105,11 @@ async def test_the_api_describes_itself() -> None:
         "/v1/models/{model}",
         "/v1/completions",
         "/v1/chat/completions",
+        "/detokenize",
+        "/health",
         "/healthz",
+        "/ping",
         "/readyz",
+        "/tokenize",
+        "/version",
     }

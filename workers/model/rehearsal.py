@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 NUM_TOKENS = 40
 MAX_LEN = 64
+MIN_LEN = 16
+"""A probe in two parts needs more tokens than the shortest length that may be served."""
 WINDOW = 12
 MIN_LAYERS = 4
 SMALL: dict[str, int] = {
@@ -68,7 +70,7 @@ def _why_not(_digest: str, key: _Key, max_model_len: int) -> str | None:
         for sizes in (NARROW, SMALL, {}):
             made = _copy(config, sizes, max_model_len)
             if made is not None:
-                _probe(made, min(max_model_len, MAX_LEN))
+                _probe(made, max(MIN_LEN, min(max_model_len, MAX_LEN)))
                 return None
         logger.info("no small copy of %s can be made; it is probed as it is only", config.model_type)
     except UnsupportedModel as error:
