@@ -102,7 +102,7 @@ class LiveService:
     def states_of(self, deployment: str) -> dict[str, int]:
         """Replicas of a deployment by their state."""
         states = serve.status().applications[APP].deployments[deployment].replica_states
-        return {str(state.value): count for state, count in states.items() if count}
+        return {str(getattr(state, "value", state)): count for state, count in states.items() if count}
 
     def kill(self, deployment: str, *, worker_id: str | None = None) -> int:
         """SIGKILL the process of a replica; returns its pid."""
