@@ -172,11 +172,6 @@ class Catalog:
         with self._indexes:
             return {version: version in self._pinned for version in self._named}
 
-    def pinned_versions(self) -> tuple[str, ...]:
-        """Versions that a pinned name points at."""
-        with self._indexes:
-            return tuple(self._pinned)
-
     def expire_tombstones(self) -> int:
         """Remove tombstones that have had their time, durably; returns how many."""
         now = self._wall_clock()

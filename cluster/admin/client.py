@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from grpc.aio import AioRpcError
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from lorafleet.adapter_store.manifest import NameTable
 from lorafleet.cluster.config import Warm
-from lorafleet.cluster.errors import ControllerUnavailable, unwrap
+from lorafleet.cluster.errors import ControllerUnavailable
 from lorafleet.cluster.ray_internals import by_value
+from lorafleet.cluster.routing.sole_call import answer_of
 from lorafleet.cluster.routing.whereabouts import note_resident
-from lorafleet.cluster.wire import Placed, Validation, result_of
+from lorafleet.cluster.wire import Placed, Validation
 from lorafleet.workers.state import WorkerState
 
 CALL_S = 15.0
@@ -114,16 +111,11 @@ class ControllerClient:
         await self._call("take_user_config", CALL_S, stamp, user_config)
 
     async def _call(self, method: str, timeout_s: float, *args: Any, **kwargs: Any) -> Any:
-        response = self._handle.options(method_name=method).remote(*args, **kwargs)
-        try:
-            async with asyncio.timeout(timeout_s):
-                return result_of(await response)
-        except TimeoutError:
-            response.cancel()
-            raise ControllerUnavailable("the controller does not answer", None, 5.0) from None
-        except RayTaskError as error:
-            raise unwrap(error) from error
-        except (RayActorError, DeploymentUnavailableError, AioRpcError) as error:
-            raise ControllerUnavailable(
+        return await answer_of(
+            self._handle.options(method_name=method).remote(*args, **kwargs),
+            timeout_s,
+            late=ControllerUnavailable("the controller does not answer", None, 5.0),
+            away=ControllerUnavailable(
                 "the controller is away; a change that was under way may have been made", None, 2.0
-            ) from error
+            ),
+        )

@@ -6,16 +6,14 @@ import asyncio
 from typing import Any
 
 import ray
-from grpc.aio import AioRpcError
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Desired, NamedAdapter, NameTable, Origin
 from lorafleet.cluster.config import Warm
-from lorafleet.cluster.errors import StoreUnavailable, unwrap
+from lorafleet.cluster.errors import StoreUnavailable
 from lorafleet.cluster.ray_internals import by_reference, by_value
-from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights, result_of
+from lorafleet.cluster.routing.sole_call import answer_of
+from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights
 
 CALL_S = 10.0
 """How long the store may take to answer from its catalogue."""
@@ -90,13 +88,9 @@ class StoreClient:
         return await self._await(self._handle.options(method_name=method).remote(*args, **kwargs), timeout_s)
 
     async def _await(self, response: DeploymentResponse[Any], timeout_s: float) -> Any:
-        try:
-            async with asyncio.timeout(timeout_s):
-                return result_of(await response)
-        except TimeoutError:
-            response.cancel()
-            raise StoreUnavailable("the adapter store does not answer", None, 2.0) from None
-        except RayTaskError as error:
-            raise unwrap(error) from error
-        except (RayActorError, DeploymentUnavailableError, AioRpcError) as error:
-            raise StoreUnavailable("the adapter store is away", None, 2.0) from error
+        return await answer_of(
+            response,
+            timeout_s,
+            late=StoreUnavailable("the adapter store does not answer", None, 2.0),
+            away=StoreUnavailable("the adapter store is away", None, 2.0),
+        )
