@@ -451,6 +451,7 @@ class Engine:
 
     def _end_unusable(self, sequence: Sequence) -> None:
         """Its numbers overflowed, which no other sequence notices."""
+        self._runner.cache.scrub(sequence.kv_pages)
         error = NonFiniteOutput(
             f"the logits are not finite: the base and this adapter overflow {self._runner.base.dtype} on this prompt"
         )

@@ -50,8 +50,10 @@ class KVCache:
         prefix_cache: bool = True,
     ) -> None:
         self.page_tokens = page_tokens
-        # Torch's attention multiplies what lies beyond a sequence's end by a probability of zero. Whoever had the page
-        # may have left an infinity there, and zero times that is no number. Our kernels do not read so far.
+        self._device = device
+        # Torch's attention multiplies what lies in a sequence's last page beyond its end by a probability of zero.
+        # Whoever had the page may have left an infinity there, and zero times that is no number. Our kernels do not
+        # read so far.
         self._zeroes_pages = device.type == "cpu"
         self.keys: tuple[Tensor, ...] = tuple(self._zeros(layer, num_pages, dtype, device) for layer in layers)
         self.values: tuple[Tensor, ...] = tuple(self._zeros(layer, num_pages, dtype, device) for layer in layers)
@@ -112,6 +114,14 @@ class KVCache:
                     unused.append(page)
         self._pages.free(unused)
 
+    def scrub(self, pages: Sequence[int]) -> None:
+        """Forget what a sequence computed, for it is not finite: the pages are shared no more, and those that only it
+        holds are zeroed. They stay held. A sequence that shares one is no better, and scrubs it in its turn.
+        """
+        if self._prefixes is not None:
+            self._prefixes.forget(pages)
+        self._zero([page for page in pages if self._num_holders[page] == 1])
+
     def match(self, version: str | None, tokens: Tokens) -> list[int]:
         """Pages that `acquire_prefix` would hold, without holding them."""
         return self._prefixes.match(version, tokens) if self._prefixes else []
@@ -144,7 +154,8 @@ class KVCache:
             self._pages.free(self._prefixes.drop(version))
 
     def _zero(self, pages: list[int]) -> None:
-        indices = torch.tensor(pages)
+        """After all that was launched before, on a GPU."""
+        indices = torch.tensor(pages, device=self._device)
         for tensor in (*self.keys, *self.values):
             tensor.index_fill_(0, indices, 0.0)
 

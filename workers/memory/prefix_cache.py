@@ -106,6 +106,14 @@ class PrefixCache:
         assert page not in self._idle, page
         self._idle[page] = None
 
+    def forget(self, pages: Sequence[int]) -> None:
+        """Cache these pages no more; sequences hold them. Pages that follow one of them can be found no more."""
+        for page in pages:
+            assert page not in self._idle, page
+            node = self._nodes.pop(page, None)
+            if node is not None:
+                del self._pages[node.key]
+
     def evict(self, num_pages: int) -> list[int]:
         """Forget the `num_pages` idle pages that were used longest ago; they are the caller's."""
         assert num_pages <= len(self._idle), (num_pages, len(self._idle))

@@ -186,6 +186,8 @@ def _decode(
         out[:num] = 0
         return
     table = batch.block_tables[:num, :num_pages]
+    if -1 not in batch.gathers:
+        table = _own_pages(table, batch.context_lengths[:num], keys.shape[2])
     mask = batch.masks.get((-1, window))
     if mask is None:
         lengths = batch.context_lengths[:num, None]
@@ -234,6 +236,16 @@ def _prefill(
         )
         out[start : start + num_rows] = attended[0].transpose(0, 1)
         start += num_rows
+
+
+def _own_pages(table: Tensor, lengths: Tensor, page_tokens: int) -> Tensor:
+    """The table, with a sequence's first page in all places behind its length.
+
+    What stands there is another sequence's page, which may hold what is not finite, and a probability of zero times
+    that is no number.
+    """
+    columns = torch.arange(table.shape[1], device=table.device) * page_tokens
+    return torch.where(columns < lengths[:, None], table, table[:, :1])
 
 
 def _rows_to_gather(batch: AttentionBatch, index: int, cache: Tensor, table: Tensor) -> Tensor:

@@ -81,6 +81,22 @@ def test_pages_of_a_dead_version_are_free_when_the_last_sequence_ends() -> None:
     assert cache.counts == KVPageCounts(used=0, cached=0, total=4)
 
 
+def test_scrubbed_pages_are_finite_and_shared_no_more() -> None:
+    cache = make(6)
+    mine = cache.insert("v", [1, 2, 3, 4, 5], cache.allocate(3))
+    sharing = cache.acquire_prefix("v", [1, 2, 9])
+    for tensor in (*cache.keys, *cache.values):
+        tensor[mine] = float("nan")
+    cache.scrub(mine)
+    assert cache.match("v", [1, 2, 3, 4, 5]) == []
+    cache.free(mine)
+    assert cache.counts == KVPageCounts(used=1, cached=0, total=6)
+    cache.scrub(sharing)
+    cache.free(sharing)
+    assert cache.counts == KVPageCounts(used=0, cached=0, total=6)
+    assert all(bool(tensor.isfinite().all()) for tensor in (*cache.keys, *cache.values))
+
+
 def test_without_a_prefix_cache_nothing_is_kept() -> None:
     cache = make(2, prefix_cache=False)
     pages = cache.allocate(2)
