@@ -22,6 +22,7 @@ from lorafleet.adapter_store.service import AdapterStore
 from lorafleet.adapter_store.sources import DirectoryConfig
 from tests.support.adapters import make_adapter
 from tests.support.bases import BaseKind
+from tests.support.clock import Clock
 
 MAX_RANK = 64
 
@@ -123,19 +124,9 @@ def copy_of(adapter_of: Callable[..., Path], tmp_path: Path) -> Callable[..., Ad
     return of
 
 
-class Clock:
-    """A clock that is moved by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture

@@ -39,7 +39,8 @@ from lorafleet.adapter_store.manifest import (
 )
 from lorafleet.adapter_store.service import GRACE_S, AdapterStore, StoreUsage
 from lorafleet.adapter_store.sources import DirectoryConfig, ObjectStoreConfig
-from tests.adapter_store.conftest import AdapterCopy, Base, Clock, staged_files
+from tests.adapter_store.conftest import AdapterCopy, Base, staged_files
+from tests.support.clock import Clock
 
 CopyOf = Callable[..., AdapterCopy]
 OpenStore = Callable[..., AdapterStore]
@@ -387,7 +388,7 @@ class TestResolve:
                 await store.resolve("a")
         assert asked == ["a"]
         copy_of("rank4_qv")
-        clock.now += resolution.ABSENT_S
+        clock.now_s += resolution.ABSENT_S
         assert (await store.resolve("a")).name == "a"
 
     async def test_refusals_are_told_and_remembered(self, store: AdapterStore, copy_of: CopyOf, clock: Clock) -> None:
@@ -400,7 +401,7 @@ class TestResolve:
         adapter.set_config(use_dora=False)
         with pytest.raises(AdapterRefused):
             await store.resolve("a")
-        clock.now += resolution.ABSENT_S
+        clock.now_s += resolution.ABSENT_S
         await store.resolve("a")
 
     async def test_remembered_absences_are_bounded(self, clock: Clock) -> None:
@@ -527,7 +528,7 @@ class TestSlowSources:
         with pytest.raises(SourceUnavailable):
             await two.resolve("b")
         (tmp_path / "first").mkdir()
-        clock.now += resolution.UNAVAILABLE_S
+        clock.now_s += resolution.UNAVAILABLE_S
         with pytest.raises(UnknownAdapter):
             await two.resolve("b")
 
@@ -575,7 +576,7 @@ class TestCollection:
         copy_of("rank4_qv", seed=2)
         new = await load(store, "a")
         assert await store.collect() == ()
-        clock.now += GRACE_S
+        clock.now_s += GRACE_S
         assert await store.collect() == (old,)
         assert [path.name for path in tmp_path.glob("state/*/versions/*")] == [new]
         assert staged_files(tmp_path) == []
@@ -588,10 +589,10 @@ class TestCollection:
     ) -> None:
         copy_of("rank4_qv")
         version = await load(store, "a")
-        clock.now += 10 * GRACE_S
+        clock.now_s += 10 * GRACE_S
         await store.delete("a")
         assert await store.collect() == ()
-        clock.now += GRACE_S
+        clock.now_s += GRACE_S
         assert await store.collect() == (version,)
 
     async def test_what_a_worker_holds_stays(self, store: AdapterStore, copy_of: CopyOf, clock: Clock) -> None:
@@ -599,7 +600,7 @@ class TestCollection:
         version = await load(store, "a")
         await store.delete("a")
         for _ in range(3):
-            clock.now += 0.9 * GRACE_S
+            clock.now_s += 0.9 * GRACE_S
             await store.reconcile("w", (version,))
             assert await store.collect() == ()
         await store.reconcile("w", ())
@@ -610,23 +611,23 @@ class TestCollection:
         version = await load(store, "a")
         await store.delete("a")
         await store.reconcile("w", (version,))
-        clock.now += GRACE_S
+        clock.now_s += GRACE_S
         assert await store.collect() == (version,)
 
     async def test_staging_and_fetching_count_as_use(self, store: AdapterStore, copy_of: CopyOf, clock: Clock) -> None:
         copy_of("rank4_qv")
         version = (await store.stage("disk", "a")).version
         for use in (lambda: store.fetch(version), lambda: store.stage("disk", "a")):
-            clock.now += 0.9 * GRACE_S
+            clock.now_s += 0.9 * GRACE_S
             await use()
             assert await store.collect() == ()
-        clock.now += GRACE_S
+        clock.now_s += GRACE_S
         assert await store.collect() == (version,)
 
     async def test_reconciling_collects_by_itself(self, store: AdapterStore, copy_of: CopyOf, clock: Clock) -> None:
         copy_of("rank4_qv")
         version = (await store.stage("disk", "a")).version
-        clock.now += GRACE_S
+        clock.now_s += GRACE_S
         await store.reconcile("w", ())
         await asyncio.gather(*store._background)
         with pytest.raises(UnknownVersion):
@@ -637,7 +638,7 @@ class TestCollection:
     ) -> None:
         copy_of("rank4_qv")
         version = (await store.stage("disk", "a")).version
-        clock.now += GRACE_S
+        clock.now_s += GRACE_S
         assert await store.collect() == (version,)
         with pytest.raises(UnknownVersion):
             await store.flip("a", version, source="disk", key="a", pinned=False, warm=0, origin="admin")

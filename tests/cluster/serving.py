@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,7 @@ from lorafleet.cluster.serving.dispatch import Dispatcher
 from lorafleet.cluster.serving.names import Names
 from lorafleet.cluster.serving.prompts import Prompts
 from tests.cluster.fakes import FakeStore, FakeWorkers, make_prompts
+from tests.support.wait import eventually
 
 BASE_ID = "org/tiny"
 STARTED = 1_700_000_000
@@ -85,11 +85,3 @@ def serving(service: Service) -> Iterator[Service]:
     finally:
         server.should_exit = True
         thread.join(10)
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    """Wait until another thread has made `condition` true."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.005)

@@ -7,16 +7,7 @@ from typing import Any
 import pytest
 
 from lorafleet.cluster.metrics import OTHER, AdapterLabels, RequestMetrics
-
-
-class Clock:
-    """Time stands still until told otherwise."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
+from tests.support.clock import Clock
 
 
 class Recorder:
@@ -46,7 +37,7 @@ def by_name(records: list[Any]) -> dict[str, float]:
 
 
 def test_a_request_is_timed_by_the_tokens_it_gets(records: list[Any]) -> None:
-    clock = Clock()
+    clock = Clock(100.0)
     timer = RequestMetrics(clock=clock).begin("shout")
     clock.now_s = 100.5
     timer.note_prompt(12, 4)
@@ -70,7 +61,7 @@ def test_a_request_is_timed_by_the_tokens_it_gets(records: list[Any]) -> None:
 
 
 def test_a_request_without_tokens_has_only_an_outcome_and_a_latency(records: list[Any]) -> None:
-    clock = Clock()
+    clock = Clock(100.0)
     timer = RequestMetrics(clock=clock).begin("shout")
     clock.now_s = 101.0
     timer.end("overloaded")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 
 import pytest
 
@@ -12,6 +12,7 @@ from lorafleet.cluster.errors import ModelNotFound, StoreUnavailable
 from lorafleet.cluster.serving.names import Names
 from lorafleet.cluster.wire import NamedVersion
 from tests.cluster.fakes import VERSIONS, FakeStore
+from tests.support.wait import until
 
 
 @pytest.fixture
@@ -25,12 +26,6 @@ async def names(store: FakeStore) -> AsyncGenerator[Names, None]:
     names.start()
     yield names
     names.stop()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def test_the_store_is_asked_every_time(names: Names, store: FakeStore) -> None:

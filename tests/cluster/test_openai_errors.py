@@ -17,7 +17,8 @@ from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.bodies import MAX_BODY_BYTES
 from lorafleet.cluster.openai.requests import ChatBody, CompletionBody
 from lorafleet.workers.errors import AdapterUnavailable, NoRoomError
-from tests.cluster.serving import BASE_ID, Service, eventually, serving
+from tests.cluster.serving import BASE_ID, Service, serving
+from tests.support.wait import eventually
 
 PROMPT = {"model": BASE_ID, "prompt": "Hello"}
 CHAT = {"model": BASE_ID, "messages": [{"role": "user", "content": "Hello"}]}

@@ -12,7 +12,8 @@ import pytest
 from starlette.types import Message
 
 from lorafleet.cluster.http.sse import ClientGone, EventStream, while_connected
-from tests.cluster.serving import BASE_ID, Service, eventually
+from tests.cluster.serving import BASE_ID, Service
+from tests.support.wait import eventually
 
 
 async def never() -> Message:

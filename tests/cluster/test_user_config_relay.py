@@ -13,6 +13,7 @@ from lorafleet.cluster.admin import relay as relay_module
 from lorafleet.cluster.admin.readiness import Readiness
 from lorafleet.cluster.admin.relay import UserConfigRelay
 from lorafleet.cluster.errors import ControllerUnavailable
+from tests.support.wait import until
 
 
 class Recipient:
@@ -49,16 +50,10 @@ def running(relay: UserConfigRelay) -> Iterator[None]:
         task.cancel()
 
 
-async def until(recipient: Recipient, taken: list[object]) -> None:
-    async with asyncio.timeout(5):
-        while recipient.taken != taken:
-            await asyncio.sleep(0.001)
-
-
 async def test_an_ingress_without_a_user_config_says_so_once() -> None:
     recipient = Recipient()
     with running(UserConfigRelay(recipient)):
-        await until(recipient, [None])
+        await until(lambda: recipient.taken == [None])
         await asyncio.sleep(0.02)
     assert recipient.taken == [None]
 
@@ -68,11 +63,11 @@ async def test_a_new_controller_is_told_again() -> None:
     relay = UserConfigRelay(recipient)
     relay.take({"adapters": []})
     with running(relay):
-        await until(recipient, [{"adapters": []}])
+        await until(lambda: recipient.taken == [{"adapters": []}])
         recipient.is_away = True
         await asyncio.sleep(0.01)
         recipient.stamp, recipient.taken, recipient.is_away = 0, [], False
-        await until(recipient, [{"adapters": []}])
+        await until(lambda: recipient.taken == [{"adapters": []}])
 
 
 async def test_an_older_ingress_does_not_bring_back_what_was_replaced() -> None:
@@ -83,7 +78,7 @@ async def test_an_older_ingress_does_not_bring_back_what_was_replaced() -> None:
     old.take("old")
     new.take("new")
     with running(new):
-        await until(recipient, ["new"])
+        await until(lambda: recipient.taken == ["new"])
         with running(old):
             await asyncio.sleep(0.02)
     assert recipient.taken == ["new"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -151,11 +150,3 @@ async def assert_idle(worker: Worker) -> None:
     """Nothing is left of any request: no sequence, no lease, no KV page."""
     state = await worker.state()
     assert (state.running, state.waiting, state.leases, state.kv_pages.used) == (0, 0, 0, 0), state
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Let the event loop run until `condition` holds."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "it did not come to pass"
-        await asyncio.sleep(0.002)

@@ -14,20 +14,11 @@ from lorafleet.workers.request import EngineRequest, SamplingParams
 from lorafleet.workers.scheduler import Scheduler
 from lorafleet.workers.sequence import AdapterReadiness, Sequence, pending_token
 from lorafleet.workers.step.batch import ScheduledRows
+from tests.support.clock import Clock
 
 PAGE_TOKENS = 4
 
 _ids = itertools.count()
-
-
-class Clock:
-    """Time that passes when a test says so."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 class Lease:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
@@ -14,8 +13,9 @@ from lorafleet.workers.errors import AdapterUnavailable, EngineFailed, NoRoomErr
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.memory.residency import Residency
+from tests.support.clock import Clock
+from tests.support.wait import eventually
 from tests.workers.memory.geometries import ATTENTION, TINY, groups_of, manifest_of, weights_of
-from tests.workers.stepping import Clock
 
 WEIGHTS = {
     version: weights_of(TINY, manifest_of(TINY, version, 8, ATTENTION), seed)
@@ -47,11 +47,14 @@ class Loading:
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Let the loader's threads work; its clock stands still."""
-        deadline_s = time.monotonic() + 10
-        while not condition():
-            assert time.monotonic() < deadline_s
+
+        def is_so() -> bool:
+            if condition():
+                return True
             self.loader.publish_ready()
-            time.sleep(0.001)
+            return False
+
+        eventually(is_so)
 
     def load(self, version: str, *, hold_s: float = 0.0, pinned: bool = False) -> None:
         future = self.loader.make_resident(version, hold_s=hold_s, pinned=pinned)

@@ -7,7 +7,8 @@ import random
 import time
 from contextlib import aclosing
 
-from tests.workers.harness import Answer, Shelf, ask, assert_idle, greedy, open_worker, random_prompt, request_of, until
+from tests.support.wait import until
+from tests.workers.harness import Answer, Shelf, ask, assert_idle, greedy, open_worker, random_prompt, request_of
 
 NUM_STREAMS = 100
 NUM_CLOSED = 80

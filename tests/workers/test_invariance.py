@@ -8,7 +8,8 @@ import pytest
 
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
 from lorafleet.workers.worker import Worker
-from tests.workers.harness import ENGINE, POOL, Answer, Shelf, ask, greedy, open_worker, random_prompt, until
+from tests.support.wait import until
+from tests.workers.harness import ENGINE, POOL, Answer, Shelf, ask, greedy, open_worker, random_prompt
 
 PROMPT = random_prompt(37, 99)
 LENGTH = 40

@@ -27,7 +27,8 @@ from lorafleet.workers.errors import (
 )
 from lorafleet.workers.request import EngineRequest, SamplingParams
 from lorafleet.workers.worker import Worker
-from tests.workers.harness import Answer, Shelf, ask, greedy, open_worker, random_prompt, request_of, until
+from tests.support.wait import until
+from tests.workers.harness import Answer, Shelf, ask, greedy, open_worker, random_prompt, request_of
 
 PROMPT = random_prompt(6, 3)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.live.service import TOKEN, LiveService, args_for, eventually, live_service, ray_cluster
+from tests.cluster.live.service import TOKEN, LiveService, args_for, live_service, ray_cluster
 from tests.support.adapters import make_adapter
 from tests.support.bases import BaseKind
+from tests.support.wait import eventually
 
 ADAPTERS = {
     "one": ("rank16", 1),

@@ -6,8 +6,7 @@ import json
 import os
 import signal
 import socket
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ import ray
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+
+from tests.support.wait import eventually
 
 APP = "lorafleet"
 BASE_ID = "tiny"
@@ -122,14 +123,6 @@ def served_by(responses: Sequence[httpx.Response]) -> set[str]:
 def version_of(response: httpx.Response) -> str:
     version: str = response.raise_for_status().json()["lorafleet"]["version"]
     return version
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    """Wait until other processes have made `condition` true."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"it did not come true within {timeout_s} s"
-        time.sleep(0.1)
 
 
 def free_port() -> int:

@@ -10,7 +10,8 @@ from ray.serve.schema import ApplicationStatus
 
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.ingress import Ingress, take_http_app
-from tests.cluster.live.service import APP, args_for, eventually, free_port
+from tests.cluster.live.service import APP, args_for, free_port
+from tests.support.wait import eventually
 
 pytestmark = pytest.mark.ray
 

@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster.live.service import LiveService, eventually, version_of
+from tests.cluster.live.service import LiveService, version_of
+from tests.support.wait import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("tidy")]
 

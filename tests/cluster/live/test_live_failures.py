@@ -11,7 +11,8 @@ import httpx
 import pytest
 import ray
 
-from tests.cluster.live.service import LiveService, eventually, served_by, version_of
+from tests.cluster.live.service import LiveService, served_by, version_of
+from tests.support.wait import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("tidy")]
 

@@ -11,7 +11,8 @@ import pytest
 from ray import serve
 
 from lorafleet.workers.request import GenerateRequest
-from tests.cluster.live.service import APP, LiveService, eventually
+from tests.cluster.live.service import APP, LiveService
+from tests.support.wait import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("tidy")]
 

@@ -12,7 +12,8 @@ from ray import serve
 from lorafleet.cluster.admin.fleet import ServeFleet
 from lorafleet.cluster.errors import WorkerGone
 from lorafleet.cluster.ray_internals import http_hosts
-from tests.cluster.live.service import APP, LiveService, eventually, served_by, version_of
+from tests.cluster.live.service import APP, LiveService, served_by, version_of
+from tests.support.wait import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("tidy")]
 
