@@ -57,7 +57,12 @@ class Ingress:
         keys.check_exposure(http_hosts())
         self._names = Names(StoreClient(store))
         self._dispatcher = Dispatcher(
-            config.model.id, Prompts.load(config.model), self._names, ServeWorkers(workers), RequestMetrics()
+            config.model.id,
+            Prompts.load(config.model),
+            self._names,
+            ServeWorkers(workers),
+            RequestMetrics(),
+            salts_prefixes=config.worker.prefix_cache == "per_key",
         )
         control = ControllerClient(controller, self._names.observe)
         self._readiness = Readiness(control, partial(live_workers, workers.deployment_id))

@@ -17,7 +17,7 @@ from lorafleet.cluster.errors import ClusterError
 from lorafleet.workers.errors import WorkerError
 from lorafleet.workers.request import GenerateDelta
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 """Grows with every change of a type that two builds may exchange during a rolling update."""
 VERSION_PREFIX = 16
 """Hex digits of a version that routers are told: enough to tell versions apart, short enough to broadcast."""

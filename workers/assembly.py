@@ -73,7 +73,7 @@ def assemble(
         page_tokens=engine.kv_page_tokens,
         dtype=TORCH_DTYPES[base.dtype],
         device=device,
-        prefix_cache=engine.prefix_cache,
+        prefix_cache=engine.prefix_cache != "off",
     )
     residency = Residency(adapter_pool)
     loader = AdapterLoader(adapter_pool, residency, fetch, on_gone=cache.drop)

@@ -37,6 +37,14 @@ BytesOrAuto = Annotated[
 ]
 
 
+def _sharing(value: object) -> object:
+    """YAML reads `off` as false, and the setting was a switch once."""
+    return {"true": "shared", "false": "off"}.get(str(value).lower(), value)
+
+
+PrefixSharing = Annotated[Literal["shared", "per_key", "off"], BeforeValidator(_sharing)]
+
+
 class Settings(BaseModel):
     """Base of every settings model: immutable, unknown keys are errors."""
 
@@ -83,8 +91,11 @@ class EngineConfig(Settings):
     max_running: int = Field(default=64, ge=1, description="Most sequences in one step.")
     kv_bytes: BytesOrAuto = Field(default="auto", description="Memory for KV pages.")
     kv_page_tokens: int = Field(default=16, ge=1, description="Tokens in one KV page.")
-    prefix_cache: bool = Field(
-        default=True, description="Keep KV pages of finished requests for prompts that start alike."
+    prefix_cache: PrefixSharing = Field(
+        default="shared",
+        description="Keep KV pages of finished requests for prompts that start alike: of all callers (`shared`), or of "
+        "the same API key (`per_key`), so that nobody learns from `cached_tokens` or from timing what others ask. "
+        "`off` keeps none.",
     )
     logits_chunk_tokens: int = Field(
         default=512,

@@ -200,6 +200,8 @@ class EngineRequest:
     """Content digest of the adapter; None: the base model."""
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    cache_salt: str = ""
+    """KV of prompts is shared by requests of one salt only."""
 
 
 @dataclass(frozen=True, slots=True)

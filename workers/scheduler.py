@@ -146,7 +146,9 @@ class Scheduler:
         # Logprobs of the prompt need every one of its positions computed.
         use_prefix = not sequence.wants_prompt_logprobs
         if use_prefix:
-            sequence.kv_pages = self._cache.acquire_prefix(sequence.version, sequence.token_ids)
+            sequence.kv_pages = self._cache.acquire_prefix(
+                sequence.version, sequence.token_ids, sequence.request.cache_salt
+            )
         num_cached = len(sequence.kv_pages) * self._cache.page_tokens
         # Room for the whole prompt and the first token, so that an admitted sequence gets somewhere.
         missing = self._missing_pages(sequence, len(sequence.token_ids) + 1)

@@ -37,7 +37,7 @@ def build_peer_router(dispatcher: Dispatcher, keys: Keys, not_ready: Callable[[]
     """The routes. not_ready: what the service still waits for, None once it is ready."""
 
     async def check_client(request: Request) -> None:
-        keys.check_client(request.headers.get("authorization"))
+        request.state.caller = keys.check_client(request.headers.get("authorization"))
 
     router = APIRouter(tags=["vLLM's data plane"])
 

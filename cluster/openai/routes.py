@@ -45,7 +45,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
     """The data plane. started: Unix seconds, when the base came to be."""
 
     async def check_client(request: Request) -> None:
-        keys.check_client(request.headers.get("authorization"))
+        request.state.caller = keys.check_client(request.headers.get("authorization"))
 
     router = APIRouter(
         prefix="/v1",
@@ -82,7 +82,11 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
     )
     async def complete(request: Request) -> Response:
         body = parse_body(CompletionBody, await read_body(request))
-        prepared = [await dispatcher.prepare(each, default_max_tokens=DEFAULT_MAX_TOKENS) for each in body.requests()]
+        caller = request.state.caller
+        prepared = [
+            await dispatcher.prepare(each, caller=caller, default_max_tokens=DEFAULT_MAX_TOKENS)
+            for each in body.requests()
+        ]
         reply = CompletionReply(body, prepared, dispatcher.prompts, request_id_of(request))
         return await _answer(request, dispatcher, prepared, reply, is_stream=body.stream)
 
@@ -94,7 +98,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
     )
     async def chat(request: Request) -> Response:
         body = parse_body(ChatBody, await read_body(request))
-        prepared = [await dispatcher.prepare(body.request(dispatcher.prompts.answers))]
+        prepared = [await dispatcher.prepare(body.request(dispatcher.prompts.answers), caller=request.state.caller)]
         reply = ChatReply(body, prepared, dispatcher.prompts, request_id_of(request))
         return await _answer(request, dispatcher, prepared, reply, is_stream=body.stream)
 

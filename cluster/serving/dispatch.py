@@ -83,12 +83,23 @@ class _Answer:
 class Dispatcher:
     """Serves requests for one base and all its adapters."""
 
-    def __init__(self, base_id: str, prompts: Prompts, names: Names, workers: Workers, metrics: RequestMetrics) -> None:
+    def __init__(
+        self,
+        base_id: str,
+        prompts: Prompts,
+        names: Names,
+        workers: Workers,
+        metrics: RequestMetrics,
+        *,
+        salts_prefixes: bool = False,
+    ) -> None:
+        """salts_prefixes: callers share no KV of prompts with each other."""
         self.base_id = base_id
         self.prompts = prompts
         self.names = names
         self._workers = workers
         self._metrics = metrics
+        self._salts_prefixes = salts_prefixes
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateDelta, None]:
         """All deltas of all `n` answers as they come. Closing the iterator stops the workers."""
@@ -97,9 +108,12 @@ class Dispatcher:
             async for delta in deltas:
                 yield delta
 
-    async def prepare(self, request: GenerateRequest, *, default_max_tokens: int | None = None) -> PreparedRequest:
+    async def prepare(
+        self, request: GenerateRequest, *, caller: str = "", default_max_tokens: int | None = None
+    ) -> PreparedRequest:
         """Resolve and check a request. Raises a ClusterError, or what the store raises on a first use.
 
+        caller: tells those that send requests apart; empty for Python handles, and where no key is needed.
         default_max_tokens: bound of the answer where the request names none; it need not fit the model's length.
         """
         model = self.model_of(request)
@@ -121,6 +135,7 @@ class Dispatcher:
                 version=version,
                 prompt_token_ids=prompt_token_ids,
                 sampling=sampling if i == 0 else _reseeded(sampling, i),
+                cache_salt=caller if self._salts_prefixes else "",
             )
             for i in range(request.n)
         )

@@ -39,6 +39,7 @@ class Service:
     prompts: Prompts = field(default_factory=make_prompts)
     store: FakeStore = field(default_factory=FakeStore)
     waits_for: str | None = None
+    salts_prefixes: bool = False
     workers: Any = None
     """`FakeWorkers`, unless others are given."""
     url: str = ""
@@ -47,7 +48,14 @@ class Service:
         self.workers = self.workers or FakeWorkers(self.prompts)
 
     def app(self) -> FastAPI:
-        dispatcher = Dispatcher(BASE_ID, self.prompts, Names(self.store), self.workers, RequestMetrics())
+        dispatcher = Dispatcher(
+            BASE_ID,
+            self.prompts,
+            Names(self.store),
+            self.workers,
+            RequestMetrics(),
+            salts_prefixes=self.salts_prefixes,
+        )
 
         async def not_ready() -> str | None:
             return self.waits_for

@@ -87,7 +87,7 @@ def test_command_lines_reach_every_key() -> None:
         "auth={api_keys_env: KEYS}",
     )
     assert config.worker.num_replicas == 3
-    assert config.worker.prefix_cache is False
+    assert config.worker.prefix_cache == "off"
     assert config.adapters.pool_bytes == 64 * 2**20
     assert config.adapters.preload[0].warm == "all"
     assert config.auth.api_keys_env == "KEYS"

@@ -133,7 +133,7 @@ async def open_worker(
     worker = Worker(
         worker_id="worker-0",
         model=model or ModelConfig(id="base", source=str(shelf.base)),
-        engine=engine.model_copy(update=engine_settings),
+        engine=EngineConfig.model_validate(engine.model_dump() | engine_settings),
         pool=pool,
         fetch=fetch or shelf.fetch,
     )

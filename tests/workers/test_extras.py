@@ -158,7 +158,7 @@ async def test_a_mixed_batch_on_a_gpu(kind: BaseKind, cases_of: Callable[[BaseKi
 
 
 async def test_in_chunks_beside_decodes(cases_of: Callable[[BaseKind], Cases]) -> None:
-    await ask_all(cases_of("llama_tied"), max_batch_tokens=16, max_logits_rows=8)
+    await ask_all(cases_of("llama_tied"), max_batch_tokens=16, logits_chunk_tokens=8)
 
 
 async def test_transformers_own_layers(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class Script:
         self.parts: WorkerParts = assemble(
             worker_id="w",
             model=ModelConfig(id="base", source=str(shelf.base), dtype="float32"),
-            engine=ENGINE.model_copy(update={"prefix_cache": False, **settings}),
+            engine=ENGINE.model_copy(update={"prefix_cache": "off", **settings}),
             pool=POOL,
             fetch=shelf.weights.__getitem__,
             deliver=self._take,

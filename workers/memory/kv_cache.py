@@ -122,18 +122,18 @@ class KVCache:
             self._prefixes.forget(pages)
         self._zero([page for page in pages if self._num_holders[page] == 1])
 
-    def match(self, version: str | None, tokens: Tokens) -> list[int]:
+    def match(self, version: str | None, tokens: Tokens, salt: str = "") -> list[int]:
         """Pages that `acquire_prefix` would hold, without holding them."""
-        return self._prefixes.match(version, tokens) if self._prefixes else []
+        return self._prefixes.match(version, tokens, salt) if self._prefixes else []
 
-    def acquire_prefix(self, version: str | None, tokens: Tokens) -> list[int]:
-        """Hold the pages of the longest cached prefix of a prompt; never all of it."""
-        pages = self.match(version, tokens)
+    def acquire_prefix(self, version: str | None, tokens: Tokens, salt: str = "") -> list[int]:
+        """Hold the pages of the longest prefix of a prompt that was cached with the same salt; never all of it."""
+        pages = self.match(version, tokens, salt)
         for page in pages:
             self._hold(page)
         return pages
 
-    def insert(self, version: str | None, tokens: Tokens, pages: Sequence[int]) -> list[int]:
+    def insert(self, version: str | None, tokens: Tokens, pages: Sequence[int], salt: str = "") -> list[int]:
         """Offer a sequence's full pages for sharing; `tokens` are those whose KV is computed, `pages` all its pages.
 
         Returns the pages that the sequence holds from now on: where another sequence had cached the same prefix first,
@@ -141,7 +141,7 @@ class KVCache:
         """
         if self._prefixes is None:
             return list(pages)
-        kept = self._prefixes.insert(version, tokens, pages)
+        kept = self._prefixes.insert(version, tokens, pages, salt)
         for mine, shared in zip(pages, kept, strict=True):
             if mine != shared:
                 self._hold(shared)

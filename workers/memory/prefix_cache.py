@@ -1,7 +1,8 @@
 """Which KV pages hold which tokens, so that prompts that start alike share them. Knows ids only; `KVCache` calls it.
 
 Full pages form a tree: a page is keyed by the page before it and by its own tokens, and the first page of a prompt by
-the adapter version. Keys are compared whole, never by hash alone, so a page can only match tokens that it was made of.
+the adapter version and by who shares it. Keys are compared whole, never by hash alone, so a page can only match tokens
+that it was made of.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import numpy.typing as npt
 Tokens = Sequence[int] | npt.NDArray[np.integer]
 """Token ids; an int32 array packs fastest."""
 
+Parent = int | tuple[str | None, str]
+"""The serial of the page before, or the version and the salt."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Node:
     """A cached page. `serial` is never used twice, so a child cannot outlive its parent into another prompt."""
 
     serial: int
-    key: tuple[int | str | None, bytes]
+    key: tuple[Parent, bytes]
     version: str | None
 
 
@@ -36,7 +40,7 @@ class PrefixCache:
     def __init__(self, page_tokens: int) -> None:
         self._page_tokens = page_tokens
         self._page_bytes = page_tokens * np.dtype(np.int32).itemsize
-        self._pages: dict[tuple[int | str | None, bytes], int] = {}
+        self._pages: dict[tuple[Parent, bytes], int] = {}
         self._nodes: dict[int, _Node] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._next_serial = 0
@@ -54,11 +58,14 @@ class PrefixCache:
     def __contains__(self, page: int) -> bool:
         return page in self._nodes
 
-    def match(self, version: str | None, tokens: Tokens) -> list[int]:
-        """Pages of the longest cached prefix of `tokens` under `version`; at least one token stays to be computed."""
+    def match(self, version: str | None, tokens: Tokens, salt: str = "") -> list[int]:
+        """Pages of the longest cached prefix of `tokens` under `version`; at least one token stays to be computed.
+
+        salt: pages are shared by those that give the same one.
+        """
         data, size = _pack(tokens), self._page_bytes
         pages: list[int] = []
-        parent: int | str | None = version
+        parent: Parent = (version, salt)
         for index in range((len(tokens) - 1) // self._page_tokens):
             page = self._pages.get((parent, data[index * size : (index + 1) * size]))
             if page is None:
@@ -67,7 +74,7 @@ class PrefixCache:
             parent = self._nodes[page].serial
         return pages
 
-    def insert(self, version: str | None, tokens: Tokens, pages: Sequence[int]) -> list[int]:
+    def insert(self, version: str | None, tokens: Tokens, pages: Sequence[int], salt: str = "") -> list[int]:
         """Cache the full pages of a sequence; `tokens` are those whose KV is computed, `pages` hold them in order.
 
         Returns `pages`, each replaced by the page that was cached before with the same prefix, if there is one: the
@@ -78,7 +85,7 @@ class PrefixCache:
         first = num_full
         while first > 0 and kept[first - 1] not in self._nodes:
             first -= 1
-        parent: int | str | None = version
+        parent: Parent = (version, salt)
         if first > 0:
             node = self._nodes[kept[first - 1]]
             assert node.version == version, "a sequence holds a page of another adapter version"

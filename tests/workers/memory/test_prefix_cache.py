@@ -30,6 +30,19 @@ def test_versions_share_nothing() -> None:
     assert cache.match(None, [1, 2, 3, 4]) == []
 
 
+def test_salts_share_nothing() -> None:
+    cache = PrefixCache(1)
+    assert cache.insert("v1", [1, 2, 3], [0, 1, 2], "mine") == [0, 1, 2]
+    assert cache.insert("v1", [1, 2, 3], [3, 4, 5], "yours") == [3, 4, 5]
+    assert cache.match("v1", [1, 2, 3, 4], "mine") == [0, 1, 2]
+    assert cache.match("v1", [1, 2, 3, 4], "yours") == [3, 4, 5]
+    assert cache.match("v1", [1, 2, 3, 4]) == []
+    assert cache.match("v1", [1, 2, 3, 4], "others") == []
+    for page in range(6):
+        cache.release(page)
+    assert sorted(cache.drop("v1")) == list(range(6))
+
+
 def test_half_pages_are_not_cached() -> None:
     cache = PrefixCache(4)
     assert cache.insert(None, list(range(6)), [0, 1]) == [0, 1]
