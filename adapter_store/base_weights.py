@@ -15,11 +15,10 @@ from typing import Protocol
 
 import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lorafleet.adapter_store.errors import SourceUnavailable
 from lorafleet.adapter_store.manifest import BaseGeometry
+from lorafleet.adapter_store.renaming import renamed
 from lorafleet.adapter_store.tensor_file import TensorFile
 from lorafleet.adapter_store.tensors import Tensor
 
@@ -73,12 +72,8 @@ class CheckpointWeights:
         """Names that transformers gives on load -> those of the file: GPT-NeoX's `embed_out` becomes `lm_head`."""
         path = self._path("config.json")
         fields = json.loads(path.read_bytes()) if path is not None else {}
-        for kind in (*(fields.get("architectures") or ()), fields.get("model_type")):
-            transforms = get_checkpoint_conversion_mapping(kind)
-            if transforms is not None:
-                renamings = [transform for transform in transforms if type(transform) is WeightRenaming]
-                return {rename_source_key(stored, renamings, [])[0]: stored for stored in self._file_of}
-        return {}
+        kinds = (*(fields.get("architectures") or ()), fields.get("model_type") or "")
+        return {renamed(kinds, stored): stored for stored in self._file_of}
 
     def _path(self, file_name: str) -> Path | None:
         if Path(self._source).is_dir():

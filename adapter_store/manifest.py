@@ -50,6 +50,8 @@ class BaseGeometry:
     """Output that has no matrix of its own -> the embedding whose it uses: `lm_head` -> `model.embed_tokens`."""
     parameters: frozenset[str] = frozenset()
     """Names of all parameters of the base, so that a refusal tells what cannot be changed from what is not there."""
+    kinds: tuple[str, ...] = ()
+    """The model's class and type, by which transformers knows how it renames a checkpoint's weights on load."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,13 +26,14 @@ from lorafleet.adapter_store.manifest import (
 )
 from lorafleet.adapter_store.patterns import one_time_limit
 from lorafleet.adapter_store.peft_config import LoraSpec, read_config
+from lorafleet.adapter_store.renaming import renamed, with_loaded_names
 from lorafleet.adapter_store.targets import effective_modules, listed, tied_outputs, unmatched_targets
-from lorafleet.adapter_store.tensor_file import TensorFile, tag_of, write_tensors
+from lorafleet.adapter_store.tensor_file import TensorEntry, TensorFile, tag_of, write_tensors
 from lorafleet.adapter_store.tensors import SERVED, Tensor
 from lorafleet.adapter_store.token_rows import read_token_rows, with_tokens
 from lorafleet.adapter_store.trained import TOKENS_FIELD, Trained, trained
 from lorafleet.adapter_store.validation import check_base_copy, check_products, check_ranks, check_values
-from lorafleet.adapter_store.wrappers import pefts_names
+from lorafleet.adapter_store.wrappers import PREFIX, pefts_names
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -137,13 +137,12 @@ class AdapterReader:
     def _plan(self, folder: Path, *, strict: bool = False) -> _Plan:
         """What is in the folder, and what for; no tensor is read yet."""
         self._check_files(folder)
-        spec = read_config(folder / CONFIG_FILE, strict=strict)
+        spec = with_loaded_names(read_config(folder / CONFIG_FILE, strict=strict), self.geometry)
         file = TensorFile.open(folder / WEIGHTS_FILE)
         if not file.entries:
             raise AdapterRefused("missing_tensor", f"{WEIGHTS_FILE} has no tensors", WEIGHTS_FILE)
         with one_time_limit():
-            names = pefts_names(file.entries, partial(is_pefts_name, geometry=self.geometry))
-            file = replace(file, entries={names[name]: entry for name, entry in file.entries.items()})
+            file = replace(file, entries=self._named(file.entries))
             lora = effective_modules(spec, self.geometry, present=modules_present(file.entries, self.geometry))
             check_ranks(lora, self.max_rank, "r")
             beside = trained(spec, self.geometry, {module.name for module in lora})
@@ -161,6 +160,23 @@ class AdapterReader:
             if absent:
                 warnings.append(f"{field} names what the base has no module of: {listed(absent)}")
         return _Plan(spec, file, lora, beside, modules, contents, tuple(warnings))
+
+    def _named(self, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+        """The tensors by the names that PEFT gives them on this base as transformers loads it."""
+
+        def loaded(name: str) -> str:
+            """`name` has no prefix."""
+            return name if is_pefts_name(name, self.geometry) else renamed(self.geometry.kinds, name)
+
+        names = pefts_names(entries, lambda name: is_pefts_name(loaded(name), self.geometry))
+        found: dict[str, TensorEntry] = {}
+        for name, entry in entries.items():
+            prefix = PREFIX if names[name].startswith(PREFIX) else ""
+            read = prefix + loaded(names[name].removeprefix(PREFIX))
+            if read in found:
+                raise AdapterRefused("unmatched_tensor", f"tensors {name[:200]} and another are both {read}", name)
+            found[read] = entry
+        return found
 
     def _manifest(
         self,

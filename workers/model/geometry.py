@@ -117,7 +117,8 @@ def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:
         dtype=dtype,
         vectors=_norm_parameters(model),
         tied=_tied(model),
-        parameters=frozenset(name for name, _ in model.named_parameters()),
+        parameters=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        kinds=(type(model).__name__, model.config.model_type),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ from lorafleet.workers.memory.kv_cache import LayerKV
 from lorafleet.workers.model.geometry import TORCH_DTYPES, empty_model, geometry_of, read_config, resolve_dtype
 from lorafleet.workers.model.reach import read_windows
 from lorafleet.workers.model.rope import fix_frequencies, longest_model_len
+
+logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 12
 """Length of the prompt that the substituted model must answer as the untouched one does."""
@@ -129,12 +132,26 @@ def _load_weights(source: str, config: PretrainedConfig, dtype: torch.dtype, dev
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise UnsupportedModel(f"the weights of model.source {source!r} cannot be loaded: {error}") from error
+        logger.info("transformers cannot load %s", source, exc_info=error)
+        raise UnsupportedModel(f"model.source {source!r} cannot be loaded: {_why_not_loaded(error)}") from error
     if found["missing_keys"]:
         # Transformers would make them up.
         raise UnsupportedModel(f"model.source {source!r} lacks the weights {', '.join(sorted(found['missing_keys']))}")
     model: PreTrainedModel = loaded
     return model
+
+
+def _why_not_loaded(error: Exception) -> str:
+    """In plain words; transformers' own are for the log."""
+    if isinstance(error, ImportError):
+        return "a package that transformers needs for it is not installed"
+    if isinstance(error, SafetensorError):
+        return "a weights file is damaged or incomplete"
+    if isinstance(error, OSError):
+        return "it has no weights in safetensors files, or they cannot be read"
+    if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
+        return "its weights have other shapes than its config.json says"
+    return "its weights are not those of its config.json"
 
 
 def refuse_recurrent(model: PreTrainedModel) -> None:

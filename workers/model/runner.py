@@ -364,7 +364,12 @@ class ModelRunner:
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-            raise UnsupportedModel(f"{type(self.base.model).__name__} cannot be computed on pages: {error}") from error
+            name = type(self.base.model).__name__
+            logger.info("%s cannot be computed on pages", name, exc_info=error)
+            raise UnsupportedModel(
+                f"{name} cannot be computed on pages: its layers ask for more than a step gives them, which is tokens, "
+                "positions, and keys and values on pages"
+            ) from error
         finally:
             self._attention.batch = None
             self.cache.free(pages)
