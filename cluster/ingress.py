@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from lorafleet.cluster.admin import routes as admin
 from lorafleet.cluster.admin.client import ControllerClient
+from lorafleet.cluster.admin.fleet import ServeFleet
 from lorafleet.cluster.admin.readiness import Readiness
 from lorafleet.cluster.admin.relay import UserConfigRelay
 from lorafleet.cluster.config import AppConfig
@@ -28,6 +29,7 @@ from lorafleet.cluster.openai.peer_routes import build_peer_router
 from lorafleet.cluster.ray_internals import http_hosts
 from lorafleet.cluster.routing.whereabouts import live_workers
 from lorafleet.cluster.serving.dispatch import Dispatcher
+from lorafleet.cluster.serving.exposition import Exposition
 from lorafleet.cluster.serving.names import Names
 from lorafleet.cluster.serving.prompts import Prompts
 from lorafleet.cluster.serving.streams import ServeWorkers
@@ -73,7 +75,12 @@ class Ingress:
                 [
                     openai.build_router(self._dispatcher, keys, started=config.model_created_s),
                     build_probes(self._readiness.not_ready),
-                    build_peer_router(self._dispatcher, keys, self._readiness.not_ready),
+                    build_peer_router(
+                        self._dispatcher,
+                        keys,
+                        self._readiness.not_ready,
+                        Exposition(config.model.id, ServeFleet(workers).counts),
+                    ),
                     admin.build_router(control, keys, hubs=config.adapters.hubs),
                 ],
                 config.http.cors_origins,

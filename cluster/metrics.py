@@ -14,13 +14,13 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 from lorafleet.workers.memory.residency import ResidencySnapshot
 from lorafleet.workers.state import WorkerState
-from lorafleet.workers.stats import EngineStats
+from lorafleet.workers.stats import LATENCY_BOUNDS_S, TOKEN_BOUNDS_S, EngineStats
 
 MAX_ADAPTER_LABELS = 100
 OTHER = "other"
 
-_LATENCY_S = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0]
-_TOKEN_S = [0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0]
+_LATENCY_S = list(LATENCY_BOUNDS_S)
+_TOKEN_S = list(TOKEN_BOUNDS_S)
 _LOAD_S = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0]
 
 
@@ -214,7 +214,7 @@ class WorkerMetrics:
         self._count(self._loads, residency.loads, "loads")
         self._count(self._evictions, residency.evictions, "evictions")
         self._count(self._reloads, residency.reloads_after_eviction, "reloads")
-        for reason, num_finished in list(stats.num_finished.items()):
+        for reason, num_finished in list(stats.served.num_finished.items()):
             self._count(self._finished, num_finished, "finished", reason)
         _observe(self._step_s, stats.take(stats.step_s), tags)
         _observe(self._load_s, stats.take(load_s), tags)

@@ -16,6 +16,8 @@ from lorafleet.adapter_store.manifest import AdapterManifest, NamedAdapter
 from lorafleet.cluster.errors import ClusterError
 from lorafleet.workers.errors import WorkerError
 from lorafleet.workers.request import GenerateDelta
+from lorafleet.workers.state import WorkerState
+from lorafleet.workers.stats import ServedCounts
 
 WIRE_VERSION = 2
 """Grows with every change of a type that two builds may exchange during a rolling update."""
@@ -95,6 +97,14 @@ class Validation:
 
     manifest: AdapterManifest
     estimates: tuple[Estimate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCounts:
+    """One worker's account for `GET /metrics`."""
+
+    state: WorkerState
+    served: ServedCounts
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,7 +164,7 @@ def routes() -> str:
         [
             openai_routes.build_router(cast(Any, None), Keys(), started=0),
             build_probes(cast(Any, None)),
-            build_peer_router(cast(Any, None), Keys(), cast(Any, None)),
+            build_peer_router(cast(Any, None), Keys(), cast(Any, None), cast(Any, None)),
             admin_routes.build_router(cast(Any, None), Keys()),
         ]
     )

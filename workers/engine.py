@@ -35,7 +35,7 @@ from lorafleet.workers.model.runner import ModelRunner, StepInFlight
 from lorafleet.workers.request import EngineRequest, FinishReason, GenerateDelta, StructuredOutputs, TokenLogprobs
 from lorafleet.workers.scheduler import Scheduler
 from lorafleet.workers.sequence import Sequence, pending_token
-from lorafleet.workers.stats import EngineStats
+from lorafleet.workers.stats import EngineStats, ServedCounts
 from lorafleet.workers.step.batch import ScheduledRows, StepBatch
 from lorafleet.workers.step.builder import BatchBuilder
 
@@ -178,6 +178,11 @@ class Engine:
 
         self._post(run)
         return future
+
+    def served(self) -> ServedCounts:
+        """What was served so far. On the engine's thread."""
+        self.stats.served.num_preemptions = self._scheduler.num_preemptions
+        return self.stats.served.copy()
 
     @property
     def num_running(self) -> int:
@@ -332,7 +337,9 @@ class Engine:
         num_made = place + 1 - sequence.num_prompt
         is_first = num_made == 1
         if is_first:
-            self.stats.note_first_token(self._clock() - sequence.arrival_s)
+            sequence.first_token_s = self._clock() - sequence.arrival_s
+            self.stats.served.note_first_token(sequence.first_token_s, sequence.num_prompt, sequence.num_cached)
+        self.stats.served.num_generated_tokens += 1
         past_min = num_made >= sampling.min_tokens
         if token_id in sampling.stop_token_ids and past_min:
             sequence.finish_reason, sequence.stop_reason = "stop", token_id
@@ -443,7 +450,7 @@ class Engine:
         del self._sequences[sequence.request.request_id]
         self._scheduler.finish(sequence)
         self._batches.release(sequence)
-        self.stats.note_finish(reason, sequence.num_prompt, num_made)
+        self.stats.served.note_end(reason, self._clock() - sequence.arrival_s, sequence.first_token_s, num_made)
 
     def _end_with(self, sequence: Sequence, error: Exception) -> None:
         self._outbox.append((sequence.request.request_id, error))

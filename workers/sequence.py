@@ -55,6 +55,8 @@ class Sequence:
     is_admitted: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_preemptions: int = 0
+    first_token_s: float | None = None
+    """From its arrival to its first token."""
     finish_reason: FinishReason | None = None
     is_over: bool = False
     """Finished or aborted; steps in flight may still compute rows of it, which are dropped."""

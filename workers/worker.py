@@ -19,7 +19,7 @@ from lorafleet.workers.engine import Delivery
 from lorafleet.workers.memory.residency import ResidencySnapshot
 from lorafleet.workers.request import EngineRequest, GenerateDelta
 from lorafleet.workers.state import AdapterPages, KVPages, ResidentAdapter, WorkerState
-from lorafleet.workers.stats import EngineStats
+from lorafleet.workers.stats import EngineStats, ServedCounts
 
 Result = TypeVar("Result")
 Take = Callable[[GenerateDelta | Exception], None]
@@ -203,6 +203,10 @@ class Worker:
                 for entry in snapshot.adapters
             ),
         )
+
+    async def served(self) -> ServedCounts:
+        """What the worker has served since it started."""
+        return await self._on_engine(self._engine.served)
 
     def routing_stats(self) -> dict[str, object]:
         """What a router needs: resident versions and load. Cheap, and safe from any thread."""

@@ -16,12 +16,14 @@ from ray.serve.handle import DeploymentHandle
 from lorafleet.adapter_store.manifest import AdapterManifest
 from lorafleet.cluster.errors import ServiceUnavailable, WorkerGone, unwrap
 from lorafleet.cluster.routing.whereabouts import live_workers
-from lorafleet.cluster.wire import result_of
+from lorafleet.cluster.wire import WorkerCounts, result_of
 from lorafleet.workers.errors import EngineFailed
 from lorafleet.workers.state import WorkerState
 
 CALL_S = 10.0
 """How long a worker may take to answer what needs no loading."""
+COUNTS_S = 3.0
+"""How long one may take to say what it has served: a scrape does not wait for long."""
 LOAD_S = 600.0
 """How long a worker may take to make an adapter resident."""
 
@@ -67,6 +69,12 @@ class ServeFleet:
     async def state(self, worker_id: str) -> WorkerState:
         state: WorkerState = await self._call(worker_id, "state", CALL_S)
         return state
+
+    async def counts(self) -> list[WorkerCounts]:
+        """What each worker has served, of those that say so in time."""
+        asked = [self._call(worker_id, "counts", COUNTS_S) for worker_id in sorted(await self.worker_ids())]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        return [each for each in found if isinstance(each, WorkerCounts)]
 
     async def make_resident(self, worker_id: str, version: str, *, hold_s: float, pinned: bool) -> None:
         await self._call(worker_id, "make_resident", LOAD_S, version, hold_s=hold_s, pinned=pinned)

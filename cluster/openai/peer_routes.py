@@ -1,4 +1,4 @@
-"""vLLM's routes that clients ask beside OpenAI's: health, version, tokenising."""
+"""vLLM's routes that clients ask beside OpenAI's: health, version, metrics, tokenising."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.bodies import read_body
@@ -21,6 +22,7 @@ from lorafleet.cluster.openai.peer_schemas import (
 )
 from lorafleet.cluster.openai.requests import parse_body
 from lorafleet.cluster.serving.dispatch import Dispatcher
+from lorafleet.cluster.serving.exposition import Exposition
 
 NEUTRAL = {
     "add_generation_prompt": (True,),
@@ -33,7 +35,9 @@ NEUTRAL = {
 """vLLM's fields of /tokenize that have no effect here, and their values without one."""
 
 
-def build_peer_router(dispatcher: Dispatcher, keys: Keys, not_ready: Callable[[], Awaitable[str | None]]) -> APIRouter:
+def build_peer_router(
+    dispatcher: Dispatcher, keys: Keys, not_ready: Callable[[], Awaitable[str | None]], exposition: Exposition
+) -> APIRouter:
     """The routes. not_ready: what the service still waits for, None once it is ready."""
 
     async def check_client(request: Request) -> None:
@@ -60,6 +64,15 @@ def build_peer_router(dispatcher: Dispatcher, keys: Keys, not_ready: Callable[[]
     @router.get("/version", summary="The version of lorafleet", responses=replies(VersionReply))
     async def get_version() -> JSONResponse:
         return JSONResponse({"version": version("lorafleet")})
+
+    @router.get(
+        "/metrics",
+        summary="What all workers have served, as Prometheus reads it, under vLLM's names",
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        response_class=Response,
+    )
+    async def metrics() -> Response:
+        return Response(await exposition.text(), media_type=CONTENT_TYPE_LATEST)
 
     guarded = APIRouter(
         dependencies=[Depends(check_client), *bearer("api_key", bool(keys.api_keys))],

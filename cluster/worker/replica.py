@@ -22,7 +22,7 @@ from lorafleet.adapter_store.manifest import AdapterManifest, Desired
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.metrics import WorkerMetrics
 from lorafleet.cluster.store.client import StoreClient
-from lorafleet.cluster.wire import EXPECTED, VERSION_PREFIX, Batch, Failure, RoutingReport, replying
+from lorafleet.cluster.wire import EXPECTED, VERSION_PREFIX, Batch, Failure, RoutingReport, WorkerCounts, replying
 from lorafleet.cluster.worker.outbox import Outboxes
 from lorafleet.cluster.worker.reconciler import Reconciler
 from lorafleet.workers.request import EngineRequest
@@ -86,6 +86,12 @@ class WorkerReplica:
         """What this worker holds and does."""
         self._check(worker_id)
         return await self._worker.state()
+
+    @replying
+    async def counts(self, worker_id: str) -> WorkerCounts:
+        """What this worker holds, does, and has served."""
+        self._check(worker_id)
+        return WorkerCounts(await self._worker.state(), await self._worker.served())
 
     @replying
     async def make_resident(self, version: str, *, hold_s: float, pinned: bool, worker_id: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
 from lorafleet.cluster.serving.prompts import Prompts
+from lorafleet.cluster.wire import WorkerCounts
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.request import EngineRequest, GenerateDelta
 from lorafleet.workers.worker import Worker
@@ -46,7 +47,13 @@ def engine_service(shelf: Shelf) -> Iterator[Service]:
     model = ModelConfig(id=BASE_ID, source=str(shelf.base))
     worker = Worker(worker_id="w0", model=model, engine=ENGINE, pool=POOL, fetch=shelf.fetch)
     versions = {folder.name: version for version, folder in shelf.folders.items()}
-    service = Service(prompts=Prompts.load(model), store=FakeStore(versions), workers=LocalWorkers(worker))
+
+    async def counts() -> list[WorkerCounts]:
+        return [WorkerCounts(await worker.state(), await worker.served())]
+
+    service = Service(
+        prompts=Prompts.load(model), store=FakeStore(versions), workers=LocalWorkers(worker), counts=counts
+    )
     try:
         with serving(service):
             yield service

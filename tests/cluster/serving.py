@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,13 +22,20 @@ from lorafleet.cluster.metrics import RequestMetrics
 from lorafleet.cluster.openai.peer_routes import build_peer_router
 from lorafleet.cluster.openai.routes import build_router
 from lorafleet.cluster.serving.dispatch import Dispatcher
+from lorafleet.cluster.serving.exposition import Exposition
 from lorafleet.cluster.serving.names import Names
 from lorafleet.cluster.serving.prompts import Prompts
+from lorafleet.cluster.wire import WorkerCounts
 from tests.cluster.fakes import FakeStore, FakeWorkers, make_prompts
 from tests.support.wait import eventually
 
 BASE_ID = "org/tiny"
 STARTED = 1_700_000_000
+
+
+async def no_counts() -> Sequence[WorkerCounts]:
+    """No worker says what it has served."""
+    return ()
 
 
 @dataclass(slots=True)
@@ -42,6 +49,7 @@ class Service:
     salts_prefixes: bool = False
     workers: Any = None
     """`FakeWorkers`, unless others are given."""
+    counts: Callable[[], Awaitable[Sequence[WorkerCounts]]] = no_counts
     url: str = ""
 
     def __post_init__(self) -> None:
@@ -64,7 +72,7 @@ class Service:
             [
                 build_router(dispatcher, self.keys, started=STARTED),
                 build_probes(not_ready),
-                build_peer_router(dispatcher, self.keys, not_ready),
+                build_peer_router(dispatcher, self.keys, not_ready, Exposition(BASE_ID, self.counts)),
             ]
         )
 

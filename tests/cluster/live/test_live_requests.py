@@ -8,10 +8,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
 from lorafleet.workers.request import GenerateRequest
-from tests.cluster.live.service import APP, LiveService
+from tests.cluster.live.service import APP, BASE_ID, LiveService
 from tests.support.wait import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("tidy")]
@@ -34,6 +35,17 @@ def test_the_python_handle_gives_what_http_gives(live: LiveService) -> None:
     for delta in handle.generate.remote(request):
         by_handle[delta.index] += delta.token_ids
     assert by_handle == {choice["index"]: choice["token_ids"] for choice in by_http}
+
+
+def test_metrics_have_every_worker(live: LiveService) -> None:
+    live.complete(BASE_ID, max_tokens=9).raise_for_status()
+
+    def made() -> dict[str, float]:
+        families = text_string_to_metric_families(live.http.get("/metrics").raise_for_status().text)
+        (tokens,) = [family for family in families if family.name == "vllm:generation_tokens"]
+        return {sample.labels["engine"]: sample.value for sample in tokens.samples}
+
+    eventually(lambda: set(made()) == live.worker_ids() and sum(made().values()) >= 9)
 
 
 def test_nothing_is_left_of_clients_that_vanish(live: LiveService) -> None:
