@@ -28,6 +28,8 @@ class AdapterStoreError(Exception):
 
     kind: ClassVar[ErrorKind] = "internal"
     retryable: ClassVar[bool] = False
+    retryable_elsewhere: ClassVar[bool] = False
+    """Whether a worker that has the adapter already may do what this one could not."""
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(code, message, param)
@@ -100,3 +102,4 @@ class StoreUnusable(AdapterStoreError):
     """`store_locked`, `store_damaged`, `store_full`, `store_not_writable`: look at the state folder."""
 
     kind = "internal"
+    retryable_elsewhere = True

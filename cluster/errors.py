@@ -66,6 +66,8 @@ class ClusterError(Exception):
 
     status: ClassVar[int]
     type: ClassVar[str] = "invalid_request_error"
+    retryable_elsewhere: ClassVar[bool] = False
+    """Whether another worker may do what this one could not."""
     code: str
 
     def __init__(self, message: str, param: str | None = None, retry_after_s: float | None = None) -> None:
@@ -176,6 +178,7 @@ class StoreUnavailable(ServiceUnavailable):
     """The adapter store is away and what was asked needs it."""
 
     code = "store_unavailable"
+    retryable_elsewhere = True
 
 
 class ControllerUnavailable(ServiceUnavailable):
@@ -202,6 +205,7 @@ class WorkerGone(ClusterError):
     status = 502
     type = "server_error"
     code = "worker_gone"
+    retryable_elsewhere = True
 
 
 class StreamBroken(ClusterError):

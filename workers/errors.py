@@ -21,6 +21,8 @@ class WorkerError(Exception):
     """Base of this package's errors. Arguments are what pickling needs; the message comes from `__str__`."""
 
     code: ClassVar[str] = "worker_error"
+    retryable_elsewhere: ClassVar[bool] = False
+    """Whether another worker may do what this one could not."""
 
 
 class WorkerConfigError(WorkerError):
@@ -33,6 +35,7 @@ class NoRoomError(WorkerError):
     """An adapter does not fit: too many pages or slots belong to adapters that are leased, pinned, held or loading."""
 
     code: ClassVar[str] = "no_room"
+    retryable_elsewhere = True
 
     def __init__(self, version: str, needed: int, free: int, in_use: int, pinned: int, total: int) -> None:
         """Pages: `needed` by the adapter; of `total`, `free` now, `in_use` (leased, held or loading), `pinned`."""
@@ -61,12 +64,14 @@ class EngineFailed(WorkerError):  # noqa: N818
     """The step loop ended with an error or stands still; the worker is to be replaced."""
 
     code: ClassVar[str] = "engine_failed"
+    retryable_elsewhere = True
 
 
 class AdapterUnavailable(WorkerError):  # noqa: N818
     """The weights of an adapter that is not resident cannot be fetched now; the same request may succeed later."""
 
     code: ClassVar[str] = "adapter_unavailable"
+    retryable_elsewhere = True
 
 
 class PromptTooLong(WorkerError):  # noqa: N818

@@ -4,7 +4,8 @@ Policy: of the workers where the adapter is resident, or where it was sent a mom
 loaded takes the request (power of two choices). Fallback: when that one is busier than the less loaded of two others by
 more than `spill_gap`, the other takes it and loads the adapter; so a hot adapter spreads and a cold one stays where it
 is. An adapter that is resident nowhere goes to the less loaded of two workers, at equal load to the one with more free
-pages; base-model requests likewise. Bound: a worker holds at most `max_load` requests of this router; when all do,
+pages; base-model requests likewise. While nobody can fetch adapters, a request waits for a worker that has its
+adapter rather than go to another. Bound: a worker holds at most `max_load` requests of this router; when all do,
 nobody is chosen and the request waits.
 """
 
@@ -45,11 +46,17 @@ class Placement:
     rng: random.Random = field(default_factory=random.Random)
     _sent: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def choose(self, version: str | None, candidates: Sequence[Candidate], now_s: float) -> str | None:
+    def choose(
+        self, version: str | None, candidates: Sequence[Candidate], now_s: float, *, only_resident: bool = False
+    ) -> str | None:
         """The id of the worker that is to take a request for `version` (None: the base); None if all are full.
 
+        only_resident: none but those that have said that they hold the version count, if there are any.
         Remembers the choice: call it once a request, right before sending it.
         """
+        if only_resident and version is not None:
+            holding = [candidate for candidate in candidates if version[:VERSION_PREFIX] in candidate.resident]
+            candidates = holding or candidates
         open_ = [candidate for candidate in candidates if candidate.load < self.max_load]
         if not open_:
             return None

@@ -33,6 +33,8 @@ class Waiter:
     request_id: str | None
     excluded: frozenset[str]
     """Workers that failed or rejected it; taken again only if there is no other."""
+    only_resident: bool = False
+    """Whether it goes where its adapter is resident, if it is anywhere."""
     chosen: asyncio.Future[RunningReplica] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -84,7 +86,12 @@ class WorkerRouter(DirectRouter):
         excluded: frozenset[str] = getattr(pending_request, "rejected_by", frozenset())
         excluded |= pending_request.kwargs.get("excluded", frozenset())
         request = pending_request.args[0] if pending_request.args else None
-        waiter = Waiter(getattr(request, "version", None), getattr(request, "request_id", None), excluded)
+        waiter = Waiter(
+            getattr(request, "version", None),
+            getattr(request, "request_id", None),
+            excluded,
+            pending_request.kwargs.get("only_resident", False),
+        )
         if is_retry:
             self._waiting.appendleft(waiter)
         else:
@@ -113,9 +120,11 @@ class WorkerRouter(DirectRouter):
         for waiter in tuple(self._waiting):
             candidates = [self._candidate(replica_id) for replica_id in self.replicas]
             candidates = [c for c in candidates if c.worker_id not in waiter.excluded] or candidates
-            worker_id = self._placement.choose(waiter.version, candidates, time.monotonic())
+            worker_id = self._placement.choose(
+                waiter.version, candidates, time.monotonic(), only_resident=waiter.only_resident
+            )
             if worker_id is None:
-                if waiter.excluded:
+                if waiter.excluded or waiter.only_resident:
                     continue  # others may take a worker that this one had better not
                 return
             self._waiting.remove(waiter)

@@ -13,17 +13,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from lorafleet.cluster.errors import BadRequest, NoWorker, StreamBroken, WorkerGone
+from lorafleet.cluster.errors import BadRequest, NoWorker, StoreUnavailable, StreamBroken, WorkerGone
 from lorafleet.cluster.metrics import RequestMetrics, RequestTimer
 from lorafleet.cluster.serving.names import Names
 from lorafleet.cluster.serving.prompts import Prompts
-from lorafleet.workers.errors import AdapterUnavailable, EngineFailed, NoRoomError
 from lorafleet.workers.request import EngineRequest, GenerateDelta, GenerateRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
-
-WORTH_ANOTHER_WORKER = (WorkerGone, EngineFailed, AdapterUnavailable, NoRoomError)
-"""What one worker may suffer and another not."""
 
 MAX_ATTEMPTS = 4
 RETRY_PAUSE_S = 0.05
@@ -52,8 +48,13 @@ class WorkerStream(Protocol):
 class Workers(Protocol):
     """All workers, behind a router."""
 
-    def generate(self, request: EngineRequest, excluded: frozenset[str]) -> WorkerStream:
-        """Start a sequence on some worker, not on one of `excluded`, which just failed it, while there are others."""
+    def generate(
+        self, request: EngineRequest, excluded: frozenset[str], *, only_resident: bool = False
+    ) -> WorkerStream:
+        """Start a sequence on some worker, not on one of `excluded`, which just failed it, while there are others.
+
+        only_resident: where its adapter is, if it is anywhere, for no worker can fetch it now.
+        """
         ...
 
 
@@ -223,10 +224,12 @@ class Dispatcher:
         """Deltas of one answer; another worker is tried when one fails it before anybody has seen of it."""
         sequence, timer = answer.sequence, answer.timer
         excluded: frozenset[str] = frozenset()
+        failure: Exception | None = None
         for attempt in range(1, MAX_ATTEMPTS + 1):
             # A worker that is tried again may not have let go of the former try yet.
             request = replace(sequence, request_id=f"{sequence.request_id}.{attempt}")
-            stream = self._workers.generate(request, excluded)
+            only_resident = self.names.is_away or isinstance(failure, StoreUnavailable)
+            stream = self._workers.generate(request, excluded, only_resident=only_resident)
             unseen: list[GenerateDelta] = []
             is_seen = is_finished = False
             try:
@@ -245,7 +248,9 @@ class Dispatcher:
                             yield each
                         unseen.clear()
                 return
-            except WORTH_ANOTHER_WORKER as error:
+            except Exception as error:
+                if not getattr(error, "retryable_elsewhere", False):
+                    raise
                 if is_seen:
                     raise StreamBroken("the worker was lost in the middle of the answer") from error
                 timer.forget_tokens(sum(len(delta.token_ids) for delta in unseen))
@@ -258,6 +263,7 @@ class Dispatcher:
             logger.warning("try %d of request %s failed: %s", attempt, sequence.request_id, failure)
             if attempt < MAX_ATTEMPTS:
                 await asyncio.sleep(RETRY_PAUSE_S * attempt)
+        assert failure is not None
         if isinstance(failure, WorkerGone):
             raise NoWorker("no worker could take the request; try again", None, 1.0) from failure
         raise failure

@@ -52,9 +52,12 @@ class ServeWorkers:
         self._lost: dict[str, int] = {}
         """By worker: the serial at which an outbox of it was lost last, with what was in it."""
 
-    def generate(self, request: EngineRequest, excluded: frozenset[str]) -> ServeStream:
-        """Start a sequence on the worker that the router chooses, not on one of `excluded` while there are others."""
-        response = self._generate.remote(request, self._outbox_id, excluded=excluded)
+    def generate(self, request: EngineRequest, excluded: frozenset[str], *, only_resident: bool = False) -> ServeStream:
+        """Start a sequence on the worker that the router chooses, not on one of `excluded` while there are others.
+
+        only_resident: where its adapter is resident, if it is anywhere.
+        """
+        response = self._generate.remote(request, self._outbox_id, excluded=excluded, only_resident=only_resident)
         return ServeStream(self, response, request.request_id, next(self._serials))
 
     def join(self, stream: ServeStream) -> None:

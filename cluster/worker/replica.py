@@ -56,11 +56,15 @@ class WorkerReplica:
         self._tasks = [asyncio.create_task(self._reconciler.run()), asyncio.create_task(self._report())]
 
     async def generate(
-        self, request: EngineRequest, outbox_id: str, excluded: frozenset[str] = frozenset()
+        self,
+        request: EngineRequest,
+        outbox_id: str,
+        excluded: frozenset[str] = frozenset(),
+        only_resident: bool = False,
     ) -> AsyncIterator[str | Failure | None]:
         """Answer into an outbox. Says which worker this is, and in the end None or what went wrong.
 
-        `excluded` are workers that the router avoids.
+        `excluded` and `only_resident` are for the router.
         """
         with self._outboxes.using(outbox_id) as outbox:
             answer = self._worker.answer(request, partial(outbox.put, request.request_id))

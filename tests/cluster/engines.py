@@ -22,7 +22,7 @@ class LocalWorkers:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
-    def generate(self, request: EngineRequest, excluded: frozenset[str]) -> LocalStream:
+    def generate(self, request: EngineRequest, excluded: frozenset[str], *, only_resident: bool = False) -> LocalStream:
         return LocalStream(self._worker.worker_id, self._worker.generate(request))
 
 

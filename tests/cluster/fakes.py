@@ -44,8 +44,11 @@ class FakeWorkers:
     started: list[tuple[str, EngineRequest]] = field(default_factory=list)
     num_cancelled: int = 0
     num_open: int = 0
+    only_resident: list[bool] = field(default_factory=list)
+    """Of each start, whether it had to go where the adapter is."""
 
-    def generate(self, request: EngineRequest, excluded: frozenset[str]) -> FakeStream:
+    def generate(self, request: EngineRequest, excluded: frozenset[str], *, only_resident: bool = False) -> FakeStream:
+        self.only_resident.append(only_resident)
         worker_id = next((worker for worker in self.worker_ids if worker not in excluded), self.worker_ids[0])
         self.started.append((worker_id, request))
         self.num_open += 1

@@ -8,7 +8,15 @@ from contextlib import aclosing
 
 import pytest
 
-from lorafleet.cluster.errors import BadRequest, ModelNotFound, NoWorker, Overloaded, StreamBroken, WorkerGone
+from lorafleet.cluster.errors import (
+    BadRequest,
+    ModelNotFound,
+    NoWorker,
+    Overloaded,
+    StoreUnavailable,
+    StreamBroken,
+    WorkerGone,
+)
 from lorafleet.cluster.metrics import RequestMetrics
 from lorafleet.cluster.serving.dispatch import MAX_ATTEMPTS, Dispatcher
 from lorafleet.cluster.serving.names import Names
@@ -66,7 +74,9 @@ async def test_answers_are_merged_and_seeds_move_on(dispatcher: Dispatcher, work
     assert len({request.request_id for _, request in workers.started}) == 4
 
 
-@pytest.mark.parametrize("error", [WorkerGone("died"), EngineFailed("stopped"), AdapterUnavailable("cold")])
+@pytest.mark.parametrize(
+    "error", [WorkerGone("died"), EngineFailed("stopped"), AdapterUnavailable("cold"), StoreUnavailable("away")]
+)
 async def test_another_worker_before_the_first_delta(
     dispatcher: Dispatcher, workers: FakeWorkers, error: Exception
 ) -> None:
@@ -76,7 +86,23 @@ async def test_another_worker_before_the_first_delta(
     assert {delta.worker_id for delta in answers[0]} == {"w1"}
     first, second = (request for _, request in workers.started)
     assert first.request_id != second.request_id
+    assert workers.only_resident == [False, isinstance(error, StoreUnavailable)]
     assert workers.num_open == 0
+
+
+async def test_while_the_store_is_away_requests_go_where_their_adapter_is(
+    prompts: Prompts, workers: FakeWorkers
+) -> None:
+    store = FakeStore()
+    names = Names(store)
+    dispatcher = Dispatcher(BASE_ID, prompts, names, workers, RequestMetrics())
+    await collect(dispatcher.generate(REQUEST))
+    store.leave()
+    while not names.is_away:
+        await asyncio.sleep(0.001)
+    await collect(dispatcher.generate(REQUEST))
+    names.stop()
+    assert workers.only_resident == [False, True]
 
 
 async def test_tries_are_bounded(dispatcher: Dispatcher, workers: FakeWorkers) -> None:

@@ -53,6 +53,17 @@ def test_takes_the_less_loaded_of_two_residents() -> None:
     assert chosen["w2"] == 0
 
 
+def test_while_nobody_can_fetch_it_goes_only_where_it_is() -> None:
+    placement = make(max_load=40, spill_gap=8)
+    held, lacking = Candidate("w0", load=39, resident=prefix(SHOUT)), Candidate("w1", load=0)
+    assert placement.choose(SHOUT, [held, lacking], 0.0) == "w1"
+    assert placement.choose(SHOUT, [held, lacking], 0.0, only_resident=True) == "w0"
+    full = Candidate("w0", load=40, resident=prefix(SHOUT))
+    assert placement.choose(SHOUT, [full, lacking], 0.0, only_resident=True) is None
+    assert placement.choose(WHISPER, [full, lacking], 0.0, only_resident=True) == "w1"
+    assert placement.choose(None, [full, lacking], 0.0, only_resident=True) == "w1"
+
+
 def test_stays_put_until_the_gap_and_then_spreads() -> None:
     workers = Workers(make(spill_gap=8), "w0", "w1")
     sent = [workers.send(SHOUT) for _ in range(60)]

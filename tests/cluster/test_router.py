@@ -111,6 +111,18 @@ async def test_those_that_find_all_full_wait_in_order_and_beyond_the_bound_are_r
     assert await asyncio.gather(*waiting) == ["w0", "w0"]
 
 
+async def test_who_can_only_be_served_where_its_adapter_is_waits_there_and_holds_up_nobody() -> None:
+    router = worker_router(max_load=1)
+    router.update_replicas([*replicas("w0"), *replicas("w1", resident=[SHOUT])])
+    assert await place(router, call(SHOUT, only_resident=True)) == "w1"
+    waiting = asyncio.create_task(place(router, call(SHOUT, only_resident=True)))
+    await settle()
+    assert not waiting.done()
+    assert await place(router, call()) == "w0"
+    complete(router, "w1")
+    assert await waiting == "w1"
+
+
 async def test_waiters_start_as_soon_as_a_worker_comes() -> None:
     router = worker_router()
     waiting = asyncio.create_task(place(router, call()))

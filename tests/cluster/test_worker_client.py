@@ -79,7 +79,9 @@ class Handle:
 
         return Method()
 
-    def generate(self, request: EngineRequest, outbox_id: str, *, excluded: frozenset[str]) -> Response:
+    def generate(
+        self, request: EngineRequest, outbox_id: str, *, excluded: frozenset[str], only_resident: bool
+    ) -> Response:
         self.calls.append((request.request_id, outbox_id, excluded))
         return self.answers.pop(0)
 

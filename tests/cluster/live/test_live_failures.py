@@ -60,7 +60,9 @@ def test_a_killed_worker_costs_only_its_begun_streams(live: LiveService) -> None
 
 def test_a_killed_store_is_missed_by_cold_adapters_only(live: LiveService) -> None:
     live.put("hot", "one", warm="all").raise_for_status()
+    live.put("lone", "thick", warm=1).raise_for_status()
     live.put("cold", "two", warm=0).raise_for_status()
+    [holder] = [worker for worker, state in live.adapter("lone")["workers"].items() if state == "resident"]
     before = live.http.get("/admin/v1/adapters").json()
     live.kill("adapter_store")
     began_s = time.monotonic()
@@ -68,6 +70,10 @@ def test_a_killed_store_is_missed_by_cold_adapters_only(live: LiveService) -> No
     while not seen_cold or seen_cold[-1].status_code == 503:
         assert live.complete("hot").status_code == 200
         assert live.complete("tiny").status_code == 200
+        # So many at once that some would go elsewhere, were somebody there to fetch it.
+        lone = live.complete_many("lone", 20)
+        assert not seen_cold or seen_cold[-1].status_code != 503 or served_by(lone) == {holder}
+        assert {response.status_code for response in lone} == {200}
         seen_cold.append(live.complete("cold"))
         assert time.monotonic() - began_s < 60
     away = seen_cold[:-1]
