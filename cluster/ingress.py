@@ -20,6 +20,7 @@ from lorafleet.cluster.admin.client import ControllerClient
 from lorafleet.cluster.admin.fleet import ServeFleet
 from lorafleet.cluster.admin.readiness import Readiness
 from lorafleet.cluster.admin.relay import UserConfigRelay
+from lorafleet.cluster.anthropic import routes as anthropic
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.http.app import build_http_app
 from lorafleet.cluster.http.probes import build_probes
@@ -27,6 +28,7 @@ from lorafleet.cluster.metrics import RequestMetrics
 from lorafleet.cluster.openai import routes as openai
 from lorafleet.cluster.openai.peer_routes import build_peer_router
 from lorafleet.cluster.ray_internals import http_hosts
+from lorafleet.cluster.responses import routes as responses
 from lorafleet.cluster.routing.whereabouts import live_workers
 from lorafleet.cluster.serving.dispatch import Dispatcher
 from lorafleet.cluster.serving.exposition import Exposition
@@ -74,6 +76,8 @@ class Ingress:
             build_http_app(
                 [
                     openai.build_router(self._dispatcher, keys, started=config.model_created_s),
+                    anthropic.build_router(self._dispatcher, keys),
+                    responses.build_router(self._dispatcher, keys),
                     build_probes(self._readiness.not_ready),
                     build_peer_router(
                         self._dispatcher,

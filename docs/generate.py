@@ -22,6 +22,7 @@ from lorafleet.adapter_store.peft_config import FIELDS
 from lorafleet.adapter_store.validation import RULES
 from lorafleet.cluster import errors, metrics
 from lorafleet.cluster.admin import routes as admin_routes
+from lorafleet.cluster.anthropic import routes as anthropic_routes
 from lorafleet.cluster.config import AppConfig, UserConfig
 from lorafleet.cluster.http.app import build_http_app
 from lorafleet.cluster.http.auth import Keys
@@ -30,6 +31,7 @@ from lorafleet.cluster.http.probes import build_probes
 from lorafleet.cluster.openai import requests as openai_requests
 from lorafleet.cluster.openai import routes as openai_routes
 from lorafleet.cluster.openai.peer_routes import build_peer_router
+from lorafleet.cluster.responses import routes as responses_routes
 from lorafleet.workers.request import GenerateDelta, GenerateRequest, TokenLogprobs
 
 DOCS = Path(__file__).parent
@@ -164,6 +166,8 @@ def routes() -> str:
         [
             openai_routes.build_router(cast(Any, None), Keys(), started=0),
             build_probes(cast(Any, None)),
+            responses_routes.build_router(cast(Any, None), Keys()),
+            anthropic_routes.build_router(cast(Any, None), Keys()),
             build_peer_router(cast(Any, None), Keys(), cast(Any, None), cast(Any, None)),
             admin_routes.build_router(cast(Any, None), Keys()),
         ]

@@ -25,14 +25,14 @@ def replies(model: object, *statuses: int, **more: Any) -> Responses:
     return {status: {"model": model, **more} for status in statuses or (200,)}
 
 
-def error_responses(*statuses: HTTPStatus) -> Responses:
-    """For `responses=` of a route or router: each status with the codes that come with it."""
+def error_responses(*statuses: HTTPStatus, model: type[BaseModel] = ErrorBody) -> Responses:
+    """For `responses=` of a route or router: each status with the codes that come with it, in a body of `model`."""
     codes: dict[int, set[str]] = {}
     for error in known_errors():
         codes.setdefault(error.status, set()).update(error.codes)
     return {
         status.value: {
-            "model": ErrorBody,
+            "model": model,
             "description": f"{status.phrase}: {', '.join(sorted(codes.get(status, ()))) or 'the code says why'}",
         }
         for status in statuses
@@ -64,18 +64,14 @@ def body_of(kind: type[BaseModel], neutral: Mapping[str, Sequence[object]]) -> S
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def events_of(chunk: type[BaseModel]) -> Schema:
-    """For `responses=` of a route that streams: an event is a chunk, an error in the end, or the end."""
-    data = {
-        "anyOf": [
-            {
-                "type": "string",
-                "contentMediaType": "application/json",
-                "contentSchema": {"anyOf": [_schema_of(chunk), _schema_of(ErrorBody)]},
-            },
-            {"const": "[DONE]"},
-        ]
+def events_of(chunk: type[BaseModel], error: type[BaseModel] = ErrorBody, *, has_end: bool = True) -> Schema:
+    """For `responses=` of a route that streams: an event is a chunk, an error in the end, or [DONE] with `has_end`."""
+    told = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_schema_of(chunk), _schema_of(error)]},
     }
+    data = {"anyOf": [told, {"const": "[DONE]"}]} if has_end else told
     event = {"type": "object", "required": ["data"], "properties": {"data": data}}
     return {"text/event-stream": {"itemSchema": event}}
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from transformers.utils.chat_parsing import ResponseParser
 
-from lorafleet.cluster.serving.answer_formats import AnswerFormat, Call
+from lorafleet.cluster.openai.requests import ChatBody
+from lorafleet.cluster.serving.answer_formats import AnswerFormat, Call, ToolFormat
+from lorafleet.cluster.serving.dispatch import PreparedRequest
+from lorafleet.cluster.serving.prompts import Prompts
 
 
-@dataclass(slots=True)
-class Reading:
-    """What one piece of text brought."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a text brought to one part of an answer."""
 
-    content: str = ""
-    reasoning: str = ""
-    calls: list[Call] = field(default_factory=list)
+    kind: Literal["content", "reasoning", "call", "arguments"]
+    text: str
+    """Of a call: the function's name. Its arguments follow, as pieces of the JSON text."""
 
 
 class AnswerReader:
@@ -28,9 +31,7 @@ class AnswerReader:
     def __init__(self, answers: AnswerFormat, prompt: str, *, tools: Sequence[Any], reads_calls: bool) -> None:
         """prompt: the text that the model was given. reads_calls: calls may come; else they are content."""
         self._format = answers
-        self._reads_calls = reads_calls
-        self._body = ""
-        self.calls: list[Call] = []
+        self._calls = CallReader(answers.tools)
         template = dict(answers.template or {})
         if not reads_calls:
             fields = {name: each for name, each in template.get("fields", {}).items() if name != "tool_calls"}
@@ -38,53 +39,132 @@ class AnswerReader:
         self._parser = ResponseParser(template, prefix=answers.prefix_of(prompt), tools=list(tools))
         self._is_first = True
 
-    def feed(self, text: str, *, is_last: bool) -> Reading:
-        """The next text of the answer."""
-        reading = Reading()
-        events = self._parser.initial_events if self._is_first else []
-        for event in events if not self._format.is_the_tokenizers else []:
-            if event["type"] == "region_chunk" and event["field"] != "reasoning_content":
-                reading.content += event["text"]
+    def feed(self, text: str, *, is_last: bool) -> list[Piece]:
+        """What the next text of the answer brings, in its order."""
+        events = [] if self._format.is_the_tokenizers or not self._is_first else self._parser.initial_events
+        first = [event for event in events if event["type"] == "region_chunk" and event["field"] != "reasoning_content"]
+        pieces = [Piece("content", event["text"]) for event in first]
         self._is_first = False
-        events = self._parser.feed(text)
+        events, rest = self._parser.feed(text), ""
         if is_last:
             try:
                 events += self._parser.finalize()[1]
             except ValueError:  # what the tokenizer's template cannot read
-                reading.content += self._body
+                rest = self._calls.body
         for event in events:
-            self._take(event, reading)
-        self.calls += reading.calls
-        return reading
+            pieces += self._pieces(event)
+        return joined([*pieces, Piece("content", rest)])
 
-    def _take(self, event: dict[str, Any], reading: Reading) -> None:
+    def _pieces(self, event: dict[str, Any]) -> Iterator[Piece]:
         kind, name = event["type"], event["field"]
-        if name == "tool_calls":
-            if kind == "region_open":
-                self._body = ""
-            elif kind == "region_chunk":
-                self._body += event["text"]
-            else:
-                self._end_call(event["value"], reading)
+        if name != "tool_calls":
+            if kind == "region_chunk":
+                yield Piece("reasoning" if name == "reasoning_content" else "content", event["text"])
+        elif kind == "region_open":
+            self._calls = CallReader(self._format.tools)
         elif kind == "region_chunk":
-            if name == "reasoning_content":
-                reading.reasoning += event["text"]
-            else:
-                reading.content += event["text"]
-
-    def _end_call(self, value: Any, reading: Reading) -> None:
-        if self._format.tools is None:
-            for each in value if isinstance(value, list) else [value]:
+            yield from self._calls.feed(event["text"])
+        elif self._format.tools is not None:
+            yield from self._calls.end()
+        else:
+            for each in event["value"] if isinstance(event["value"], list) else [event["value"]]:
                 function = each["function"]
                 arguments = function.get("arguments", {})
+                yield Piece("call", function["name"])
                 text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-                reading.calls.append(Call(function["name"], text))
+                yield Piece("arguments", text)
+
+
+class TextReader:
+    """Reads answers that are nothing but content."""
+
+    def feed(self, text: str, *, is_last: bool) -> list[Piece]:
+        """What the next text of the answer brings."""
+        return [Piece("content", text)] if text else []
+
+
+class CallReader:
+    """Reads the calls in one region of an answer: a name as soon as it is there, then the arguments as they come."""
+
+    def __init__(self, tools: ToolFormat | None) -> None:
+        """tools: None where the tokenizer's template reads calls, each as a whole."""
+        self._tools = tools
+        self.body = ""
+        """All that the region has so far."""
+        self._at = 0
+        """Where in it the reading stands."""
+        self._num_calls = 0
+        self._depth = 0
+        """Of braces, in the arguments of a call; 0 outside of them."""
+        self._in_string = self._is_escaped = False
+
+    def feed(self, text: str) -> Iterator[Piece]:
+        """What the next text of the region brings."""
+        self.body += text
+        while self._tools is not None:
+            if not self._depth:
+                found = next((found for head in self._tools.heads if (found := head.match(self.body, self._at))), None)
+                if found is None:
+                    return
+                self._num_calls += 1
+                self._at = found.end()
+                yield Piece("call", found["name"])
+            start, self._at = self._at, self._end_of_arguments()
+            yield Piece("arguments", self.body[start : self._at])
+            if self._depth:
+                return
+
+    def _end_of_arguments(self) -> int:
+        """Where the arguments end, or the text so far."""
+        for at in range(self._at, len(self.body)):
+            letter = self.body[at]
+            if self._is_escaped:
+                self._is_escaped = False
+            elif self._in_string:
+                self._is_escaped, self._in_string = letter == "\\", letter != '"'
+            elif letter == '"':
+                self._in_string = True
+            elif letter in "{}":
+                self._depth += 1 if letter == "{" else -1
+                if not self._depth:
+                    return at + 1
+        return len(self.body)
+
+    def end(self) -> Iterator[Piece]:
+        """The region has ended: calls that only the whole of it shows. What is no call is content."""
+        if self._depth:  # the bound on tokens cut it off
             return
+        assert self._tools is not None
         try:
-            reading.calls += self._format.tools.read(self._body)
+            calls: list[Call] = self._tools.read(self.body)
         except ValueError:
-            reading.content += self._body  # no call after all, or one that the bound on tokens cut off
-        self._body = ""
+            if not self._num_calls:
+                yield Piece("content", self.body)
+            return
+        for call in calls[self._num_calls :]:
+            yield Piece("call", call.name)
+            yield Piece("arguments", call.arguments)
+
+
+def reader_of(body: ChatBody, prepared: PreparedRequest, prompts: Prompts) -> AnswerReader | TextReader:
+    """What reads an answer to a conversation."""
+    calls = bool(body.tools) and body.choice != "none"
+    if not calls and not prompts.answers.thinks:
+        return TextReader()
+    # An answer that goes on with the client's own message is none that the model began.
+    prompt = prompts.decode(prepared.prompt_token_ids) if body.add_generation_prompt else ""
+    return AnswerReader(prompts.answers, prompt, tools=[tool.rendered() for tool in body.tools], reads_calls=calls)
+
+
+def joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """Neighbours of one kind as one piece, and none that is empty."""
+    found: list[Piece] = []
+    for piece in pieces:
+        if found and found[-1].kind == piece.kind != "call":
+            found[-1] = Piece(piece.kind, found[-1].text + piece.text)
+        elif piece.text:
+            found.append(piece)
+    return found
 
 
 def call_id() -> str:

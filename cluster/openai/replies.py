@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from lorafleet.cluster.openai.reading import AnswerReader, Reading, call_id
+from lorafleet.cluster.errors import ErrorReply
+from lorafleet.cluster.openai.reading import Piece, call_id, reader_of
 from lorafleet.cluster.openai.requests import ChatBody, CompletionBody
 from lorafleet.cluster.serving.dispatch import PreparedRequest
 from lorafleet.cluster.serving.prompts import Prompts
@@ -118,6 +119,10 @@ class Reply(ABC):
         if not self._wants_usage:
             return DONE
         return f'{self._head}"choices":[],"usage":{to_json(self._usage())}}}\n\n'.encode() + DONE
+
+    def failure(self, error: ErrorReply) -> bytes:
+        """The event that ends a stream whose status is long sent; no [DONE] follows it."""
+        return b"data: " + error.body() + b"\n\n"
 
     def feed(self, delta: GenerateDelta) -> None:
         """Keep a delta for the whole reply."""
@@ -322,29 +327,16 @@ class ChatReply(Reply):
         self, body: ChatBody, prepared: Sequence[PreparedRequest], prompts: Prompts, request_id: str | None = None
     ) -> None:
         super().__init__(body, prepared, prompts, request_id)
-        self._readers: list[AnswerReader | None] = [None] * len(self._answers)
+        self._readers = [reader_of(body, answer.prepared, prompts) for answer in self._answers]
+        self._num_calls = [0] * len(self._answers)
         self._shown: dict[str, Any] = {}
         """What the present delta shows of its message."""
-        calls = bool(body.tools) and body.choice != "none"
-        if calls or prompts.answers.thinks:
-            # An answer that goes on with the client's own message is none that the model began.
-            prompt = prompts.decode(prepared[0].prompt_token_ids) if body.add_generation_prompt else ""
-            tools = [tool.rendered() for tool in body.tools]
-            self._readers = [
-                AnswerReader(prompts.answers, prompt, tools=tools, reads_calls=calls) for _ in self._answers
-            ]
 
     def chunk(self, delta: GenerateDelta) -> bytes | None:
-        """The events for a delta: that of a call's name comes before that of its arguments."""
-        reader = self._readers[delta.index]
+        """The events for a delta: one for each part of the message that it adds to."""
         is_first = self._answers[delta.index].last is None
-        if reader is None:
-            self._shown = {"content": delta.text} if delta.text or is_first else {}
-            early: list[dict[str, Any]] = []
-        else:
-            first_call = len(reader.calls)
-            reading = reader.feed(delta.text, is_last=delta.finish_reason is not None)
-            *early, self._shown = _message_deltas(reading, first_call)
+        pieces = self._readers[delta.index].feed(delta.text, is_last=delta.finish_reason is not None)
+        *early, self._shown = [self._message_delta(delta.index, piece) for piece in pieces] or [{}]
         events = b""
         for each in early:
             choice = {"index": delta.index, "delta": each, "logprobs": None, "finish_reason": None}
@@ -355,16 +347,22 @@ class ChatReply(Reply):
         last = super().chunk(delta)
         return events + last if last is not None else events or None
 
+    def _message_delta(self, index: int, piece: Piece) -> dict[str, Any]:
+        """What a piece adds to its answer's message: a call's name first, then its arguments."""
+        if piece.kind in ("content", "reasoning"):
+            return {"content" if piece.kind == "content" else "reasoning_content": piece.text}
+        if piece.kind == "call":
+            call = {"index": self._num_calls[index], "id": call_id(), "type": "function"}
+            self._num_calls[index] += 1
+            return {"tool_calls": [call | {"function": {"name": piece.text, "arguments": ""}}]}
+        return {"tool_calls": [{"index": self._num_calls[index] - 1, "function": {"arguments": piece.text}}]}
+
     def _has_news(self, delta: GenerateDelta) -> bool:
         return bool(self._shown)
 
     def _finish_reason(self, index: int, delta: GenerateDelta) -> str | None:
-        reader = self._readers[index]
-        return (
-            "tool_calls"
-            if reader is not None and reader.calls and delta.finish_reason == "stop"
-            else delta.finish_reason
-        )
+        is_called = self._num_calls[index] and delta.finish_reason == "stop"
+        return "tool_calls" if is_called else delta.finish_reason
 
     def _chunk_choice(self, answer: Answer, delta: GenerateDelta, is_first: bool) -> dict[str, Any]:
         content: dict[str, Any] = {"role": "assistant"} if is_first else {}
@@ -378,18 +376,22 @@ class ChatReply(Reply):
         }
 
     def _whole_choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        text, reader = "".join(answer.texts), self._readers[index]
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        if reader is not None:
-            reading = reader.feed(text, is_last=True)
-            message["content"] = reading.content if reading.content or not reading.calls else None
-            if reading.reasoning:
-                message["reasoning_content"] = reading.reasoning
-            if reading.calls:
-                message["tool_calls"] = [
-                    {"id": call_id(), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                    for call in reading.calls
-                ]
+        pieces = self._readers[index].feed("".join(answer.texts), is_last=True)
+        said, thought = (
+            "".join(piece.text for piece in pieces if piece.kind == kind) for kind in ("content", "reasoning")
+        )
+        calls: list[dict[str, Any]] = []
+        for piece in pieces:
+            if piece.kind == "call":
+                calls.append({"id": call_id(), "type": "function", "function": {"name": piece.text, "arguments": ""}})
+            elif piece.kind == "arguments":
+                calls[-1]["function"]["arguments"] += piece.text
+        self._num_calls[index] = len(calls)
+        message: dict[str, Any] = {"role": "assistant", "content": said if said or not calls else None, "refusal": None}
+        if thought:
+            message["reasoning_content"] = thought
+        if calls:
+            message["tool_calls"] = calls
         return {
             "index": index,
             "message": message,
@@ -413,20 +415,6 @@ class ChatReply(Reply):
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         piece = self._prompts.piece(token_id)
         return {"token": piece.text, "logprob": _finite(logprob), "bytes": list(piece.utf8)}
-
-
-def _message_deltas(reading: Reading, first_call: int) -> list[dict[str, Any]]:
-    """What a piece of text adds to a message, at least one delta: a call's name first, then its arguments."""
-    deltas: list[dict[str, Any]] = []
-    if reading.reasoning:
-        deltas.append({"reasoning_content": reading.reasoning})
-    if reading.content:
-        deltas.append({"content": reading.content})
-    for index, call in enumerate(reading.calls, first_call):
-        function = {"name": call.name, "arguments": ""}
-        deltas.append({"tool_calls": [{"index": index, "id": call_id(), "type": "function", "function": function}]})
-        deltas.append({"tool_calls": [{"index": index, "function": {"arguments": call.arguments}}]})
-    return deltas or [{}]
 
 
 def _finite(logprob: float) -> float:

@@ -5,7 +5,7 @@ Turns the bytes of a body into `GenerateRequest`s. A field that is null counts a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -383,9 +383,11 @@ class ChatBody(SharedBody):
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def parse_body(kind: type[Body], raw: bytes) -> Body:
-    """Check a body. Raises BadRequest with `invalid_json`, `unsupported_parameter`, `unknown_parameter`,
-    `missing_parameter`, `empty_prompt` or `invalid_value`, naming the field.
+def parse_body(kind: type[Body], raw: bytes, neutral: Mapping[str, Sequence[object]] = NEUTRAL) -> Body:
+    """Check a body. neutral: fields without an effect, and the values in which they are accepted.
+
+    Raises BadRequest with `invalid_json`, `unsupported_parameter`, `unknown_parameter`, `missing_parameter`,
+    `empty_prompt` or `invalid_value`, naming the field.
     """
     try:
         body = from_json(raw, allow_inf_nan=False)
@@ -397,8 +399,8 @@ def parse_body(kind: type[Body], raw: bytes) -> Body:
     for name, value in body.items():
         if value is None:
             continue
-        if name in NEUTRAL and name not in kind.model_fields:
-            if not is_among(value, NEUTRAL[name]):
+        if name in neutral and name not in kind.model_fields:
+            if not is_among(value, neutral[name]):
                 raise BadRequest(f"{name} is not supported; leave it out", name, "unsupported_parameter")
             continue
         if name not in kind.model_fields and any(type(value) is type(inert) and value == inert for inert in INERT):

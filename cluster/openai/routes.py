@@ -1,13 +1,11 @@
 """OpenAI's routes: models, completions and chat completions.
 
-Parses, calls the dispatcher and writes the reply. What goes wrong before a reply has begun is raised, and `http.app`
-gives it a status; after that it becomes one last event here.
+Parses, calls the dispatcher and has the reply written. What goes wrong before a reply has begun is raised, and
+`http.app` gives it a status; after that it becomes one last event.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
@@ -15,13 +13,13 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
-from lorafleet.cluster.errors import ModelNotFound, describe
+from lorafleet.cluster.errors import ModelNotFound
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.bodies import read_body
 from lorafleet.cluster.http.description import Responses, bearer, body_of, error_responses, events_of, replies
 from lorafleet.cluster.http.request_ids import request_id_of
-from lorafleet.cluster.http.sse import ClientGone, EventStream, while_connected
-from lorafleet.cluster.openai.replies import ChatReply, CompletionReply, Reply
+from lorafleet.cluster.openai.answering import answer
+from lorafleet.cluster.openai.replies import ChatReply, CompletionReply
 from lorafleet.cluster.openai.requests import DEFAULT_MAX_TOKENS, ChatBody, CompletionBody, neutral_of, parse_body
 from lorafleet.cluster.openai.schemas import (
     ChatCompletion,
@@ -31,14 +29,10 @@ from lorafleet.cluster.openai.schemas import (
     ModelCard,
     ModelList,
 )
-from lorafleet.cluster.serving.dispatch import Dispatcher, PreparedRequest
+from lorafleet.cluster.serving.dispatch import Dispatcher
 from lorafleet.cluster.wire import NamedVersion
-from lorafleet.workers.request import GenerateDelta
 
 OWNER = "lorafleet"
-
-CLIENT_CLOSED_REQUEST = 499
-"""What proxies log for a client that hung up; nobody reads it."""
 
 
 def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRouter:
@@ -88,7 +82,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
             for each in body.requests()
         ]
         reply = CompletionReply(body, prepared, dispatcher.prompts, request_id_of(request))
-        return await _answer(request, dispatcher, prepared, reply, is_stream=body.stream)
+        return await answer(request, dispatcher, prepared, reply, is_stream=body.stream)
 
     @router.post(
         "/chat/completions",
@@ -100,52 +94,9 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
         body = parse_body(ChatBody, await read_body(request))
         prepared = [await dispatcher.prepare(body.request(dispatcher.prompts.answers), caller=request.state.caller)]
         reply = ChatReply(body, prepared, dispatcher.prompts, request_id_of(request))
-        return await _answer(request, dispatcher, prepared, reply, is_stream=body.stream)
+        return await answer(request, dispatcher, prepared, reply, is_stream=body.stream)
 
     return router
-
-
-async def _answer(
-    request: Request, dispatcher: Dispatcher, prepared: Sequence[PreparedRequest], reply: Reply, *, is_stream: bool
-) -> Response:
-    """Run the requests and answer, whole or as a stream.
-
-    A stream begins with its first delta, so that what fails before it still has a status of its own.
-    """
-    deltas = dispatcher.stream(prepared, is_whole=not is_stream)
-    try:
-        if not is_stream:
-            await while_connected(request.receive, _feed_all(reply, deltas))
-            return Response(reply.whole(), media_type="application/json", headers=reply.headers())
-        first = await while_connected(request.receive, anext(deltas))
-    except ClientGone:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    event = reply.chunk(first)
-    assert event is not None
-    return EventStream(_events(reply, event, deltas), reply.headers())
-
-
-async def _feed_all(reply: Reply, deltas: AsyncGenerator[GenerateDelta, None]) -> None:
-    async with aclosing(deltas):
-        async for delta in deltas:
-            reply.feed(delta)
-
-
-async def _events(
-    reply: Reply, first: bytes, deltas: AsyncGenerator[GenerateDelta, None]
-) -> AsyncGenerator[bytes, None]:
-    async with aclosing(deltas):
-        yield first
-        try:
-            async for delta in deltas:
-                event = reply.chunk(delta)
-                if event is not None:
-                    yield event
-        except Exception as error:
-            # The status is long sent: an event is all that can still tell, and no [DONE] follows it.
-            yield b"data: " + describe(error).body() + b"\n\n"
-            return
-        yield reply.end()
 
 
 def _base_card(dispatcher: Dispatcher, created: int) -> dict[str, Any]:

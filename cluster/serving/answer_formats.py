@@ -37,7 +37,9 @@ class ToolFormat:
     field: Mapping[str, Any]
     """Of the response template: where the body of one call, or of all of them, begins and ends."""
     read: Callable[[str], list[Call]]
-    """The calls in a body. Raises ValueError."""
+    """The calls in a whole body. Raises ValueError."""
+    heads: Sequence[re.Pattern[str]]
+    """What stands in a body between the end of one call's arguments and the next one's, whose name it has."""
     begin: str
     """What all calls begin with together, where a grammar writes them."""
     before: str
@@ -99,10 +101,20 @@ def _read_deepseek(body: str) -> list[Call]:
     return calls
 
 
+_OBJECT_HEAD = re.compile(
+    r"[\s,;\[\]}]*\{\s*\"name\"\s*:\s*\"(?P<name>[\w.-]+)\"\s*,\s*\"(?:arguments|parameters)\"\s*:\s*(?=\{)"
+)
+_NAMED_HEAD = re.compile(rf"[\s,\]]*{_NAMED.pattern}")
+_DEEPSEEK_HEAD = re.compile(
+    r"(?:\s|```|<｜tool▁call▁end｜>)*<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[^<\n]+?)"
+    r"(?:<｜tool▁sep｜>|\n```json\n)\s*(?=\{)"
+)
+
 TOOL_FORMATS: Mapping[str, ToolFormat] = {
     "hermes": ToolFormat(
         field={"open_pattern": r"\s*<tool_call>", "close": "</tool_call>"},
         read=_read_objects,
+        heads=(_OBJECT_HEAD,),
         begin="",
         before='<tool_call>\n{"name": NAME, "arguments": ',
         after="}\n</tool_call>",
@@ -112,6 +124,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
     "llama3_json": ToolFormat(
         field={"open_pattern": r'\A\s*(?:<\|python_tag\|>)?(?=\{\s*"name")'},
         read=_read_objects,
+        heads=(_OBJECT_HEAD,),
         begin="",
         before='{"name": NAME, "parameters": ',
         after="}",
@@ -121,6 +134,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
     "mistral": ToolFormat(
         field={"open_pattern": r"\s*\[TOOL_CALLS\]", "close_pattern": r"(?=\[TOOL_CALLS\])"},
         read=_read_mistral,
+        heads=(_OBJECT_HEAD, _NAMED_HEAD),
         begin="[TOOL_CALLS][",
         before='{"name": NAME, "arguments": ',
         after="}",
@@ -131,6 +145,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
     "deepseek": ToolFormat(
         field={"open_pattern": r"\s*<｜tool▁calls▁begin｜>", "close": "<｜tool▁calls▁end｜>"},
         read=_read_deepseek,
+        heads=(_DEEPSEEK_HEAD,),
         begin="<｜tool▁calls▁begin｜>",
         before="<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n",
         after="\n```<｜tool▁call▁end｜>",

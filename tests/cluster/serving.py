@@ -15,12 +15,14 @@ import openai
 import uvicorn
 from fastapi import FastAPI
 
+from lorafleet.cluster.anthropic import routes as anthropic_routes
 from lorafleet.cluster.http.app import build_http_app
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.probes import build_probes
 from lorafleet.cluster.metrics import RequestMetrics
 from lorafleet.cluster.openai.peer_routes import build_peer_router
 from lorafleet.cluster.openai.routes import build_router
+from lorafleet.cluster.responses import routes as responses_routes
 from lorafleet.cluster.serving.dispatch import Dispatcher
 from lorafleet.cluster.serving.exposition import Exposition
 from lorafleet.cluster.serving.names import Names
@@ -71,6 +73,8 @@ class Service:
         return build_http_app(
             [
                 build_router(dispatcher, self.keys, started=STARTED),
+                anthropic_routes.build_router(dispatcher, self.keys),
+                responses_routes.build_router(dispatcher, self.keys),
                 build_probes(not_ready),
                 build_peer_router(dispatcher, self.keys, not_ready, Exposition(BASE_ID, self.counts)),
             ]

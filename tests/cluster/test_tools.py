@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from lorafleet.cluster.openai.reading import AnswerReader, Piece, joined
 from lorafleet.cluster.serving.answer_formats import AnswerFormat, talk_grammar
 from lorafleet.cluster.serving.prompts import Prompts
 from lorafleet.workers.config import ModelConfig
@@ -110,6 +111,62 @@ def test_formats(monkeypatch: pytest.MonkeyPatch, parser: str, text: str, conten
         ("weather", json.loads(ROME)),
     ]
     assert answer["reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    ("parser", "text"),
+    [
+        ("hermes", 'a<tool_call>{"name": "weather", "arguments": %s, "id": 1}</tool_call> b'),
+        ("hermes", '<tool_call>[{"name": "weather","arguments": %s} , {"name":"now","arguments":{}}]</tool_call>'),
+        ("hermes", '<tool_call>{"arguments": %s, "name": "weather"}</tool_call>'),
+        ("llama3_json", '{"name": "weather", "parameters": %s}; {"name": "now", "parameters": {}}'),
+        ("mistral", "Hm[TOOL_CALLS]weather[ARGS]%s[TOOL_CALLS]now{}"),
+        ("mistral", '[TOOL_CALLS][{"name": "weather", "arguments": %s}, {"name": "now", "arguments": {}}]'),
+        (
+            "deepseek",
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n%s\n```<｜tool▁call▁end｜>\n"
+            "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        ),
+        ("hermes", '<tool_call>{"name": "weather", "arguments": %s'),
+        ("hermes", "<tool_call>{broken: %s}</tool_call>"),
+    ],
+    ids=["hermes", "list", "name-last", "llama3", "mistral-args", "mistral", "deepseek", "cut-off", "broken"],
+)
+def test_pieces_of_any_length_are_read_alike(parser: str, text: str) -> None:
+    text %= '{"city": "{\\"}\\\\", "in": {"a": [{}]}}'
+    answers = answers_of(parser)
+
+    def read(length: int) -> list[Piece]:
+        reader = AnswerReader(answers, "", tools=TOOLS, reads_calls=True)
+        found: list[Piece] = []
+        for at in range(0, len(text), length):
+            found += reader.feed(text[at : at + length], is_last=at + length >= len(text))
+        return joined(found)
+
+    whole = read(len(text))
+    assert [piece.kind for piece in whole if piece.kind != "content"][:2] in ([], ["call", "arguments"])
+    for piece in whole:
+        if piece.kind == "arguments":
+            json.loads(piece.text)
+    for length in range(1, 30):
+        assert read(length) == whole
+
+
+def test_arguments_are_streamed_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service()
+    service.prompts.answers = answers_of("hermes")
+    said(service, monkeypatch, f'<tool_call>{{"name": "weather", "arguments": {OSLO}}}</tool_call>')
+    with serving(service):
+        pieces = [
+            call.function.arguments
+            for chunk in service.client().chat.completions.create(
+                model=BASE_ID, messages=MESSAGES, tools=TOOLS, stream=True
+            )
+            for call in chunk.choices[0].delta.tool_calls or []
+            if call.function is not None
+        ]
+    assert "".join(text or "" for text in pieces) == OSLO
+    assert len(pieces) > 5
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

@@ -1,0 +1,88 @@
+"""Runs prepared requests and answers in HTTP, whole or as a stream, in the form that a reply has."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Protocol
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from lorafleet.cluster.errors import ErrorReply, describe
+from lorafleet.cluster.http.sse import ClientGone, EventStream, while_connected
+from lorafleet.cluster.serving.dispatch import Dispatcher, PreparedRequest
+from lorafleet.workers.request import GenerateDelta
+
+CLIENT_CLOSED_REQUEST = 499
+"""What proxies log for a client that hung up; nobody reads it."""
+
+
+class Reply(Protocol):
+    """One HTTP request's answer: fed with all deltas and then whole, or chunk by chunk and then an end."""
+
+    def feed(self, delta: GenerateDelta) -> None:
+        """Keep a delta for the whole reply."""
+        ...
+
+    def whole(self) -> bytes:
+        """The whole reply as JSON."""
+        ...
+
+    def chunk(self, delta: GenerateDelta) -> bytes | None:
+        """The events for a delta; None when nothing of it is to be seen yet, which the first one never is."""
+        ...
+
+    def end(self) -> bytes:
+        """The events that end a stream."""
+        ...
+
+    def failure(self, error: ErrorReply) -> bytes:
+        """The event that ends a stream whose status is long sent."""
+        ...
+
+    def headers(self) -> Mapping[str, str]:
+        """Of the response."""
+        ...
+
+
+async def answer(
+    request: Request, dispatcher: Dispatcher, prepared: Sequence[PreparedRequest], reply: Reply, *, is_stream: bool
+) -> Response:
+    """Run the requests and answer, whole or as a stream.
+
+    A stream begins with its first delta, so that what fails before it still has a status of its own.
+    """
+    deltas = dispatcher.stream(prepared, is_whole=not is_stream)
+    try:
+        if not is_stream:
+            await while_connected(request.receive, _feed_all(reply, deltas))
+            return Response(reply.whole(), media_type="application/json", headers=reply.headers())
+        first = await while_connected(request.receive, anext(deltas))
+    except ClientGone:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    event = reply.chunk(first)
+    assert event is not None
+    return EventStream(_events(reply, event, deltas), reply.headers())
+
+
+async def _feed_all(reply: Reply, deltas: AsyncGenerator[GenerateDelta, None]) -> None:
+    async with aclosing(deltas):
+        async for delta in deltas:
+            reply.feed(delta)
+
+
+async def _events(
+    reply: Reply, first: bytes, deltas: AsyncGenerator[GenerateDelta, None]
+) -> AsyncGenerator[bytes, None]:
+    async with aclosing(deltas):
+        yield first
+        try:
+            async for delta in deltas:
+                event = reply.chunk(delta)
+                if event is not None:
+                    yield event
+        except Exception as error:
+            yield reply.failure(describe(error))
+            return
+        yield reply.end()

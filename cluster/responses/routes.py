@@ -1,0 +1,57 @@
+"""POST /v1/responses: a body becomes a chat body, and its answer a response."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+
+from lorafleet.cluster.http.auth import Keys
+from lorafleet.cluster.http.bodies import ErrorBody, read_body
+from lorafleet.cluster.http.description import bearer, body_of, error_responses, events_of, replies
+from lorafleet.cluster.openai.answering import answer
+from lorafleet.cluster.openai.requests import parse_body
+from lorafleet.cluster.openai.turns import Turn
+from lorafleet.cluster.responses.replies import ResponseReply
+from lorafleet.cluster.responses.requests import NEUTRAL, ResponsesBody
+from lorafleet.cluster.responses.schemas import ResponseEvent, ResponseObject
+from lorafleet.cluster.serving.dispatch import Dispatcher
+
+
+def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
+    """The route."""
+
+    async def check_client(request: Request) -> None:
+        keys.check_client(request.headers.get("authorization"))
+
+    router = APIRouter(
+        prefix="/v1",
+        dependencies=[Depends(check_client), *bearer("api_key", bool(keys.api_keys))],
+        tags=["OpenAI"],
+        responses=error_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.INTERNAL_SERVER_ERROR),
+    )
+
+    @router.post(
+        "/responses",
+        summary="Answer a conversation in the form of OpenAI's Responses",
+        openapi_extra=body_of(ResponsesBody, NEUTRAL),
+        responses=replies(ResponseObject, 200, content=events_of(ResponseEvent, ErrorBody, has_end=False))
+        | error_responses(
+            HTTPStatus.BAD_REQUEST,
+            HTTPStatus.NOT_FOUND,
+            HTTPStatus.CONFLICT,
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            HTTPStatus.UNPROCESSABLE_ENTITY,
+            HTTPStatus.TOO_MANY_REQUESTS,
+            HTTPStatus.SERVICE_UNAVAILABLE,
+        ),
+    )
+    async def respond(request: Request) -> Response:
+        body = parse_body(ResponsesBody, await read_body(request), NEUTRAL)
+        chat = body.chat()
+        prepared = await dispatcher.prepare(chat.request(dispatcher.prompts.answers))
+        reply = ResponseReply(body, Turn(chat, prepared, dispatcher.prompts))
+        return await answer(request, dispatcher, [prepared], reply, is_stream=body.stream)
+
+    return router
