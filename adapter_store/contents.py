@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorafleet.adapter_store.errors import AdapterRefused
-from lorafleet.adapter_store.manifest import BaseGeometry, ModuleManifest, ModuleShape
+from lorafleet.adapter_store.manifest import BaseGeometry, ModuleManifest, ModuleShape, magnitude_of
 from lorafleet.adapter_store.peft_config import LoraSpec
+from lorafleet.adapter_store.targets import tied_outputs
 from lorafleet.adapter_store.tensor_file import TensorEntry, tag_of
-from lorafleet.adapter_store.trained import Trained, norms
+from lorafleet.adapter_store.trained import TOKENS_FIELD, Trained, norms
 from lorafleet.adapter_store.wrappers import nearest, prefix_of
 
 _FACTORS = {"linear": (".lora_A.weight", ".lora_B.weight"), "embedding": (".lora_embedding_A", ".lora_embedding_B")}
@@ -52,6 +53,8 @@ class Contents:
     """Module -> its A and B."""
     lora_biases: Mapping[str, str]
     """Linear module -> the bias on its B."""
+    magnitudes: Mapping[str, str]
+    """Module -> DoRA's magnitudes of its outputs."""
     biases: Mapping[str, str]
     """Linear module -> its own bias, trained."""
     replaced: Mapping[str, str]
@@ -63,7 +66,7 @@ class Contents:
     @property
     def served(self) -> frozenset[str]:
         """All that the adapter needs of the file."""
-        one_each = (self.lora_biases, self.biases, self.replaced, self.token_rows)
+        one_each = (self.lora_biases, self.magnitudes, self.biases, self.replaced, self.token_rows)
         names = [name for places in one_each for name in places.values()]
         return frozenset(names).union(*self.factors.values())
 
@@ -128,9 +131,11 @@ class _Matching:
     def contents(self) -> Contents:
         factors = dict(self._factors())
         lora_biases = dict(self._lora_biases()) if self._spec.lora_bias else {}
+        magnitudes = dict(self._magnitudes()) if self._spec.use_dora else {}
         replaced = dict(self._replaced())
         token_rows = dict(self._token_rows())
-        placed = {*lora_biases.values(), *replaced.values(), *token_rows.values()}.union(*factors.values())
+        one_each = (lora_biases, magnitudes, replaced, token_rows)
+        placed = {name for places in one_each for name in places.values()}.union(*factors.values())
         biases: dict[str, str] = {}
         copies: list[BaseCopy] = []
         for name in self._entries:
@@ -144,7 +149,7 @@ class _Matching:
             else:
                 module = parameter.removesuffix(".bias")
                 biases[module] = self._checked(name, (self._geometry.modules[module].out_dim,), module)
-        return Contents(factors, lora_biases, biases, replaced, token_rows, tuple(copies))
+        return Contents(factors, lora_biases, magnitudes, biases, replaced, token_rows, tuple(copies))
 
     def _factors(self) -> Iterator[tuple[str, tuple[str, str]]]:
         for module in self._modules:
@@ -161,6 +166,15 @@ class _Matching:
                 message = f"lora_bias is true, and LoRA is on the embedding {module}, where PEFT has no such bias"
                 raise AdapterRefused("unsupported_field", message, "lora_bias")
             yield module, self._checked(f"{self._prefix}{module}.lora_B.bias", (shape.out_dim,), module)
+
+    def _magnitudes(self) -> Iterator[tuple[str, str]]:
+        tied = tied_outputs(self._lora, self._geometry) if self._spec.ensure_weight_tying else set()
+        for module in sorted(self._lora):
+            if module in self._trained.tokens or module in tied:
+                field = "ensure_weight_tying" if module in tied else TOKENS_FIELD
+                raise AdapterRefused("unsupported_field", f"use_dora and {field} are both on {module}", "use_dora")
+            name = f"{self._prefix}{magnitude_of(module)}"
+            yield module, self._checked(name, (self._geometry.modules[module].out_dim,), module)
 
     def _replaced(self) -> Iterator[tuple[str, str]]:
         whole = self._trained.modules

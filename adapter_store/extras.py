@@ -1,4 +1,4 @@
-"""What an adapter brings beside low-rank factors: parameters in the place of the base's, and biases to add."""
+"""What an adapter brings beside low-rank factors: parameters in the base's place, magnitudes, and biases to add."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from lorafleet.adapter_store.base_weights import BaseWeights, own_weight
 from lorafleet.adapter_store.contents import Contents
 from lorafleet.adapter_store.errors import AdapterRefused
-from lorafleet.adapter_store.manifest import BaseGeometry, ExtraManifest, shared_extra
+from lorafleet.adapter_store.manifest import BaseGeometry, ExtraManifest, magnitude_of, shared_extra
 from lorafleet.adapter_store.tensor_file import TensorFile
 from lorafleet.adapter_store.tensors import Tensor
 from lorafleet.adapter_store.validation import check_values
@@ -45,7 +45,8 @@ def read_extras(
 
     Raises AdapterRefused `base_weights_unverified` when a trained bias has no bias of the base to be compared with.
     """
-    extras = [*_replaced(file, contents), *_added(file, contents, scalings, base, geometry)]
+    added = _added(file, contents, scalings, base, geometry)
+    extras = [*_replaced(file, contents), *_magnitudes(file, contents), *added]
     return sorted(extras, key=lambda extra: extra.manifest.name)
 
 
@@ -54,6 +55,13 @@ def _replaced(file: TensorFile, contents: Contents) -> Iterator[Extra]:
         tensor = file.read(name)
         array = tensor.array.reshape(-1, tensor.shape[-1])
         yield Extra(shared_extra(parameter, "replaced", *array.shape), name, Tensor(tensor.tag, array))
+
+
+def _magnitudes(file: TensorFile, contents: Contents) -> Iterator[Extra]:
+    for module, name in contents.magnitudes.items():
+        tensor = file.read(name)
+        manifest = shared_extra(magnitude_of(module), "magnitude", 1, len(tensor.array))
+        yield Extra(manifest, name, Tensor(tensor.tag, tensor.array.reshape(1, -1)))
 
 
 def _added(

@@ -70,25 +70,34 @@ def shared_module(name: str, rank: int, scaling: float) -> ModuleManifest:
     return ModuleManifest(name, rank, scaling)
 
 
+ExtraKind = Literal["replaced", "added", "magnitude"]
+
+
 @dataclass(frozen=True, slots=True)
 class ExtraManifest:
     """What an adapter version brings beside low-rank factors: `num_rows` rows of `width` elements.
 
     `replaced`: a parameter that takes the place of the base's for the adapter's rows, `name` is the parameter's: a
     norm's (`model.norm.weight`, one row), or the matrix of the embedding or of the head (a row a token). `added`: one
-    row that is added to the output of the linear module `name`, a trained bias less the base's.
+    row that is added to the output of the linear module `name`, a trained bias less the base's. `magnitude`: one row,
+    DoRA's; the worker divides it by the norms of the base's weight with scaling * B @ A; `name` is as `magnitude_of`.
     """
 
     name: str
-    kind: Literal["replaced", "added"]
+    kind: ExtraKind
     num_rows: int
     width: int
 
 
 @lru_cache(maxsize=2**16)
-def shared_extra(name: str, kind: Literal["replaced", "added"], num_rows: int, width: int) -> ExtraManifest:
+def shared_extra(name: str, kind: ExtraKind, num_rows: int, width: int) -> ExtraManifest:
     """As `shared_module`."""
     return ExtraManifest(name, kind, num_rows, width)
+
+
+def magnitude_of(module: str) -> str:
+    """The name of a module's magnitudes, in PEFT's files and among extras."""
+    return f"{module}.lora_magnitude_vector"
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,11 @@ FIELDS: Mapping[str, FieldRule] = {
         "with LoRA or `modules_to_save` on the same module",
     ),
     "use_bdlora": FieldRule("refused", "BD-LoRA stores its factors as blocks"),
-    "use_dora": FieldRule("refused", "DoRA rescales the base's own part, by norms of the sum of both weights"),
+    "use_dora": FieldRule(
+        "served",
+        "its magnitudes are divided by the norms of the base's weights with LoRA's added, at loading; not "
+        "together with `lora_bias`, nor with `trainable_token_indices` or `ensure_weight_tying` on the same module",
+    ),
     "use_qalora": FieldRule("refused", "QALoRA pools the inputs of quantised layers"),
     "use_rslora": FieldRule("served", "scaling by the root of the rank"),
     "velora_config": FieldRule("harmless", "VeLoRA changes the backward pass only"),
@@ -145,6 +149,7 @@ class LoraSpec:
     bias: Literal["none", "lora_only", "all"]
     """Whose biases were trained: nobody's, those of the targeted modules, or all of the base."""
     lora_bias: bool
+    use_dora: bool
     modules_to_save: frozenset[str]
     """Ends of the names of modules that were trained as a whole."""
     token_indices: Mapping[str, tuple[int, ...]]
@@ -189,6 +194,7 @@ def read_config(path: Path, *, strict: bool = False) -> LoraSpec:
         ensure_weight_tying=_flag(fields, "ensure_weight_tying"),
         bias=_bias(fields),
         lora_bias=_flag(fields, "lora_bias"),
+        use_dora=_flag(fields, "use_dora"),
         modules_to_save=_modules_to_save(fields),
         token_indices=_token_indices(fields),
         warnings=tuple(ignored.values())[:_MAX_WARNINGS],
@@ -208,6 +214,8 @@ def _refuse_unsupported(fields: Mapping[str, object]) -> None:
             f"init_lora_weights {_shown(init)}: such an adapter needs a changed base "
             "(convert it: save_pretrained(path_initial_model_for_weight_conversion=...))",
         )
+    if fields.get("use_dora") and fields.get("lora_bias"):
+        _unsupported("use_dora", "use_dora and lora_bias are both true, which PEFT refuses")
     for name, value in fields.items():
         rule = FIELDS.get(name)
         if rule is None and value not in _OFF and _COMPUTES.fullmatch(name):

@@ -10,7 +10,7 @@ loading an adapter changes only their contents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -30,6 +30,50 @@ LOAD_ALIGN = 8
 def aligned(num_elements: _Elements) -> _Elements:
     """`num_elements`, rounded up to where the next row may start."""
     return -(-num_elements // ROW_ALIGN) * ROW_ALIGN
+
+
+_RUN_COLUMNS = 1024
+"""Columns that one program of `adjust` takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class VectorPart:
+    """A run of output columns whose rows of an adapter's own lie in one piece each."""
+
+    column: int
+    width: int
+    added: int
+    """Entry of `OutputVectors.starts` for what is added; -1: nothing ever is."""
+    scale: int
+    """Entry for the scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputVectors:
+    """What adapters have over the output of a module, or of several that share their input, beside low-rank factors."""
+
+    pool: Tensor
+    """(pool_elements,) model dtype: the whole pool."""
+    starts: Tensor
+    """(num_slots, num_entries) int32: start of each row, in ROW_ALIGN elements; -1 where the adapter has none."""
+    parts: tuple[VectorPart, ...]
+    run_columns: int = _RUN_COLUMNS
+    runs: Tensor = field(init=False)
+    """(num_runs, 5) int32 on the pool's device: column, width, offset in its part, and the part's entries."""
+
+    def __post_init__(self) -> None:
+        step = self.run_columns
+        runs = [
+            (part.column + offset, min(step, part.width - offset), offset, part.added, part.scale)
+            for part in self.parts
+            for offset in range(0, part.width, step)
+        ]
+        object.__setattr__(self, "runs", torch.tensor(runs, dtype=torch.int32, device=self.pool.device).view(-1, 5))
+
+    @property
+    def out_dim(self) -> int:
+        """The column after the last."""
+        return max((part.column + part.width for part in self.parts), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +100,8 @@ class LoraWeights:
     part_starts: tuple[int, ...]
     """First output column of each part, over the slices' concatenated outputs."""
     part_widths: tuple[int, ...]
+    vectors: OutputVectors | None = None
+    """What adapters have over the outputs beside A and B."""
 
     def __post_init__(self) -> None:
         num_slots, num_slices = self.ranks.shape
@@ -104,6 +150,7 @@ class LoraEmbeddingWeights:
     part_slices: tuple[int, ...]
     part_starts: tuple[int, ...]
     part_widths: tuple[int, ...]
+    vectors: OutputVectors | None = None
 
     def __post_init__(self) -> None:
         _check_table("a_pages", self.a_pages, (self.ranks.shape[0], self.a_pages.shape[1]))

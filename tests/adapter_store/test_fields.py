@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorafleet.adapter_store.errors import AdapterRefused
-from lorafleet.adapter_store.manifest import AdapterWeights
+from lorafleet.adapter_store.manifest import AdapterWeights, magnitude_of
 from lorafleet.adapter_store.peft_config import FIELDS
 from lorafleet.adapter_store.peft_format import AdapterReader
 from tests.adapter_store.conftest import AdapterCopy, Base
@@ -37,7 +37,7 @@ def with_adapter(base: Path, weights: AdapterWeights) -> PreTrainedModel:
             if extra.kind == "replaced":
                 parameter = model.get_parameter(extra.name)
                 parameter.copy_(array.reshape(parameter.shape))
-            else:
+            elif extra.kind == "added":
                 module = model.get_submodule(extra.name)
                 own = torch.zeros(extra.width) if module.bias is None else module.bias
                 module.bias = torch.nn.Parameter(own + array[0])
@@ -46,6 +46,11 @@ def with_adapter(base: Path, weights: AdapterWeights) -> PreTrainedModel:
             a, b = (torch.from_numpy(array.astype(np.float64)) for array in weights.tensors[manifest.name])
             delta = manifest.scaling * (a @ b if isinstance(module, torch.nn.Embedding) else b.T @ a)
             module.weight += delta.T if isinstance(module, Conv1D) else delta
+            magnitude = weights.extras.get(magnitude_of(manifest.name))
+            if magnitude is not None:
+                axis = 0 if isinstance(module, torch.nn.Embedding | Conv1D) else 1
+                scale = torch.from_numpy(magnitude.astype(np.float64)[0]) / module.weight.norm(dim=axis)
+                module.weight *= scale.unsqueeze(axis)
     return model
 
 
@@ -75,7 +80,7 @@ def assert_does_as_peft(base: Base, folder: Path) -> AdapterWeights:
         torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
         assert (logits[1] - logits[2]).abs().max() > 0.5, "the adapter changes next to nothing"
     touched = {module.name for module in weights.manifest.modules} | {
-        extra.name.removesuffix(".weight") for extra in weights.manifest.extras
+        extra.name.removesuffix(".weight").removesuffix(".lora_magnitude_vector") for extra in weights.manifest.extras
     }
     assert changed <= touched
     return weights

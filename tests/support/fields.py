@@ -163,6 +163,21 @@ SERVED: dict[str, FieldCase] = {
     "tokens-saved-head": FieldCase(
         ("trainable_token_indices",), {"trainable_token_indices": list(TOKENS), "modules_to_save": ("lm_head",)}
     ),
+    "dora": FieldCase(("use_dora",), {"use_dora": True, "target_modules": ALL_SEVEN}, "qwen2"),
+    "dora-one-of-a-group": FieldCase(("use_dora",), {"use_dora": True}),
+    "dora-rslora": FieldCase(("use_dora", "use_rslora"), {"use_dora": True}, kind="rslora"),
+    "dora-patterns": FieldCase(("use_dora", "rank_pattern", "alpha_pattern"), {"use_dora": True}, kind="rank_pattern"),
+    "dora-embeddings": FieldCase(("use_dora",), {"use_dora": True}, kind="embeddings_all"),
+    "dora-embeddings-tied": FieldCase(("use_dora",), {"use_dora": True}, "llama_tied", "embeddings_all"),
+    "dora-conv1d": _gpt2("use_dora", use_dora=True),
+    "dora-bias": FieldCase(
+        ("use_dora", "bias", "modules_to_save"),
+        {"use_dora": True, "bias": "all", "modules_to_save": ("norm", "embed_tokens")},
+        "qwen2",
+    ),
+    "dora-tokens": FieldCase(
+        ("use_dora", "trainable_token_indices"), {"use_dora": True, "trainable_token_indices": list(TOKENS)}
+    ),
     "everything": FieldCase(
         ("bias", "modules_to_save", "trainable_token_indices"),
         {
@@ -182,7 +197,13 @@ REFUSED: dict[str, FieldCase] = {
     "alora-empty": FieldCase(("alora_invocation_tokens",), edit={"alora_invocation_tokens": []}),
     "arrow": FieldCase(("arrow_config",), edit={"arrow_config": {"top_k": 2}}),
     "bdlora": FieldCase(("use_bdlora",), {"use_bdlora": {"target_modules_bd_a": ["q_proj", "v_proj"], "nblocks": 2}}),
-    "dora": FieldCase(("use_dora",), {"use_dora": True}),
+    "dora-lora-bias": FieldCase(("use_dora",), {"lora_bias": True}, edit={"use_dora": True}),
+    "dora-tokens-of-head": FieldCase(
+        ("use_dora",),
+        {"use_dora": True, "target_modules": ("lm_head",)},
+        "llama_tied",
+        edit={"trainable_token_indices": [3]},
+    ),
     "kasa": FieldCase(("kasa_config",), {"kasa_config": {}}),
     "layer-replication": FieldCase(("layer_replication",), {"layer_replication": [[0, 2], [1, 2]]}),
     "megatron": FieldCase(("megatron_config",), edit={"megatron_config": {"tensor_model_parallel_size": 1}}),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lorafleet.adapter_store.manifest import AdapterWeights, Array, Dtype
+from lorafleet.adapter_store.manifest import AdapterWeights, Array, Dtype, magnitude_of
 from lorafleet.kernels.segments import BASE_SLOT, Segments, build_segments
 from lorafleet.workers.memory import extra_rows
 from lorafleet.workers.memory.adapter_pool import AdapterPool
@@ -26,6 +26,9 @@ HIDDEN, VOCAB, NUM_ROWS = 36, 203, 60
 QKV = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
 EMBEDDING, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm"
 ALL = (*QKV[:2], HEAD, f"{HEAD}.weight", f"{EMBEDDING}.weight", f"{NORM}.weight")
+SCALED = tuple(map(magnitude_of, (*QKV[1:], HEAD, EMBEDDING)))
+NORM_OF_ROWS = 0.5
+"""What magnitudes are divided by here."""
 ADAPTERS = [
     ((), EVERYTHING),
     (ALL, EVERYTHING),
@@ -33,6 +36,8 @@ ADAPTERS = [
     ((QKV[2], f"{HEAD}.weight"), EVERYTHING),
     ((HEAD, f"{NORM}.weight"), ()),
     ((f"{EMBEDDING}.weight",), ("o_proj",)),
+    (SCALED, EVERYTHING),
+    ((*SCALED[:1], *QKV), EVERYTHING),
 ]
 """Extras and targets of each resident adapter, in the order of their slots."""
 TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 8e-2}
@@ -48,7 +53,10 @@ class Bench:
         self.device = torch.device(device)
         self.tolerance = TOLERANCE[dtype]
         layout = PoolLayout.of(self.geometry, groups_of(self.geometry), 8)
-        self.pool = AdapterPool(layout, pool_bytes=900 * layout.page_bytes, max_slots=8, device=self.device)
+        self.pool = AdapterPool(
+            layout, pool_bytes=1200 * layout.page_bytes, max_slots=len(ADAPTERS), device=self.device
+        )
+        self.pool.row_norms = lambda name, a, b, scaling: torch.full_like(b[0], NORM_OF_ROWS).float()
         self.weights: dict[int, AdapterWeights] = {}
         for seed, (extras, targets) in enumerate(ADAPTERS):
             weights = self._weights(f"v{seed}", extras, targets, seed)
@@ -139,6 +147,10 @@ def expected_linear(bench: Bench, module: nn.Linear, name: str, x: Tensor, slot:
     )
     if factors is not None:
         y = y + x @ factors[0].t() @ factors[1]
+    magnitude = bench.extra(slot, magnitude_of(name))
+    if magnitude is not None:
+        bias = 0.0 if module.bias is None else module.bias.double()
+        y = (y - bias) * magnitude[0] / NORM_OF_ROWS + bias
     return y if added is None else y + added[0]
 
 
@@ -156,7 +168,7 @@ def test_added_rows_reach_their_members(bench: Bench, bias: bool) -> None:
         parts = zip(QKV, linears, strict=True)
         return torch.cat([expected_linear(bench, module, name, x[0, row].double(), slot) for name, module in parts])
 
-    bench.check(run, expected, *QKV)
+    bench.check(run, expected, *QKV, *SCALED[:2])
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
@@ -177,7 +189,7 @@ def test_heads_of_their_own(bench: Bench, bias: bool, gathered: int, monkeypatch
     def expected(row: int, slot: int) -> Tensor:
         return expected_linear(bench, head, HEAD, x[0, row].double(), slot)
 
-    bench.check(run, expected, HEAD, f"{HEAD}.weight")
+    bench.check(run, expected, HEAD, f"{HEAD}.weight", magnitude_of(HEAD))
 
 
 def test_embeddings_of_their_own(bench: Bench) -> None:
@@ -192,9 +204,11 @@ def test_embeddings_of_their_own(bench: Bench) -> None:
         token = tokens[0, row]
         own, factors = bench.extra(slot, f"{EMBEDDING}.weight"), bench.factors(slot, EMBEDDING)
         y = (base.weight.double() if own is None else own)[token]
-        return y if factors is None else y + factors[0][token] @ factors[1]
+        y = y if factors is None else y + factors[0][token] @ factors[1]
+        magnitude = bench.extra(slot, magnitude_of(EMBEDDING))
+        return y if magnitude is None else y * magnitude[0] / NORM_OF_ROWS
 
-    bench.check(run, expected, f"{EMBEDDING}.weight")
+    bench.check(run, expected, f"{EMBEDDING}.weight", magnitude_of(EMBEDDING))
 
 
 @pytest.mark.parametrize("shape", [(1, NUM_ROWS, HIDDEN), (NUM_ROWS, HIDDEN), (1, NUM_ROWS, 3, HIDDEN)], ids=str)

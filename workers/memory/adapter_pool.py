@@ -5,7 +5,7 @@ Owns no policy: `Residency` says who comes and goes. One engine thread calls it;
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
-from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights
+from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, magnitude_of
+from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights, OutputVectors, VectorPart
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.extra_rows import Extra, ExtraMatrix, ExtraVector
 from lorafleet.workers.memory.packing import Ints
@@ -23,6 +23,10 @@ from lorafleet.workers.memory.page_plan import PagePlan, elements_of_block, pack
 from lorafleet.workers.memory.pages import PageAllocator
 from lorafleet.workers.memory.pool_layout import PoolLayout, parts_of
 from lorafleet.workers.memory.upload import Stager
+
+RowNorms = Callable[[str, Tensor, Tensor, float], Tensor]
+"""(module, a, b, scaling), the factors as in `AdapterWeights` on the pool's device -> (out_dim,) float32, the norm of
+each output's weights in the base's matrix with scaling * B @ A added."""
 
 _MAX_REMEMBERED_COUNTS = 1 << 16
 _MAX_REMEMBERED_PLANS = 64
@@ -52,6 +56,8 @@ class StagedAdapter:
     """(num_modules,) float32 on the device."""
     extras: Mapping[str, Extra]
     """What the adapter brings beside low-rank factors, by name."""
+    vectors: Tensor | None
+    """(num_vector_parts,) int32 on the device; None: none of the extras has one row only."""
 
 
 class AdapterPool:
@@ -83,12 +89,15 @@ class AdapterPool:
         self._tables = torch.zeros(shape, dtype=torch.int32, device=device)
         self._ranks = torch.zeros((self.num_slots, layout.num_modules), dtype=torch.int32, device=device)
         self._scalings = torch.zeros((self.num_slots, layout.num_modules), dtype=torch.float32, device=device)
+        self._vectors = torch.full((self.num_slots, layout.num_vector_parts), -1, dtype=torch.int32, device=device)
         self._pages = PageAllocator(num_pages)
         self._slots = PageAllocator(self.num_slots)
         self._page_counts: dict[str, int] = {}
         self._plans: dict[Hashable, PagePlan] = {}
         self._extras: dict[int, Mapping[str, Extra]] = {}
         self._ideal_bytes = 0
+        self.row_norms: RowNorms | None = None
+        """Who knows the base's weights sets it; adapters with magnitudes need it."""
         block_elements = min(self._elements.numel(), elements_of_block(layout))
         self._stager = Stager(self._elements, block_elements=block_elements)
 
@@ -182,10 +191,11 @@ class AdapterPool:
         self._stager.write(plan, weights, starts)
         with self._stager.on_stream():
             tables, ranks, scalings = (host.to(self.device, non_blocking=True) for host in (tables, ranks, scalings))
-            extras = self._find_extras(weights, plan, starts)
+            extras, vectors = self._find_extras(weights, plan, starts)
+            self._scale_magnitudes(weights, extras)
         if stream is not None:
             stream.record_event().synchronize()
-        return StagedAdapter(allocation, tables, ranks, scalings, extras)
+        return StagedAdapter(allocation, tables, ranks, scalings, extras, vectors)
 
     def _plan(self, manifest: AdapterManifest) -> PagePlan:
         """The adapter's packing; remembered, since adapters of a fleet tend to have the same modules and ranks."""
@@ -203,18 +213,22 @@ class AdapterPool:
         if self._stager.stream is not None:
             stream = torch.cuda.current_stream(self.device)
             matrices = [extra.starts for extra in staged.extras.values() if isinstance(extra, ExtraMatrix)]
-            for tensor in (staged.tables, staged.ranks, staged.scalings, *matrices):
+            vectors = () if staged.vectors is None else (staged.vectors,)
+            for tensor in (staged.tables, staged.ranks, staged.scalings, *matrices, *vectors):
                 tensor.record_stream(stream)
         self._tables[slot].copy_(staged.tables)
         self._scalings[slot].copy_(staged.scalings)
         self._ranks[slot].copy_(staged.ranks)
         if staged.extras:
             self._extras[slot] = staged.extras
+        if staged.vectors is not None:
+            self._vectors[slot].copy_(staged.vectors)
 
     def free(self, allocation: Allocation) -> None:
         """Take back pages and slot, whether or not the adapter was published; no `stage` of it may be running."""
         self._ranks[allocation.slot].zero_()
-        self._extras.pop(allocation.slot, None)
+        if self._extras.pop(allocation.slot, None):
+            self._vectors[allocation.slot].fill_(-1)
         self._pages.free(allocation.page_ids)
         self._slots.free([allocation.slot])
         self._ideal_bytes -= allocation.manifest.num_bytes
@@ -244,6 +258,7 @@ class AdapterPool:
             part_slices=tuple(slices),
             part_starts=tuple(starts),
             part_widths=tuple(widths),
+            vectors=self._output_vectors(group),
         )
 
     def embedding_weights(self, name: str) -> LoraEmbeddingWeights:
@@ -262,14 +277,29 @@ class AdapterPool:
             part_slices=(0,) * len(parts),
             part_starts=tuple(start for start, _ in parts),
             part_widths=tuple(width for _, width in parts),
+            vectors=self._output_vectors((name,)),
         )
+
+    def _output_vectors(self, group: tuple[str, ...]) -> OutputVectors:
+        parts: list[VectorPart] = []
+        base = 0
+        for name in group:
+            added, scale = (self.layout.vectors[extra].entry for extra in (name, magnitude_of(name)))
+            width = self.layout.places[name].shape.out_dim
+            for part, (start, columns) in enumerate(parts_of(width, self.layout.page_elements)):
+                parts.append(VectorPart(base + start, columns, added + part, scale + part))
+            base += width
+        return OutputVectors(self._elements, self._vectors, tuple(parts))
 
     def _host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self._stager.stream is not None)
 
-    def _find_extras(self, weights: AdapterWeights, plan: PagePlan, starts: Ints) -> dict[str, Extra]:
-        """The adapter's extras as they will lie in the pool. `starts` are the plan's rows'."""
+    def _find_extras(
+        self, weights: AdapterWeights, plan: PagePlan, starts: Ints
+    ) -> tuple[dict[str, Extra], Tensor | None]:
+        """The adapter's extras as they lie in the pool, and its line of the vectors' table. `starts`: the plan's."""
         found: dict[str, Extra] = {}
+        line: Tensor | None = None
         by_name = plan.extra_starts(starts)
         for extra in weights.manifest.extras:
             parts = by_name[extra.name]
@@ -278,9 +308,28 @@ class AdapterPool:
                 firsts = [int(part[0]) for part in parts]
                 views = [self._elements[first : first + width] for first, width in zip(firsts, widths, strict=True)]
                 found[extra.name] = ExtraVector(tuple(views))
+                place = self.layout.vectors[extra.name]
+                line = self._host((self.layout.num_vector_parts,), torch.int32).fill_(-1) if line is None else line
+                line.numpy()[place.entry : place.entry + place.num_parts] = [first // ROW_ALIGN for first in firsts]
             else:
                 host = self._host((extra.num_rows,), torch.int32)
                 host.numpy()[:] = parts[0] // ROW_ALIGN
                 starts_there = host.to(self.device, non_blocking=True)
                 found[extra.name] = ExtraMatrix(self._elements, starts_there, extra.width)
-        return found
+        return found, None if line is None else line.to(self.device, non_blocking=True)
+
+    @torch.no_grad()
+    def _scale_magnitudes(self, weights: AdapterWeights, extras: Mapping[str, Extra]) -> None:
+        """Put magnitude / norm - 1 in the place of each magnitude: what a module's output is to be scaled by, less 1.
+
+        The rounding to the pool's dtype is that of the difference, which is small.
+        """
+        tensors = weights.tensors if any(extra.kind == "magnitude" for extra in weights.manifest.extras) else {}
+        for module in weights.manifest.modules:
+            magnitude = extras.get(magnitude_of(module.name)) if tensors else None
+            if isinstance(magnitude, ExtraVector):
+                assert self.row_norms is not None, "nobody here knows the base's weights"
+                a, b = (
+                    torch.from_numpy(array).view(self._elements.dtype).to(self.device) for array in tensors[module.name]
+                )
+                magnitude.divide_by(self.row_norms(module.name, a, b, module.scaling))

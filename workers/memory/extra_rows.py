@@ -18,7 +18,7 @@ MAX_GATHERED = 1 << 24
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExtraVector:
-    """One row: a parameter of a norm, or what is added to the output of a module."""
+    """One row: a parameter of a norm, or what is added to the output of a module, or what scales it."""
 
     parts: tuple[Tensor, ...]
     """Views of the pool, side by side: whole pages and what is left, so one for a row that is no wider than a page."""
@@ -29,11 +29,12 @@ class ExtraVector:
         (value,) = self.parts
         return value
 
-    def add_to(self, y: Tensor, rows: Tensor) -> None:
-        """Compute y[rows] += the row, in place. y: (num_rows, width), rows may be strided. rows: (n,) int64."""
-        widths = [len(part) for part in self.parts]
-        for columns, part in zip(torch.split(y, widths, dim=1), self.parts, strict=True):
-            columns.index_add_(0, rows, part.expand(len(rows), -1))
+    def divide_by(self, norms: Tensor) -> None:
+        """Put the row / norms - 1 in its place; 0 where a norm is 0. norms: (width,) float32."""
+        largest = torch.finfo(self.parts[0].dtype).max
+        for part, norm in zip(self.parts, torch.split(norms, [len(part) for part in self.parts]), strict=True):
+            scale = torch.where(norm > 0, part.float() / norm - 1, 0.0)
+            part.copy_(scale.clamp_(-largest, largest))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,6 +17,7 @@ from lorafleet.adapter_store.manifest import (
     ExtraManifest,
     ModuleManifest,
     ModuleShape,
+    magnitude_of,
 )
 from lorafleet.kernels.weights import ROW_ALIGN, aligned
 from lorafleet.workers.memory.packing import count_pages
@@ -100,6 +101,14 @@ class ModulePlace:
 
 
 @dataclass(frozen=True, slots=True)
+class VectorPlace:
+    """Where a row of an adapter's own (a norm's, a bias, a scale) is in the table of a slot: an entry a part."""
+
+    entry: int
+    num_parts: int
+
+
+@dataclass(frozen=True, slots=True)
 class PoolLayout:
     """What the pool must know about the base. Make it with `PoolLayout.of`."""
 
@@ -109,6 +118,9 @@ class PoolLayout:
     places: Mapping[str, ModulePlace]
     num_tables: int
     """Row tables of a slot, each of `max_rank` entries."""
+    vectors: Mapping[str, VectorPlace]
+    """By the extra's name; those that have more than one row are in no table."""
+    num_vector_parts: int
 
     @staticmethod
     def of(geometry: BaseGeometry, groups: Sequence[tuple[str, ...]], max_rank: int) -> PoolLayout:
@@ -134,7 +146,10 @@ class PoolLayout:
                 a_table += a_size
                 b_table += num_parts
             num_tables = b_table
-        return PoolLayout(geometry.dtype, max_rank, page_elements, MappingProxyType(places), num_tables)
+        vectors, num_vector_parts = _vector_places(geometry, page_elements)
+        return PoolLayout(
+            geometry.dtype, max_rank, page_elements, MappingProxyType(places), num_tables, vectors, num_vector_parts
+        )
 
     @property
     def num_modules(self) -> int:
@@ -152,7 +167,7 @@ class PoolLayout:
     @property
     def slot_bytes(self) -> int:
         """Bytes of the tables of one slot, which the pool keeps beside its pages."""
-        return 4 * (self.num_tables * self.max_rank + 2 * self.num_modules)
+        return 4 * (self.num_tables * self.max_rank + 2 * self.num_modules + self.num_vector_parts)
 
     def pieces(self, manifest: AdapterManifest) -> list[Piece]:
         """The rows of all modules of an adapter, then those of its extras."""
@@ -200,6 +215,17 @@ def choose_page_elements(geometry: BaseGeometry, max_rank: int) -> int:
         return total
 
     return min((rows * unit for rows in range(1, MAX_PAGE_ROWS + 1)), key=waste)
+
+
+def _vector_places(geometry: BaseGeometry, page_elements: int) -> tuple[Mapping[str, VectorPlace], int]:
+    widths = {name: shape.out_dim for name, shape in geometry.modules.items()}
+    widths |= {magnitude_of(name): width for name, width in widths.items()} | dict(geometry.vectors)
+    places: dict[str, VectorPlace] = {}
+    num_parts = 0
+    for name, width in widths.items():
+        places[name] = VectorPlace(num_parts, len(parts_of(width, page_elements)))
+        num_parts += places[name].num_parts
+    return MappingProxyType(places), num_parts
 
 
 def _num_a_tables(shape: ModuleShape, page_elements: int, max_rank: int) -> int:

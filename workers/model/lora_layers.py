@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorafleet.kernels import ops, reference
+from lorafleet.kernels.adjust import adjust
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
 from lorafleet.workers.errors import UnsupportedModel
-from lorafleet.workers.memory.extra_rows import Extra, ExtraMatrix, ExtraVector
+from lorafleet.workers.memory.extra_rows import Extra, ExtraMatrix
 
 Place = Literal["body", "logits"]
 """Where a module stands: in the body, which computes all rows, or after it, where only the logits' rows come."""
@@ -79,8 +80,8 @@ class LoraContext:
 class FusedProjection(nn.Module):
     """One product for the modules of a group: y = x W^T + bias + each row's own B A x.
 
-    Rows of an adapter that replaces the head's matrix have that in W's place; rows of one that adds to a module's
-    output have that added.
+    Rows of an adapter that replaces the head's matrix have that in W's place; rows of one that scales a module's output
+    or adds to it have that done last.
     """
 
     def __init__(
@@ -136,21 +137,14 @@ class FusedProjection(nn.Module):
                 product = matrix.product(reference.padded(rows.index_select(0, at)))[: len(at)]
                 y.index_copy_(0, at, product if self.bias is None else product.add_(self.bias))
             ops.add_lora(rows, self.lora, segments, y)
-        for owner in owners:
-            self._add(owner, y)
+        if owners and self.lora.vectors is not None:
+            adjust(y, self.lora.vectors, segments, self.bias)
         return y.view(*x.shape[:-1], -1)
 
     def _replaced(self, owners: tuple[Owner, ...]) -> list[tuple[Tensor, ExtraMatrix]]:
         """Rows that have a matrix of their own, and the matrix."""
         found = [(owner.rows, owner.extras.get(f"{self.names[0]}.weight")) for owner in owners if self.is_head]
         return [(rows, matrix) for rows, matrix in found if isinstance(matrix, ExtraMatrix)]
-
-    def _add(self, owner: Owner, y: Tensor) -> None:
-        """Add the row that the owner has for each member's output."""
-        for name, columns in zip(self.names, torch.split(y, self.widths, dim=1), strict=True):
-            row = owner.extras.get(name)
-            if isinstance(row, ExtraVector):
-                row.add_to(columns, owner.rows)
 
 
 class ProjectionSlice(nn.Module):
@@ -213,6 +207,8 @@ class LoraEmbedding(nn.Module):
                 if isinstance(matrix, ExtraMatrix):
                     rows.index_copy_(0, owner.rows, matrix.take(tokens.index_select(0, owner.rows)))
             ops.embed(tokens, self.lora, segments, rows)
+            if self.lora.vectors is not None and self.context.owners(segments):
+                adjust(rows, self.lora.vectors, segments)
         return y
 
 

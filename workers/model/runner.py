@@ -27,6 +27,7 @@ from lorafleet.workers.model.cuda_graphs import StepGraph, capture, kernel_shape
 from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel
 from lorafleet.workers.model.logits import BodyOnce
+from lorafleet.workers.model.row_norms import RowNorms
 from lorafleet.workers.model.sampler import Chosen, Sampler, with_logprobs
 from lorafleet.workers.step.batch import AttentionBatch, StepBatch, StepInputs
 from lorafleet.workers.step.forms import GraphForm
@@ -96,6 +97,7 @@ class ModelRunner:
         self.pass_rows = 1 if base.device.type == "cuda" else EXACT_ROWS, max_pass_rows
         """Fewest and most rows of a pass over the head. On a CPU a row's bits do not depend on the passes."""
         self._substitute()
+        pool.row_norms = RowNorms(base.model)
         self._body = BodyOnce(base.model)
         self._probe()
         if self.graph_forms:

@@ -74,9 +74,11 @@ def groups_of(geometry: BaseGeometry) -> list[tuple[str, ...]]:
 
 
 def extra_of(geometry: BaseGeometry, name: str) -> ExtraManifest:
-    """What replaces the norm or the matrix of that name, or is added to the output of the module of that name."""
+    """What replaces the norm or matrix of that name, or is added to the output of that module, or scales it."""
     if name in geometry.modules:
         return ExtraManifest(name, "added", 1, geometry.modules[name].out_dim)
+    if name.endswith(".lora_magnitude_vector"):
+        return ExtraManifest(name, "magnitude", 1, geometry.modules[name.rpartition(".")[0]].out_dim)
     if name in geometry.vectors:
         return ExtraManifest(name, "replaced", 1, geometry.vectors[name])
     shape = geometry.modules[name.removesuffix(".weight")]
