@@ -25,18 +25,16 @@ from lorafleet.adapter_store.errors import StaleGeneration, StoreUnusable, Unkno
 from lorafleet.adapter_store.files import make_empty, make_folder_durable, sync, unwritable, write_durably
 from lorafleet.adapter_store.folder_layout import MANIFEST, manifest_file, manifest_of, manifest_row
 from lorafleet.adapter_store.manifest import AdapterManifest
+from lorafleet.adapter_store.names import NameRecord, VersionsToKeep
 from lorafleet.adapter_store.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from lorafleet.adapter_store.records import (
     Damage,
-    DesiredAdapter,
+    DesiredRecord,
     DesiredState,
     NameChanges,
-    NameRecord,
     Row,
     Tombstone,
 )
-
-__all__ = ["Catalog", "NameRecord", "Tombstone"]
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +123,7 @@ class Catalog:
         """The desired state that was set last."""
         return self._desired
 
-    def set_desired(self, adapters: Sequence[DesiredAdapter], generation: int) -> DesiredState:
+    def set_desired(self, adapters: Sequence[DesiredRecord], generation: int) -> DesiredState:
         """Replace the desired state, durably. Raises StaleGeneration for an older generation than the one kept."""
         state = DesiredState(generation, tuple(sorted(adapters, key=lambda adapter: adapter.name)))
         names = {adapter.name for adapter in state.adapters}
@@ -167,10 +165,11 @@ class Catalog:
         """Whether a name points at the version."""
         return version in self._named
 
-    def versions_named(self) -> dict[str, bool]:
-        """Versions that have a name, and whether a pinned one."""
+    def versions_to_keep(self, held: Iterable[str]) -> VersionsToKeep:
+        """Versions of `held` that have a name, and all pinned ones."""
         with self._indexes:
-            return {version: version in self._pinned for version in self._named}
+            named = {version: version in self._pinned for version in held if version in self._named}
+            return VersionsToKeep(self.generation, dict.fromkeys(self._pinned, True) | named)
 
     def expire_tombstones(self) -> int:
         """Remove tombstones that have had their time, durably; returns how many."""
@@ -405,7 +404,7 @@ class Catalog:
             self._expired = self.generation
         adapters = []
         for _, values in fields.get("desired", []):
-            adapters.append(DesiredAdapter(**values))  # type: ignore[arg-type]
+            adapters.append(DesiredRecord(**values))  # type: ignore[arg-type]
         self._damaged_desired = {
             key: "its entry is damaged: set the desired state again"
             for row in damaged

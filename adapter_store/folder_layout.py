@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.adapter_store.manifest import NAME_GRAMMAR, AdapterManifest, shared_extra, shared_module
-from lorafleet.adapter_store.records import NameRecord, Row, Tombstone
+from lorafleet.adapter_store.names import NameRecord
+from lorafleet.adapter_store.records import Row, Tombstone
 
 logger = logging.getLogger(__name__)
 

@@ -8,25 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorafleet.adapter_store.manifest import Origin
+from lorafleet.adapter_store.names import NameRecord
 
 EntryKind = Literal["name", "version", "desired", "counter", "lost"]
 """`name`: a name or its tombstone. `lost`: a name whose record could not be read from a damaged database."""
-
-
-@dataclass(frozen=True, slots=True)
-class NameRecord:
-    """What is kept of a name."""
-
-    name: str
-    version: str
-    source: str
-    key: str
-    pinned: bool
-    warm: int | Literal["all"]
-    origin: Origin
-    generation: int = 0
-    """Given by the catalogue when the record is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +27,7 @@ class Tombstone:
 
 
 @dataclass(frozen=True, slots=True)
-class DesiredAdapter:
+class DesiredRecord:
     """One adapter of the desired state."""
 
     name: str
@@ -58,7 +43,7 @@ class DesiredState:
 
     generation: int
     """Given by the writer; 0 before the first `set_desired`."""
-    adapters: tuple[DesiredAdapter, ...]
+    adapters: tuple[DesiredRecord, ...]
     """Sorted by name."""
     is_complete: bool = True
     """False if entries were damaged: do not delete an adapter because it is missing here; set the state anew."""

@@ -16,10 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 from lorafleet.adapter_store.base_weights import BaseWeights
-from lorafleet.adapter_store.catalog import Catalog, NameRecord
+from lorafleet.adapter_store.catalog import Catalog
 from lorafleet.adapter_store.errors import (
     AdapterRefused,
     AdapterStoreError,
@@ -36,13 +36,10 @@ from lorafleet.adapter_store.manifest import (
     AdapterManifest,
     AdapterWeights,
     BaseGeometry,
-    Desired,
-    NamedAdapter,
-    NameTable,
-    Origin,
 )
+from lorafleet.adapter_store.names import NamedAdapter, NameRecord, NameTable, VersionsToKeep
 from lorafleet.adapter_store.peft_format import AdapterReader
-from lorafleet.adapter_store.records import Damage, DesiredAdapter, DesiredState
+from lorafleet.adapter_store.records import Damage, DesiredRecord, DesiredState
 from lorafleet.adapter_store.resolution import AbsentNames, first_offer, unknown_adapter
 from lorafleet.adapter_store.single_flight import SingleFlight
 from lorafleet.adapter_store.sources import Source, SourceConfig, checked_key, open_source
@@ -50,12 +47,12 @@ from lorafleet.adapter_store.sources import Source, SourceConfig, checked_key, o
 __all__ = [
     "AdapterStore",
     "Damage",
-    "Desired",
-    "DesiredAdapter",
+    "DesiredRecord",
     "DesiredState",
     "NameTable",
     "NamedAdapter",
     "TableChanges",
+    "VersionsToKeep",
     "identity",
 ]
 
@@ -159,7 +156,6 @@ class AdapterStore:
             num_bytes = self._reader.num_bytes(manifest.modules, manifest.extras)
             self._catalog.manifests[version] = replace(manifest, num_bytes=num_bytes)
         self._table = NameTable(-1, ())
-        self._versions_named: tuple[int, dict[str, bool]] = (-1, {})
         self._touched = dict.fromkeys(self._catalog.manifests, clock())
         self._holdings: dict[str, _Holding] = {}
         self._collected_at = clock()
@@ -177,35 +173,25 @@ class AdapterStore:
         self._disk.shutdown(wait=False, cancel_futures=True)
         self._catalog.close()
 
-    async def stage(self, source: str, key: str) -> AdapterManifest:
+    async def publish(self, source: str, key: str) -> AdapterManifest:
         """Fetch, validate and publish an adapter as a version; it has no name yet.
 
         Raises UnknownSource, InvalidKey, UnknownKey, AdapterRefused, SourceUnavailable.
         """
         opened = self._opened(source)
-        manifest, value = await self._in_source(opened, lambda: self._stage(opened, key))
+        manifest, value = await self._in_source(opened, lambda: self._publish(opened, key))
         self._cache.put(manifest.version, value, manifest.num_bytes)
         return manifest
 
     async def validate(self, source: str, key: str) -> AdapterManifest:
-        """What `stage` would say, leaving nothing behind."""
+        """Fetch and check an adapter as `publish` does, and keep nothing."""
         opened = self._opened(source)
         return await self._in_source(opened, lambda: self._validate(opened, key))
 
-    async def flip(
-        self,
-        name: str,
-        version: str,
-        *,
-        source: str,
-        key: str,
-        pinned: bool,
-        warm: int | Literal["all"],
-        origin: Origin,
-    ) -> NamedAdapter:
-        """Let `name` point at a staged version, durably. Raises InvalidName, UnknownVersion."""
-        record = NameRecord(_checked_name(name), version, source, key, pinned, warm, origin)
-        self._touch_named(name)
+    async def flip(self, record: NameRecord) -> NamedAdapter:
+        """Let the record's name point at its version, durably. Raises InvalidName, UnknownVersion."""
+        _check_name(record.name)
+        self._touch_named(record.name)
         return self._named(await self._on_disk(lambda: self._catalog.set_name(record)))
 
     async def delete(self, name: str, *, explicit: bool = True) -> NamedAdapter:
@@ -261,7 +247,7 @@ class AdapterStore:
         """The desired state that was set last."""
         return self._catalog.desired()
 
-    async def set_desired(self, adapters: Sequence[DesiredAdapter], generation: int) -> DesiredState:
+    async def set_desired(self, adapters: Sequence[DesiredRecord], generation: int) -> DesiredState:
         """Replace the desired state, durably. Raises StaleGeneration for an older generation than the one kept."""
         given = tuple(adapters)
         return await self._on_disk(lambda: self._catalog.set_desired(given, generation))
@@ -291,8 +277,8 @@ class AdapterStore:
                 value = await self._fetches.do(version, lambda: self._fetch(version))
             return value
 
-    async def reconcile(self, worker_id: str, held: tuple[str, ...]) -> Desired:
-        """Take note of the versions that a worker holds, and say which have a name: an answer that is shared."""
+    async def reconcile(self, worker_id: str, held: tuple[str, ...]) -> VersionsToKeep:
+        """Note the versions that a worker holds. Return those of them that have a name, and all pinned ones."""
         now = self._clock()
         self._holdings[worker_id] = _Holding(now, frozenset(held))
         if now - self._collected_at >= GRACE_S / 10:
@@ -300,10 +286,7 @@ class AdapterStore:
             task = asyncio.create_task(self.collect())
             self._background.add(task)
             task.add_done_callback(self._background.discard)
-        generation = self._catalog.generation
-        if self._versions_named[0] != generation:
-            self._versions_named = (generation, self._catalog.versions_named())
-        return Desired(*self._versions_named)
+        return self._catalog.versions_to_keep(held)
 
     async def collect(self) -> tuple[str, ...]:
         """Remove published versions that nothing has named, held or asked for during the grace period; returns them."""
@@ -332,17 +315,7 @@ class AdapterStore:
         return self._sources[source]
 
     def _named(self, record: NameRecord) -> NamedAdapter:
-        manifest = self._catalog.manifests[record.version]
-        return NamedAdapter(
-            record.name,
-            record.version,
-            record.source,
-            record.key,
-            record.pinned,
-            record.warm,
-            record.origin,
-            manifest,
-        )
+        return NamedAdapter.of(record, self._catalog.manifests[record.version])
 
     def _new_table(self) -> NameTable:
         # The generation is read first: a change meanwhile makes the table newer than it says, and it is made again.
@@ -368,7 +341,7 @@ class AdapterStore:
             message = f"source {name} did not answer within {limit:g} s"
             raise SourceUnavailable("source_unavailable", message, "source") from error
 
-    def _stage(self, opened: _OpenSource, key: str) -> tuple[AdapterManifest, Any]:
+    def _publish(self, opened: _OpenSource, key: str) -> tuple[AdapterManifest, Any]:
         with self._catalog.staging_folder() as folder:
             weights = self._read_from(opened, key, folder)
             self._reader.drop_base_copies(folder)
@@ -411,7 +384,7 @@ class AdapterStore:
 
     async def _resolve(self, name: str) -> NamedAdapter:
         asks = {
-            source: partial(self.stage, source, name)
+            source: partial(self.publish, source, name)
             for source, opened in self._sources.items()
             if opened.config.resolve
         }
@@ -446,10 +419,9 @@ class AdapterStore:
         return self._catalog.remove(version, lambda: self._is_unwanted(version))
 
 
-def _checked_name(name: str) -> str:
+def _check_name(name: str) -> None:
     if NAME_PATTERN.fullmatch(name) is None:
         raise InvalidName("invalid_name", f"name {name[:140]!a} is refused: {NAME_RULE}", "name")
-    return name
 
 
 def _fingerprint(geometry: BaseGeometry) -> str:

@@ -217,13 +217,13 @@ class AppConfig(Settings):
 
     def resolved(self, base: Path) -> AppConfig:
         """The same with local paths made absolute, so that processes in other working directories find them."""
-        source = base / Path(self.model.source).expanduser()
-        model = self.model.model_copy(update={"source": str(source)}) if source.is_dir() else self.model
+        checkpoint = base / Path(self.model.source).expanduser()
+        model = self.model.model_copy(update={"source": str(checkpoint)}) if checkpoint.is_dir() else self.model
         sources = tuple(
-            origin.model_copy(update={"root": base / origin.root.expanduser()})
-            if isinstance(origin, DirectoryConfig)
-            else origin
-            for origin in self.adapters.sources
+            source.model_copy(update={"root": base / source.root.expanduser()})
+            if isinstance(source, DirectoryConfig)
+            else source
+            for source in self.adapters.sources
         )
         state_dir = base / self.state_dir.expanduser()
         adapters = self.adapters.model_copy(update={"sources": sources, "state_dir": state_dir})

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from lorafleet.adapter_store.errors import AdapterStoreError
-from lorafleet.adapter_store.manifest import AdapterManifest, NamedAdapter
+from lorafleet.adapter_store.manifest import AdapterManifest
+from lorafleet.adapter_store.names import NamedAdapter
 from lorafleet.cluster.errors import ClusterError
 from lorafleet.workers.errors import WorkerError
 from lorafleet.workers.request import GenerateDelta

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ray.serve.handle import DeploymentHandle
 
-from lorafleet.adapter_store.manifest import NameTable
+from lorafleet.adapter_store.names import NameTable
 from lorafleet.cluster.config import Warm
 from lorafleet.cluster.errors import ControllerUnavailable
 from lorafleet.cluster.ray_internals import by_value

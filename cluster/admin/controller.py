@@ -11,7 +11,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from lorafleet.adapter_store.manifest import NameTable
+from lorafleet.adapter_store.names import NameTable
 from lorafleet.cluster.admin.desired import DesiredSet
 from lorafleet.cluster.admin.fleet import ServeFleet
 from lorafleet.cluster.admin.rollout import Rollout

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from pydantic import ValidationError
 
-from lorafleet.adapter_store.manifest import NamedAdapter
+from lorafleet.adapter_store.names import NamedAdapter
 from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.config import DesiredAdapter, UserConfig
 from lorafleet.cluster.errors import describe

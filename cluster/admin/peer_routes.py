@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from lorafleet.adapter_store.errors import UnknownAdapter, UnknownKey
-from lorafleet.adapter_store.manifest import NameTable
+from lorafleet.adapter_store.names import NameTable
 from lorafleet.cluster.admin.client import ControlPlane
 from lorafleet.cluster.admin.peer_bodies import LoadAdapter, SglangReply, UnloadAdapter, VllmErrorBody
 from lorafleet.cluster.errors import NameTaken, describe

@@ -18,7 +18,8 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from lorafleet.adapter_store.errors import InvalidName, UnknownAdapter
-from lorafleet.adapter_store.manifest import NAME_RULE, AdapterManifest, NamedAdapter, NameTable, Origin
+from lorafleet.adapter_store.manifest import NAME_RULE, AdapterManifest
+from lorafleet.adapter_store.names import NamedAdapter, NameRecord, NameTable, Origin
 from lorafleet.cluster.admin.fleet import Fleet
 from lorafleet.cluster.admin.holds import Holds
 from lorafleet.cluster.config import NAME_PATTERN, Warm
@@ -45,13 +46,11 @@ Result = TypeVar("Result")
 class Store(Protocol):
     """The adapter store, which alone decides what names stand for. Every method raises StoreUnavailable."""
 
-    async def stage(self, source: str, key: str) -> AdapterManifest: ...
+    async def publish(self, source: str, key: str) -> AdapterManifest: ...
 
     async def validate(self, source: str, key: str) -> AdapterManifest: ...
 
-    async def flip(
-        self, name: str, version: str, *, source: str, key: str, pinned: bool, warm: Warm, origin: Origin
-    ) -> NamedAdapter: ...
+    async def flip(self, record: NameRecord) -> NamedAdapter: ...
 
     async def delete(self, name: str) -> None: ...
 
@@ -116,7 +115,7 @@ class Rollout:
             # Asked under the lock: of two loads at the same time the second one finds what the first one made.
             if not replace and _find(await self._store.table(), name) is not None:
                 raise NameTaken(f"an adapter is named {name!r} already", "name")
-            manifest = await self._store.stage(source, key)
+            manifest = await self._store.publish(source, key)
             table, states = await asyncio.gather(self._store.table(), self._living())
             before = _find(table, name)
             async with self._holding(name, manifest.version, states, pinned) as holds:
@@ -132,9 +131,7 @@ class Rollout:
                     await holds.extend([state.worker_id for state in others], min(warm, len(others)))
                 if not must and not warm:
                     await self._check_fit(name, manifest, states)
-                adapter = await self._store.flip(
-                    name, manifest.version, source=source, key=key, pinned=pinned, warm=warm, origin=origin
-                )
+                adapter = await self._store.flip(NameRecord(name, manifest.version, source, key, pinned, warm, origin))
             return await self._placed(adapter)
 
     async def _delete(self, name: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import ray
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
-from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Desired, NamedAdapter, NameTable, Origin
-from lorafleet.cluster.config import Warm
+from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
+from lorafleet.adapter_store.names import NamedAdapter, NameRecord, NameTable, VersionsToKeep
 from lorafleet.cluster.errors import StoreUnavailable
 from lorafleet.cluster.ray_internals import by_reference, by_value
 from lorafleet.cluster.routing.sole_call import answer_of
@@ -29,8 +29,8 @@ class StoreClient:
         self._handle = by_reference(handle)
         self._light_handle = by_value(handle)
 
-    async def stage(self, source: str, key: str) -> AdapterManifest:
-        manifest: AdapterManifest = await self._call("stage", FETCH_S, source, key)
+    async def publish(self, source: str, key: str) -> AdapterManifest:
+        manifest: AdapterManifest = await self._call("publish", FETCH_S, source, key)
         return manifest
 
     async def validate(self, source: str, key: str) -> AdapterManifest:
@@ -41,12 +41,8 @@ class StoreClient:
         source, key = await self._call("locate", CALL_S, path)
         return source, key
 
-    async def flip(
-        self, name: str, version: str, *, source: str, key: str, pinned: bool, warm: Warm, origin: Origin
-    ) -> NamedAdapter:
-        named: NamedAdapter = await self._call(
-            "flip", CALL_S, name, version, source=source, key=key, pinned=pinned, warm=warm, origin=origin
-        )
+    async def flip(self, record: NameRecord) -> NamedAdapter:
+        named: NamedAdapter = await self._call("flip", CALL_S, record)
         return named
 
     async def delete(self, name: str) -> None:
@@ -74,9 +70,9 @@ class StoreClient:
         current: int = await self._call("watch", CALL_S, generation)
         return current
 
-    async def reconcile(self, worker_id: str, held: tuple[str, ...]) -> Desired:
-        desired: Desired = await self._call("reconcile", CALL_S, worker_id, held)
-        return desired
+    async def reconcile(self, worker_id: str, held: tuple[str, ...]) -> VersionsToKeep:
+        keep: VersionsToKeep = await self._call("reconcile", CALL_S, worker_id, held)
+        return keep
 
     async def fetch(self, version: str) -> AdapterWeights:
         """The weights of a version: read-only arrays that lie in this node's shared memory."""

@@ -9,13 +9,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from typing import Literal
 
 import ray
 import torch
 
 from lorafleet.adapter_store.base_weights import CheckpointWeights
-from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Desired, NamedAdapter, NameTable, Origin
+from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
+from lorafleet.adapter_store.names import NamedAdapter, NameRecord, NameTable, VersionsToKeep
 from lorafleet.adapter_store.service import AdapterStore
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.metrics import StoreMetrics
@@ -56,8 +56,8 @@ class StoreReplica:
         self._reporting = asyncio.create_task(self._report())
 
     @replying
-    async def stage(self, source: str, key: str) -> AdapterManifest:
-        return await self._store.stage(source, key)
+    async def publish(self, source: str, key: str) -> AdapterManifest:
+        return await self._store.publish(source, key)
 
     @replying
     async def validate(self, source: str, key: str) -> AdapterManifest:
@@ -69,18 +69,8 @@ class StoreReplica:
         return await asyncio.to_thread(locate, path, self._sources)
 
     @replying
-    async def flip(
-        self,
-        name: str,
-        version: str,
-        *,
-        source: str,
-        key: str,
-        pinned: bool,
-        warm: int | Literal["all"],
-        origin: Origin,
-    ) -> NamedAdapter:
-        return await self._store.flip(name, version, source=source, key=key, pinned=pinned, warm=warm, origin=origin)
+    async def flip(self, record: NameRecord) -> NamedAdapter:
+        return await self._store.flip(record)
 
     @replying
     async def delete(self, name: str, *, explicit: bool = True) -> NamedAdapter:
@@ -119,11 +109,9 @@ class StoreReplica:
         stored: StoredWeights = await self._store.fetch(version)
         return stored
 
-    async def reconcile(self, worker_id: str, held: tuple[str, ...]) -> Desired:
-        """What a worker may keep of what it holds, and what is pinned: it needs no word of thousands of other names."""
-        desired = await self._store.reconcile(worker_id, held)
-        concerned = {version: pinned for version, pinned in desired.versions.items() if pinned or version in held}
-        return Desired(desired.generation, concerned)
+    async def reconcile(self, worker_id: str, held: tuple[str, ...]) -> VersionsToKeep:
+        """Tell a worker which of its versions to keep, and which versions are pinned."""
+        return await self._store.reconcile(worker_id, held)
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises: the state folder cannot be written."""

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
-from lorafleet.adapter_store.manifest import Desired
+from lorafleet.adapter_store.names import VersionsToKeep
 from lorafleet.cluster.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Reconciler:
     """Passes the store's word on to a worker."""
 
     def __init__(
-        self, worker: Reconciled, ask: Callable[[tuple[str, ...]], Awaitable[Desired]], *, period_s: float = 1.0
+        self, worker: Reconciled, ask: Callable[[tuple[str, ...]], Awaitable[VersionsToKeep]], *, period_s: float = 1.0
     ) -> None:
         """ask: which of these versions, and which others, the worker is to hold; raises StoreUnavailable."""
         self._worker = worker
@@ -42,8 +42,8 @@ class Reconciler:
         The question is put after the call, so what the store decided before it is followed when it returns.
         """
         async with self._one_at_a_time:
-            desired = await self._ask(await self._worker.held_versions())
-            await self._worker.reconcile(desired.versions)
+            keep = await self._ask(await self._worker.held_versions())
+            await self._worker.reconcile(keep.versions)
 
     async def run(self) -> None:
         """Ask again and again, until cancelled; go on with what there is while the store is away."""

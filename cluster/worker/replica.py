@@ -18,7 +18,8 @@ import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from lorafleet.adapter_store.manifest import AdapterManifest, Desired
+from lorafleet.adapter_store.manifest import AdapterManifest
+from lorafleet.adapter_store.names import VersionsToKeep
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.metrics import WorkerMetrics
 from lorafleet.cluster.store.client import StoreClient
@@ -143,7 +144,7 @@ class WorkerReplica:
     def _check(self, worker_id: str) -> None:
         assert worker_id == self.worker_id, f"a call to worker {worker_id} reached {self.worker_id}"
 
-    async def _ask_store(self, held: tuple[str, ...]) -> Desired:
+    async def _ask_store(self, held: tuple[str, ...]) -> VersionsToKeep:
         return await self._store.reconcile(self.worker_id, held)
 
     async def _report(self) -> None:

@@ -17,10 +17,11 @@ import pytest
 from sqlalchemy import Engine, event
 
 from lorafleet.adapter_store import catalog as catalog_module
-from lorafleet.adapter_store.catalog import Catalog, NameRecord
+from lorafleet.adapter_store.catalog import Catalog
 from lorafleet.adapter_store.errors import StaleGeneration, StoreUnusable, UnknownAdapter, UnknownVersion
 from lorafleet.adapter_store.manifest import AdapterManifest, ExtraManifest, ModuleManifest
-from lorafleet.adapter_store.records import DesiredAdapter, DesiredState, NameChanges
+from lorafleet.adapter_store.names import NameRecord
+from lorafleet.adapter_store.records import DesiredRecord, DesiredState, NameChanges
 
 
 def manifest(version: str) -> AdapterManifest:
@@ -260,7 +261,7 @@ def test_a_version_whose_folder_is_gone_is_named_and_published_again(tmp_path: P
 def test_desired_state_refuses_an_older_generation(tmp_path: Path) -> None:
     catalog = Catalog(tmp_path)
     assert catalog.desired() == DesiredState(0, ())
-    two = [DesiredAdapter("b", "s", "k"), DesiredAdapter("a", "s", "k", True, "all")]
+    two = [DesiredRecord("b", "s", "k"), DesiredRecord("a", "s", "k", True, "all")]
     catalog.set_desired(two, 5)
     with pytest.raises(StaleGeneration) as caught:
         catalog.set_desired([], 4)
@@ -295,7 +296,7 @@ def test_changes_since_a_generation(tmp_path: Path) -> None:
     assert (again.generation, again.tombstones) == (5, {})
     assert not again.changes_since(3).is_complete
     assert again.changes_since(5).is_complete
-    assert again.versions_named() == {"v1": True}
+    assert again.versions_to_keep(("v1", "v2")).versions == {"v1": True}
     again.close()
 
 
@@ -308,7 +309,7 @@ def filled(folder: Path) -> None:
     for number in range(4):
         catalog.set_name(record(f"gone{number}", "v0"))
         catalog.delete_name(f"gone{number}", explicit=True)
-    catalog.set_desired([DesiredAdapter(f"wanted{number}", "s", "k") for number in range(4)], 9)
+    catalog.set_desired([DesiredRecord(f"wanted{number}", "s", "k") for number in range(4)], 9)
     copy = folder.with_name("killed")
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*-shm"))
     catalog.close()

@@ -21,6 +21,7 @@ from lorafleet.adapter_store.base_weights import CheckpointWeights
 from lorafleet.adapter_store.errors import AdapterRefused, StoreUnusable
 from lorafleet.adapter_store.folder_layout import manifest_of, read_manifest_row
 from lorafleet.adapter_store.manifest import NUMPY_DTYPES, AdapterManifest, Dtype, ExtraManifest
+from lorafleet.adapter_store.names import NameRecord
 from lorafleet.adapter_store.peft_format import AdapterReader
 from lorafleet.adapter_store.service import AdapterStore
 from tests.adapter_store.conftest import AdapterCopy, Base, geometry_of
@@ -219,7 +220,7 @@ async def test_shards_that_transformers_writes_are_refused(
         model.save_pretrained(tmp_path / "adapters" / "a", max_shard_size="20KB")
     assert len(list((tmp_path / "adapters" / "a").glob("adapter_model-*.safetensors"))) > 1
     with pytest.raises(AdapterRefused) as caught:
-        await store.stage("disk", "a")
+        await store.publish("disk", "a")
     assert caught.value.code == "sharded_weights"
 
 
@@ -411,8 +412,8 @@ async def test_store_keeps_extras(
     shutil.copytree(folder, tmp_path / "adapters" / "a")
     options = {"geometry": base.geometry, "base_weights": CheckpointWeights(base.folder)}
     store = open_store(**options)
-    manifest = await store.stage("disk", "a")
-    await store.flip("a", manifest.version, source="disk", key="a", pinned=False, warm=0, origin="admin")
+    manifest = await store.publish("disk", "a")
+    await store.flip(NameRecord("a", manifest.version, "disk", "a", False, 0, "admin"))
     assert manifest.extras == (ExtraManifest("model.embed_tokens.weight", "replaced", 304, 64),)
     assert store.usage.cached_bytes == manifest.num_bytes > 304 * 64 * 4
     kept = load_file(next((tmp_path / "state").glob("*/versions/*/*.safetensors")))
@@ -433,7 +434,7 @@ async def test_base_that_is_gone_does_no_damage(
 ) -> None:
     base, folder = made("tokens")
     shutil.copytree(folder, tmp_path / "adapters" / "a")
-    manifest = await open_store().stage("disk", "a")
+    manifest = await open_store().publish("disk", "a")
     store = open_store(base_weights=None)
     with pytest.raises(AdapterRefused) as caught:
         await store.fetch(manifest.version)
@@ -453,7 +454,7 @@ async def test_manifests_without_extras_are_those_of_before(
     open_store: Callable[..., AdapterStore], copy_of: Callable[..., AdapterCopy], tmp_path: Path
 ) -> None:
     copy_of("rank16")
-    manifest = await open_store().stage("disk", "a")
+    manifest = await open_store().publish("disk", "a")
     fields = asdict(manifest)
     assert fields.pop("extras") == ()
     assert fields.pop("warnings") == ()

@@ -256,7 +256,7 @@ async def test_refused(
 ) -> None:
     break_it(copy_of(kind))
     with pytest.raises(AdapterRefused) as caught:
-        await store.stage("disk", "a")
+        await store.publish("disk", "a")
     assert caught.value.code == code
     assert caught.value.param is not None, "the tensor, the field or the file"
     if param is not None:
@@ -286,7 +286,7 @@ async def test_weights_larger_than_any_adapter_are_not_even_copied(
     with adapter.folder.joinpath(WEIGHTS).open("r+b") as file:
         file.truncate(2**40)
     with pytest.raises(AdapterRefused) as caught:
-        await open_store().stage("disk", "a")
+        await open_store().publish("disk", "a")
     assert caught.value.code == "weights_too_large"
 
 
@@ -314,5 +314,5 @@ async def test_adapter_of_a_larger_base_is_refused(
     modules = {name: shape for name, shape in base.geometry.modules.items() if "layers.1." not in name}
     copy_of("rank16")
     with pytest.raises(AdapterRefused) as caught:
-        await open_store(geometry=type(base.geometry)(modules, "float32")).stage("disk", "a")
+        await open_store(geometry=type(base.geometry)(modules, "float32")).publish("disk", "a")
     assert caught.value.code == "unmatched_tensor"

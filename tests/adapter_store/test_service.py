@@ -33,10 +33,9 @@ from lorafleet.adapter_store.manifest import (
     AdapterManifest,
     AdapterWeights,
     BaseGeometry,
-    NamedAdapter,
-    NameTable,
     shared_module,
 )
+from lorafleet.adapter_store.names import NamedAdapter, NameRecord, NameTable
 from lorafleet.adapter_store.service import GRACE_S, AdapterStore, StoreUsage
 from lorafleet.adapter_store.sources import DirectoryConfig, ObjectStoreConfig
 from tests.adapter_store.conftest import AdapterCopy, Base, staged_files
@@ -49,20 +48,18 @@ BAD_NAMES = ["", ".a", "-a", "a//b", "a/../b", "a b", "a\n", "a\0", "ä", "x" * 
 
 
 async def load(store: AdapterStore, name: str, key: str | None = None, **options: Any) -> str:
-    """What a PUT does: stage, then flip. Returns the version."""
-    manifest = await store.stage("disk", key or name)
+    """Publish and flip, as a PUT does. Returns the version."""
+    manifest = await store.publish("disk", key or name)
     given = {"source": "disk", "key": key or name, "pinned": False, "warm": 1, "origin": "admin", **options}
-    return (await store.flip(name, manifest.version, **given)).version
+    return (await store.flip(NameRecord(name, manifest.version, **given))).version
 
 
 async def test_life_of_a_name(store: AdapterStore, base: Base, copy_of: CopyOf) -> None:
     adapter = copy_of("rank4_qv")
-    manifest = await store.stage("disk", "a")
+    manifest = await store.publish("disk", "a")
     assert await store.manifest(manifest.version) == manifest
     assert (await store.table()).adapters == ()
-    named = await store.flip(
-        "mine", manifest.version, source="disk", key="a", pinned=False, warm="all", origin="config"
-    )
+    named = await store.flip(NameRecord("mine", manifest.version, "disk", "a", False, "all", "config"))
     assert (named.name, named.version, named.source, named.key) == ("mine", manifest.version, "disk", "a")
     assert (named.pinned, named.warm, named.origin, named.manifest) == (False, "all", "config", manifest)
     assert await store.resolve("mine") == named
@@ -113,7 +110,7 @@ async def test_validate_leaves_nothing_behind(store: AdapterStore, copy_of: Copy
         await store.manifest(manifest.version)
     with pytest.raises(UnknownVersion):
         await store.fetch(manifest.version)
-    assert await store.stage("disk", "a") == manifest
+    assert await store.publish("disk", "a") == manifest
 
 
 async def test_answers_survive_pickling(store: AdapterStore, copy_of: CopyOf) -> None:
@@ -152,9 +149,9 @@ class TestUnknown:
     @pytest.mark.parametrize("name", BAD_NAMES, ids=repr)
     async def test_names_outside_the_grammar(self, store: AdapterStore, copy_of: CopyOf, name: str) -> None:
         copy_of("rank4_qv")
-        manifest = await store.stage("disk", "a")
+        manifest = await store.publish("disk", "a")
         with pytest.raises(InvalidName) as caught:
-            await store.flip(name, manifest.version, source="disk", key="a", pinned=False, warm=0, origin="admin")
+            await store.flip(NameRecord(name, manifest.version, "disk", "a", False, 0, "admin"))
         assert caught.value.code == "invalid_name"
         with pytest.raises(UnknownAdapter):
             await store.resolve(name)
@@ -165,16 +162,16 @@ class TestUnknown:
 
     async def test_source_key_and_version(self, store: AdapterStore) -> None:
         with pytest.raises(UnknownSource):
-            await store.stage("elsewhere", "a")
+            await store.publish("elsewhere", "a")
         with pytest.raises(UnknownSource):
             await store.validate("elsewhere", "a")
         with pytest.raises(UnknownKey):
-            await store.stage("disk", "nothing")
+            await store.publish("disk", "nothing")
         for version in ("0" * 40, "", "../versions", "a/b"):
             with pytest.raises(UnknownVersion):
                 await store.fetch(version)
             with pytest.raises(UnknownVersion):
-                await store.flip("a", version, source="disk", key="a", pinned=False, warm=0, origin="admin")
+                await store.flip(NameRecord("a", version, "disk", "a", False, 0, "admin"))
 
 
 class TestRestart:
@@ -275,7 +272,7 @@ async def test_damage_is_named(open_store: OpenStore, copy_of: CopyOf, tmp_path:
 
 
 async def test_desired_state_outlives_the_store(open_store: OpenStore) -> None:
-    wanted = service.DesiredAdapter("a", "disk", "a", pinned=True)
+    wanted = service.DesiredRecord("a", "disk", "a", pinned=True)
     await open_store().set_desired([wanted], 3)
     store = open_store()
     assert await store.desired() == service.DesiredState(3, (wanted,))
@@ -296,7 +293,7 @@ async def test_a_full_disk_is_named_and_leaves_nothing(
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, full)
             with pytest.raises(StoreUnusable) as caught:
-                await store.stage("disk", "a")
+                await store.publish("disk", "a")
         assert caught.value.code == "store_full"
         assert staged_files(tmp_path) == []
     await load(store, "a")
@@ -381,8 +378,8 @@ class TestResolve:
         self, store: AdapterStore, copy_of: CopyOf, clock: Clock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked: list[str] = []
-        stage = store.stage
-        monkeypatch.setattr(store, "stage", lambda source, key: asked.append(key) or stage(source, key))
+        publish = store.publish
+        monkeypatch.setattr(store, "publish", lambda source, key: asked.append(key) or publish(source, key))
         for _ in range(3):
             with pytest.raises(UnknownAdapter):
                 await store.resolve("a")
@@ -490,7 +487,7 @@ class TestSlowSources:
         await asyncio.to_thread(slow.entered.acquire)
         version = (await two.resolve("known")).version
         await two.fetch(version)
-        await two.stage("disk", "known")
+        await two.publish("disk", "known")
         await two.set_pinned("known", True)
         assert not any(task.done() for task in waiting)
         slow.go.set()
@@ -539,7 +536,7 @@ class TestSlowSources:
         store = open_store(sources=[source])
         slow = SlowSource(store, "disk", monkeypatch)
         with pytest.raises(SourceUnavailable, match="did not answer"):
-            await store.stage("disk", "a")
+            await store.publish("disk", "a")
         slow.go.set()
 
     async def test_loading_while_it_is_looked_for_wins(
@@ -616,8 +613,8 @@ class TestCollection:
 
     async def test_staging_and_fetching_count_as_use(self, store: AdapterStore, copy_of: CopyOf, clock: Clock) -> None:
         copy_of("rank4_qv")
-        version = (await store.stage("disk", "a")).version
-        for use in (lambda: store.fetch(version), lambda: store.stage("disk", "a")):
+        version = (await store.publish("disk", "a")).version
+        for use in (lambda: store.fetch(version), lambda: store.publish("disk", "a")):
             clock.now_s += 0.9 * GRACE_S
             await use()
             assert await store.collect() == ()
@@ -626,7 +623,7 @@ class TestCollection:
 
     async def test_reconciling_collects_by_itself(self, store: AdapterStore, copy_of: CopyOf, clock: Clock) -> None:
         copy_of("rank4_qv")
-        version = (await store.stage("disk", "a")).version
+        version = (await store.publish("disk", "a")).version
         clock.now_s += GRACE_S
         await store.reconcile("w", ())
         await asyncio.gather(*store._background)
@@ -637,11 +634,11 @@ class TestCollection:
         self, store: AdapterStore, copy_of: CopyOf, clock: Clock
     ) -> None:
         copy_of("rank4_qv")
-        version = (await store.stage("disk", "a")).version
+        version = (await store.publish("disk", "a")).version
         clock.now_s += GRACE_S
         assert await store.collect() == (version,)
         with pytest.raises(UnknownVersion):
-            await store.flip("a", version, source="disk", key="a", pinned=False, warm=0, origin="admin")
+            await store.flip(NameRecord("a", version, "disk", "a", False, 0, "admin"))
         assert await load(store, "a") == version
 
 
@@ -674,7 +671,7 @@ def test_many_names_make_a_small_table() -> None:
             False,
             1,
             "admin",
-            AdapterManifest(f"{n:040}", 16, ("q_proj",), modules, 1),
+            manifest=AdapterManifest(f"{n:040}", 16, ("q_proj",), modules, 1),
         )
         for n in range(100)
     ]

@@ -49,7 +49,7 @@ async def test_a_strict_source_refuses_it(
     copy_of("rank4_qv").set_config(**CONFIGS[label])
     store = open_store(sources=[DirectoryConfig(name="disk", root=tmp_path / "adapters", strict=True)])
     with pytest.raises(AdapterRefused) as caught:
-        await store.stage("disk", "a")
+        await store.publish("disk", "a")
     assert caught.value.code in ("unsupported_field", "unknown_target")
     assert caught.value.param == NAMED.get(label, label)
 
@@ -81,10 +81,10 @@ async def test_files_beside_it_are_said_and_kept_over_a_restart(
     adapter = copy_of("rank4_qv")
     store = open_store()
     assert (await store.validate("disk", "a")).warnings == ()
-    plain = await store.stage("disk", "a")
+    plain = await store.publish("disk", "a")
     (adapter.folder / "chat_template.jinja").write_text("{{ messages }}")
     adapter.set_config(description="x")
-    manifest = await store.stage("disk", "a")
+    manifest = await store.publish("disk", "a")
     assert manifest.version == plain.version
     assert [warning.split()[0] for warning in manifest.warnings] == ["description", "chat_template.jinja"]
     assert (await open_store().manifest(manifest.version)).warnings == manifest.warnings

@@ -6,10 +6,10 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from lorafleet.adapter_store.errors import UnknownAdapter, UnknownKey
-from lorafleet.adapter_store.manifest import AdapterManifest, NamedAdapter, NameTable, Origin
+from lorafleet.adapter_store.manifest import AdapterManifest
+from lorafleet.adapter_store.names import NamedAdapter, NameRecord, NameTable
 from lorafleet.adapter_store.sources import SourceConfig
 from lorafleet.cluster.errors import WorkerGone
 from lorafleet.cluster.store.paths import locate
@@ -32,15 +32,15 @@ class DictStore:
     sources: Sequence[SourceConfig] = ()
     """Where `locate` looks."""
     generation: int = 0
-    num_staged: int = 0
+    num_published: int = 0
     fail_flip: Exception | None = None
-    may_stage: asyncio.Event | None = None
+    may_publish: asyncio.Event | None = None
     """Staging waits for it."""
 
-    async def stage(self, source: str, key: str) -> AdapterManifest:
-        self.num_staged += 1
-        if self.may_stage is not None:
-            await self.may_stage.wait()
+    async def publish(self, source: str, key: str) -> AdapterManifest:
+        self.num_published += 1
+        if self.may_publish is not None:
+            await self.may_publish.wait()
         return await self.validate(source, key)
 
     async def validate(self, source: str, key: str) -> AdapterManifest:
@@ -48,23 +48,13 @@ class DictStore:
             raise UnknownKey("key_not_found", f"source {source} has no adapter {key}", "key")
         return self.keys[key]
 
-    async def flip(
-        self,
-        name: str,
-        version: str,
-        *,
-        source: str,
-        key: str,
-        pinned: bool,
-        warm: int | Literal["all"],
-        origin: Origin,
-    ) -> NamedAdapter:
+    async def flip(self, record: NameRecord) -> NamedAdapter:
         if self.fail_flip is not None:
             raise self.fail_flip
-        manifest = next(manifest for manifest in self.keys.values() if manifest.version == version)
-        self.names[name] = NamedAdapter(name, version, source, key, pinned, warm, origin, manifest)
+        manifest = next(manifest for manifest in self.keys.values() if manifest.version == record.version)
+        self.names[record.name] = NamedAdapter.of(record, manifest)
         self.generation += 1
-        return self.names[name]
+        return self.names[record.name]
 
     async def delete(self, name: str) -> None:
         if self.names.pop(name, None) is None:

@@ -145,7 +145,7 @@ async def test_bad_bodies_are_refused(api: Api, body: object) -> None:
     response = await api.http.put("/admin/v1/adapters/shout", json=body)
     assert response.status_code in (400, 422)
     assert response.json()["error"]["type"] == "invalid_request_error"
-    assert api.store.num_staged == 0
+    assert api.store.num_published == 0
 
 
 async def test_malformed_json_is_refused(api: Api) -> None:
@@ -215,7 +215,7 @@ async def test_vllm_refusals(api: Api, body: dict[str, str], status: int) -> Non
     response = await api.http.post("/v1/load_lora_adapter", json=body)
     assert response.status_code == status
     assert response.json()["error"]["code"] == status
-    assert api.store.num_staged == 0
+    assert api.store.num_published == 0
 
 
 async def test_sglang_load_and_unload(api: Api) -> None:
@@ -310,16 +310,16 @@ async def test_a_revision_is_for_hub_sources(api: Api) -> None:
     [("/v1/load_lora_adapter",) * 2, ("/load_lora_adapter",) * 2, ("/v1/load_lora_adapter", "/load_lora_adapter")],
 )
 async def test_of_two_loads_at_the_same_time_one_wins(api: Api, routes: tuple[str, str]) -> None:
-    api.store.may_stage = asyncio.Event()
+    api.store.may_publish = asyncio.Event()
     loads = [
         asyncio.create_task(api.http.post(route, json={"lora_name": "shout", "lora_path": key}))
         for route, key in zip(routes, "ab", strict=True)
     ]
     await asyncio.sleep(0.05)
-    api.store.may_stage.set()
+    api.store.may_publish.set()
     replies = await asyncio.gather(*loads)
     assert sorted(reply.status_code for reply in replies) == [200, 400]
     winner = next(i for i, reply in enumerate(replies) if reply.status_code == 200)
     assert api.store.names["shout"].key == "ab"[winner]
     assert "already" in replies[1 - winner].text
-    assert api.store.num_staged == 1
+    assert api.store.num_published == 1

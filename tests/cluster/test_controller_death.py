@@ -62,13 +62,13 @@ async def world() -> tuple[DictStore, DictFleet]:
     return store, fleet
 
 
-async def test_the_stages_of_a_rollout() -> None:
+async def test_the_steps_of_a_rollout() -> None:
     mortal, change = await put_with(*await world(), last=1000)
     await change
     calls = mortal.calls
     assert len(calls) == NUM_CALLS
     assert [call for call in dict.fromkeys(calls) if call != "worker_ids"] == [
-        "stage",
+        "publish",
         "table",
         "state",
         "make_resident",
@@ -82,7 +82,7 @@ NUM_CALLS = 20
 
 
 @pytest.mark.parametrize("last", range(NUM_CALLS))
-async def test_a_death_at_any_stage_leaves_the_old_version_or_the_new_one(last: int) -> None:
+async def test_a_death_at_any_step_leaves_the_old_version_or_the_new_one(last: int) -> None:
     store, fleet = await world()
     mortal, change = await put_with(store, fleet, last)
     # What workers do by themselves: holds run out, and the store decides.

@@ -85,11 +85,11 @@ async def test_user_config_adds_replaces_and_deletes_its_own(world: World) -> No
 
 async def test_what_is_in_place_is_not_staged_again_but_made_resident(world: World) -> None:
     await world.start(wanted("x", "a")).apply()
-    num_staged = world.store.num_staged
+    num_published = world.store.num_published
     for worker in world.fleet.workers.values():
         worker.resident.clear()
     await world.start(wanted("x", "a")).apply()
-    assert world.store.num_staged == num_staged
+    assert world.store.num_published == num_published
     assert len(world.fleet.holders(world.store.keys["a"])) == 1
 
 

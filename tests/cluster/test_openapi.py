@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from schemathesis.core.transport import Response
 from schemathesis.engine import Status, events, from_schema
 
-from lorafleet.adapter_store.manifest import NamedAdapter
+from lorafleet.adapter_store.names import NamedAdapter
 from lorafleet.adapter_store.sources import DirectoryConfig
 from lorafleet.cluster.admin import routes as admin_routes
 from lorafleet.cluster.admin.rollout import Rollout
@@ -73,7 +73,7 @@ def whole_app(root: Path) -> FastAPI:
     manifest = manifest_of("a")
     sources = [DirectoryConfig(name="demo", root=root)]
     store = DictStore(keys={"a": manifest, "b": manifest_of("b")}, sources=sources)
-    store.names["steady"] = NamedAdapter("steady", manifest.version, "demo", "a", False, 0, "admin", manifest)
+    store.names["steady"] = NamedAdapter("steady", manifest.version, "demo", "a", False, 0, "admin", manifest=manifest)
     rollout = Rollout(store, DictFleet(store), reserved={BASE_ID})
 
     async def not_ready() -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from lorafleet.adapter_store.manifest import Desired
+from lorafleet.adapter_store.names import VersionsToKeep
 from lorafleet.cluster.errors import StoreUnavailable
 from lorafleet.cluster.worker.reconciler import Reconciler
 
@@ -28,9 +28,9 @@ class Follower:
 async def test_passes_on_what_the_store_says() -> None:
     worker, asked = Follower(), []
 
-    async def ask(held: tuple[str, ...]) -> Desired:
+    async def ask(held: tuple[str, ...]) -> VersionsToKeep:
         asked.append(held)
-        return Desired(1, {"held": True})
+        return VersionsToKeep(1, {"held": True})
 
     await Reconciler(worker, ask).once()
     assert asked == [("held",)]
@@ -42,10 +42,10 @@ async def test_a_question_is_put_after_the_call() -> None:
     worker, answers = Follower(), [asyncio.Event(), asyncio.Event()]
     generation = 0
 
-    async def ask(held: tuple[str, ...]) -> Desired:
+    async def ask(held: tuple[str, ...]) -> VersionsToKeep:
         asked_at = generation
         await answers[asked_at].wait()
-        return Desired(asked_at, {f"v{asked_at}": False})
+        return VersionsToKeep(asked_at, {f"v{asked_at}": False})
 
     reconciler = Reconciler(worker, ask)
     first = asyncio.create_task(reconciler.once())
@@ -60,10 +60,13 @@ async def test_a_question_is_put_after_the_call() -> None:
 
 
 async def test_goes_on_while_the_store_is_away() -> None:
-    worker, replies = Follower(), [StoreUnavailable("away"), RuntimeError("odd"), Desired(1, {}), Desired(2, {})]
+    worker, replies = (
+        Follower(),
+        [StoreUnavailable("away"), RuntimeError("odd"), VersionsToKeep(1, {}), VersionsToKeep(2, {})],
+    )
 
-    async def ask(held: tuple[str, ...]) -> Desired:
-        reply = replies.pop(0) if replies else Desired(9, {})
+    async def ask(held: tuple[str, ...]) -> VersionsToKeep:
+        reply = replies.pop(0) if replies else VersionsToKeep(9, {})
         if isinstance(reply, Exception):
             raise reply
         return reply

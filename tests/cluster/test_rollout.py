@@ -177,14 +177,14 @@ async def test_a_store_that_goes_away_at_the_flip_leaves_nothing_staged(world: W
 
 
 async def test_a_client_that_goes_away_does_not_stop_a_rollout(world: World) -> None:
-    world.store.may_stage = asyncio.Event()
+    world.store.may_publish = asyncio.Event()
     task = asyncio.create_task(world.put("shout", "old"))
-    while not world.store.num_staged:
+    while not world.store.num_published:
         await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    world.store.may_stage.set()
+    world.store.may_publish.set()
     async with asyncio.timeout(5):
         while world.rollout._under_way:
             await asyncio.sleep(0)
@@ -228,7 +228,7 @@ async def test_names_outside_the_grammar_and_the_bases_are_refused_before_anythi
 ) -> None:
     with pytest.raises(InvalidName):
         await world.put(name, "old")
-    assert world.store.num_staged == 0
+    assert world.store.num_published == 0
 
 
 async def test_a_source_that_has_nothing_changes_nothing(world: World) -> None:
@@ -246,7 +246,7 @@ async def test_validate_says_what_it_would_take_and_evict(world: World) -> None:
     assert by_worker["w0"].pages == 60
     assert by_worker["w1"].refusal is not None
     assert world.store.names.keys() == {"big"}
-    assert world.store.num_staged == 1
+    assert world.store.num_published == 1
 
 
 async def test_tables_show_names_and_the_dead_are_left_out(world: World) -> None:

@@ -40,7 +40,7 @@ def shelf(base_of: Callable[[BaseKind], Path], tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 async def store(shelf: Shelf, tmp_path: Path) -> AdapterStore:
-    """The real store over the shelf's folders, with every adapter staged."""
+    """The real store over the shelf's folders, with every adapter published."""
     root = next(iter(shelf.folders.values())).parent
     store = AdapterStore(
         state_dir=tmp_path,
@@ -50,8 +50,8 @@ async def store(shelf: Shelf, tmp_path: Path) -> AdapterStore:
         host_cache_bytes=1 << 20,
         base_weights=CheckpointWeights(shelf.base),
     )
-    staged = [(await store.stage("disk", folder.name)).version for folder in shelf.folders.values()]
-    assert staged == shelf.versions
+    published = [(await store.publish("disk", folder.name)).version for folder in shelf.folders.values()]
+    assert published == shelf.versions
     return store
 
 
