@@ -55,7 +55,7 @@ class _Group:
     key: bytes
     """The same for groups of the same adapters whose rows belong to them in the same order."""
     is_exact: bool
-    """See `SegmentPlan`: then there is one adapter."""
+    """See `SegmentShape`: then there is one adapter."""
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ rows (logits) are planned by `SegmentPlan.select`, so there is one type and one 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ CHUNK_LENGTHS = (16, 32, 64, 128)
 """Bounds of the rows of one chunk."""
 
 IntArray = npt.NDArray[np.int32]
+Array = TypeVar("Array", IntArray, Tensor)
+"""int32, on the host or on the device."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -48,7 +50,7 @@ class Segments:
     host_row_slots: IntArray
     """(num_rows,) the host's copy of `row_slots`, for backends and checks that need no synchronisation then."""
     is_exact: bool = False
-    """See `SegmentPlan`."""
+    """See `SegmentShape`."""
     max_slot: int = field(init=False)
     """The largest slot of any row, `BASE_SLOT` without adapters: what launchers check against the row tables."""
 
@@ -80,18 +82,60 @@ def chunk_length_for(num_rows: int, largest_segment: int, mean_segment: float) -
 
 
 @dataclass(frozen=True, slots=True)
-class SegmentPlan:
-    """Segments on the host: one array to copy, and what is known without it."""
+class SegmentShape:
+    """What is known of segments without their arrays: plain numbers, from which the arrays' places follow."""
 
-    packed: IntArray
-    """row_slots, permutation, chunk_slots, chunk_indptr, one after another."""
-    row_slots: IntArray
+    num_rows: int
+    max_chunks: int
     chunk_length: int
     num_chunks: int
     num_lora_chunks: int
-    max_chunks: int
     is_exact: bool = False
     """Whether a row is to get the same bits whichever rows stand beside it, on the CPU backend, at some cost."""
+
+    @property
+    def size(self) -> int:
+        """Integers of the packed arrays."""
+        return 2 * self.num_rows + 2 * self.max_chunks + 1
+
+    def split(self, packed: Array) -> tuple[Array, Array, Array, Array]:
+        """row_slots, permutation, chunk_slots and chunk_indptr, as views of `packed` (size,): the one order of them."""
+        rows, chunks = self.num_rows, self.max_chunks
+        return (
+            packed[:rows],
+            packed[rows : 2 * rows],
+            packed[2 * rows : 2 * rows + chunks],
+            packed[2 * rows + chunks :],
+        )
+
+    def view(self, packed: Tensor, host: IntArray) -> Segments:
+        """The segments over `packed` (size,) int32, on any device, which holds (or will hold) what `host` does."""
+        row_slots, permutation, chunk_slots, chunk_indptr = self.split(packed)
+        return Segments(
+            row_slots=row_slots,
+            permutation=permutation,
+            chunk_indptr=chunk_indptr,
+            chunk_slots=chunk_slots,
+            chunk_length=self.chunk_length,
+            num_chunks=self.num_chunks,
+            num_lora_chunks=self.num_lora_chunks,
+            host_row_slots=self.split(host)[0],
+            is_exact=self.is_exact,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPlan:
+    """Segments on the host: one array to copy, and what is known without it."""
+
+    shape: SegmentShape
+    packed: IntArray
+    """(shape.size,), laid out as `SegmentShape.split` says."""
+
+    @property
+    def row_slots(self) -> IntArray:
+        """(num_rows,), a view of `packed`."""
+        return self.shape.split(self.packed)[0]
 
     def select(
         self,
@@ -103,25 +147,11 @@ class SegmentPlan:
     ) -> SegmentPlan:
         """The plan of a pass over only `rows`: indices into this plan's, in whatever order. Else as `plan_segments`."""
         plan = plan_segments(self.row_slots[rows], chunk_length=chunk_length, max_chunks=max_chunks)
-        return replace(plan, is_exact=is_exact)
+        return replace(plan, shape=replace(plan.shape, is_exact=is_exact))
 
     def view(self, packed: Tensor) -> Segments:
         """The segments over `packed`, which holds (or will hold) `self.packed`, int32, on any device."""
-        num_rows = self.row_slots.shape[0]
-        row_slots, permutation, chunk_slots, chunk_indptr = torch.split(
-            packed, [num_rows, num_rows, self.max_chunks, self.max_chunks + 1]
-        )
-        return Segments(
-            row_slots=row_slots,
-            permutation=permutation,
-            chunk_indptr=chunk_indptr,
-            chunk_slots=chunk_slots,
-            chunk_length=self.chunk_length,
-            num_chunks=self.num_chunks,
-            num_lora_chunks=self.num_lora_chunks,
-            host_row_slots=self.row_slots,
-            is_exact=self.is_exact,
-        )
+        return self.shape.view(packed, self.packed)
 
 
 def plan_segments(
@@ -135,7 +165,7 @@ def plan_segments(
     row_slots = np.ascontiguousarray(row_slots, dtype=np.int32)
     num_rows = row_slots.shape[0]
     # BASE_SLOT as unsigned is the largest key, so base rows sort last.
-    permutation = np.argsort(row_slots.view(np.uint32), kind="stable").astype(np.int32)
+    permutation = np.argsort(row_slots.view(np.uint32), kind="stable")
     sorted_slots = row_slots[permutation]
     starts = np.flatnonzero(np.r_[True, sorted_slots[1:] != sorted_slots[:-1]]) if num_rows else np.zeros(0, np.int64)
     lengths = np.diff(np.r_[starts, num_rows])
@@ -151,19 +181,24 @@ def plan_segments(
     capacity = num_chunks if max_chunks is None else max_chunks
     if num_chunks > capacity:
         raise ValueError(f"{num_chunks} chunks do not fit max_chunks={capacity}")
-    chunk_slots = np.full(capacity, BASE_SLOT, dtype=np.int32)
-    chunk_slots[:num_chunks] = np.repeat(slots, chunks_per_segment)
-    within = np.arange(num_chunks) - np.repeat(np.cumsum(chunks_per_segment) - chunks_per_segment, chunks_per_segment)
-    chunk_indptr = np.full(capacity + 1, num_rows, dtype=np.int32)
-    chunk_indptr[:num_chunks] = np.repeat(starts, chunks_per_segment) + within * chunk_length
-    return SegmentPlan(
-        packed=np.concatenate([row_slots, permutation, chunk_slots, chunk_indptr]),
-        row_slots=row_slots,
+    has_base = num_rows > 0 and bool(slots[-1] == BASE_SLOT)
+    shape = SegmentShape(
+        num_rows=num_rows,
+        max_chunks=capacity,
         chunk_length=chunk_length,
         num_chunks=num_chunks,
-        num_lora_chunks=int((chunk_slots[:num_chunks] != BASE_SLOT).sum()),
-        max_chunks=capacity,
+        num_lora_chunks=num_chunks - (int(chunks_per_segment[-1]) if has_base else 0),
     )
+    packed = np.empty(shape.size, dtype=np.int32)
+    to_row_slots, to_permutation, chunk_slots, chunk_indptr = shape.split(packed)
+    to_row_slots[:] = row_slots
+    to_permutation[:] = permutation
+    chunk_slots[:num_chunks] = np.repeat(slots, chunks_per_segment)
+    chunk_slots[num_chunks:] = BASE_SLOT
+    within = np.arange(num_chunks) - np.repeat(np.cumsum(chunks_per_segment) - chunks_per_segment, chunks_per_segment)
+    chunk_indptr[:num_chunks] = np.repeat(starts, chunks_per_segment) + within * chunk_length
+    chunk_indptr[num_chunks:] = num_rows
+    return SegmentPlan(shape, packed)
 
 
 def build_segments(

@@ -34,9 +34,8 @@ from lorafleet.workers.grammars import Grammars, Matcher
 from lorafleet.workers.model.runner import ModelRunner, StepInFlight
 from lorafleet.workers.request import EngineRequest, FinishReason, GenerateDelta, StructuredOutputs, TokenLogprobs
 from lorafleet.workers.scheduler import Scheduler
-from lorafleet.workers.sequence import Sequence, pending_token
+from lorafleet.workers.sequence import PromptRows, ScheduledRows, Sequence, pending_token
 from lorafleet.workers.stats import EngineStats, ServedCounts
-from lorafleet.workers.step.batch import ScheduledRows, StepBatch
 from lorafleet.workers.step.builder import BatchBuilder
 
 logger = logging.getLogger(__name__)
@@ -72,11 +71,13 @@ class _LaunchedRows:
 
 @dataclass(frozen=True, slots=True)
 class _LaunchedStep:
-    batch: StepBatch
     step: StepInFlight
+    num_rows: int
+    """Without padding."""
     rows: tuple[_LaunchedRows, ...]
-    places: tuple[int, ...]
-    """Where in its sequence's tokens each sampled token goes."""
+    sampled: tuple[tuple[Sequence, int], ...]
+    """(sequence, place of the token among its tokens), a pair a token that the step chooses."""
+    prompts: tuple[PromptRows, ...]
     started_s: float
 
 
@@ -258,18 +259,18 @@ class Engine:
         if not scheduled:
             return None
         started_s = self._clock()
-        batch = self._batches.build(scheduled)
-        step = self._runner.launch(batch, None if self._in_flight is None else self._in_flight.step)
-        for item in batch.rows:
+        built = self._batches.build(scheduled)
+        step = self._runner.launch(built.message, None if self._in_flight is None else self._in_flight.step)
+        for item in built.rows:
             item.sequence.num_computed += item.num_rows
         rows = tuple(
             _LaunchedRows(item.sequence, item.sequence.num_computed, item.sequence.num_preemptions)
-            for item in batch.rows
+            for item in built.rows
         )
-        places = tuple(len(sequence.token_ids) for sequence in batch.sampled)
-        for index, sequence in enumerate(batch.sampled):
+        sampled = tuple((item.sequence, len(item.sequence.token_ids)) for item in built.rows if item.num_sampled)
+        for index, (sequence, _) in enumerate(sampled):
             sequence.token_ids.append(pending_token(index))
-        return _LaunchedStep(batch, step, rows, places, started_s)
+        return _LaunchedStep(step, sum(item.num_rows for item in built.rows), rows, sampled, built.prompts, started_s)
 
     def _collect(self, launched: _LaunchedStep) -> None:
         launched.step.wait()
@@ -281,7 +282,7 @@ class Engine:
             token_ids = chosen.token_ids.tolist()
             is_finite = chosen.peaks.isfinite().tolist()
             logprobs = None if chosen.logprobs is None else chosen.logprobs.tolist()
-            for index, (sequence, place) in enumerate(zip(launched.batch.sampled, launched.places, strict=True)):
+            for index, (sequence, place) in enumerate(launched.sampled):
                 sequence.token_ids[place] = token_ids[index]
                 if sequence.is_over:  # it ended after this step was launched
                     continue
@@ -299,8 +300,7 @@ class Engine:
                     assert logprobs is not None
                     token_logprobs = (TokenLogprobs(token_ids[index], logprobs[index], chosen.top(index, num_top)),)
                 self._deliver_token(sequence, place, token_logprobs)
-        num_rows = sum(item.num_rows for item in launched.batch.rows)
-        self.stats.note_step(len(launched.rows), num_rows, self._clock() - launched.started_s)
+        self.stats.note_step(len(launched.rows), launched.num_rows, self._clock() - launched.started_s)
 
     def _share_pages(self, row: _LaunchedRows) -> None:
         """Offer the pages that this step filled to the prefix cache."""
@@ -322,9 +322,9 @@ class Engine:
         assert chosen.logprobs is not None
         logprobs = chosen.logprobs.tolist()
         row = 0
-        for sequence, start, count in launched.batch.prompts:
-            num_top = sequence.request.sampling.prompt_tops
-            for position in range(start + 1, start + 1 + count):
+        for rows in launched.prompts:
+            sequence, num_top = rows.sequence, rows.sequence.request.sampling.prompt_tops
+            for position in range(rows.start + 1, rows.start + 1 + rows.count):
                 # After a preemption positions come again; those that were noted stand.
                 if position == len(sequence.prompt_logprobs) + 1:
                     found = TokenLogprobs(sequence.token_ids[position], logprobs[row], chosen.top(row, num_top))

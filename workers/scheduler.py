@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lorafleet.workers.memory.kv_cache import KVCache
-from lorafleet.workers.sequence import AdapterReadiness, Sequence
-from lorafleet.workers.step.batch import ScheduledRows
+from lorafleet.workers.sequence import AdapterReadiness, ScheduledRows, Sequence
 
 
 class AdapterGate(Protocol):
@@ -103,7 +102,7 @@ class Scheduler:
             if sequence.is_admitted:  # a victim of an earlier one is not
                 self._schedule_running(sequence, scheduled, budget)
         self._admit(scheduled, budget)
-        return [ScheduledRows(sequence, num_rows) for sequence, num_rows in scheduled.items()]
+        return [ScheduledRows.of(sequence, num_rows) for sequence, num_rows in scheduled.items()]
 
     def _schedule_running(self, sequence: Sequence, scheduled: dict[Sequence, int], budget: _Budget) -> None:
         num_rows = min(sequence.num_uncomputed, budget.tokens)

@@ -97,3 +97,36 @@ class Sequence:
     @property
     def wants_prompt_logprobs(self) -> bool:
         return self.request.sampling.prompt_logprobs and self.num_made == 0
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRows:
+    """The next `num_rows` uncomputed tokens of a sequence, which one step computes."""
+
+    sequence: Sequence
+    num_rows: int
+    num_sampled: int
+    """How many of these rows, the last ones, choose the token that follows: 1 where the last token is computed.
+
+    More where tokens were guessed, each of which the row before it confirms or not. A sequence with penalties or a
+    grammar has one at most: what its row may choose depends on the token chosen before."""
+
+    @classmethod
+    def of(cls, sequence: Sequence, num_rows: int) -> ScheduledRows:
+        """Rows that choose one token if they reach the sequence's last."""
+        return cls(sequence, num_rows, int(num_rows == sequence.num_uncomputed))
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """Positions of a prompt whose rows give logprobs of the tokens that follow."""
+
+    sequence: Sequence
+    start: int
+    """The first position."""
+    count: int
+
+    @property
+    def targets(self) -> list[int]:
+        """The tokens that follow."""
+        return self.sequence.token_ids[self.start + 1 : self.start + 1 + self.count]

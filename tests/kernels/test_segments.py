@@ -22,7 +22,7 @@ from lorafleet.kernels.segments import BASE_SLOT, FEW_BATCH_ROWS, plan_segments
 def test_chunks_are_as_long_as_adapters_have_rows(rows_of_each: list[int], chunk_length: int) -> None:
     slots = np.repeat(np.arange(len(rows_of_each), dtype=np.int32), rows_of_each)
     plan = plan_segments(slots)
-    assert plan.chunk_length == chunk_length
-    assert plan.num_lora_chunks == sum(-(-count // chunk_length) for count in rows_of_each)
+    assert plan.shape.chunk_length == chunk_length
+    assert plan.shape.num_lora_chunks == sum(-(-count // chunk_length) for count in rows_of_each)
     beside_base = plan_segments(np.concatenate([slots, np.full(FEW_BATCH_ROWS, BASE_SLOT, np.int32)]))
-    assert beside_base.num_chunks > beside_base.num_lora_chunks
+    assert beside_base.shape.num_chunks > beside_base.shape.num_lora_chunks

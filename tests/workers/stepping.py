@@ -12,8 +12,7 @@ from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.memory.kv_cache import KVCache, LayerKV
 from lorafleet.workers.request import EngineRequest, SamplingParams
 from lorafleet.workers.scheduler import Scheduler
-from lorafleet.workers.sequence import AdapterReadiness, Sequence, pending_token
-from lorafleet.workers.step.batch import ScheduledRows
+from lorafleet.workers.sequence import AdapterReadiness, ScheduledRows, Sequence, pending_token
 from tests.support.clock import Clock
 
 PAGE_TOKENS = 4
@@ -188,7 +187,7 @@ class Stepping:
         counts = {item.sequence: item.num_rows for item in rows}
         assert len(counts) == len(rows), "a sequence is scheduled twice"
         assert sum(counts.values()) <= self.max_batch_tokens
-        sampled = [item.sequence for item in rows if item.samples]
+        sampled = [item.sequence for item in rows if item.num_sampled]
         for one, count in counts.items():
             assert 0 < count <= one.num_uncomputed
             one.num_computed += count

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from lorafleet.kernels.segments import BASE_SLOT, plan_segments
 from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.request import EngineRequest, SamplingParams
-from lorafleet.workers.sequence import Sequence, pending_token
+from lorafleet.workers.sequence import ScheduledRows, Sequence, pending_token
 from lorafleet.workers.step import forms
-from lorafleet.workers.step.batch import ScheduledRows, StepBatch
-from lorafleet.workers.step.builder import BatchBuilder
+from lorafleet.workers.step.batch import StepInputs
+from lorafleet.workers.step.builder import BatchBuilder, BuiltStep
 from lorafleet.workers.step.forms import GraphForm
 from lorafleet.workers.step.layout import GRAPH_CHUNK_LENGTH, blank_batch, chunk_bounds, most_chunks
+from lorafleet.workers.step.message import StepMessage
 from lorafleet.workers.step.sampling import SamplingBatch, uniforms
 from lorafleet.workers.step.sampling_table import FORBIDDEN
 
@@ -75,15 +76,20 @@ def by_row(*sizes: int) -> tuple[GraphForm, ...]:
     return tuple(GraphForm(size, size, MAX_PAGES) for size in sizes)
 
 
-def assert_lays_out(batch: StepBatch, scheduled: list[ScheduledRows]) -> None:
+def view(message: StepMessage) -> StepInputs:
+    return message.view(torch.from_numpy(message.packed))
+
+
+def assert_lays_out(built: BuiltStep, scheduled: list[ScheduledRows]) -> None:
     """Every row is its sequence's next token, and goes where its page table says."""
-    inputs = batch.view(torch.from_numpy(batch.packed))
+    header, sampling = built.message.header, built.message.sampling
+    inputs = view(built.message)
     attention = inputs.attention
-    assert set(map(id, (item.sequence for item in batch.rows))) == set(map(id, (item.sequence for item in scheduled)))
-    is_long = [item.num_rows > 1 for item in batch.rows]
+    assert set(map(id, (item.sequence for item in built.rows))) == set(map(id, (item.sequence for item in scheduled)))
+    is_long = [item.num_rows > 1 for item in built.rows]
     assert is_long == sorted(is_long)
-    row, sampled_rows, prompt_rows = 0, [], []
-    for index, item in enumerate(batch.rows):
+    row, sampled_rows, prompt_rows, targets, num_made = 0, [], [], [], []
+    for index, item in enumerate(built.rows):
         seq = item.sequence
         slot = BASE_SLOT if seq.lease is None else seq.lease.slot
         assert attention.query_lengths[index] == item.num_rows
@@ -103,19 +109,22 @@ def assert_lays_out(batch: StepBatch, scheduled: list[ScheduledRows]) -> None:
             assert int(inputs.segments.host_row_slots[row]) == slot
             if seq.wants_prompt_logprobs and position + 1 < seq.num_prompt:
                 prompt_rows.append(row)
+                targets.append(seq.token_ids[position + 1])
             row += 1
-        if item.num_rows == seq.num_uncomputed:
-            sampled_rows.append(row - 1)
-    assert row == batch.num_rows == len(inputs.token_ids)
+        assert header.num_sampled[index] == item.num_sampled
+        sampled_rows += range(row - item.num_sampled, row)
+        end = seq.num_computed + item.num_rows - seq.num_prompt
+        num_made += range(end - item.num_sampled + 1, end + 1)
+    assert row == header.num_rows == len(inputs.token_ids)
     assert attention.num_decodes == sum(item.num_rows == 1 for item in scheduled)
     assert [row for each in inputs.passes for row in each.rows[each.own].tolist()] == prompt_rows + sampled_rows
     for each in inputs.passes:
         assert each.segments.row_slots.tolist() == each.segments.host_row_slots.tolist()
         assert each.segments.host_row_slots.tolist() == inputs.segments.host_row_slots[each.rows.numpy()].tolist()
-    assert sum(count for _, _, count in batch.prompts) == len(prompt_rows)
-    seeds = np.array([seq.seed for seq in batch.sampled], dtype=np.uint64)
-    num_made = np.array([seq.num_made for seq in batch.sampled], dtype=np.int64)
-    assert batch.sampling.draws["uniform"].tolist() == uniforms(seeds, num_made).tolist()
+    assert sum(one.count for one in built.prompts) == header.num_prompt_rows == len(prompt_rows)
+    assert inputs.targets.tolist() == targets + [0] * len(sampled_rows)
+    seeds = [item.sequence.seed for item in built.rows for _ in range(item.num_sampled)]
+    assert sampling.draws["uniform"].tolist() == uniforms(np.array(seeds, np.uint64), np.array(num_made)).tolist()
 
 
 @st.composite
@@ -135,25 +144,26 @@ def some_rows(draw: st.DrawFn) -> list[ScheduledRows]:
         num_pages = -(-len(sequence.token_ids) // PAGE_TOKENS)
         sequence.kv_pages = list(range(next_page, next_page + num_pages))[::-1]
         next_page += num_pages
-        rows.append(ScheduledRows(sequence, draw(st.integers(1, sequence.num_uncomputed))))
+        num_rows = draw(st.integers(1, sequence.num_uncomputed))
+        most = min(num_rows, num_made + 1) if num_rows == sequence.num_uncomputed else 0
+        rows.append(ScheduledRows(sequence, num_rows, draw(st.integers(min(1, most), min(3, most)))))
     return rows
 
 
 @given(rows=some_rows(), fewest=st.sampled_from([1, 5, 16]), most=st.sampled_from([1, 4, 7, 1000]))
 @settings(max_examples=200, deadline=None)
 def test_every_row_is_where_it_belongs(rows: list[ScheduledRows], fewest: int, most: int) -> None:
-    batch = builder(pass_rows=(fewest, most)).build(rows)
-    assert_lays_out(batch, rows)
-    for plan in batch.passes:
-        assert plan.own.stop - plan.own.start <= most
-        assert min(fewest, batch.num_logits) <= plan.num_rows <= max(most, min(most, batch.num_logits) + 2 * fewest)
-        assert plan.segments.is_exact == (fewest > 1)
-    assert not batch.has_pending
-    wanted = [item.sequence.request.sampling for item in rows if item.samples]
-    assert batch.sampling.num_logprobs == max(
-        (-1 if one.logprobs is None else one.logprobs for one in wanted), default=-1
-    )
-    assert sorted(batch.sampling.draws["temperature"].tolist()) == sorted(
+    built = builder(pass_rows=(fewest, most)).build(rows)
+    assert_lays_out(built, rows)
+    header, sampling = built.message.header, built.message.sampling
+    for one in header.passes:
+        assert one.own_stop - one.own_start <= most
+        assert min(fewest, header.num_logits) <= one.num_rows <= max(most, min(most, header.num_logits) + 2 * fewest)
+        assert one.segments.is_exact == (fewest > 1)
+    assert not header.has_pending
+    wanted = [item.sequence.request.sampling for item in rows for _ in range(item.num_sampled)]
+    assert sampling.num_logprobs == max((-1 if one.logprobs is None else one.logprobs for one in wanted), default=-1)
+    assert sorted(sampling.draws["temperature"].tolist()) == sorted(
         0.5 if one.temperature == 0.5 else 0.0 for one in wanted
     )
 
@@ -180,7 +190,7 @@ def test_lines_follow_pages_that_come_and_change(data: st.DataObject) -> None:
         elif what == "preempt":
             sequence.kv_pages, sequence.num_tabled_pages, sequence.num_computed = [], 0, 0
         else:
-            rows = [ScheduledRows(one, one.num_uncomputed) for one in live]
+            rows = [ScheduledRows.of(one, one.num_uncomputed) for one in live]
             for one in live:
                 while len(one.kv_pages) * PAGE_TOKENS < len(one.token_ids):
                     one.kv_pages.append(next_page := next_page + 1)
@@ -197,10 +207,10 @@ def test_rows_of_one_adapter_are_neighbours() -> None:
         sequence = sequence_of(4, 0, slot=slot)
         sequence.num_computed = 3 if number < 4 else 0
         sequence.kv_pages = [number]
-        rows.append(ScheduledRows(sequence, sequence.num_uncomputed))
-    batch = builder().build(rows)
-    assert_lays_out(batch, rows)
-    inputs = batch.view(torch.from_numpy(batch.packed))
+        rows.append(ScheduledRows.of(sequence, sequence.num_uncomputed))
+    built = builder().build(rows)
+    assert_lays_out(built, rows)
+    inputs = view(built.message)
     assert inputs.segments.host_row_slots.tolist() == [-1, 3, 4, 4, *[-1] * 4, *[3] * 4]
 
 
@@ -210,12 +220,12 @@ def test_stop_tokens_are_forbidden_before_min_tokens() -> None:
     for num_made in range(4):
         sequence = sequence_of(3, num_made, sampling=sampling)
         sequence.num_computed, sequence.kv_pages = len(sequence.token_ids) - 1, [0, 1]
-        rows.append(ScheduledRows(sequence, 1))
+        rows.append(ScheduledRows.of(sequence, 1))
     making = builder()
     asked = [(row, token, bias) for row in range(4) for token, bias in ((7, 5.0), (8, -1.0))]
     forbidden = [(row, token, np.float32(FORBIDDEN)) for row in range(2) for token in (2, 7, 9)]
-    assert sorted(making.build(rows).sampling.biases.tolist()) == sorted(asked + forbidden)
-    assert len(making.build(rows[2:]).sampling.biases) == 4
+    assert sorted(making.build(rows).message.sampling.biases.tolist()) == sorted(asked + forbidden)
+    assert len(making.build(rows[2:]).message.sampling.biases) == 4
 
 
 def test_what_is_penalised_has_its_line_from_its_first_token_on() -> None:
@@ -228,7 +238,7 @@ def test_what_is_penalised_has_its_line_from_its_first_token_on() -> None:
     def build(*sequences: Sequence) -> SamplingBatch:
         for sequence in sequences:
             sequence.num_computed, sequence.kv_pages = len(sequence.token_ids) - 1, [0, 1]
-        return making.build([ScheduledRows(sequence, 1) for sequence in sequences]).sampling
+        return making.build([ScheduledRows.of(sequence, 1) for sequence in sequences]).message.sampling
 
     first = build(plain, counted)
     assert first.penalties.tolist() == [(1, counted.batch_line, -1.0, 0.5, 1.0)]
@@ -252,9 +262,9 @@ def test_a_token_in_flight_is_a_placeholder() -> None:
     sequence = sequence_of(3, 0)
     sequence.token_ids.append(pending_token(5))
     sequence.num_computed, sequence.kv_pages = 3, [0]
-    batch = builder().build([ScheduledRows(sequence, 1)])
-    assert batch.has_pending
-    assert batch.view(torch.from_numpy(batch.packed)).token_ids.tolist() == [-6]
+    message = builder().build([ScheduledRows.of(sequence, 1)]).message
+    assert message.header.has_pending
+    assert view(message).token_ids.tolist() == [-6]
 
 
 def test_decodes_are_padded_to_a_captured_size() -> None:
@@ -263,19 +273,19 @@ def test_decodes_are_padded_to_a_captured_size() -> None:
     for number in range(3):
         sequence = sequence_of(6, 0, slot=number)
         sequence.num_computed, sequence.kv_pages = 5, [10 + number, 20 + number]
-        rows.append(ScheduledRows(sequence, 1))
+        rows.append(ScheduledRows.of(sequence, 1))
     making = builder(graph_forms=by_row(2, 4, 8))
-    batch = making.build(rows)
-    assert batch.form == GraphForm(4, 4, MAX_PAGES)
-    inputs = batch.view(torch.from_numpy(batch.packed))
+    message = making.build(rows).message
+    assert message.header.form == GraphForm(4, 4, MAX_PAGES)
+    inputs = view(message)
     attention = inputs.attention
     assert attention.row_pages.tolist() == [20, 21, 22, 999]
     assert attention.context_lengths.tolist() == [6, 6, 6, 0]
     assert attention.block_tables.shape == (4, MAX_PAGES)
     assert inputs.segments.host_row_slots.tolist() == [0, 1, 2, BASE_SLOT]
     assert [each.rows.tolist() for each in inputs.passes] == [[0, 1, 2, 0]], "the padding's logits are of any row"
-    assert len(batch.sampled) == 3
-    assert making.build(rows * 3).form is None, "more than the largest size"
+    assert message.header.num_sampled == (1, 1, 1)
+    assert making.build(rows * 3).message.header.form is None, "more than the largest size"
 
 
 @given(data=st.data())
@@ -288,7 +298,7 @@ def test_a_graph_has_chunks_for_any_mix(data: st.DataObject) -> None:
     plan_segments(np.array(slots, np.int32), chunk_length=GRAPH_CHUNK_LENGTH, max_chunks=bound)
     worst = [*range(BASE_SLOT, num_slots)][:rows]
     worst += [BASE_SLOT] * (rows - len(worst))
-    assert plan_segments(np.array(worst, np.int32), chunk_length=GRAPH_CHUNK_LENGTH).num_chunks == bound
+    assert plan_segments(np.array(worst, np.int32), chunk_length=GRAPH_CHUNK_LENGTH).shape.num_chunks == bound
 
 
 def test_few_adapters_take_a_graph_of_few_chunks() -> None:
@@ -299,8 +309,8 @@ def test_few_adapters_take_a_graph_of_few_chunks() -> None:
         for slot in slots:
             sequence = sequence_of(6, 0, slot=slot)
             sequence.num_computed, sequence.kv_pages = 5, [10, 20]
-            rows.append(ScheduledRows(sequence, 1))
-        form, num_chunks = builder(graph_forms=by_row(256), num_slots=256).build(rows).graph_key
+            rows.append(ScheduledRows.of(sequence, 1))
+        form, num_chunks = builder(graph_forms=by_row(256), num_slots=256).build(rows).message.header.graph_key
         return form.num_rows, num_chunks
 
     assert chunk_bounds(256, 256) == (20, 76, 256)
@@ -317,26 +327,27 @@ def test_a_batch_is_packed_as_its_graph_was_captured(rows: list[ScheduledRows], 
     by_prompt = [GraphForm(n, 9, MAX_PAGES, num_prompts) for n in (32, 400)]
     kinds = by_row(8, 64, 400) if num_prompts == 0 else (*by_row(8), *by_prompt)
     with patch.object(forms, "FEW_KEYS", 0):
-        batch = builder(graph_forms=kinds).build(rows)
-    assert batch.form is not None
-    has_lora = batch.segments.num_lora_chunks > 0
-    bounds = chunk_bounds(batch.form.num_rows, NUM_SLOTS)
-    (max_chunks,) = [n for n in bounds if (batch.form, n) == batch.graph_key] if has_lora else bounds[:1]
+        message = builder(graph_forms=kinds).build(rows).message
+    header = message.header
+    assert header.form is not None
+    has_lora = header.segments.num_lora_chunks > 0
+    bounds = chunk_bounds(header.form.num_rows, NUM_SLOTS)
+    (max_chunks,) = [n for n in bounds if (header.form, n) == header.graph_key] if has_lora else bounds[:1]
     captured = blank_batch(
-        batch.form,
+        header.form,
         max_chunks=max_chunks,
         null_page=999,
         has_lora=has_lora,
         max_logits=1000,
     )
-    assert captured.graph_key == batch.graph_key
-    inputs, captured_inputs = (one.view(torch.from_numpy(one.packed)) for one in (batch, captured))
+    assert captured.header.graph_key == header.graph_key
+    inputs, captured_inputs = view(message), view(captured)
     (only,), (captured_only,) = inputs.passes, captured_inputs.passes
     for here, there in ((inputs.segments, captured_inputs.segments), (only.segments, captured_only.segments)):
         assert (here.max_chunks, here.chunk_length) == (there.max_chunks, there.chunk_length)
     assert inputs.attention.block_tables.shape == captured_inputs.attention.block_tables.shape
     assert inputs.attention.num_decodes == captured_inputs.attention.num_decodes
-    assert batch.packed.shape == captured.packed.shape
+    assert message.packed.shape == captured.packed.shape
 
 
 @given(rows=some_rows())
@@ -346,16 +357,15 @@ def test_prompts_have_lines_behind_the_decodes(rows: list[ScheduledRows]) -> Non
     form = GraphForm(300, 9, MAX_PAGES, 8)
     with patch.object(forms, "FEW_KEYS", 0):
         making = builder(graph_forms=(form,))
-        batch = making.build(rows)
+        message = making.build(rows).message
     for item in rows:
         making.release(item.sequence)
-    plain = builder().build(rows)
+    plain = builder().build(rows).message
     if all(item.num_rows == 1 for item in rows):
-        assert batch.form is None
+        assert message.header.form is None
         return
-    assert batch.form == form
-    attention = batch.view(torch.from_numpy(batch.packed)).attention
-    eager = plain.view(torch.from_numpy(plain.packed)).attention
+    assert message.header.form == form
+    attention, eager = view(message).attention, view(plain).attention
     assert attention.num_decodes == form.num_decodes
     ends, num_lines = attention.query_indptr.tolist(), form.num_lines
     assert len(ends) == num_lines + 1
@@ -366,7 +376,7 @@ def test_prompts_have_lines_behind_the_decodes(rows: list[ScheduledRows]) -> Non
         assert attention.context_lengths[line] == eager.context_lengths[index]
         num_pages = eager.block_tables.shape[1]
         assert attention.block_tables[line, :num_pages].tolist() == eager.block_tables[index].tolist()
-    assert ends[-2:] == [plain.num_rows, form.num_rows]
+    assert ends[-2:] == [plain.header.num_rows, form.num_rows]
     empty = [line for line in range(num_lines) if line not in lines]
     assert attention.context_lengths[empty].tolist() == [0] * len(empty)
     assert all(ends[line] == ends[line + 1] for line in empty[:-1])
@@ -377,13 +387,13 @@ def test_rows_with_parameters_of_their_own_have_no_graph() -> None:
     for number in range(3):
         sequence = sequence_of(6, 0, slot=number)
         sequence.num_computed, sequence.kv_pages = 5, [10 + number, 20 + number]
-        rows.append(ScheduledRows(sequence, 1))
+        rows.append(ScheduledRows.of(sequence, 1))
     rows[1].sequence.lease = FixedLease(1, has_extras=True)  # type: ignore[assignment]
     making = builder(graph_forms=by_row(2, 4, 8))
-    batch = making.build(rows)
-    assert batch.form is None
-    assert_lays_out(batch, rows)
-    assert making.build([rows[0], rows[2]]).form == GraphForm(2, 2, MAX_PAGES)
+    built = making.build(rows)
+    assert built.message.header.form is None
+    assert_lays_out(built, rows)
+    assert making.build([rows[0], rows[2]]).message.header.form == GraphForm(2, 2, MAX_PAGES)
 
 
 def test_a_context_that_is_longer_than_a_graphs_tables_goes_without() -> None:
@@ -392,19 +402,19 @@ def test_a_context_that_is_longer_than_a_graphs_tables_goes_without() -> None:
         sequence = sequence_of(num_tokens, 0)
         sequence.kv_pages = [7, 5, 3]
         with patch.object(forms, "FEW_KEYS", 0):
-            batch = builder(graph_forms=(form,)).build([ScheduledRows(sequence, num_tokens)])
-        assert batch.form == (form if num_tokens == PAGE_TOKENS * 2 else None)
-        tables = batch.view(torch.from_numpy(batch.packed)).attention.block_tables
-        assert tables.tolist()[4 if batch.form else 0] == sequence.kv_pages[: tables.shape[1]]
+            message = builder(graph_forms=(form,)).build([ScheduledRows.of(sequence, num_tokens)]).message
+        assert message.header.form == (form if num_tokens == PAGE_TOKENS * 2 else None)
+        tables = view(message).attention.block_tables
+        assert tables.tolist()[4 if message.header.form else 0] == sequence.kv_pages[: tables.shape[1]]
         assert tables.shape[1] == -(-num_tokens // PAGE_TOKENS)
 
 
 def test_a_prefill_that_goes_on_has_no_logits() -> None:
     sequence = sequence_of(9, 0)
     sequence.kv_pages = [0, 1, 2]
-    batch = builder().build([ScheduledRows(sequence, 4)])
-    assert batch.num_logits == 0
-    assert batch.sampled == ()
-    (only,) = batch.passes
+    message = builder().build([ScheduledRows.of(sequence, 4)]).message
+    assert message.header.num_logits == 0
+    assert message.header.num_sampled == (0,)
+    (only,) = message.header.passes
     assert only.segments.num_lora_chunks == 0
-    assert np.array_equal(batch.query_lengths, [4])
+    assert view(message).attention.query_lengths == [4]

@@ -62,8 +62,8 @@ def test_any_batch_needs_only_kernels_that_are_compiled_at_start(table: None, gr
         slots = rng.integers(BASE_SLOT, min(num_slots, rng.choice([1, 8, 64, num_slots])), num_sequences)
         row_slots = np.repeat(slots, lengths)[:max_batch_tokens].astype(np.int32)
         plan = plan_segments(row_slots)
-        if plan.num_lora_chunks:
-            assert kernels_of(group, max_rank, plan.chunk_length, plan.max_chunks) in at_start, (
-                plan.chunk_length,
-                plan.max_chunks,
+        if plan.shape.num_lora_chunks:
+            assert kernels_of(group, max_rank, plan.shape.chunk_length, plan.shape.max_chunks) in at_start, (
+                plan.shape.chunk_length,
+                plan.shape.max_chunks,
             )

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lorafleet.workers.model.runner import ModelRunner, StepInFlight
 from lorafleet.workers.step import forms as step_forms
-from lorafleet.workers.step.batch import StepBatch, StepInputs
+from lorafleet.workers.step.batch import StepInputs
 from lorafleet.workers.step.forms import GraphForm
 from lorafleet.workers.step.layout import blank_batch, chunk_bounds
+from lorafleet.workers.step.message import StepHeader, StepMessage
 from tests.workers.harness import Shelf
 from tests.workers.test_step_in_flight import ask_all, assert_same
 
@@ -35,11 +36,11 @@ class Replayed:
         return self.compute(self.inputs)
 
 
-def replay(monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> list[StepBatch]:
-    """From here on steps are computed as graphs of these forms would; returns their batches, as they come."""
+def replay(monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> list[StepHeader]:
+    """From here on steps are computed as graphs of these forms would; returns their headers, as they come."""
     if forms is BY_PROMPT:
         monkeypatch.setattr(step_forms, "FEW_KEYS", 0)
-    batches: list[StepBatch] = []
+    headers: list[StepHeader] = []
     init, launch = ModelRunner.__init__, ModelRunner.launch
 
     def start(runner: ModelRunner, *arguments: Any, **options: Any) -> None:
@@ -47,29 +48,30 @@ def replay(monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> lis
         runner.graph_forms = tuple(replace(form, num_pages=runner.max_pages) for form in forms)
         runner.null_pages = runner.cache.allocate(1)
 
-    def step(runner: ModelRunner, batch: StepBatch, previous: StepInFlight | None) -> StepInFlight:
-        if batch.form is not None:
-            batches.append(batch)
-            packed = torch.full((batch.packed.size,), -7, dtype=torch.int32)
-            graph: Any = Replayed(packed, batch.view(packed), runner._forward)
-            bounds = chunk_bounds(batch.form.num_rows, runner.pool.num_slots)
-            has_lora = batch.graph_key[1] > 0
+    def step(runner: ModelRunner, message: StepMessage, previous: StepInFlight | None) -> StepInFlight:
+        header = message.header
+        if header.form is not None:
+            headers.append(header)
+            packed = torch.full((header.size,), -7, dtype=torch.int32)
+            graph: Any = Replayed(packed, message.view(packed), runner._forward)
+            bounds = chunk_bounds(header.form.num_rows, runner.pool.num_slots)
+            has_lora = header.graph_key[1] > 0
             captured = blank_batch(
-                batch.form,
+                header.form,
                 null_page=runner.null_pages[0],
                 has_lora=has_lora,
-                max_chunks=batch.graph_key[1] if has_lora else bounds[0],
+                max_chunks=header.graph_key[1] if has_lora else bounds[0],
                 max_logits=runner.pass_rows[1],
-            )
-            assert (batch.graph_key[1] in bounds) == has_lora
-            assert (captured.graph_key, captured.packed.size) == (batch.graph_key, batch.packed.size)
-            assert captured.num_decodes == batch.num_decodes
-            runner._graphs = {batch.graph_key: graph}
-        return launch(runner, batch, previous)
+            ).header
+            assert (header.graph_key[1] in bounds) == has_lora
+            assert (captured.graph_key, captured.size) == (header.graph_key, header.size)
+            assert captured.num_decodes == header.num_decodes
+            runner._graphs = {header.graph_key: graph}
+        return launch(runner, message, previous)
 
     monkeypatch.setattr(ModelRunner, "__init__", start)
     monkeypatch.setattr(ModelRunner, "launch", step)
-    return batches
+    return headers
 
 
 @pytest.mark.parametrize("forms", [BY_ROW, BY_PROMPT], ids=["by row", "by prompt"])
@@ -82,12 +84,12 @@ async def test_the_answers_are_the_same(
     answers, _ = await ask_all(llama)
     assert_same(answers, expected)
     some = list(replayed)
-    assert {batch.num_rows for batch in some} >= {16, 64, 256}
-    assert any(batch.num_prompt_rows for batch in some)
-    assert any(batch.form is not None and batch.form.num_prompts for batch in some) == (forms is BY_PROMPT)
-    assert any(len(batch.sampled) < batch.num_rows < len(batch.rows) + 64 for batch in some)
+    assert {header.num_rows for header in some} >= {16, 64, 256}
+    assert any(header.num_prompt_rows for header in some)
+    assert any(header.form is not None and header.form.num_prompts for header in some) == (forms is BY_PROMPT)
+    assert any(sum(header.num_sampled) < header.num_rows < len(header.num_sampled) + 64 for header in some)
     replayed.clear()
     narrow, _ = await ask_all(llama, max_batch_tokens=24, logits_chunk_tokens=5)
     assert replayed
-    assert all(len(batch.sampled) + batch.num_prompt_rows <= 5 for batch in replayed)
+    assert all(sum(header.num_sampled) + header.num_prompt_rows <= 5 for header in replayed)
     assert_same(narrow, expected)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lorafleet.kernels.segments import CHUNK_LENGTHS
-from lorafleet.workers.step.batch import StepBatch, StepInputs
+from lorafleet.workers.step.batch import StepInputs
 from lorafleet.workers.step.layout import most_chunks
+from lorafleet.workers.step.message import StepMessage
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class StepGraph:
 
     graph: torch.cuda.CUDAGraph
     packed: Tensor
-    """Int32 input buffer: `StepBatch.packed` of a batch of this form."""
+    """Int32 input buffer: `StepMessage.packed` of a step of this form."""
     inputs: StepInputs
     """Views of `packed`."""
     logits: Tensor
@@ -37,7 +38,7 @@ class StepGraph:
 
 
 def capture(
-    forward: Callable[[StepInputs], Tensor], blank: StepBatch, device: torch.device, pool: Any, logits: Tensor | None
+    forward: Callable[[StepInputs], Tensor], blank: StepMessage, device: torch.device, pool: Any, logits: Tensor | None
 ) -> StepGraph:
     """Capture `forward` over a batch of padding. `pool` is shared by all graphs, which never run at once.
 

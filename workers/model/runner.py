@@ -10,10 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from lorafleet.kernels.launching import compiled_ahead
@@ -29,9 +26,10 @@ from lorafleet.workers.model.loader import BaseModel
 from lorafleet.workers.model.logits import BodyOnce
 from lorafleet.workers.model.row_norms import RowNorms
 from lorafleet.workers.model.sampler import Chosen, Sampler, with_logprobs
-from lorafleet.workers.step.batch import AttentionBatch, StepBatch, StepInputs
+from lorafleet.workers.step.batch import AttentionBatch, StepInputs
 from lorafleet.workers.step.forms import GraphForm
 from lorafleet.workers.step.layout import blank_batch, blank_prompt, chunk_bounds
+from lorafleet.workers.step.message import StepHeader, StepMessage
 from lorafleet.workers.step.passes import LogitsPass
 
 logger = logging.getLogger(__name__)
@@ -48,11 +46,11 @@ class StepInFlight:
     """A step that the device may still be computing."""
 
     next_token_ids: torch.Tensor | None
-    """(num_sampled,) int64 on the device: what the following step takes for its placeholders."""
+    """(num_sampled_rows,) int64 on the device: what the following step takes for its placeholders."""
     sampled: Chosen | None
-    """On the host once `wait` returns; one row for each of the batch's `sampled` sequences."""
+    """On the host once `wait` returns; one row for each row of the message that is to be sampled."""
     prompts: Chosen | None
-    """The same for the batch's `prompts`, one row a position."""
+    """The same for its rows that give logprobs of prompts."""
     is_done: torch.cuda.Event | None
 
     def wait(self) -> None:
@@ -85,7 +83,7 @@ class ModelRunner:
         self._attention = paged_attention.AttentionContext(cache, base.windows)
         self._sampler = Sampler()
         self._graphs: dict[tuple[GraphForm, int], StepGraph] = {}
-        """By `StepBatch.graph_key`."""
+        """By `StepHeader.graph_key`."""
         self._kinds = (False, True) if pool.num_slots else (False,)
         """Whether a batch may have LoRA work."""
         self.stages_s: dict[str, float] = {}
@@ -110,24 +108,24 @@ class ModelRunner:
         return self.base.device.type == "cuda"
 
     @torch.inference_mode()
-    def launch(self, batch: StepBatch, previous: StepInFlight | None) -> StepInFlight:
-        """Begin one step. Placeholder tokens of the batch are taken from `previous`, which may be in flight."""
-        packed = self._pinned(batch.packed)
-        targets = self._prompt_targets(batch)
-        if batch.form is None:
-            inputs = batch.view(packed.to(self.base.device, non_blocking=True))
-            self._fill_pending(inputs, batch, previous)
+    def launch(self, message: StepMessage, previous: StepInFlight | None) -> StepInFlight:
+        """Begin one step. Placeholder tokens of the message are taken from `previous`, which may be in flight."""
+        header = message.header
+        packed = torch.from_numpy(message.packed)
+        if header.form is None:
+            inputs = message.view(self._own(packed))
+            self._fill_pending(inputs, header, previous)
             with self._step(inputs):
                 parts = [
-                    self._choose(self._logits(inputs, each), batch, plan.start + plan.own.start, targets)
-                    for plan, each in zip(batch.passes, inputs.passes, strict=True)
+                    self._choose(self._logits(inputs, each), message, shape.first_own, inputs.targets)
+                    for shape, each in zip(header.passes, inputs.passes, strict=True)
                 ]
         else:
-            graph = self._graphs[batch.graph_key]
-            graph.packed.copy_(packed, non_blocking=True)
-            self._fill_pending(graph.inputs, batch, previous)
+            graph = self._graphs[header.graph_key]
+            graph.packed.copy_(self._pinned(packed), non_blocking=True)
+            self._fill_pending(graph.inputs, header, previous)
             logits = graph.replay()
-            parts = [self._choose(logits, batch, 0, targets)]
+            parts = [self._choose(logits, message, 0, graph.inputs.targets)]
         prompts = Chosen.joined([part for part, _ in parts if part is not None])
         sampled = Chosen.joined([part for _, part in parts if part is not None])
         step = StepInFlight(
@@ -140,45 +138,39 @@ class ModelRunner:
             step.is_done.record()
         return step
 
-    def _prompt_targets(self, batch: StepBatch) -> torch.Tensor | None:
-        """(num_prompt_rows,) int64: the tokens whose logprobs the prompts' rows are to give; None: there are none."""
-        if not batch.prompts:
-            return None
-        targets = [
-            token
-            for sequence, start, count in batch.prompts
-            for token in sequence.token_ids[start + 1 : start + 1 + count]
-        ]
-        return self._pinned(np.array(targets)).to(self.base.device, non_blocking=True)
-
     def _choose(
-        self, logits: torch.Tensor, batch: StepBatch, first: int, targets: torch.Tensor | None
+        self, logits: torch.Tensor, message: StepMessage, first: int, targets: torch.Tensor
     ) -> tuple[Chosen | None, Chosen | None]:
-        """What the logits of a pass say, of prompts and of sampled sequences.
+        """What the logits of a pass say, of prompts and of rows to sample.
 
-        logits: (rows, vocab), of the step's logits rows from `first` on; padding may follow the last.
+        logits: (rows, vocab), of the step's logits rows from `first` on; padding may follow the last. targets: as in
+        `StepInputs`.
         """
-        num_prompt_rows = batch.num_prompt_rows
-        last = min(first + len(logits), num_prompt_rows + len(batch.sampled))
+        header = message.header
+        num_prompt_rows = header.num_prompt_rows
+        last = min(first + len(logits), num_prompt_rows + header.num_sampled_rows)
         middle = min(max(first, num_prompt_rows), last)
         prompts = sampled = None
         if first < middle:
-            assert targets is not None
-            num_top = max(sequence.request.sampling.prompt_tops for sequence, _, _ in batch.prompts)
-            prompts = with_logprobs(logits[: middle - first], targets[first:middle], num_top)
+            prompts = with_logprobs(logits[: middle - first], targets[first:middle].long(), header.num_prompt_tops)
         if middle < last:
-            sampling = batch.sampling.part(middle - num_prompt_rows, last - num_prompt_rows)
+            sampling = message.sampling.part(middle - num_prompt_rows, last - num_prompt_rows)
             sampled = self._sampler.sample(logits[middle - first : last - first], sampling)
         return prompts, sampled
 
-    def _pinned(self, array: npt.NDArray[np.integer[Any]]) -> torch.Tensor:
-        """The array as a host tensor from which a copy to the device need not wait."""
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory() if self.base.device.type == "cuda" else tensor
+    def _own(self, packed: torch.Tensor) -> torch.Tensor:
+        """A copy where the model is, which may be written to: the message stays as it came."""
+        if self.base.device.type == "cpu":
+            return packed.clone()
+        return self._pinned(packed).to(self.base.device, non_blocking=True)
 
-    def _fill_pending(self, inputs: StepInputs, batch: StepBatch, previous: StepInFlight | None) -> None:
+    def _pinned(self, packed: torch.Tensor) -> torch.Tensor:
+        """The host tensor as one from which a copy to the device need not wait."""
+        return packed.pin_memory() if self.base.device.type == "cuda" else packed
+
+    def _fill_pending(self, inputs: StepInputs, header: StepHeader, previous: StepInFlight | None) -> None:
         """Put the tokens that the step in flight chooses in the places of their placeholders."""
-        if batch.has_pending:
+        if header.has_pending:
             assert previous is not None
             assert previous.next_token_ids is not None
             token_ids = inputs.token_ids
@@ -291,9 +283,9 @@ class ModelRunner:
         self.stages_s["warm up"] = time.monotonic() - started_s
         logger.info("warmed up with prompts of %s tokens, %.1f s", sizes, self.stages_s["warm up"])
 
-    def _compute_blank(self, batch: StepBatch, max_batch_tokens: int) -> None:
-        """Compute a batch of nothing, with all its logits. Raises WorkerConfigError when it does not fit."""
-        inputs = batch.view(torch.from_numpy(batch.packed).to(self.base.device))
+    def _compute_blank(self, blank: StepMessage, max_batch_tokens: int) -> None:
+        """Compute a step of nothing, with all its logits. Raises WorkerConfigError when it does not fit."""
+        inputs = blank.view(torch.from_numpy(blank.packed).to(self.base.device))
         try:
             with self._step(inputs):
                 for each in inputs.passes:
@@ -303,7 +295,7 @@ class ModelRunner:
             torch.cuda.synchronize(self.base.device)
         except torch.OutOfMemoryError as error:
             raise WorkerConfigError(
-                f"no memory is left for a step of {batch.num_rows} tokens: lower worker.max_batch_tokens "
+                f"no memory is left for a step of {blank.header.num_rows} tokens: lower worker.max_batch_tokens "
                 f"({max_batch_tokens}), worker.logits_chunk_tokens ({self.pass_rows[1]}), "
                 "worker.kv_bytes, adapters.pool_bytes or worker.gpu_memory_utilization"
             ) from error
@@ -333,7 +325,7 @@ class ModelRunner:
                         f"worker.logits_chunk_tokens ({self.pass_rows[1]})"
                     ) from error
                 logits = graph.logits if logits is None else logits
-                self._graphs[blank.graph_key] = graph
+                self._graphs[blank.header.graph_key] = graph
             logger.info("captured a step of %d rows, %.1f s", form.num_rows, time.monotonic() - started_s)
         self.stages_s["capture"] = time.monotonic() - started_s
 

@@ -1,21 +1,33 @@
-"""Makes a batch of what the scheduler chose, once a step."""
+"""Builds a step's message of what the scheduler chose, and keeps whose its rows are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
 from lorafleet.kernels.segments import BASE_SLOT
-from lorafleet.workers.sequence import Sequence
-from lorafleet.workers.step.batch import ScheduledRows, StepBatch
+from lorafleet.workers.sequence import PromptRows, ScheduledRows, Sequence
 from lorafleet.workers.step.forms import GraphForm, choose_form
-from lorafleet.workers.step.layout import GRAPH_CHUNK_LENGTH, Ints, Layout, chunk_bounds, most_chunks
+from lorafleet.workers.step.layout import GRAPH_CHUNK_LENGTH, Layout, chunk_bounds, most_chunks
+from lorafleet.workers.step.message import StepMessage
 from lorafleet.workers.step.sampling_table import SamplingTable
 
 
+@dataclass(frozen=True, slots=True)
+class BuiltStep:
+    """A step's message, and whose its rows are, which only the engine knows."""
+
+    message: StepMessage
+    rows: tuple[ScheduledRows, ...]
+    """In the message's order: sequences with one row come first."""
+    prompts: tuple[PromptRows, ...]
+    """In the order of the message's rows for logprobs of prompts."""
+
+
 class BatchBuilder:
-    """Makes the batches of one engine. Keeps what does not change from step to step in arrays, a line a sequence."""
+    """Builds the steps of one engine. Keeps what does not change from step to step in arrays, a line a sequence."""
 
     def __init__(
         self,
@@ -48,31 +60,29 @@ class BatchBuilder:
             self._free_lines.append(sequence.batch_line)
             sequence.batch_line = None
 
-    def build(self, scheduled: Iterable[ScheduledRows]) -> StepBatch:
+    def build(self, scheduled: Iterable[ScheduledRows]) -> BuiltStep:
         """Lay out the scheduled rows. Sequences with an adapter hold a lease on it, which is resident."""
         rows = tuple(sorted(scheduled, key=_place))
         sequences = [item.sequence for item in rows]
         lines = np.array([self._line(seq) for seq in sequences])
         lengths = np.array([item.num_rows for item in rows])
+        num_sampled = tuple(item.num_sampled for item in rows)
         starts = np.array([seq.num_computed for seq in sequences])
         ends = starts + lengths
-        row_starts = np.cumsum(lengths) - lengths
+        row_ends = np.cumsum(lengths)
+        row_starts = row_ends - lengths
         row_sequence = np.repeat(np.arange(len(rows)), lengths)
-        positions = np.arange(lengths.sum()) - np.repeat(row_starts - starts, lengths)
+        positions = np.arange(row_ends[-1]) - np.repeat(row_starts - starts, lengths)
         token_ids: list[int] = []
         for seq, start, end in zip(sequences, starts.tolist(), ends.tolist(), strict=True):
             token_ids += seq.token_ids[start:end]
         slots = np.array([_slot(seq) for seq in sequences], dtype=np.int32)
         row_slots = slots[row_sequence]
 
-        prompts = self._prompts(rows, starts, ends)
-        samples = np.array([item.samples for item in rows])
-        sampled = tuple(seq for seq, is_sampled in zip(sequences, samples.tolist(), strict=True) if is_sampled)
-        sampled_rows = (row_starts + lengths - 1)[samples]
-        prompt_rows = [
-            row_starts[index] + np.arange(start - starts[index], start - starts[index] + count)
-            for index, (_, start, count) in prompts
-        ]
+        prompts = [(index, prompt) for index, item in enumerate(rows) if (prompt := _prompt_rows(item)) is not None]
+        prompt_rows = [row_starts[index] + np.arange(one.count) + one.start - starts[index] for index, one in prompts]
+        num_each = np.array(num_sampled)
+        sampled_rows = np.repeat(row_ends - np.cumsum(num_each), num_each) + np.arange(num_each.sum())
         logits_rows = np.concatenate([*prompt_rows, sampled_rows])
 
         extended = lengths > 1
@@ -100,22 +110,26 @@ class BatchBuilder:
             context_lengths=ends,
             tables=tables,
             logits_rows=logits_rows,
+            targets=np.array([token_id for _, one in prompts for token_id in one.targets], dtype=np.int64),
         )
         if form is not None:
             num_adapters = np.unique(slots[slots != BASE_SLOT]).size
             needed = most_chunks(form.num_rows, num_adapters) if num_adapters else 0
             max_chunks = next(n for n in chunk_bounds(form.num_rows, self._num_slots) if n >= needed)
             layout = layout.in_form(form, row_sequence, self._null_page, self._pass_rows[1])
-        return layout.pack(
+        sampled = row_sequence[sampled_rows]
+        message = layout.pack(
             form=form,
             chunk_length=None if form is None else GRAPH_CHUNK_LENGTH,
             max_chunks=max_chunks,
             pass_rows=self._pass_rows,
-            rows=rows,
-            sampled=sampled,
-            prompts=tuple(prompt for _, prompt in prompts),
-            sampling=self._sampling.batch(sampled, lines[samples]),
+            num_sampled=num_sampled,
+            num_prompt_tops=max((one.sequence.request.sampling.prompt_tops for _, one in prompts), default=0),
+            sampling=self._sampling.batch(
+                [sequences[index] for index in sampled.tolist()], lines[sampled], positions[sampled_rows]
+            ),
         )
+        return BuiltStep(message, rows, tuple(one for _, one in prompts))
 
     def _line(self, sequence: Sequence) -> int:
         """The sequence's line, its page table brought up to date."""
@@ -139,19 +153,16 @@ class BatchBuilder:
         self._tables = np.concatenate([self._tables, np.zeros((added, self._tables.shape[1]), dtype=np.int32)])
         self._sampling.grow(added)
 
-    def _prompts(
-        self, rows: tuple[ScheduledRows, ...], starts: Ints, ends: Ints
-    ) -> list[tuple[int, tuple[Sequence, int, int]]]:
-        """(index in `rows`, entry of `StepBatch.prompts`) of the sequences whose prompt logprobs are wanted."""
-        prompts = []
-        for index, item in enumerate(rows):
-            if item.sequence.wants_prompt_logprobs:
-                # The logits at position p predict token p + 1; the last prompt position is the sampler's.
-                start = int(starts[index])
-                count = min(int(ends[index]), item.sequence.num_prompt - 1) - start
-                if count > 0:
-                    prompts.append((index, (item.sequence, start, count)))
-        return prompts
+
+def _prompt_rows(item: ScheduledRows) -> PromptRows | None:
+    """Which of a sequence's rows give logprobs of its prompt; None: none do."""
+    sequence = item.sequence
+    if not sequence.wants_prompt_logprobs:
+        return None
+    # The logits at position p predict token p + 1; the last prompt position is the sampler's.
+    start = sequence.num_computed
+    count = min(start + item.num_rows, sequence.num_prompt - 1) - start
+    return PromptRows(sequence, start, count) if count > 0 else None
 
 
 def _place(item: ScheduledRows) -> tuple[bool, int]:

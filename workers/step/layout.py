@@ -1,4 +1,4 @@
-"""Lays a step's rows out in one array: padding for graphs, segments, passes over the head; and batches of nothing."""
+"""Lays a step's rows out as a message: padding for graphs, segments, passes over the head; and steps of nothing."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lorafleet.kernels.segments import BASE_SLOT, SegmentPlan, plan_segments
-from lorafleet.workers.sequence import Sequence
-from lorafleet.workers.step.batch import ScheduledRows, StepBatch
+from lorafleet.kernels.segments import BASE_SLOT, SegmentShape, plan_segments
 from lorafleet.workers.step.forms import GraphForm
+from lorafleet.workers.step.message import StepHeader, StepMessage
 from lorafleet.workers.step.passes import plan_passes
 from lorafleet.workers.step.sampling import NO_SAMPLING, SamplingBatch
 
@@ -39,7 +38,7 @@ def chunk_bounds(num_rows: int, num_slots: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The arrays of a batch before they are packed."""
+    """The arrays of a step before they are packed."""
 
     token_ids: Ints
     positions: Ints
@@ -50,6 +49,8 @@ class Layout:
     context_lengths: Ints
     tables: Ints
     logits_rows: Ints
+    targets: Ints
+    """Of the prompts' rows, the first of `logits_rows`; the others have none."""
 
     @property
     def num_decodes(self) -> int:
@@ -85,6 +86,7 @@ class Layout:
             context_lengths=_spread(context_lengths, places, form.num_lines),
             tables=_spread(tables, places, form.num_lines, form.num_pages),
             logits_rows=_pad(self.logits_rows, min(form.num_rows, max_logits) - len(self.logits_rows), 0),
+            targets=self.targets,
         )
 
     def pack(
@@ -94,14 +96,13 @@ class Layout:
         chunk_length: int | None,
         max_chunks: int | None,
         pass_rows: tuple[int, int],
-        rows: tuple[ScheduledRows, ...],
-        sampled: tuple[Sequence, ...],
-        prompts: tuple[tuple[Sequence, int, int], ...],
+        num_sampled: tuple[int, ...],
+        num_prompt_tops: int,
         sampling: SamplingBatch,
-    ) -> StepBatch:
-        """The batch of these arrays. `chunk_length`, `max_chunks`: of its segments, as in `plan_segments`.
+    ) -> StepMessage:
+        """The message of these arrays. `chunk_length`, `max_chunks`: of its segments, as in `plan_segments`.
 
-        `pass_rows`: fewest and most of a pass over the head.
+        `pass_rows`: fewest and most of a pass over the head. `num_sampled`, `num_prompt_tops`: as in `StepHeader`.
         """
         segments = plan_segments(self.row_slots, chunk_length=chunk_length, max_chunks=max_chunks)
         min_rows, max_rows = pass_rows
@@ -113,35 +114,36 @@ class Layout:
             chunk_length=chunk_length,
             max_chunks=max_chunks,
         )
-        packed = (
-            self.token_ids,
-            self.positions,
-            self.row_pages,
-            self.row_offsets,
-            np.zeros(1, np.int64),
-            np.cumsum(self.query_lengths),
-            self.context_lengths,
-            self.logits_rows,
-            self.tables.reshape(-1),
-            segments.packed,
-            *(plan.segments.packed for plan in passes),
-        )
-        return StepBatch(
-            rows=rows,
-            packed=np.concatenate(packed, dtype=np.int32, casting="unsafe"),
-            query_lengths=self.query_lengths.tolist(),
-            context_lengths=self.context_lengths.tolist(),
-            num_table_pages=self.tables.shape[1],
+        header = StepHeader(
+            num_lines=len(self.query_lengths),
             num_decodes=self.num_decodes if form is None else form.num_decodes,
+            num_table_pages=self.tables.shape[1],
             num_logits=len(self.logits_rows),
-            segments=segments,
-            passes=passes,
+            num_prompt_rows=len(self.targets),
+            num_prompt_tops=num_prompt_tops,
+            num_sampled=num_sampled,
             has_pending=bool((self.token_ids < 0).any()),
             form=form,
-            sampled=sampled,
-            prompts=prompts,
-            sampling=sampling,
+            segments=segments.shape,
+            passes=tuple(shape for shape, _ in passes),
         )
+        packed = np.empty(header.size, dtype=np.int32)
+        parts = header.split(packed)
+        parts.token_ids[:] = self.token_ids
+        parts.positions[:] = self.positions
+        parts.row_pages[:] = self.row_pages
+        parts.row_offsets[:] = self.row_offsets
+        parts.query_indptr[0] = 0
+        parts.query_indptr[1:] = np.cumsum(self.query_lengths)
+        parts.context_lengths[:] = self.context_lengths
+        parts.logits_rows[:] = self.logits_rows
+        parts.targets[: len(self.targets)] = self.targets
+        parts.targets[len(self.targets) :] = 0
+        parts.block_tables[:] = self.tables
+        parts.segments[:] = segments.packed
+        for part, (_, plan) in zip(parts.passes, passes, strict=True):
+            part[:] = plan.packed
+        return StepMessage(header, packed, sampling)
 
 
 def _pad(array: Ints, count: int, value: int) -> Ints:
@@ -164,11 +166,11 @@ def blank_batch(
     max_chunks: int,
     max_logits: int,
     chunk_length: int = GRAPH_CHUNK_LENGTH,
-) -> StepBatch:
+) -> StepMessage:
     """A batch of padding alone, to capture a graph with; with `has_lora` one that goes through the LoRA kernels."""
     none = np.zeros(0, dtype=np.int64)
     tables = np.zeros((0, form.num_pages), dtype=np.int32)
-    layout = Layout(none, none, none, none, none.astype(np.int32), none, none, tables, none)
+    layout = Layout(none, none, none, none, none.astype(np.int32), none, none, tables, none, none)
     return _blank(
         layout.in_form(form, none, null_page, max_logits),
         form=form,
@@ -187,25 +189,25 @@ def _blank(
     max_chunks: int | None,
     pass_rows: tuple[int, int],
     has_lora: bool,
-) -> StepBatch:
-    batch = layout.pack(
+) -> StepMessage:
+    message = layout.pack(
         form=form,
         chunk_length=chunk_length,
         max_chunks=max_chunks,
         pass_rows=pass_rows,
-        rows=(),
-        sampled=(),
-        prompts=(),
+        num_sampled=(),
+        num_prompt_tops=0,
         sampling=NO_SAMPLING,
     )
     if not has_lora:
-        return batch
-    passes = tuple(replace(plan, segments=_all_lora(plan.segments)) for plan in batch.passes)
-    return replace(batch, segments=_all_lora(batch.segments), passes=passes)
+        return message
+    header = message.header
+    passes = tuple(replace(each, segments=_all_lora(each.segments)) for each in header.passes)
+    return replace(message, header=replace(header, segments=_all_lora(header.segments), passes=passes))
 
 
-def _all_lora(plan: SegmentPlan) -> SegmentPlan:
-    return replace(plan, num_lora_chunks=plan.max_chunks)
+def _all_lora(shape: SegmentShape) -> SegmentShape:
+    return replace(shape, num_lora_chunks=shape.max_chunks)
 
 
 def blank_prompt(
@@ -216,7 +218,7 @@ def blank_prompt(
     has_lora: bool,
     chunk_length: int,
     max_pass_rows: int | None = None,
-) -> StepBatch:
+) -> StepMessage:
     """One prompt of `num_rows` tokens that leaves nothing behind, to compile and warm up with.
 
     Its last row has logits; all rows have, in passes of `max_pass_rows`, if that is given.
@@ -233,6 +235,7 @@ def blank_prompt(
         context_lengths=np.array([num_rows]),
         tables=np.full((1, num_pages), null_page, dtype=np.int32),
         logits_rows=positions[-1:] if max_pass_rows is None else positions,
+        targets=np.zeros(0, dtype=np.int64),
     )
     return _blank(
         layout,

@@ -7,23 +7,34 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafleet.kernels.segments import SegmentPlan, Segments
+from lorafleet.kernels.segments import SegmentPlan, Segments, SegmentShape
 
 
 @dataclass(frozen=True, slots=True)
-class PassPlan:
-    """One pass over the head, on the host."""
+class PassShape:
+    """One pass over the head, as plain numbers."""
 
     start: int
     """The first of the step's logits rows that it computes."""
-    own: slice
+    own_start: int
+    own_stop: int
     """Which of the rows that it computes are its own; the others are their neighbours, which make it large enough."""
-    segments: SegmentPlan
+    segments: SegmentShape
     """Of the rows that it computes."""
 
     @property
     def num_rows(self) -> int:
-        return len(self.segments.row_slots)
+        return self.segments.num_rows
+
+    @property
+    def first_own(self) -> int:
+        """The first of the step's logits rows that is its own."""
+        return self.start + self.own_start
+
+    def view(self, logits_rows: Tensor, segments: Segments) -> LogitsPass:
+        """The pass on the device. logits_rows: the step's; segments: the pass's."""
+        rows = logits_rows[self.start : self.start + self.num_rows]
+        return LogitsPass(rows, segments, slice(self.own_start, self.own_stop))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +46,7 @@ class LogitsPass:
     segments: Segments
     """Of those rows: the same type, derived, so that logits have no code path of their own."""
     own: slice
-    """See `PassPlan`."""
+    """See `PassShape`."""
 
 
 def plan_passes(
@@ -46,13 +57,13 @@ def plan_passes(
     min_rows: int = 1,
     chunk_length: int | None = None,
     max_chunks: int | None = None,
-) -> tuple[PassPlan, ...]:
+) -> list[tuple[PassShape, SegmentPlan]]:
     """Cut a step's logits rows into passes, each with at most `max_rows` of its own; one pass when there are none.
 
     logits_rows: (num_logits,) integers, indices into the step's rows, in whatever order. A pass takes neighbours along
     until it has `min_rows`, or all there are; then its segments are exact. The rest as in `plan_segments`.
     """
-    plans, num_logits = [], len(logits_rows)
+    passes, num_logits = [], len(logits_rows)
     for first in range(0, max(1, num_logits), max_rows):
         last = min(first + max_rows, num_logits)
         start = max(0, min(first, last - min_rows))
@@ -60,5 +71,5 @@ def plan_passes(
         derived = segments.select(
             logits_rows[start:end], chunk_length=chunk_length, max_chunks=max_chunks, is_exact=min_rows > 1
         )
-        plans.append(PassPlan(start, slice(first - start, last - start), derived))
-    return tuple(plans)
+        passes.append((PassShape(start, first - start, last - start, derived.shape), derived))
+    return passes

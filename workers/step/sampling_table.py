@@ -71,10 +71,13 @@ class SamplingTable:
         if asked.min_tokens:
             self._forbidden[line] = _records(BIAS, 0, [*self._stop_token_ids, *asked.stop_token_ids], FORBIDDEN)
 
-    def batch(self, sampled: Several[Sequence], lines: Ints) -> SamplingBatch:
-        """How to choose the next tokens of `sampled`, whose lines are `lines`."""
+    def batch(self, sampled: Several[Sequence], lines: Ints, positions: npt.NDArray[np.int64]) -> SamplingBatch:
+        """How rows choose the tokens that follow: `sampled` their sequences, `lines` the lines of these, one a row.
+
+        positions: (rows,), of the rows. Rows of one sequence, if several, are neighbours.
+        """
         settings = self._lines.take(lines)  # which copies whole records; indexing copies field by field
-        num_made = np.array([sequence.num_made for sequence in sampled], dtype=np.int64)
+        num_made = positions + 1 - np.array([sequence.num_prompt for sequence in sampled], dtype=np.int64)
         draws = settings["draw"].copy()
         draws["uniform"] = uniforms(settings["seed"], num_made)
         penalised = np.flatnonzero(settings["is_penalised"])
@@ -91,6 +94,8 @@ class SamplingTable:
         biases = _joined(BIAS, parts)
         biases["row"] = np.repeat(np.concatenate([biased, early]), [len(part) for part in parts])
         masked = np.array([i for i, sequence in enumerate(sampled) if sequence.matcher is not None], dtype=np.int64)
+        for dependent in (penalised, masked):
+            assert np.diff(lines[dependent]).all(), "a sequence has several such rows: see ScheduledRows.num_sampled"
         masks = np.zeros((len(masked), self._num_mask_words), dtype=np.int32)
         for words, row in zip(masks, masked.tolist(), strict=True):
             matcher = sampled[row].matcher
