@@ -155,7 +155,7 @@ async def test_another_process_makes_the_same_tokens(llama: Shelf, monkeypatch: 
     ours_named = {name for name in rank.named if name.startswith("lorafleet.")}
     assert ours_named == {
         "lorafleet.kernels.segments",
-        *(f"lorafleet.workers.step.{name}" for name in ("forms", "message", "passes", "sampling")),
+        *(f"lorafleet.workers.step.{name}" for name in ("message", "passes", "sampling")),
     }
 
 
