@@ -17,7 +17,6 @@ from ray.serve.handle import DeploymentHandle
 
 from lorafleet.cluster.admin import routes as admin
 from lorafleet.cluster.admin.client import ControllerClient
-from lorafleet.cluster.admin.fleet import ServeFleet
 from lorafleet.cluster.admin.readiness import Readiness
 from lorafleet.cluster.admin.relay import UserConfigRelay
 from lorafleet.cluster.anthropic import routes as anthropic
@@ -34,8 +33,8 @@ from lorafleet.cluster.serving.dispatch import Dispatcher
 from lorafleet.cluster.serving.exposition import Exposition
 from lorafleet.cluster.serving.names import Names
 from lorafleet.cluster.serving.prompts import Prompts
-from lorafleet.cluster.serving.streams import ServeWorkers
 from lorafleet.cluster.store.client import StoreClient
+from lorafleet.cluster.worker.client import WorkersClient
 from lorafleet.workers.request import GenerateDelta, GenerateRequest
 
 _http_app: ContextVar[FastAPI] = ContextVar("http_app")
@@ -60,11 +59,12 @@ class Ingress:
         keys = config.auth.read_keys()
         keys.check_exposure(http_hosts())
         self._names = Names(StoreClient(store))
+        client = WorkersClient(workers)
         self._dispatcher = Dispatcher(
             config.model.id,
             Prompts.load(config.model),
             self._names,
-            ServeWorkers(workers),
+            client,
             RequestMetrics(),
             salts_prefixes=config.worker.prefix_cache == "per_key",
         )
@@ -83,7 +83,7 @@ class Ingress:
                         self._dispatcher,
                         keys,
                         self._readiness.not_ready,
-                        Exposition(config.model.id, ServeFleet(workers).counts),
+                        Exposition(config.model.id, client.counts),
                     ),
                     admin.build_router(control, keys, hubs=config.adapters.hubs),
                 ],

@@ -11,7 +11,7 @@ from lorafleet.adapter_store.names import NameTable
 from lorafleet.cluster.config import Warm
 from lorafleet.cluster.errors import ControllerUnavailable
 from lorafleet.cluster.ray_internals import by_value
-from lorafleet.cluster.routing.sole_call import answer_of
+from lorafleet.cluster.routing.calls import answer_of
 from lorafleet.cluster.routing.whereabouts import note_resident
 from lorafleet.cluster.wire import Placed, Validation
 from lorafleet.workers.state import WorkerState

@@ -13,11 +13,11 @@ from ray.serve.handle import DeploymentHandle
 
 from lorafleet.adapter_store.names import NameTable
 from lorafleet.cluster.admin.desired import DesiredSet
-from lorafleet.cluster.admin.fleet import ServeFleet
 from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.config import AppConfig, Warm
 from lorafleet.cluster.store.client import StoreClient
 from lorafleet.cluster.wire import Placed, Validation, replying
+from lorafleet.cluster.worker.client import WorkersClient
 from lorafleet.workers.state import WorkerState
 
 
@@ -25,7 +25,7 @@ class Controller:
     """The one place that changes names. Every method runs on the event loop that made it."""
 
     def __init__(self, config: AppConfig, workers: DeploymentHandle[Any], store: DeploymentHandle[Any]) -> None:
-        self._rollout = Rollout(StoreClient(store), ServeFleet(workers), reserved={config.model.id})
+        self._rollout = Rollout(StoreClient(store), WorkersClient(workers), reserved={config.model.id})
         self._desired = DesiredSet(self._rollout, config.adapters.preload, num_workers=config.worker.num_replicas)
         self._stamp = 0
         self._is_told = asyncio.Event()

@@ -12,7 +12,7 @@ from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
 from lorafleet.adapter_store.names import NamedAdapter, NameRecord, NameTable, VersionsToKeep
 from lorafleet.cluster.errors import StoreUnavailable
 from lorafleet.cluster.ray_internals import by_reference, by_value
-from lorafleet.cluster.routing.sole_call import answer_of
+from lorafleet.cluster.routing.calls import answer_of
 from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights
 
 CALL_S = 10.0

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from lorafleet.cluster.serving.pace import EVENT_S, MAX_GAP_S, MEASURED_EVENTS, MEASURED_S, SHARE, Pace, Turns
+from lorafleet.cluster.worker.pace import EVENT_S, MAX_GAP_S, MEASURED_EVENTS, MEASURED_S, SHARE, Pace, Turns
 
 
 class Stream:

@@ -18,9 +18,9 @@ from ray.serve.handle import DeploymentHandle
 
 from lorafleet.cluster.errors import Overloaded, WorkerGone
 from lorafleet.cluster.routing.whereabouts import note_request
-from lorafleet.cluster.serving import streams
-from lorafleet.cluster.serving.streams import ServeStream, ServeWorkers
 from lorafleet.cluster.wire import Failure
+from lorafleet.cluster.worker import client
+from lorafleet.cluster.worker.client import ServeStream, WorkersClient
 from lorafleet.cluster.worker.outbox import KEEP_S, Outboxes
 from lorafleet.workers.errors import EngineFailed, NoRoomError
 from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams, TokenLogprobs
@@ -66,9 +66,8 @@ class Handle:
         self.boxes: dict[str, Response] = {}
         self.calls: list[tuple[str, str, frozenset[str]]] = []
 
-    def options(self, *, method_name: str, stream: bool, _by_reference: bool) -> Any:
-        assert stream
-        assert not _by_reference
+    def options(self, *, method_name: str, stream: bool = False, _by_reference: bool = True) -> Any:
+        assert stream is not _by_reference
         handle = self
 
         class Method:
@@ -91,8 +90,8 @@ class Handle:
         return self.boxes[worker_id]
 
 
-def start(handle: Handle, *request_ids: str, workers: ServeWorkers | None = None) -> list[ServeStream]:
-    workers = workers or ServeWorkers(handle)  # type: ignore[arg-type]
+def start(handle: Handle, *request_ids: str, workers: WorkersClient | None = None) -> list[ServeStream]:
+    workers = workers or WorkersClient(handle)  # type: ignore[arg-type]
     requests = [EngineRequest(request_id, None, (5,), SamplingParams()) for request_id in request_ids]
     return [workers.generate(request, frozenset({"w0"})) for request in requests]
 
@@ -169,7 +168,7 @@ async def test_what_comes_while_the_reader_is_late_is_one_delta() -> None:
 
 async def test_a_stream_is_read_in_its_turn_but_at_once_when_it_begins_or_ends() -> None:
     handle = Handle([Response(["w1"])])
-    workers = ServeWorkers(handle)  # type: ignore[arg-type]
+    workers = WorkersClient(handle)  # type: ignore[arg-type]
     workers.pace.event_s = 1.0
     (stream,) = start(handle, "r", workers=workers)
     await settle()
@@ -187,7 +186,7 @@ async def test_a_stream_is_read_in_its_turn_but_at_once_when_it_begins_or_ends()
 
 async def test_a_lost_outbox_ends_the_streams_of_its_worker_and_the_next_gets_a_new_one() -> None:
     handle = Handle([Response(["w1"]), Response(["w2"]), Response(), Response(["w1"])])
-    workers = ServeWorkers(handle)  # type: ignore[arg-type]
+    workers = WorkersClient(handle)  # type: ignore[arg-type]
     one, two, early = start(handle, "one", "two", "early", workers=workers)
     early_response = early._response
     await settle()
@@ -210,9 +209,9 @@ async def test_a_lost_outbox_ends_the_streams_of_its_worker_and_the_next_gets_a_
 async def test_a_worker_that_left_the_service_is_left_alone_once_its_streams_are_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(streams, "SWEEP_S", 0.001)
+    monkeypatch.setattr(client, "SWEEP_S", 0.001)
     live = {"w1"}
-    monkeypatch.setattr(streams, "live_workers", lambda deployment_id: frozenset(live))
+    monkeypatch.setattr(client, "live_workers", lambda deployment_id: frozenset(live))
     handle = Handle([Response(["w1", None], ends=True)])
     (stream,) = start(handle, "r")
     await asyncio.sleep(0.02)

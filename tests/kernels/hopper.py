@@ -21,7 +21,7 @@ from lorafleet.kernels import (
     embedding_triton,
     expand_triton,
     fused_triton,
-    placement_triton,
+    row_copy_triton,
     shrink_triton,
 )
 from lorafleet.kernels.attention import DecodeWorkspace
@@ -44,7 +44,7 @@ KERNELS = {
     "rotate_and_store": fused_triton._rotate_and_store_kernel,
     "store": fused_triton._store_kernel,
     "silu_mul": fused_triton._silu_mul_kernel,
-    "copy_rows": placement_triton._copy_rows_kernel,
+    "copy_rows": row_copy_triton._copy_rows_kernel,
 }
 
 
@@ -94,7 +94,7 @@ def launch_each() -> None:
     rows = torch.zeros(3, 5, dtype=torch.int64)
     for is_aligned in (True, False):
         for part in (rows, rows[:, :1], rows[:, 1:]):
-            placement_triton.copy_rows(weight, rotation.view(-1), part, is_aligned=is_aligned)
+            row_copy_triton.copy_rows(weight, rotation.view(-1), part, is_aligned=is_aligned)
 
 
 def variants(kernel: Any) -> list[Any]:

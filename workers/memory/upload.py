@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lorafleet.adapter_store.manifest import AdapterWeights
-from lorafleet.kernels.placement import place_rows
+from lorafleet.kernels.row_copy import place_rows
 from lorafleet.workers.memory.packing import Ints
 from lorafleet.workers.memory.page_plan import PagePlan
 

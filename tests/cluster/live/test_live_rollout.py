@@ -9,9 +9,9 @@ import time
 import pytest
 from ray import serve
 
-from lorafleet.cluster.admin.fleet import ServeFleet
 from lorafleet.cluster.errors import WorkerGone
 from lorafleet.cluster.ray_internals import http_hosts
+from lorafleet.cluster.worker.client import WorkersClient
 from tests.cluster.live.service import APP, LiveService, served_by, version_of
 from tests.support.wait import eventually
 
@@ -89,7 +89,7 @@ def test_one_worker_without_room_stops_a_rollout_and_is_named(live: LiveService)
     live.put("shout", "one", warm="all")
     victim = sorted(live.worker_ids())[0]
     thick = live.put("thick", "thick", warm=0).json()["version"]
-    fleet = ServeFleet(serve.get_deployment_handle("worker", APP))
+    fleet = WorkersClient(serve.get_deployment_handle("worker", APP))
 
     async def hold() -> None:
         async with asyncio.timeout(20):
@@ -112,7 +112,7 @@ def test_one_worker_without_room_stops_a_rollout_and_is_named(live: LiveService)
 
 
 def test_calls_to_a_worker_reach_it_or_fail(live: LiveService) -> None:
-    fleet = ServeFleet(serve.get_deployment_handle("worker", APP))
+    fleet = WorkersClient(serve.get_deployment_handle("worker", APP))
 
     async def ask() -> None:
         async with asyncio.timeout(20):

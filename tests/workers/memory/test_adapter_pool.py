@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, BaseGeometry, ModuleShape
-from lorafleet.kernels.placement import place_rows
+from lorafleet.kernels.row_copy import place_rows
 from lorafleet.kernels.weights import ROW_ALIGN, aligned
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory import page_plan

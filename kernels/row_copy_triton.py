@@ -1,4 +1,4 @@
-"""The Triton kernel of `placement`, which checks its arguments and documents them: one program a row."""
+"""The Triton kernel of `row_copy`, which checks its arguments and documents them: one program a row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK = 2048
 
 
 def copy_rows(source: Tensor, pool: Tensor, moves: Tensor, *, is_aligned: bool) -> None:
-    """`placement.place_rows`."""
+    """`row_copy.place_rows`."""
     num_rows = moves.shape[1]
     if num_rows:
         launch(_copy_rows_kernel, (num_rows,))(

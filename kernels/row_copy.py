@@ -1,6 +1,6 @@
 """Rows of a flat array to their places in a pool: what brings an adapter's weights into its pages.
 
-Checks the arguments, then runs the Triton kernel of `placement_triton` on CUDA and numpy elsewhere. Nothing
+Checks the arguments, then runs the Triton kernel of `row_copy_triton` on CUDA and numpy elsewhere. Nothing
 synchronises.
 """
 
@@ -41,9 +41,9 @@ def place_rows(source: Tensor, pool: Tensor, moves: Tensor, *, is_aligned: bool 
         raise ValueError(f"moves must have unit stride along its last dimension, got strides {moves.stride()}")
     if pool.is_cuda:
         # Triton exists on Linux alone, and takes a while to import.
-        from lorafleet.kernels import placement_triton
+        from lorafleet.kernels import row_copy_triton
 
-        placement_triton.copy_rows(source, pool, moves, is_aligned=is_aligned)
+        row_copy_triton.copy_rows(source, pool, moves, is_aligned=is_aligned)
     else:
         _copy_rows(_bits(source), _bits(pool), moves.numpy())
 

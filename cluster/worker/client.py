@@ -1,7 +1,10 @@
-"""The workers as the dispatcher calls them: a stream of deltas for each sequence, without Ray's wrapping of errors.
+"""The client of the workers: a stream of deltas for each sequence, and calls to one worker. Hides Ray's error types.
 
-A call for each sequence says where it runs and how it ended; the deltas of all sequences that run on one worker come
-together, from the outbox that it keeps for this process.
+Each sequence has its own call, which says where it runs and how it ended. The deltas of all sequences on one worker
+come together, from the outbox that the worker keeps for this process.
+
+Worker ids come from the handle's request router, which hears of deaths and joins first. A call to a worker that is not
+there fails; no other worker gets it.
 """
 
 from __future__ import annotations
@@ -21,25 +24,37 @@ from ray.exceptions import ObjectLostError, RayActorError, TaskCancelledError, W
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from lorafleet.cluster.errors import NoWorker, Overloaded, WorkerGone, unwrap
+from lorafleet.adapter_store.manifest import AdapterManifest
+from lorafleet.cluster.errors import NoWorker, Overloaded, ServiceUnavailable, WorkerGone, unwrap
 from lorafleet.cluster.ray_internals import by_value
+from lorafleet.cluster.routing.calls import answer_of
 from lorafleet.cluster.routing.whereabouts import live_workers, worker_of
-from lorafleet.cluster.serving.pace import Pace, Turns
-from lorafleet.cluster.wire import Batch, result_of
+from lorafleet.cluster.wire import Batch, WorkerCounts, result_of
+from lorafleet.cluster.worker.pace import Pace, Turns
+from lorafleet.workers.errors import EngineFailed
 from lorafleet.workers.request import EngineRequest, GenerateDelta
+from lorafleet.workers.state import WorkerState
 
 logger = logging.getLogger(__name__)
 
+CALL_S = 10.0
+"""How long a worker may take to answer what needs no loading."""
+COUNTS_S = 3.0
+"""How long a worker may take to report its counts: a scrape does not wait for long."""
+LOAD_S = 600.0
+"""How long a worker may take to make an adapter resident."""
 SWEEP_S = 0.5
 """How often it is looked for workers that take no more requests, whose outbox must not keep them."""
 
 _GONE = (RayActorError, WorkerCrashedError, ObjectLostError, TaskCancelledError, AioRpcError)
 
 
-class ServeWorkers:
+class WorkersClient:
     """Workers behind the handle of a `WorkerReplica` deployment, routed by `WorkerRouter`. One event loop uses it."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        # The first `options` starts the handle's router, which then begins to hear of replicas.
+        self._handle = handle.options(method_name="state")
         self._generate = by_value(handle, method_name="generate", stream=True)
         self._deltas = by_value(handle, method_name="deltas", stream=True)
         self._outbox_id = uuid.uuid4().hex
@@ -59,6 +74,45 @@ class ServeWorkers:
         """
         response = self._generate.remote(request, self._outbox_id, excluded=excluded, only_resident=only_resident)
         return ServeStream(self, response, request.request_id, next(self._serials))
+
+    async def worker_ids(self) -> frozenset[str]:
+        return live_workers(self._handle.deployment_id)
+
+    async def state(self, worker_id: str) -> WorkerState:
+        state: WorkerState = await self._call(worker_id, "state", CALL_S)
+        return state
+
+    async def counts(self) -> list[WorkerCounts]:
+        """Return the counts of every worker that answers in time."""
+        asked = [self._call(worker_id, "counts", COUNTS_S) for worker_id in sorted(await self.worker_ids())]
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        return [each for each in found if isinstance(each, WorkerCounts)]
+
+    async def make_resident(self, worker_id: str, version: str, *, hold_s: float, pinned: bool) -> None:
+        await self._call(worker_id, "make_resident", LOAD_S, version, hold_s=hold_s, pinned=pinned)
+
+    async def release_hold(self, worker_id: str, version: str) -> None:
+        await self._call(worker_id, "release_hold", CALL_S, version)
+
+    async def estimate(self, worker_id: str, manifest: AdapterManifest) -> tuple[int, tuple[str, ...]]:
+        num_pages, evicted = await self._call(worker_id, "estimate", CALL_S, manifest)
+        return num_pages, evicted
+
+    async def reconcile(self, worker_id: str) -> None:
+        await self._call(worker_id, "reconcile", CALL_S)
+
+    async def _call(self, worker_id: str, method: str, timeout_s: float, *args: Any, **kwargs: Any) -> Any:
+        gone = WorkerGone(f"worker {worker_id} is gone")
+        try:
+            return await answer_of(
+                self._handle.options(method_name=method).remote(*args, worker_id=worker_id, **kwargs),
+                timeout_s,
+                late=ServiceUnavailable(f"worker {worker_id} does not answer", None, 5.0),
+                away=gone,
+            )
+        except EngineFailed as error:
+            # A worker whose step loop has ended is about to be replaced.
+            raise gone from error
 
     def join(self, stream: ServeStream) -> None:
         """From now on the stream gets its deltas, whichever worker makes them."""
@@ -130,7 +184,7 @@ class ServeStream:
     """The deltas of one sequence on one worker."""
 
     def __init__(
-        self, workers: ServeWorkers, response: DeploymentResponseGenerator[Any], request_id: str, serial: int
+        self, workers: WorkersClient, response: DeploymentResponseGenerator[Any], request_id: str, serial: int
     ) -> None:
         self.request_id = request_id
         self.serial = serial

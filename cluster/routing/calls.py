@@ -1,4 +1,4 @@
-"""Waits for the answer of a deployment that has one replica, without Ray's wrapping of errors."""
+"""Waits for the answer of one replica and raises the service's own errors instead of Ray's."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentResponse
 
-from lorafleet.cluster.errors import ServiceUnavailable, unwrap
+from lorafleet.cluster.errors import ClusterError, unwrap
 from lorafleet.cluster.wire import result_of
 
 
 async def answer_of(
-    response: DeploymentResponse[Any], timeout_s: float, *, late: ServiceUnavailable, away: ServiceUnavailable
+    response: DeploymentResponse[Any], timeout_s: float, *, late: ClusterError, away: ClusterError
 ) -> Any:
     """The result of a call. Raises what the method raised, `late` after `timeout_s`, or `away` if the replica died."""
     try:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafleet.kernels import placement_triton
-from lorafleet.kernels.placement import place_rows
+from lorafleet.kernels import row_copy_triton
+from lorafleet.kernels.row_copy import place_rows
 from lorafleet.kernels.weights import LOAD_ALIGN, ROW_ALIGN
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -28,7 +28,7 @@ Place = Callable[[Tensor, Tensor, Tensor, bool], None]
 
 def by_triton(source: Tensor, pool: Tensor, moves: Tensor, is_aligned: bool) -> None:
     """The kernel, on whichever device there is."""
-    placement_triton.copy_rows(source, pool, moves, is_aligned=is_aligned)
+    row_copy_triton.copy_rows(source, pool, moves, is_aligned=is_aligned)
 
 
 def by_entry(source: Tensor, pool: Tensor, moves: Tensor, is_aligned: bool) -> None:
