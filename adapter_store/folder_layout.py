@@ -85,7 +85,5 @@ def _manifest(fields: dict[str, Any]) -> AdapterManifest:
     modules = tuple(shared_module(m["name"], m["rank"], m["scaling"]) for m in fields.pop("modules"))
     # Manifests of stores that knew no extras have none.
     extras = tuple(shared_extra(e["name"], e["kind"], e["num_rows"], e["width"]) for e in fields.pop("extras", ()))
-    warnings = tuple(fields.pop("warnings", ()))
-    return AdapterManifest(
-        **{**fields, "modules": modules, "targets": tuple(fields["targets"]), "extras": extras, "warnings": warnings}
-    )
+    lists = {name: tuple(fields.pop(name, ())) for name in ("targets", "invocation", "warnings")}
+    return AdapterManifest(**{**fields, **lists, "modules": modules, "extras": extras})

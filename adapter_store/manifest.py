@@ -115,6 +115,8 @@ class AdapterManifest:
     """Bytes of the weights in the served dtype, extras included."""
     extras: tuple[ExtraManifest, ...] = ()
     """Sorted by name. Most adapters have none, and only those that have any pay for them."""
+    invocation: tuple[int, ...] = ()
+    """Tokens with whose last occurrence in a prompt the adapter begins (activated LoRA); empty: it always computes."""
     warnings: tuple[str, ...] = field(default=(), compare=False)
     """What its author may not expect: parts of the config or the folder that change nothing. No part of the version."""
 

@@ -38,7 +38,12 @@ _EMPTY_IS_OFF: tuple[object, ...] = (None, False, [], {})
 """For other refused fields an empty value switches the feature on."""
 
 FIELDS: Mapping[str, FieldRule] = {
-    "alora_invocation_tokens": FieldRule("refused", "activated LoRA begins in the midst of a text, at its invocation"),
+    "alora_invocation_tokens": FieldRule(
+        "served",
+        "tokens before their last occurrence in a prompt are the base's and share its cached prefixes; without one the "
+        "base answers; linear modules only, and not together with `use_dora`, `bias`, `modules_to_save` or "
+        "`trainable_token_indices`",
+    ),
     "alpha_pattern": FieldRule("served", "the first pattern that matches the end of a module's name"),
     "arrow_config": FieldRule("refused", "Arrow routes every token over several adapters"),
     "auto_mapping": FieldRule("harmless", "names the base's class"),
@@ -152,6 +157,8 @@ class LoraSpec:
     use_dora: bool
     modules_to_save: frozenset[str]
     """Ends of the names of modules that were trained as a whole."""
+    invocation: tuple[int, ...]
+    """Tokens with which the adapter begins in a prompt; empty: it always computes."""
     token_indices: Mapping[str, tuple[int, ...]]
     """End of a module's name -> tokens whose rows were trained; `INPUT_EMBEDDING` stands for the base's embedding."""
     warnings: tuple[str, ...] = ()
@@ -196,6 +203,7 @@ def read_config(path: Path, *, strict: bool = False) -> LoraSpec:
         lora_bias=_flag(fields, "lora_bias"),
         use_dora=_flag(fields, "use_dora"),
         modules_to_save=_modules_to_save(fields),
+        invocation=_invocation(fields),
         token_indices=_token_indices(fields),
         warnings=tuple(ignored.values())[:_MAX_WARNINGS],
     )
@@ -333,6 +341,21 @@ def _modules_to_save(fields: Mapping[str, object]) -> frozenset[str]:
     if len(value) > _MAX_NAMES:
         _invalid("modules_to_save", value, f"of {_MAX_NAMES} names at most")
     return frozenset(value)
+
+
+def _invocation(fields: Mapping[str, object]) -> tuple[int, ...]:
+    name = "alora_invocation_tokens"
+    value = fields.get(name)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(type(item) is int and 0 <= item < 2**31 for item in value):
+        _invalid(name, value, "a list of tokens")
+    if not 0 < len(value) <= _MAX_NAMES:
+        _invalid(name, value, f"of 1 to {_MAX_NAMES} tokens")
+    for other in ("use_dora", "bias", "modules_to_save", "trainable_token_indices"):
+        if fields.get(other) not in (*_OFF, "none"):
+            _unsupported(name, f"{name} and {other} are both set: what {other} changes has no invocation")
+    return tuple(value)
 
 
 def _token_indices(fields: Mapping[str, object]) -> dict[str, tuple[int, ...]]:

@@ -114,8 +114,10 @@ class AdapterReader:
             digest.update(extra.tensor.array.data)
             extras[extra.manifest.name] = check_values(extra.source, extra.tensor, served).array
             manifests.append(extra.manifest)
+        if plan.spec.invocation:
+            digest.update(json.dumps(["invocation", plan.spec.invocation]).encode())
         warnings = (*plan.warnings, *_noted(folder), *_idle(plan, idle, bool(plan.trained.tokens or manifests)))
-        manifest = self._manifest(digest.hexdigest()[:_VERSION_CHARS], plan.modules, tuple(manifests), warnings)
+        manifest = self._manifest(digest.hexdigest()[:_VERSION_CHARS], plan, tuple(manifests), warnings)
         return AdapterWeights.of(manifest, self.geometry.dtype, dict(sorted(tensors.items())), extras)
 
     def drop_base_copies(self, folder: Path) -> None:
@@ -145,6 +147,10 @@ class AdapterReader:
             file = replace(file, entries=self._named(file.entries))
             lora = effective_modules(spec, self.geometry, present=modules_present(file.entries, self.geometry))
             check_ranks(lora, self.max_rank, "r")
+            embeddings = [module.name for module in lora if self.geometry.modules[module.name].kind == "embedding"]
+            if spec.invocation and embeddings:
+                message = f"alora_invocation_tokens is set, and LoRA is on the embedding {embeddings[0]}"
+                raise AdapterRefused("unsupported_field", message, "alora_invocation_tokens")
             beside = trained(spec, self.geometry, {module.name for module in lora})
         modules = with_tokens(lora, beside.tokens)
         check_ranks(modules, self.max_rank, TOKENS_FIELD)
@@ -181,10 +187,11 @@ class AdapterReader:
     def _manifest(
         self,
         version: str,
-        modules: tuple[ModuleManifest, ...],
+        plan: _Plan,
         extras: tuple[ExtraManifest, ...],
         warnings: tuple[str, ...],
     ) -> AdapterManifest:
+        modules = plan.modules
         return AdapterManifest(
             version=version,
             rank=max(module.rank for module in modules),
@@ -192,6 +199,7 @@ class AdapterReader:
             modules=modules,
             num_bytes=self.num_bytes(modules, extras),
             extras=extras,
+            invocation=plan.spec.invocation,
             warnings=warnings,
         )
 

@@ -309,7 +309,8 @@ class Engine:
         is_same_run = row.num_preemptions == sequence.num_preemptions and not sequence.is_over
         if is_same_run and num_full > sequence.num_shared_pages:
             tokens = sequence.token_ids[: row.num_computed]
-            kept = cache.insert(sequence.version, tokens, sequence.kv_pages, sequence.request.cache_salt)
+            salt = sequence.request.cache_salt
+            kept = cache.insert(sequence.version, tokens, sequence.kv_pages, salt, sequence.num_base)
             if kept != sequence.kv_pages:
                 sequence.kv_pages = kept
                 sequence.num_tabled_pages = 0

@@ -143,10 +143,11 @@ class Scheduler:
 
     def _try_admit(self, sequence: Sequence, scheduled: dict[Sequence, int], budget: _Budget) -> bool:
         # Logprobs of the prompt need every one of its positions computed.
+        sequence.find_invocation()
         use_prefix = not sequence.wants_prompt_logprobs
         if use_prefix:
             sequence.kv_pages = self._cache.acquire_prefix(
-                sequence.version, sequence.token_ids, sequence.request.cache_salt
+                sequence.version, sequence.token_ids, sequence.request.cache_salt, sequence.num_base
             )
         num_cached = len(sequence.kv_pages) * self._cache.page_tokens
         # Room for the whole prompt and the first token, so that an admitted sequence gets somewhere.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import numpy as np
+
 from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.grammars import Matcher
 from lorafleet.workers.memory.residency import AdapterLease
@@ -14,6 +16,20 @@ from lorafleet.workers.request import EngineRequest, FinishReason, TokenLogprobs
 def pending_token(index: int) -> int:
     """The placeholder of the token that the step in flight chooses for its sampled row `index`."""
     return -1 - index
+
+
+NEVER = 1 << 62
+"""`Sequence.num_base` where the prompt does not have the adapter's invocation."""
+
+
+def last_occurrence(part: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
+    """Where `part` begins for the last time in `whole`; None: nowhere."""
+    wanted, tokens = np.array(part), np.array(whole)
+    if len(wanted) > len(tokens):
+        return None
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, len(wanted))
+    starts = np.flatnonzero((windows == wanted).all(axis=1))
+    return int(starts[-1]) if starts.size else None
 
 
 class AdapterReadiness(Enum):
@@ -52,6 +68,8 @@ class Sequence:
     num_tabled_pages: int = 0
     """How many of `kv_pages` stand in that line; 0 when any of them changed."""
     lease: AdapterLease | None = None
+    num_base: int = 0
+    """First tokens that the base computes alone: those before the adapter's invocation, or all, if it is not there."""
     is_admitted: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_preemptions: int = 0
@@ -93,6 +111,13 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens to compute before the next one can be sampled: 1 in decode, more in prefill."""
         return len(self.token_ids) - self.num_computed
+
+    def find_invocation(self) -> None:
+        """Set `num_base` once the lease tells whether the adapter begins in the midst of a prompt."""
+        invocation = () if self.lease is None else self.lease.invocation
+        if invocation:
+            start = last_occurrence(invocation, self.request.prompt_token_ids)
+            self.num_base = NEVER if start is None else start
 
     @property
     def wants_prompt_logprobs(self) -> bool:

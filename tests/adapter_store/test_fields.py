@@ -22,7 +22,7 @@ from lorafleet.adapter_store.peft_config import FIELDS
 from lorafleet.adapter_store.peft_format import AdapterReader
 from tests.adapter_store.conftest import AdapterCopy, Base
 from tests.support.bases import BaseKind
-from tests.support.fields import REFUSED, SERVED, FieldCase, make_converted, make_resized
+from tests.support.fields import ACTIVATED, REFUSED, SERVED, FieldCase, make_converted, make_resized
 
 INSTALLED = {field.name for field in dataclasses.fields(LoraConfig)}
 
@@ -129,7 +129,7 @@ def test_every_field_of_the_installed_peft_has_its_rule() -> None:
 
 
 def test_every_field_that_is_served_or_refused_has_its_adapter() -> None:
-    served = {name for case in SERVED.values() for name in case.fields}
+    served = {name for case in (*SERVED.values(), *ACTIVATED.values()) for name in case.fields}
     refused = {name for case in REFUSED.values() for name in case.fields}
     assert served >= {name for name, rule in FIELDS.items() if rule.verdict == "served"}
     assert refused >= {name for name, rule in FIELDS.items() if rule.verdict == "refused"}

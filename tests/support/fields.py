@@ -192,9 +192,37 @@ SERVED: dict[str, FieldCase] = {
 }
 """Ids -> adapters that must do what PEFT does with them."""
 
+ACTIVATED: dict[str, FieldCase] = {
+    "alora": FieldCase(
+        ("alora_invocation_tokens",), {"alora_invocation_tokens": list(TOKENS), "target_modules": ALL_SEVEN}
+    ),
+    "alora-head": FieldCase(
+        ("alora_invocation_tokens", "use_rslora"),
+        {"alora_invocation_tokens": list(TOKENS[1:]), "use_rslora": True, "target_modules": ("v_proj", "lm_head")},
+    ),
+    "alora-bias": FieldCase(
+        ("alora_invocation_tokens", "lora_bias"), {"alora_invocation_tokens": list(TOKENS[-1:]), "lora_bias": True}
+    ),
+    "alora-never": FieldCase(("alora_invocation_tokens",), {"alora_invocation_tokens": [250, 7, 3]}),
+    "alora-conv1d": _gpt2("alora_invocation_tokens", alora_invocation_tokens=list(TOKENS)),
+}
+"""The same for adapters that begin in the midst of a text, with `TOKENS` or a part of them."""
+
 REFUSED: dict[str, FieldCase] = {
-    "alora": FieldCase(("alora_invocation_tokens",), {"alora_invocation_tokens": [1, 2]}),
-    "alora-empty": FieldCase(("alora_invocation_tokens",), edit={"alora_invocation_tokens": []}),
+    "alora-empty": FieldCase(("alora_invocation_tokens",), edit={"alora_invocation_tokens": []}, code="invalid_field"),
+    "alora-text": FieldCase(
+        ("alora_invocation_tokens",), edit={"alora_invocation_tokens": "check"}, code="invalid_field"
+    ),
+    "alora-embedding": FieldCase(
+        ("alora_invocation_tokens",), kind="embed_tokens", edit={"alora_invocation_tokens": [1, 2]}
+    ),
+    "alora-dora": FieldCase(("alora_invocation_tokens",), {"use_dora": True}, edit={"alora_invocation_tokens": [1]}),
+    "alora-saved": FieldCase(
+        ("alora_invocation_tokens",), {"modules_to_save": ("norm",)}, edit={"alora_invocation_tokens": [1]}
+    ),
+    "alora-biases": FieldCase(
+        ("alora_invocation_tokens",), {"bias": "all"}, "qwen2", edit={"alora_invocation_tokens": [1]}
+    ),
     "arrow": FieldCase(("arrow_config",), edit={"arrow_config": {"top_k": 2}}),
     "bdlora": FieldCase(("use_bdlora",), {"use_bdlora": {"target_modules_bd_a": ["q_proj", "v_proj"], "nblocks": 2}}),
     "dora-lora-bias": FieldCase(("use_dora",), {"lora_bias": True}, edit={"use_dora": True}),

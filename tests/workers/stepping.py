@@ -26,6 +26,7 @@ class Lease:
     def __init__(self, gate: Gate, version: str) -> None:
         self.gate = gate
         self.version = version
+        self.invocation = ()
         gate.leases[version] += 1
 
     def release(self) -> None:

@@ -34,6 +34,10 @@ class FixedLease:
     slot: int
     has_extras: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        return not self.has_extras
+
 
 def sequence_of(
     num_prompt: int, num_made: int, *, slot: int = BASE_SLOT, first: int = 100, sampling: SamplingParams | None = None

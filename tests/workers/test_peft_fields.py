@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.bases import BaseKind
-from tests.support.fields import SERVED, TOKENS
+from tests.support.fields import ACTIVATED, SERVED, TOKENS
 from tests.support.oracle import generate_with_peft, prompt_logprobs_with_peft
 from tests.workers.harness import Shelf, ask, greedy, open_worker, random_prompt
 
@@ -21,7 +21,7 @@ NUM_NEW = 6
 @pytest.mark.parametrize("kind", sorted({case.base for case in SERVED.values()}))
 async def test_logprobs_are_pefts(kind: BaseKind, base_of: Callable[[BaseKind], Path], tmp_path: Path) -> None:
     shelf = Shelf(base_of(kind))
-    cases = {name: case for name, case in SERVED.items() if case.base == kind}
+    cases = {name: case for name, case in (SERVED | ACTIVATED).items() if case.base == kind}
     versions = {name: shelf.put(case.make(tmp_path / name, shelf.base)) for name, case in cases.items()}
     # The trained tokens are read, and are among the candidates everywhere.
     prompts = {name: (*random_prompt(5 + number % 7, number), *TOKENS) for number, name in enumerate(cases)}

@@ -122,18 +122,23 @@ class KVCache:
             self._prefixes.forget(pages)
         self._zero([page for page in pages if self._num_holders[page] == 1])
 
-    def match(self, version: str | None, tokens: Tokens, salt: str = "") -> list[int]:
+    def match(self, version: str | None, tokens: Tokens, salt: str = "", num_base: int = 0) -> list[int]:
         """Pages that `acquire_prefix` would hold, without holding them."""
-        return self._prefixes.match(version, tokens, salt) if self._prefixes else []
+        return self._prefixes.match(version, tokens, salt, num_base) if self._prefixes else []
 
-    def acquire_prefix(self, version: str | None, tokens: Tokens, salt: str = "") -> list[int]:
-        """Hold the pages of the longest prefix of a prompt that was cached with the same salt; never all of it."""
-        pages = self.match(version, tokens, salt)
+    def acquire_prefix(self, version: str | None, tokens: Tokens, salt: str = "", num_base: int = 0) -> list[int]:
+        """Hold the pages of the longest prefix of a prompt that was cached with the same salt; never all of it.
+
+        num_base: how many of the first tokens are computed without the adapter, and shared with the base's requests.
+        """
+        pages = self.match(version, tokens, salt, num_base)
         for page in pages:
             self._hold(page)
         return pages
 
-    def insert(self, version: str | None, tokens: Tokens, pages: Sequence[int], salt: str = "") -> list[int]:
+    def insert(
+        self, version: str | None, tokens: Tokens, pages: Sequence[int], salt: str = "", num_base: int = 0
+    ) -> list[int]:
         """Offer a sequence's full pages for sharing; `tokens` are those whose KV is computed, `pages` all its pages.
 
         Returns the pages that the sequence holds from now on: where another sequence had cached the same prefix first,
@@ -141,7 +146,7 @@ class KVCache:
         """
         if self._prefixes is None:
             return list(pages)
-        kept = self._prefixes.insert(version, tokens, pages, salt)
+        kept = self._prefixes.insert(version, tokens, pages, salt, num_base)
         for mine, shared in zip(pages, kept, strict=True):
             if mine != shared:
                 self._hold(shared)

@@ -1,8 +1,9 @@
 """Which KV pages hold which tokens, so that prompts that start alike share them. Knows ids only; `KVCache` calls it.
 
 Full pages form a tree: a page is keyed by the page before it and by its own tokens, and the first page of a prompt by
-the adapter version and by who shares it. Keys are compared whole, never by hash alone, so a page can only match tokens
-that it was made of.
+the adapter version and by who shares it. Where the first tokens are the base's, their pages are shared with the base's
+requests, and the page in which the adapter begins is keyed by its version and by that place, too. Keys are compared
+whole, never by hash alone, so a page can only match tokens that it was made of.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import numpy.typing as npt
 Tokens = Sequence[int] | npt.NDArray[np.integer]
 """Token ids; an int32 array packs fastest."""
 
-Parent = int | tuple[str | None, str]
-"""The serial of the page before, or the version and the salt."""
+Root = tuple[str | None, str]
+"""The version and the salt."""
+Parent = int | Root | tuple[int | Root, str | None, int]
+"""The serial of the page before, or what the first page has instead; of the page in which the adapter begins also its
+version, and after how many tokens of the page it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +62,26 @@ class PrefixCache:
     def __contains__(self, page: int) -> bool:
         return page in self._nodes
 
-    def match(self, version: str | None, tokens: Tokens, salt: str = "") -> list[int]:
+    def match(self, version: str | None, tokens: Tokens, salt: str = "", num_base: int = 0) -> list[int]:
         """Pages of the longest cached prefix of `tokens` under `version`; at least one token stays to be computed.
 
-        salt: pages are shared by those that give the same one.
+        salt: pages are shared by those that give the same one. num_base: how many of the first tokens are the base's.
         """
         data, size = _pack(tokens), self._page_bytes
         pages: list[int] = []
-        parent: Parent = (version, salt)
+        serial: int | None = None
         for index in range((len(tokens) - 1) // self._page_tokens):
+            parent = self._parent(serial, index, version, salt, num_base)
             page = self._pages.get((parent, data[index * size : (index + 1) * size]))
             if page is None:
                 break
             pages.append(page)
-            parent = self._nodes[page].serial
+            serial = self._nodes[page].serial
         return pages
 
-    def insert(self, version: str | None, tokens: Tokens, pages: Sequence[int], salt: str = "") -> list[int]:
+    def insert(
+        self, version: str | None, tokens: Tokens, pages: Sequence[int], salt: str = "", num_base: int = 0
+    ) -> list[int]:
         """Cache the full pages of a sequence; `tokens` are those whose KV is computed, `pages` hold them in order.
 
         Returns `pages`, each replaced by the page that was cached before with the same prefix, if there is one: the
@@ -85,23 +92,34 @@ class PrefixCache:
         first = num_full
         while first > 0 and kept[first - 1] not in self._nodes:
             first -= 1
-        parent: Parent = (version, salt)
+        serial: int | None = None
         if first > 0:
             node = self._nodes[kept[first - 1]]
-            assert node.version == version, "a sequence holds a page of another adapter version"
-            parent = node.serial
+            is_base = first * self._page_tokens <= num_base
+            assert node.version == (None if is_base else version), "a sequence holds a page of another adapter version"
+            serial = node.serial
         data, size = _pack(tokens[first * self._page_tokens : num_full * self._page_tokens]), self._page_bytes
         for index in range(num_full - first):
+            parent = self._parent(serial, first + index, version, salt, num_base)
             key = (parent, data[index * size : (index + 1) * size])
             page = self._pages.get(key)
             if page is None:
                 page = kept[first + index]
                 self._pages[key] = page
-                self._nodes[page] = _Node(self._next_serial, key, version)
+                is_base = (first + index + 1) * self._page_tokens <= num_base
+                self._nodes[page] = _Node(self._next_serial, key, None if is_base else version)
                 self._next_serial += 1
             kept[first + index] = page
-            parent = self._nodes[page].serial
+            serial = self._nodes[page].serial
         return kept
+
+    def _parent(self, serial: int | None, index: int, version: str | None, salt: str, num_base: int) -> Parent:
+        """What the page at `index` is keyed by beside its tokens. `serial`: of the page before it."""
+        if num_base == 0:
+            return (version, salt) if serial is None else serial
+        before: int | Root = (None, salt) if serial is None else serial
+        num_base_pages, rest = divmod(num_base, self._page_tokens)
+        return (before, version, rest) if index == num_base_pages else before
 
     def hold(self, page: int) -> None:
         """A sequence uses the cached page again: it cannot be evicted."""

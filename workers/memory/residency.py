@@ -79,11 +79,14 @@ class AdapterLease:
     It may be taken while the version loads, which then cannot be evicted before the request has run.
     """
 
-    __slots__ = ("_entry", "_residency", "has_extras", "version")
+    __slots__ = ("_entry", "_residency", "has_extras", "invocation", "is_plain", "version")
 
     def __init__(self, residency: Residency, entry: _Entry) -> None:
         self.version = entry.allocation.manifest.version
         self.has_extras = bool(entry.allocation.manifest.extras)
+        self.invocation = entry.allocation.manifest.invocation
+        self.is_plain = not (self.has_extras or self.invocation)
+        """Whether the adapter is low-rank factors for all of a sequence and no more."""
         self._residency = residency
         self._entry: _Entry | None = entry
         entry.num_leases += 1

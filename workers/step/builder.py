@@ -78,6 +78,11 @@ class BatchBuilder:
             token_ids += seq.token_ids[start:end]
         slots = np.array([_slot(seq) for seq in sequences], dtype=np.int32)
         row_slots = slots[row_sequence]
+        special = [index for index, seq in enumerate(sequences) if seq.lease is not None and not seq.lease.is_plain]
+        for index in special:
+            start = int(row_starts[index])
+            num_base = min(sequences[index].num_base - int(starts[index]), int(lengths[index]))
+            row_slots[start : start + max(0, num_base)] = BASE_SLOT
 
         prompts = [(index, prompt) for index, item in enumerate(rows) if (prompt := _prompt_rows(item)) is not None]
         prompt_rows = [row_starts[index] + np.arange(one.count) + one.start - starts[index] for index, one in prompts]
@@ -97,7 +102,8 @@ class BatchBuilder:
                 num_keys=keys,
                 num_pages=num_pages,
             )
-        if form is not None and any(seq.lease is not None and seq.lease.has_extras for seq in sequences):
+        leases = [sequences[index].lease for index in special]
+        if form is not None and any(lease is not None and lease.has_extras for lease in leases):
             form = None  # which rows have parameters of their own is decided on the host, layer by layer
         tables = self._tables[lines, :num_pages]
         layout = Layout(
@@ -113,6 +119,7 @@ class BatchBuilder:
             targets=np.array([token_id for _, one in prompts for token_id in one.targets], dtype=np.int64),
         )
         if form is not None:
+            slots = row_slots if special else slots
             num_adapters = np.unique(slots[slots != BASE_SLOT]).size
             needed = most_chunks(form.num_rows, num_adapters) if num_adapters else 0
             max_chunks = next(n for n in chunk_bounds(form.num_rows, self._num_slots) if n >= needed)

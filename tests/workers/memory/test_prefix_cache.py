@@ -100,25 +100,52 @@ def test_dropping_a_version_gives_back_what_is_idle() -> None:
     assert cache.match("v1", [1, 2, 4]) == [0, 4]
 
 
-@given(st.lists(st.tuples(VERSIONS, TOKENS), max_size=12), VERSIONS, TOKENS)
+def test_the_bases_tokens_are_shared_with_the_base() -> None:
+    cache = PrefixCache(2)
+    cache.insert(None, [1, 2, 3, 4, 5, 6], [0, 1, 2])
+    assert cache.match("v1", [1, 2, 3, 4, 5, 6, 7], num_base=5) == [0, 1]
+    assert cache.insert("v1", [1, 2, 3, 4, 5, 6], [3, 4, 5], num_base=5) == [0, 1, 5]
+    assert cache.match("v1", [1, 2, 3, 4, 5, 6, 7], num_base=5) == [0, 1, 5]
+    assert cache.match("v1", [1, 2, 3, 4, 5, 6, 7], num_base=4) == [0, 1]
+    assert cache.match("v1", [1, 2, 3, 4, 5, 6, 7], num_base=1 << 62) == [0, 1, 2]
+    assert cache.match("v2", [1, 2, 3, 4, 5, 6, 7], num_base=5) == [0, 1]
+    assert cache.match("v1", [1, 2, 3, 4, 5, 6, 7], "salt", num_base=5) == []
+    cache.release(5)
+    assert cache.drop("v1") == [5]
+    assert cache.match(None, [1, 2, 3, 4, 5, 6, 7]) == [0, 1, 2]
+
+
+NUM_BASE = st.integers(0, 14)
+Owned = tuple[tuple[int, str | None], ...]
+
+
+def owned(version: str | None, tokens: list[int], num_base: int) -> Owned:
+    """Each token, and whose adapter computes it."""
+    return tuple((token, None if place < num_base else version) for place, token in enumerate(tokens))
+
+
+@given(st.lists(st.tuples(VERSIONS, TOKENS, NUM_BASE), max_size=12), VERSIONS, TOKENS, NUM_BASE)
 def test_matches_are_those_of_a_dictionary(
-    inserted: list[tuple[str | None, list[int]]], version: str | None, prompt: list[int]
+    inserted: list[tuple[str | None, list[int], int]], version: str | None, prompt: list[int], num_base: int
 ) -> None:
     cache = PrefixCache(P)
-    model: dict[tuple[str | None, tuple[int, ...]], int] = {}
+    model: dict[Owned, int] = {}
     next_page = 0
-    for of_version, tokens in inserted:
+    for of_version, tokens, of_base in inserted:
+        of_base = 0 if of_version is None else of_base
         pages = list(range(next_page, next_page + len(tokens) // P + 1))
         next_page += len(pages)
-        kept = cache.insert(of_version, tokens, pages)
+        kept = cache.insert(of_version, tokens, pages, num_base=of_base)
         for index in range(len(tokens) // P):
-            assert kept[index] == model.setdefault((of_version, tuple(tokens[: (index + 1) * P])), pages[index])
+            key = owned(of_version, tokens[: (index + 1) * P], of_base)
+            assert kept[index] == model.setdefault(key, pages[index])
         assert kept[len(tokens) // P :] == pages[len(tokens) // P :]
+    num_base = 0 if version is None else num_base
     expected = []
     for end in range(P, len(prompt), P):
-        page = model.get((version, tuple(prompt[:end])))
+        page = model.get(owned(version, prompt[:end], num_base))
         if page is None:
             break
         expected.append(page)
-    assert cache.match(version, prompt) == expected
+    assert cache.match(version, prompt, num_base=num_base) == expected
     assert cache.num_pages == len(model)
