@@ -12,8 +12,10 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+from msgspec.structs import replace
 
 from lorafleet.cluster.errors import ErrorReply
 from lorafleet.cluster.openai.reading import Piece, call_id, reader_of

@@ -13,6 +13,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from msgspec import structs
+
 from lorafleet.cluster.errors import BadRequest, NoWorker, StoreUnavailable, StreamBroken, WorkerGone
 from lorafleet.cluster.metrics import RequestMetrics, RequestTimer
 from lorafleet.cluster.serving.names import Names
@@ -237,7 +239,7 @@ class Dispatcher:
                     delta = await stream.next()
                     timer.note_tokens(len(delta.token_ids))
                     if delta.index != answer.index:
-                        delta = replace(delta, index=answer.index)
+                        delta = structs.replace(delta, index=answer.index)
                     is_finished = delta.finish_reason is not None
                     if is_finished:
                         timer.note_prompt(delta.num_prompt_tokens, delta.num_cached_tokens)

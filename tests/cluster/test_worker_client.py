@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from grpc import StatusCode
 from grpc.aio import AioRpcError, Metadata
+from msgspec.structs import replace
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
