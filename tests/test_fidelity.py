@@ -20,7 +20,7 @@ def fidelity() -> Iterator[ModuleType]:
     """benchmarks/fidelity.py."""
     threads = torch.get_num_threads()
     sys.path.insert(0, str(BENCHMARKS))
-    import fidelity as module
+    import fidelity as module  # type: ignore[import-not-found]
 
     yield module
     sys.path.remove(str(BENCHMARKS))

@@ -16,8 +16,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ("adapter_store", "cluster", "deploy", "kernels", "workers")
-DATA = {"deploy": ("serve/*.yaml", "kuberay/*.yaml", "grafana/*.json"), "kernels": ("tuned/*.json",)}
-"""Files beside the modules that a floor reads or ships."""
+DATA = {
+    "adapter_store": ("py.typed",),
+    "cluster": ("py.typed",),
+    "deploy": ("py.typed", "serve/*.yaml", "kuberay/*.yaml", "grafana/*.json"),
+    "kernels": ("py.typed", "tuned/*.json"),
+    "workers": ("py.typed",),
+}
+"""Files beside the modules that a floor reads or ships. `py.typed` tells type checkers to read our annotations."""
 CARRIED_BY = {
     "starlette": "fastapi",
     "pydantic_core": "pydantic",

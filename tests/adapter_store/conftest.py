@@ -105,7 +105,7 @@ class AdapterCopy:
         path = self.folder / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
-    def change_tensors(self, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    def change_tensors(self, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
         path = self.folder / "adapter_model.safetensors"
         tensors = load_file(path)
         change(tensors)

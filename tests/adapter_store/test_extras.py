@@ -68,7 +68,10 @@ def read(base: Base, folder: Path) -> AdapterManifest:
 
 
 def own_tensors(base: Base) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32).state_dict()
+    tensors: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(
+        base.folder, dtype=torch.float32
+    ).state_dict()
+    return tensors
 
 
 @pytest.mark.parametrize("served", ["float32", "float16", "bfloat16"])
@@ -176,7 +179,7 @@ def test_biases_as_the_base_has_them_are_none(
     adapter.change_tensors(untrain)
     with_bias = read(base, adapter.folder)
     assert with_bias.extras == ()
-    adapter.change_tensors(lambda tensors: [tensors.pop(name) for name in list(tensors) if "bias" in name] and None)
+    adapter.change_tensors(lambda tensors: [tensors.pop(name) for name in list(tensors) if "bias" in name])
     adapter.set_config(bias="none")
     assert read(base, adapter.folder) == with_bias
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def assert_does_as_peft(base: Base, folder: Path) -> AdapterWeights:
             else:
                 given = torch.randn(5, shape.in_dim, dtype=torch.float64, generator=generator)
             outputs = [m.get_submodule(name)(given) for m in (model, oracle.get_base_model(), plain)]
-            torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-6, atol=1e-6, msg=partial("{}: {}".format, name))
             if not torch.allclose(outputs[1], outputs[2]):
                 changed.add(name)
         token_ids = torch.randperm(304, generator=generator).reshape(4, -1)

@@ -72,7 +72,7 @@ def test_views_are_what_went_in(adapter: tuple[AdapterManifest, Dtype, Tensors, 
     weights = AdapterWeights.of(manifest, dtype, tensors, extras)
     assert_holds(weights, tensors, extras)
     parts = [*(each for pair in tensors.values() for each in pair), *extras.values()]
-    end_to_end = np.concatenate([np.ravel(array) for array in parts]) if parts else []
+    end_to_end: Sequence[float] | Array = np.concatenate([np.ravel(array) for array in parts]) if parts else []
     np.testing.assert_array_equal(weights.flat, end_to_end)
 
 

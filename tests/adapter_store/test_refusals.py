@@ -26,14 +26,14 @@ HEAD = "base_model.model.lm_head.base_layer.weight"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 123456\n"
 PAGE = b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html><body>Not found</body></html>"
 
-Break = Callable[[AdapterCopy], None]
+Break = Callable[[AdapterCopy], object]
 
 
 def config(**fields: Any) -> Break:
     return lambda adapter: adapter.set_config(**fields)
 
 
-def tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Break:
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Break:
     return lambda adapter: adapter.change_tensors(change)
 
 
@@ -42,7 +42,7 @@ def put(name: str, tensor: torch.Tensor) -> Break:
 
 
 def drop(*names: str) -> Break:
-    return tensors(lambda table: [table.pop(name) for name in names] and None)
+    return tensors(lambda table: [table.pop(name) for name in names])
 
 
 def poke(name: str, value: float) -> Break:
@@ -53,11 +53,11 @@ def poke(name: str, value: float) -> Break:
 
 
 def write(name: str, content: bytes) -> Break:
-    return lambda adapter: adapter.folder.joinpath(name).write_bytes(content) and None
+    return lambda adapter: adapter.folder.joinpath(name).write_bytes(content)
 
 
 def remove(*names: str) -> Break:
-    return lambda adapter: [adapter.folder.joinpath(name).unlink() for name in names] and None
+    return lambda adapter: [adapter.folder.joinpath(name).unlink() for name in names]
 
 
 def cut(keep: float) -> Break:
@@ -174,7 +174,7 @@ CASES: dict[str, tuple[str, str | None, str, Break]] = {
         "broken_safetensors",
         None,
         "rank4_qv",
-        lambda adapter: adapter.folder.joinpath(WEIGHTS).open("ab").write(b"more") and None,
+        lambda adapter: adapter.folder.joinpath(WEIGHTS).open("ab").write(b"more"),
     ),
     "unmatched_tensor": ("unmatched_tensor", "stray", "rank4_qv", put("stray", torch.zeros(2))),
     "unmatched_module": (

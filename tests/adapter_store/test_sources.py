@@ -137,9 +137,11 @@ def test_files_over_the_limit_are_refused(any_source: Source, tmp_path: Path) ->
 
 def test_missing_files_are_left_out_and_pickles_only_named(root: Path, tmp_path: Path) -> None:
     (root / "a" / WEIGHTS).rename(root / "a" / PICKLE)
-    for number, config in enumerate(
-        [DirectoryConfig(name="s", root=root), ObjectStoreConfig(name="s", url=f"file://{root}")]
-    ):
+    configs: list[SourceConfig] = [
+        DirectoryConfig(name="s", root=root),
+        ObjectStoreConfig(name="s", url=f"file://{root}"),
+    ]
+    for number, config in enumerate(configs):
         assert fetched(open_source(config), "a", tmp_path / str(number)) == {CONFIG: "config one", PICKLE: ""}
 
 

@@ -89,7 +89,7 @@ def test_every_rate_has_a_bar_of_its_own(
 ) -> None:
     report, bars = script("engine_report"), script("bars")
 
-    def said(results: dict[str, list[dict[str, float]]]) -> list[str]:
+    def said(results: dict[str, list[dict[str, float]]]) -> list[list[str]]:
         bars.print_bars(report.engine_bars(results, [], {}))
         return [line.split() for line in capsys.readouterr().out.splitlines() if "pool of 64" in line]
 

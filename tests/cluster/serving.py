@@ -81,7 +81,7 @@ class Service:
         )
 
     def client(self, **options: object) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="secret", max_retries=0, timeout=20, **options)  # type: ignore[arg-type]
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="secret", max_retries=0, timeout=20, **options)
 
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="secret", max_retries=0, timeout=20)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from lorafleet.adapter_store.errors import InvalidKey, UnknownKey
-from lorafleet.adapter_store.sources import DirectoryConfig, HubConfig
+from lorafleet.adapter_store.sources import DirectoryConfig, HubConfig, SourceConfig
 from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.admin.routes import build_router
 from lorafleet.cluster.errors import StoreUnavailable
@@ -39,7 +39,7 @@ async def api(tmp_path: Path) -> AsyncIterator[Api]:
     for key in "ab":
         (tmp_path / "adapters" / key).mkdir(parents=True)
     (tmp_path / "outside").mkdir()
-    sources = [DirectoryConfig(name="demo", root=tmp_path / "adapters")]
+    sources: list[SourceConfig] = [DirectoryConfig(name="demo", root=tmp_path / "adapters")]
     store = DictStore(keys={"a": manifest_of("a"), "b": manifest_of("b")}, sources=sources)
     fleet = DictFleet(store, ["w0", "w1"])
     app = build_http_app([build_router(Rollout(store, fleet), Keys(("client",), "admin"))])
@@ -242,7 +242,7 @@ def test_paths_are_confined_to_sources(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "outside").mkdir()
     (root / "link").symlink_to(tmp_path / "outside")
     (root / "inner").symlink_to(root / "team")
-    sources = [DirectoryConfig(name="demo", root=root), HubConfig(name="hub")]
+    sources: list[SourceConfig] = [DirectoryConfig(name="demo", root=root), HubConfig(name="hub")]
     monkeypatch.chdir(tmp_path)
     assert locate(str(root / "team" / "shout"), sources) == ("demo", "team/shout")
     assert locate("adapters/team/shout", sources) == ("demo", "team/shout")

@@ -32,7 +32,7 @@ def service() -> Iterator[Service]:
 
 def rendered(service: Service, messages: list[dict[str, Any]], **fields: Any) -> str:
     """The prompt that the service makes of a chat."""
-    service.client().chat.completions.create(model=BASE_ID, messages=messages, max_tokens=1, extra_body=fields)  # type: ignore[arg-type]
+    service.client().chat.completions.create(model=BASE_ID, messages=messages, max_tokens=1, extra_body=fields)
     _, request = service.workers.started[-1]
     assert service.prompts.tokenizer is not None
     return str(service.prompts.tokenizer.decode(list(request.prompt_token_ids)))

@@ -153,7 +153,8 @@ async def test_a_user_config_that_is_refused_changes_nothing(world: World, caplo
     desired = world.start()
     desired.take_user_config({"adapters": [wanted("x", "a").model_dump()]})
     await desired.apply()
-    for refused in ({"adapters": [{"name": "x", "bogus": 1}]}, {"adaptors": []}, [], {"adapters": "x"}):
+    broken: list[object] = [{"adapters": [{"name": "x", "bogus": 1}]}, {"adaptors": []}, [], {"adapters": "x"}]
+    for refused in broken:
         desired.take_user_config(refused)
         await desired.apply()
         assert world.names == {"x": "a"}

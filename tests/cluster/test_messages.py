@@ -72,7 +72,7 @@ def test_text_and_usage_are_those_of_a_chat(worker_service: Service, stream: boo
     )
     message = asked(worker_service, stream=stream, model="shout", system="Short.", max_tokens=20, temperature=0)
     assert [block.type for block in message.content] == ["text"]
-    assert message.content[0].text == chat.choices[0].message.content  # type: ignore[union-attr]
+    assert message.content[0].text == chat.choices[0].message.content
     assert (message.role, message.stop_reason, message.model) == ("assistant", "max_tokens", "shout")
     assert chat.usage is not None
     cached = message.usage.cache_read_input_tokens or 0
@@ -83,11 +83,11 @@ def test_text_and_usage_are_those_of_a_chat(worker_service: Service, stream: boo
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_stop_sequences(worker_service: Service, stream: bool) -> None:
-    whole = asked(worker_service, temperature=0, max_tokens=30).content[0].text  # type: ignore[union-attr]
+    whole = asked(worker_service, temperature=0, max_tokens=30).content[0].text
     stop = whole[10:12]
     message = asked(worker_service, stream=stream, temperature=0, max_tokens=30, stop_sequences=[stop])
     assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", stop)
-    assert message.content[0].text == whole[: whole.index(stop)]  # type: ignore[union-attr]
+    assert message.content[0].text == whole[: whole.index(stop)]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -96,10 +96,10 @@ def test_thoughts_texts_and_calls_are_blocks(service: Service, monkeypatch: pyte
     message = asked(service, stream=stream, tools=TOOLS)
     thought, text, oslo, rome = message.content
     assert (thought.type, text.type, oslo.type, rome.type) == ("thinking", "text", "tool_use", "tool_use")
-    assert (thought.thinking, text.text.strip()) == ("Hm.", "Let me see.")  # type: ignore[union-attr]
-    assert [oslo.input, rome.input] == [json.loads(OSLO), json.loads(ROME)]  # type: ignore[union-attr]
-    assert (oslo.name, message.stop_reason) == ("weather", "tool_use")  # type: ignore[union-attr]
-    assert oslo.id != rome.id  # type: ignore[union-attr]
+    assert (thought.thinking, text.text.strip()) == ("Hm.", "Let me see.")
+    assert [oslo.input, rome.input] == [json.loads(OSLO), json.loads(ROME)]
+    assert (oslo.name, message.stop_reason) == ("weather", "tool_use")
+    assert oslo.id != rome.id
 
 
 def test_input_comes_in_pieces(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def test_calls_that_must_come_fit_their_schemas(worker_service: Service, stream:
         jsonschema.validate(call.input, PARAMETERS)
     format_ = {"type": "json_schema", "schema": PARAMETERS}
     answer = asked(worker_service, stream=stream, extra_body={"output_config": {"format": format_}}).content[0]
-    jsonschema.validate(json.loads(answer.text), PARAMETERS)  # type: ignore[union-attr]
+    jsonschema.validate(json.loads(answer.text), PARAMETERS)
 
 
 def test_a_conversation_is_the_prompt_that_a_chat_makes_of_it(service: Service) -> None:

@@ -13,7 +13,7 @@ RENDERED = "<|bos|>system: Be brief.\nuser: What is the sky?\nassistant:"
 
 
 def test_whole(service: Service) -> None:
-    reply = service.client().chat.completions.with_raw_response.create(model="shout", messages=MESSAGES)  # type: ignore[arg-type]
+    reply = service.client().chat.completions.with_raw_response.create(model="shout", messages=MESSAGES)
     assert reply.headers["x-lorafleet-version"] == VERSIONS["shout"]
     completion = reply.parse()
     ChatCompletion.model_validate(completion.model_dump(), strict=True)
@@ -32,11 +32,11 @@ def test_whole(service: Service) -> None:
 
 def test_stream_is_the_whole_in_pieces(service: Service) -> None:
     client = service.client()
-    whole = client.chat.completions.create(model="shout", messages=MESSAGES)  # type: ignore[arg-type]
+    whole = client.chat.completions.create(model="shout", messages=MESSAGES)
     chunks = list(
         client.chat.completions.create(
             model="shout",
-            messages=MESSAGES,  # type: ignore[arg-type]
+            messages=MESSAGES,
             stream=True,
             stream_options={"include_usage": True},
         )
@@ -54,7 +54,7 @@ def test_stream_is_the_whole_in_pieces(service: Service) -> None:
 
 
 def test_stream_helper_of_the_client(service: Service) -> None:
-    with service.client().chat.completions.stream(model="shout", messages=MESSAGES) as stream:  # type: ignore[arg-type]
+    with service.client().chat.completions.stream(model="shout", messages=MESSAGES) as stream:
         for _ in stream:
             pass
         final = stream.get_final_completion()
@@ -64,9 +64,9 @@ def test_stream_helper_of_the_client(service: Service) -> None:
 
 def test_an_answer_goes_back_as_it_came(service: Service) -> None:
     client = service.client()
-    first = client.chat.completions.create(model="shout", messages=MESSAGES)  # type: ignore[arg-type]
+    first = client.chat.completions.create(model="shout", messages=MESSAGES)
     history = [*MESSAGES, first.choices[0].message, {"role": "user", "content": [{"type": "text", "text": "Why?"}]}]
-    client.chat.completions.create(model="shout", messages=history)  # type: ignore[arg-type]
+    client.chat.completions.create(model="shout", messages=history)
     assert service.prompts.tokenizer is not None
     text = service.prompts.tokenizer.decode(list(service.workers.started[1][1].prompt_token_ids))
     assert text.endswith("over.\nuser: Why?\nassistant:")
@@ -75,7 +75,7 @@ def test_an_answer_goes_back_as_it_came(service: Service) -> None:
 def test_logprobs(service: Service) -> None:
     completion = service.client().chat.completions.create(
         model=BASE_ID,
-        messages=MESSAGES,  # type: ignore[arg-type]
+        messages=MESSAGES,
         logprobs=True,
         top_logprobs=3,
     )
@@ -95,13 +95,13 @@ def test_bounds_of_the_answer(service: Service) -> None:
         ({"max_completion_tokens": 4}, 4),
         ({"max_tokens": 5, "max_completion_tokens": 4}, 4),
     ):
-        reply = client.chat.completions.create(model=BASE_ID, messages=MESSAGES, **bounds)  # type: ignore[call-overload]
+        reply = client.chat.completions.create(model=BASE_ID, messages=MESSAGES, **bounds)
         assert reply.usage.completion_tokens == expected
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_token_ids(service: Service, stream: bool) -> None:
-    reply = service.client().chat.completions.create(  # type: ignore[call-overload]
+    reply = service.client().chat.completions.create(
         model=BASE_ID, messages=MESSAGES, stream=stream, extra_body={"return_token_ids": True}
     )
     chunks = list(reply) if stream else [reply]
@@ -113,7 +113,7 @@ def test_token_ids(service: Service, stream: bool) -> None:
 
 async def test_async_client_with_many_answers(service: Service) -> None:
     async with service.async_client() as client:
-        stream = await client.chat.completions.create(model=BASE_ID, messages=MESSAGES, n=4, seed=0, stream=True)  # type: ignore[call-overload]
+        stream = await client.chat.completions.create(model=BASE_ID, messages=MESSAGES, n=4, seed=0, stream=True)
         texts = ["", "", "", ""]
         async for chunk in stream:
             texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""

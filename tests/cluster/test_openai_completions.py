@@ -162,9 +162,9 @@ def test_echo_scores_the_prompt_only(service: Service, stream: bool) -> None:
     prompt = "The quick brown fox"
     request = {"model": BASE_ID, "prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 0}
     if stream:
-        [reply] = list(client.completions.create(stream=True, **request))  # type: ignore[call-overload]
+        [reply] = list(client.completions.create(stream=True, **request))
     else:
-        reply = client.completions.create(**request)  # type: ignore[call-overload]
+        reply = client.completions.create(**request)
         assert reply.usage.completion_tokens == 0
     choice = reply.choices[0]
     assert choice.text == prompt
@@ -185,7 +185,7 @@ def test_echo_of_token_ids(service: Service) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_token_ids(service: Service, stream: bool) -> None:
-    chunks = service.client().completions.create(  # type: ignore[call-overload]
+    chunks = service.client().completions.create(
         model=BASE_ID, prompt="Hello", max_tokens=400, stream=stream, extra_body={"return_token_ids": True}
     )
     choices = [chunk.choices[0] for chunk in (chunks if stream else [chunks])]

@@ -244,9 +244,9 @@ def test_probes() -> None:
 
 def test_keys() -> None:
     with serving(Service(keys=Keys(api_keys=("other", "secret")))) as service:
-        assert service.client().completions.create(**PROMPT).choices  # type: ignore[call-overload]
+        assert service.client().completions.create(**PROMPT).choices
         for authorization in (None, "Bearer wrong", "secret", "Basic secret", "Bearer", "Bearer sécret"):
-            headers = {} if authorization is None else {"authorization": authorization.encode("latin-1")}
+            headers = [] if authorization is None else [(b"authorization", authorization.encode("latin-1"))]
             with service.http() as http:
                 for response in (
                     http.get("/v1/models", headers=headers),

@@ -217,7 +217,7 @@ def test_special_tokens_in_the_text(engine: Service) -> None:
     request["logit_bias"] = {str(end): 100}
 
     def text_of(**extra: Any) -> str:
-        whole = engine.client().completions.create(**request, extra_body=extra).choices[0].text
+        whole: str = engine.client().completions.create(**request, extra_body=extra).choices[0].text
         chunks = engine.client().completions.create(**request, extra_body=extra, stream=True)
         assert "".join(chunk.choices[0].text for chunk in chunks) == whole
         return whole

@@ -89,7 +89,7 @@ def whole_app(root: Path) -> FastAPI:
 
 
 @schemathesis.check
-def refusals_have_a_reason(ctx: schemathesis.CheckContext, response: Response, case: schemathesis.Case) -> None:
+def refusals_have_a_reason(ctx: schemathesis.CheckContext, response: Response, case: schemathesis.Case[Any]) -> None:
     """A body that the schema allows is refused only for what no schema can tell."""
     if case.meta is None or not case.meta.generation.mode.is_positive or response.status_code not in (400, 413, 422):
         return
@@ -105,7 +105,7 @@ def refusals_have_a_reason(ctx: schemathesis.CheckContext, response: Response, c
 
 
 @schemathesis.check
-def errors_are_openais(ctx: schemathesis.CheckContext, response: Response, case: schemathesis.Case) -> None:
+def errors_are_openais(ctx: schemathesis.CheckContext, response: Response, case: schemathesis.Case[Any]) -> None:
     """All of them, also where no route is; but SGLang's own."""
     if response.status_code < 400 or case.operation.label == "GET /readyz":
         return
@@ -118,7 +118,7 @@ def errors_are_openais(ctx: schemathesis.CheckContext, response: Response, case:
 
 
 @schemathesis.hook("before_call")
-def use_likely_values(context: schemathesis.HookContext, case: schemathesis.Case, kwargs: dict[str, Any]) -> None:
+def use_likely_values(context: schemathesis.HookContext, case: schemathesis.Case[Any], kwargs: dict[str, Any]) -> None:
     """Before a request is made: names that the service knows, where there is a text that it could take for one."""
     if isinstance(case.body, dict):
         for name, values in LIKELY.items():
@@ -127,10 +127,10 @@ def use_likely_values(context: schemathesis.HookContext, case: schemathesis.Case
                 case.body[name] = _one_of(values, text)
         if case.body.get("model") == "shout" and isinstance(case.body.get("stream", True), bool):
             case.body["stream"] = True
-    name = (case.path_parameters or {}).get("name")
-    if isinstance(name, str) and re.fullmatch(NAME_PATTERN, name):
+    in_path = (case.path_parameters or {}).get("name")
+    if isinstance(in_path, str) and re.fullmatch(NAME_PATTERN, in_path):
         names = NAMES[1:] if case.method == "DELETE" else NAMES
-        case.path_parameters["name"] = _one_of(names, name)
+        case.path_parameters["name"] = _one_of(names, in_path)
 
 
 def _one_of(values: tuple[str, ...], text: str) -> str:

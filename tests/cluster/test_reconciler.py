@@ -60,10 +60,13 @@ async def test_a_question_is_put_after_the_call() -> None:
 
 
 async def test_goes_on_while_the_store_is_away() -> None:
-    worker, replies = (
-        Follower(),
-        [StoreUnavailable("away"), RuntimeError("odd"), VersionsToKeep(1, {}), VersionsToKeep(2, {})],
-    )
+    worker = Follower()
+    replies: list[Exception | VersionsToKeep] = [
+        StoreUnavailable("away"),
+        RuntimeError("odd"),
+        VersionsToKeep(1, {}),
+        VersionsToKeep(2, {}),
+    ]
 
     async def ask(held: tuple[str, ...]) -> VersionsToKeep:
         reply = replies.pop(0) if replies else VersionsToKeep(9, {})

@@ -92,10 +92,10 @@ def test_thoughts_texts_and_calls_are_items(service: Service, monkeypatch: pytes
     thought, text, oslo, rome = reply.output
     kinds = ["reasoning", "message", "function_call", "function_call"]
     assert [item.type for item in reply.output] == kinds
-    assert thought.content[0].text == "Hm."  # type: ignore[union-attr, index]
-    assert text.content[0].text.strip() == reply.output_text.strip() == "Let me see."  # type: ignore[union-attr, index]
-    assert [oslo.arguments, rome.arguments] == [OSLO, ROME]  # type: ignore[union-attr]
-    assert (oslo.name, reply.status) == ("weather", "completed")  # type: ignore[union-attr]
+    assert thought.content[0].text == "Hm."
+    assert text.content[0].text.strip() == reply.output_text.strip() == "Let me see."
+    assert [oslo.arguments, rome.arguments] == [OSLO, ROME]
+    assert (oslo.name, reply.status) == ("weather", "completed")
     assert len({item.id for item in reply.output}) == 4
 
 
@@ -188,4 +188,4 @@ def test_other_errors() -> None:
         with pytest.raises(openai.InternalServerError, match="lost"):
             asked(service)
         events = list(service.client().responses.create(model=BASE_ID, input="Hi", stream=True))
-    assert (events[-1].type, events[-1].message) == ("error", "lost")  # type: ignore[union-attr]
+    assert (events[-1].type, events[-1].message) == ("error", "lost")

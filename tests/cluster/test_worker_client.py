@@ -91,7 +91,7 @@ class Handle:
 
 
 def start(handle: Handle, *request_ids: str, workers: WorkersClient | None = None) -> list[ServeStream]:
-    workers = workers or WorkersClient(handle)  # type: ignore[arg-type]
+    workers = workers or WorkersClient(handle)
     requests = [EngineRequest(request_id, None, (5,), SamplingParams()) for request_id in request_ids]
     return [workers.generate(request, frozenset({"w0"})) for request in requests]
 
@@ -168,7 +168,7 @@ async def test_what_comes_while_the_reader_is_late_is_one_delta() -> None:
 
 async def test_a_stream_is_read_in_its_turn_but_at_once_when_it_begins_or_ends() -> None:
     handle = Handle([Response(["w1"])])
-    workers = WorkersClient(handle)  # type: ignore[arg-type]
+    workers = WorkersClient(handle)
     workers.pace.event_s = 1.0
     (stream,) = start(handle, "r", workers=workers)
     await settle()
@@ -186,7 +186,7 @@ async def test_a_stream_is_read_in_its_turn_but_at_once_when_it_begins_or_ends()
 
 async def test_a_lost_outbox_ends_the_streams_of_its_worker_and_the_next_gets_a_new_one() -> None:
     handle = Handle([Response(["w1"]), Response(["w2"]), Response(), Response(["w1"])])
-    workers = WorkersClient(handle)  # type: ignore[arg-type]
+    workers = WorkersClient(handle)
     one, two, early = start(handle, "one", "two", "early", workers=workers)
     early_response = early._response
     await settle()
@@ -195,7 +195,7 @@ async def test_a_lost_outbox_ends_the_streams_of_its_worker_and_the_next_gets_a_
         await one.next()
     handle.boxes["w2"].words.put_nowait([("two", DELTA)])
     assert await two.next() is DELTA
-    early_response.words.put_nowait("w1")  # type: ignore[attr-defined]
+    early_response.words.put_nowait("w1")
     with pytest.raises(WorkerGone, match="heard"):
         await early.next()  # what it said may have been in the lost outbox
     (late,) = start(handle, "late", workers=workers)

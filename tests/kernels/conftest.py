@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.support.fresh_memory import nan_filled
 
 if not torch.cuda.is_available():
     # Read by Triton when it is imported: before any kernel is.
@@ -25,3 +28,10 @@ def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     return torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan() -> Iterator[None]:
+    """No result may depend on memory that nobody wrote."""
+    with nan_filled():
+        yield

@@ -6,7 +6,6 @@ Prints a line of JSON: kernel -> bytes of shared memory that its largest variant
 from __future__ import annotations
 
 import json
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -117,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

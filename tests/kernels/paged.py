@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from lorafleet.kernels.segments import BASE_SLOT, IntArray
 from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights
 
-POPULARITY: dict[str, Callable[[np.random.Generator, int, int], IntArray]] = {
+POPULARITY: dict[str, Callable[[np.random.Generator, int, int], npt.NDArray[np.int64]]] = {
     "identical": lambda rng, rows, slots: np.full(rows, slots // 2),
     "distinct": lambda rng, rows, slots: rng.permutation(np.arange(rows) % slots),
     "uniform": lambda rng, rows, slots: rng.integers(0, slots, rows),

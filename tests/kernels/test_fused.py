@@ -86,7 +86,7 @@ def test_rotate_and_store_is_transformers(
         (slots % page_tokens).to(torch.int32).to(DEVICE),
     )
     heads = qkv.clone().view(rows, -1, head_dim)
-    query, key, value = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     norm = None
     if with_norm:
         norms = [LlamaRMSNorm(head_dim, eps=1e-6).to(DEVICE, dtype) for _ in range(2)]
@@ -98,7 +98,7 @@ def test_rotate_and_store_is_transformers(
 
     if backend == "triton":
         fused_triton.rotate_and_store(qkv, cos, sin, place, norm)
-        rotated = qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
+        rotated = qkv[:, : num_heads * head_dim].view(rows, num_heads, head_dim)
     else:
         rotated = fused.rotate_and_store(qkv, cos, sin, place, norm)
     assert_near(rotated, query)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,7 +123,7 @@ def test_embed_refuses_wrong_token_ids(embedding: LoraEmbeddingWeights, token_id
     ids=["ranks_dtype", "scalings_dtype", "a_shape", "b_stride", "pool_stride", "slice", "parts"],
 )
 def test_weights_refuse_tables_that_kernels_cannot_read(
-    weights: LoraWeights, broken: Callable[[LoraWeights], dict[str, object]]
+    weights: LoraWeights, broken: Callable[[LoraWeights], dict[str, Any]]
 ) -> None:
     with pytest.raises(ValueError, match=r"must|each part"):
         dataclasses.replace(weights, **broken(weights))

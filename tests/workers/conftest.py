@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.adapters import make_adapter
 from tests.support.bases import BaseKind
+from tests.support.fresh_memory import nan_filled
 from tests.workers.harness import Shelf
 
 ADAPTERS = (
@@ -47,3 +48,10 @@ def shelf_of(
 def llama(shelf_of: Callable[[BaseKind], Shelf]) -> Shelf:
     """The untied Llama with its adapters."""
     return shelf_of("llama")
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan() -> Iterator[None]:
+    """No result may depend on memory that nobody wrote."""
+    with nan_filled():
+        yield

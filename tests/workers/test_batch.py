@@ -92,7 +92,11 @@ def assert_lays_out(built: BuiltStep, scheduled: list[ScheduledRows]) -> None:
     assert set(map(id, (item.sequence for item in built.rows))) == set(map(id, (item.sequence for item in scheduled)))
     is_long = [item.num_rows > 1 for item in built.rows]
     assert is_long == sorted(is_long)
-    row, sampled_rows, prompt_rows, targets, num_made = 0, [], [], [], []
+    row = 0
+    sampled_rows: list[int] = []
+    prompt_rows: list[int] = []
+    targets: list[int] = []
+    num_made: list[int] = []
     for index, item in enumerate(built.rows):
         seq = item.sequence
         slot = BASE_SLOT if seq.lease is None else seq.lease.slot
@@ -227,7 +231,7 @@ def test_stop_tokens_are_forbidden_before_min_tokens() -> None:
         rows.append(ScheduledRows.of(sequence, 1))
     making = builder()
     asked = [(row, token, bias) for row in range(4) for token, bias in ((7, 5.0), (8, -1.0))]
-    forbidden = [(row, token, np.float32(FORBIDDEN)) for row in range(2) for token in (2, 7, 9)]
+    forbidden = [(row, token, float(np.float32(FORBIDDEN))) for row in range(2) for token in (2, 7, 9)]
     assert sorted(making.build(rows).message.sampling.biases.tolist()) == sorted(asked + forbidden)
     assert len(making.build(rows[2:]).message.sampling.biases) == 4
 

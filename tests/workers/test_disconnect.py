@@ -47,7 +47,7 @@ async def test_eighty_of_a_hundred_vanish(llama: Shelf) -> None:
         await until(lambda: worker._engine.num_running + worker._engine.num_waiting == 0, timeout_s=2.0)
         await assert_idle(worker)
         assert time.monotonic() - ended_s < 2.0
-        assert worker.stats.num_finished["abort"] >= NUM_CLOSED - 20
+        assert worker.stats.served.num_finished["abort"] >= NUM_CLOSED - 20
         assert not worker._streams
         assert not worker._engine._sequences
 
@@ -67,7 +67,7 @@ async def test_an_abort_takes_at_most_two_steps(llama: Shelf) -> None:
         steps = worker.stats.num_steps
         await until(lambda: worker.stats.last_batch_sequences == 1)
         assert worker.stats.num_steps <= steps + 3, "the one that ran, and two more"
-        assert worker.stats.num_finished["abort"] == 1
+        assert worker.stats.served.num_finished["abort"] == 1
         await kept
 
 

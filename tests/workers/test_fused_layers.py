@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ async def test_a_mixed_batch_says_what_peft_says(
     ("kind", "overrides"), [("gpt2", {}), ("llama", {"hidden_act": "gelu"})], ids=["gpt2", "llama_gelu"]
 )
 async def test_another_kind_runs_transformers_own_layers(
-    kind: BaseKind, overrides: dict[str, object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: BaseKind, overrides: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = make_base(tmp_path / "base", kind, **overrides)
     with caplog.at_level(logging.INFO):

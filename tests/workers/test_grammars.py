@@ -18,9 +18,9 @@ from llguidance import LLParserLimits
 
 from lorafleet.workers import grammars
 from lorafleet.workers.errors import GrammarRefused
-from lorafleet.workers.model.sampler import DRAW, Chosen, Sampler
+from lorafleet.workers.model.sampler import Chosen, Sampler
 from lorafleet.workers.request import SamplingParams, StructuredOutputs
-from lorafleet.workers.step.sampling import NO_SAMPLING
+from lorafleet.workers.step.sampling import DRAW, NO_SAMPLING
 from tests.workers.harness import Answer, Shelf, ask, open_worker, random_prompt
 
 Schema = dict[str, Any]

@@ -20,6 +20,7 @@ from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.engine import Delivery
 from lorafleet.workers.model import runner
 from lorafleet.workers.model.logits import BodyOnce
+from lorafleet.workers.model.sampler import Sampler, with_logprobs
 from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams
 from tests.support.adapters import make_adapter
 from tests.support.bases import BaseKind, make_base
@@ -112,8 +113,8 @@ def test_no_more_logits_exist_at_once(llama: Shelf, chunk: int, monkeypatch: pyt
     at_head: list[int] = []
     behind_head: list[int] = []
     in_body: list[int] = []
-    monkeypatch.setattr(runner, "with_logprobs", _noting_rows(runner.with_logprobs, behind_head))
-    monkeypatch.setattr(runner.Sampler, "sample", _noting_rows(runner.Sampler.sample, behind_head))
+    monkeypatch.setattr(runner, "with_logprobs", _noting_rows(with_logprobs, behind_head))
+    monkeypatch.setattr(Sampler, "sample", _noting_rows(Sampler.sample, behind_head))
     with playing(llama, logits_chunk_tokens=chunk) as script:
         model = script.parts.runner.base.model
         head: nn.Module = model.get_output_embeddings()

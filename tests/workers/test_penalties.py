@@ -188,7 +188,7 @@ def test_a_penalised_row_does_not_depend_on_its_batch(temperature: float) -> Non
         assert run([i])[i] == together[i]
 
 
-class NothingWaits(TorchDispatchMode):
+class NothingWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses copies between devices that the host would wait for."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -208,7 +208,7 @@ def everything() -> SamplingBatch:
 def test_the_host_looks_at_nothing_of_the_device() -> None:
     """On the device that has no data, whoever asks for some fails."""
     sampler = Sampler()
-    with NothingWaits():
+    with NothingWaits():  # type: ignore[no-untyped-call]
         for _ in range(2):
             chosen = sampler.sample(torch.zeros(2, VOCAB, device="meta"), everything())
     assert chosen.token_ids.shape == (2,)

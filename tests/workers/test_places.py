@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ MODERN = {
 async def test_an_adapter_of_the_head_s_dense_layer_reaches_its_own_rows_only(tmp_path: Path) -> None:
     """As many logits rows as rows, in another order: a step of prompts that want logprobs, beside decodes."""
     shelf = Shelf(save_base(tmp_path / "base", "modernbert-decoder", MODERN))
-    recipe = {"r": 4, "target_modules": ["lm_head.dense", "Wo"], "modules_to_save": ["lm_head.norm"]}
+    recipe: dict[str, Any] = {"r": 4, "target_modules": ["lm_head.dense", "Wo"], "modules_to_save": ["lm_head.norm"]}
     versions = [
         None,
         shelf.put(make_adapter(tmp_path / "one", shelf.base, seed=1, strength=1.5, **recipe)),

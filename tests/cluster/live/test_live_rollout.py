@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 
+import httpx
 import pytest
 from ray import serve
 
@@ -50,7 +51,9 @@ def test_requests_after_a_replacement_see_only_the_new_version(live: LiveService
     old = live.put("shout", "one", warm="all").json()["version"]
     before = pages_used(live)
     expected = live.complete("shout", max_tokens=64).json()["choices"]
-    stop, seen_after, streams = threading.Event(), [], []
+    stop = threading.Event()
+    seen_after: list[str] = []
+    streams: list[httpx.Response] = []
 
     def stream() -> None:
         streams.append(live.complete("shout", max_tokens=64))
