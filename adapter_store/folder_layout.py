@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorafleet.adapter_store.manifest import NAME_GRAMMAR, AdapterManifest, shared_extra, shared_module
+from lorafleet.adapter_store.manifest import NAME_GRAMMAR, AdapterManifest, shared_chat, shared_extra, shared_module
 from lorafleet.adapter_store.names import NameRecord
 from lorafleet.adapter_store.records import Row, Tombstone
 
@@ -86,4 +86,7 @@ def _manifest(fields: dict[str, Any]) -> AdapterManifest:
     # Manifests of stores that knew no extras have none.
     extras = tuple(shared_extra(e["name"], e["kind"], e["num_rows"], e["width"]) for e in fields.pop("extras", ()))
     lists = {name: tuple(fields.pop(name, ())) for name in ("targets", "invocation", "warnings")}
-    return AdapterManifest(**{**fields, **lists, "modules": modules, "extras": extras})
+    chat = fields.pop("chat", None)
+    if chat is not None:
+        chat = shared_chat(chat["template"], tuple(chat["end_token_ids"]))
+    return AdapterManifest(**{**fields, **lists, "modules": modules, "extras": extras, "chat": chat})

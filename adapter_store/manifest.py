@@ -101,6 +101,22 @@ def magnitude_of(module: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterChat:
+    """How an adapter's own conversations are written, where its folder says so."""
+
+    template: str | None
+    """Its chat template; None: the base's."""
+    end_token_ids: tuple[int, ...]
+    """Tokens that end its answers, beside the base's own."""
+
+
+@lru_cache(maxsize=2**12)
+def shared_chat(template: str | None, end_token_ids: tuple[int, ...]) -> AdapterChat:
+    """As `shared_module`: adapters of one trainer have the same template."""
+    return AdapterChat(template, end_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterManifest:
     """An adapter version. Two adapters with the same `version` are the same in every bit that is served."""
 
@@ -119,6 +135,8 @@ class AdapterManifest:
     """Tokens with whose last occurrence in a prompt the adapter begins (activated LoRA); empty: it always computes."""
     warnings: tuple[str, ...] = field(default=(), compare=False)
     """What its author may not expect: parts of the config or the folder that change nothing. No part of the version."""
+    chat: AdapterChat | None = None
+    """What the folder says of conversations; None: nothing."""
 
 
 Array = npt.NDArray[np.generic]

@@ -13,6 +13,7 @@ import numpy as np
 
 from lorafleet.adapter_store.base_weights import BaseWeights, own_weight
 from lorafleet.adapter_store.contents import BaseCopy, Contents, is_pefts_name, match_tensors, modules_present
+from lorafleet.adapter_store.conversations import BaseTokens, drop_checked, noted, read_chat
 from lorafleet.adapter_store.errors import AdapterRefused
 from lorafleet.adapter_store.extras import read_extras
 from lorafleet.adapter_store.manifest import (
@@ -43,13 +44,6 @@ INDEX_FILES = (f"{WEIGHTS_FILE}.index.json", "model.safetensors.index.json")
 OTHER_WEIGHTS_FILES = (PICKLE_FILE, *INDEX_FILES)
 """In place of `WEIGHTS_FILE`: whether they are there, only the wording of a refusal depends on."""
 
-NOTED_FILES: Mapping[str, str] = {
-    "chat_template.jinja": "chats are written by the base's template",
-    "tokenizer_config.json": "texts are read by the base's tokenizer",
-    "added_tokens.json": "the base's tokenizer has its own tokens only",
-}
-"""What may lie beside an adapter and change nothing: whether they are there, only a warning depends on."""
-
 _VERSION_CHARS = 40
 
 
@@ -61,6 +55,8 @@ class AdapterReader:
     max_rank: int
     base_weights: BaseWeights | None = None
     """To compare what files bring of the base's weights with; without it, such files are refused."""
+    base_tokens: BaseTokens | None = None
+    """To check tokenizers against; without it, chat templates and tokenizers are ignored."""
 
     @property
     def max_weights_bytes(self) -> int:
@@ -116,12 +112,18 @@ class AdapterReader:
             manifests.append(extra.manifest)
         if plan.spec.invocation:
             digest.update(json.dumps(["invocation", plan.spec.invocation]).encode())
-        warnings = (*plan.warnings, *_noted(folder), *_idle(plan, idle, bool(plan.trained.tokens or manifests)))
+        chat = read_chat(folder, self.base_tokens)
+        if chat is not None:
+            digest.update(json.dumps(["chat", chat.template, chat.end_token_ids]).encode())
+        ignored = noted(folder, self.base_tokens)
+        warnings = (*plan.warnings, *ignored, *_idle(plan, idle, bool(plan.trained.tokens or manifests)))
         manifest = self._manifest(digest.hexdigest()[:_VERSION_CHARS], plan, tuple(manifests), warnings)
+        manifest = replace(manifest, chat=chat)
         return AdapterWeights.of(manifest, self.geometry.dtype, dict(sorted(tensors.items())), extras)
 
     def drop_base_copies(self, folder: Path) -> None:
-        """Rewrite the weights file of an adapter that `read` accepted without what is not the adapter's, if any is."""
+        """Leave of an adapter that `read` accepted what is its own: of weights, and of files that were checked only."""
+        drop_checked(folder)
         plan = self._plan(folder)
         kept = plan.contents.served
         if len(kept) < len(plan.file.entries):
@@ -257,12 +259,6 @@ class _Plan:
     """Modules that get low-rank factors: `lora` and those with trained tokens."""
     contents: Contents
     warnings: tuple[str, ...]
-
-
-def _noted(folder: Path) -> Iterator[str]:
-    for name, warning in NOTED_FILES.items():
-        if (folder / name).exists():
-            yield f"{name} is ignored: {warning}"
 
 
 def _idle(plan: _Plan, idle: Sequence[bool], has_more: bool) -> Iterator[str]:

@@ -20,6 +20,7 @@ from typing import Any, Final, TypeVar
 
 from lorafleet.adapter_store.base_weights import BaseWeights
 from lorafleet.adapter_store.catalog import Catalog
+from lorafleet.adapter_store.conversations import BaseTokens
 from lorafleet.adapter_store.errors import (
     AdapterRefused,
     AdapterStoreError,
@@ -127,16 +128,18 @@ class AdapterStore:
         put: Callable[[AdapterWeights], Any] = identity,
         clock: Callable[[], float] = time.monotonic,
         base_weights: BaseWeights | None = None,
+        base_tokens: BaseTokens | None = None,
     ) -> None:
         """Open the state of this base below `state_dir` and remove what a crash left. Blocks.
 
         `put` is called in a thread; what it returns is what `fetch` gives. `base_weights` is where the base's own
-        weights can be read: adapters on embeddings bring copies of them, and are refused without it.
+        weights can be read: adapters on embeddings bring copies of them, and are refused without it. Without
+        `base_tokens` chat templates and tokenizers are ignored.
         """
         names = [config.name for config in sources]
         if len(set(names)) != len(names):
             raise ValueError(f"two sources have the same name: {sorted(names)}")
-        self._reader = AdapterReader(geometry, max_rank, base_weights)
+        self._reader = AdapterReader(geometry, max_rank, base_weights, base_tokens)
         self._sources = {
             config.name: _OpenSource(
                 config, open_source(config), ThreadPoolExecutor(_SOURCE_THREADS, f"source-{config.name}")

@@ -27,10 +27,11 @@ from huggingface_hub.errors import (
 )
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lorafleet.adapter_store.conversations import CHAT_FILES
 from lorafleet.adapter_store.errors import AdapterRefused, InvalidKey, SourceUnavailable, StoreUnusable, UnknownKey
 from lorafleet.adapter_store.files import unwritable
 from lorafleet.adapter_store.peft_config import MAX_CONFIG_BYTES
-from lorafleet.adapter_store.peft_format import CONFIG_FILE, NOTED_FILES, OTHER_WEIGHTS_FILES, WEIGHTS_FILE
+from lorafleet.adapter_store.peft_format import CONFIG_FILE, OTHER_WEIGHTS_FILES, WEIGHTS_FILE
 
 _MAX_KEY_CHARS = 1024
 _CHANGED_ATTEMPTS = 3
@@ -99,9 +100,9 @@ class Source(Protocol):
     """A place that has adapters under keys."""
 
     def fetch(self, key: str, into: Path, max_weights_bytes: int) -> None:
-        """Copy the adapter's config and weights into the empty folder `into`, both as they were at one moment.
+        """Copy the adapter's config, weights and `CHAT_FILES` into the empty folder `into`, as they were at one moment.
 
-        Files that are not there are left out; of weights in other formats, and of `NOTED_FILES`, empty files are made.
+        Files that are not there are left out; of weights in other formats empty files are made.
         Raises InvalidKey, UnknownKey, SourceUnavailable, and AdapterRefused for a file that is too large.
         """
 
@@ -141,7 +142,7 @@ class DirectorySource:
 
     def fetch(self, key: str, into: Path, max_weights_bytes: int) -> None:
         path = checked_key(key)
-        limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: max_weights_bytes}
+        limits = _limits(max_weights_bytes)
         try:
             root = self._root.resolve(strict=True)
             for _ in range(_CHANGED_ATTEMPTS):
@@ -172,7 +173,7 @@ class DirectorySource:
                 _copy(file, into / name, limit)
                 if _identity(os.fstat(file.fileno())) != before[name]:
                     return False
-        for name in (*OTHER_WEIGHTS_FILES, *NOTED_FILES):
+        for name in OTHER_WEIGHTS_FILES:
             if (folder / name).exists():
                 (into / name).touch()
         # Files replaced by renaming change neither of the open ones: look at the names again.
@@ -211,12 +212,19 @@ class HubSource:
         # The cache keeps files by commit: the weights are taken from the commit that the config came from.
         commit = _commit_of(config) if config is not None else revision
         weights = self._copied(repository, folder, commit, into / WEIGHTS_FILE, max_weights_bytes)
-        for name in OTHER_WEIGHTS_FILES if weights is None else NOTED_FILES:
+        for name, limit in CHAT_FILES.items() if weights is not None else ():
+            self._copied(repository, folder, commit, into / name, limit, is_optional=True)
+        for name in OTHER_WEIGHTS_FILES if weights is None else ():
             if self._exists(repository, folder, name, commit):
                 (into / name).touch()
 
-    def _copied(self, repository: str, folder: str, revision: str | None, to: Path, limit: int) -> Path | None:
-        """Copy one file, and say where the cache has it; None if the repository lacks it."""
+    def _copied(
+        self, repository: str, folder: str, revision: str | None, to: Path, limit: int, *, is_optional: bool = False
+    ) -> Path | None:
+        """Copy one file, and say where the cache has it; None if the repository lacks it.
+
+        is_optional: while the hub cannot be reached, a file that the cache lacks counts as one that is not there.
+        """
         where = {"subfolder": folder or None, "revision": revision}
         try:
             # Asked first, since it fails at once where a download would try again for half a minute.
@@ -229,6 +237,8 @@ class HubSource:
         except AdapterRefused:
             raise
         except LocalEntryNotFoundError as error:
+            if is_optional:
+                return None
             message = f"source {self._config.name} cannot be reached, and {repository} is not in its cache"
             raise SourceUnavailable("source_unavailable", message, "source") from error
         except EntryNotFoundError:
@@ -276,14 +286,14 @@ class ObjectStoreSource:
 
     def fetch(self, key: str, into: Path, max_weights_bytes: int) -> None:
         folder = f"{self._root}/{checked_key(key)}"
-        limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: max_weights_bytes}
+        limits = _limits(max_weights_bytes)
         try:
             for _ in range(_CHANGED_ATTEMPTS):
                 if self._copied(folder, into, limits):
                     break
             else:
                 raise _changed(key, self._name)
-            for name in (*OTHER_WEIGHTS_FILES, *NOTED_FILES):
+            for name in OTHER_WEIGHTS_FILES:
                 if self._filesystem.exists(f"{folder}/{name}"):
                     (into / name).touch()
             is_empty = not any(into.iterdir())
@@ -384,8 +394,13 @@ def _changed(key: str, source: str) -> SourceUnavailable:
     return SourceUnavailable("source_changed", message, "key")
 
 
+def _limits(max_weights_bytes: int) -> dict[str, int]:
+    """Most bytes of each file."""
+    return {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: max_weights_bytes, **CHAT_FILES}
+
+
 def _too_large(name: str, limit: int) -> AdapterRefused:
-    code = "config_too_large" if name == CONFIG_FILE else "weights_too_large"
+    code = "weights_too_large" if name == WEIGHTS_FILE else "config_too_large"
     return AdapterRefused(code, f"{name} has more than {limit} bytes", name)
 
 

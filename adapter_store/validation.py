@@ -22,7 +22,7 @@ RULES: Final[Mapping[str, str]] = {
     "missing_weights": "There is no adapter_model.safetensors.",
     "sharded_weights": "The weights are cut into several files, which PEFT neither writes nor reads.",
     "pickle_weights": "The weights are a pickle, which can run code; only safetensors is read.",
-    "config_too_large": "adapter_config.json is larger than any config.",
+    "config_too_large": "adapter_config.json, or a file of its tokenizer, is larger than any such file.",
     "weights_too_large": "The weights file is larger than any adapter of this base can be.",
     "broken_config": "adapter_config.json is no JSON object.",
     "invalid_field": "A field of the config has a wrong type or value.",
@@ -43,6 +43,8 @@ RULES: Final[Mapping[str, str]] = {
     "non_finite": "A tensor holds a NaN or an infinity.",
     "overflow": "A value, a scaling or a product of both is too large for the dtype that is served.",
     "base_weights_changed": "The file brings weights of the base that differ from the base's own.",
+    "tokenizer_differs": "The adapter's tokenizer maps tokens otherwise than the base's.",
+    "broken_chat_file": "The chat template, or a file of the tokenizer, cannot be read.",
     "base_weights_unverified": "The base's own weights are not at hand to compare with what the file brings of them.",
 }
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from lorafleet.adapter_store.errors import AdapterStoreError
-from lorafleet.adapter_store.manifest import AdapterManifest
+from lorafleet.adapter_store.manifest import AdapterChat, AdapterManifest
 from lorafleet.adapter_store.names import NamedAdapter
 from lorafleet.cluster.errors import ClusterError
 from lorafleet.workers.errors import WorkerError
@@ -45,6 +45,8 @@ class NamedVersion:
     """Source and key, as in `demo/shout`."""
     created_s: int = 0
     """When the store first saw the version, in Unix seconds."""
+    chat: AdapterChat | None = None
+    """How its conversations are written; None: as the base's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,8 @@ class NamesAt:
 
 def named_version(adapter: NamedAdapter, created_s: int) -> NamedVersion:
     """The store's entry without what only the admin plane shows."""
-    return NamedVersion(adapter.name, adapter.version, f"{adapter.source}/{adapter.key}", created_s)
+    root = f"{adapter.source}/{adapter.key}"
+    return NamedVersion(adapter.name, adapter.version, root, created_s, adapter.manifest.chat)
 
 
 @dataclass(frozen=True, slots=True)

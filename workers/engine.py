@@ -344,7 +344,7 @@ class Engine:
         past_min = num_made >= sampling.min_tokens
         if token_id in sampling.stop_token_ids and past_min:
             sequence.finish_reason, sequence.stop_reason = "stop", token_id
-        elif token_id in self._runner.base.stop_token_ids and not sampling.ignore_eos and past_min:
+        elif not sampling.ignore_eos and past_min and self._is_end(sequence, token_id):
             sequence.finish_reason = "stop"
         elif sequence.matcher is not None and token_id in self._runner.base.stop_token_ids:
             sequence.finish_reason = "stop"  # a grammar has no other place for it than its end
@@ -379,6 +379,9 @@ class Engine:
         self._outbox.append((sequence.request.request_id, delta))
         if sequence.finish_reason is not None:
             self._finish(sequence, sequence.finish_reason, num_made)
+
+    def _is_end(self, sequence: Sequence, token_id: int) -> bool:
+        return token_id in self._runner.base.stop_token_ids or token_id in sequence.request.end_token_ids
 
     def _compile(self, request: EngineRequest, asked: StructuredOutputs | None) -> None:
         """Have the grammar compiled on another thread, and add the request when that is done."""

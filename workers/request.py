@@ -204,6 +204,8 @@ class EngineRequest:
     sampling: SamplingParams
     cache_salt: str = ""
     """KV of prompts is shared by requests of one salt only."""
+    end_token_ids: tuple[int, ...] = ()
+    """Tokens that end its answer as the base's own do: those of the adapter."""
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True, gc=False):

@@ -13,7 +13,7 @@ from lorafleet.cluster.errors import ControllerUnavailable
 from lorafleet.cluster.ray_internals import by_value
 from lorafleet.cluster.routing.calls import answer_of
 from lorafleet.cluster.routing.whereabouts import note_resident
-from lorafleet.cluster.wire import Placed, Validation
+from lorafleet.cluster.wire import NamedVersion, Placed, Validation, named_version
 from lorafleet.workers.state import WorkerState
 
 CALL_S = 15.0
@@ -49,8 +49,8 @@ class ControlPlane(Protocol):
 class ControllerClient:
     """Every method raises ControllerUnavailable while the controller is away, and the control plane's own errors."""
 
-    def __init__(self, handle: DeploymentHandle[Any], observe: Callable[[str, str | None], None]) -> None:
-        """observe: told of every name that was flipped (and its version) or deleted (None), before the reply."""
+    def __init__(self, handle: DeploymentHandle[Any], observe: Callable[[str, NamedVersion | None], None]) -> None:
+        """observe: told of every name that was flipped (and to what) or deleted (None), before the reply."""
         self._handle = by_value(handle)
         self._observe = observe
 
@@ -60,7 +60,7 @@ class ControllerClient:
         placed: Placed = await self._call(
             "put", CHANGE_S, name, source=source, key=key, pinned=pinned, warm=warm, replace=replace
         )
-        self._observe(name, placed.adapter.version)
+        self._observe(name, named_version(placed.adapter, 0))
         note_resident(placed.adapter.version, [w for w, state in placed.workers.items() if state == "resident"])
         return placed
 

@@ -53,6 +53,13 @@ class ValidateAdapter(Settings):
     key: str = Field(min_length=1, description="Where the source has the adapter.")
 
 
+class ChatReply(Settings):
+    """How an adapter's own conversations are written."""
+
+    template: str | None = Field(description="Its chat template; null: the base's.")
+    end_token_ids: tuple[int, ...] = Field(description="Tokens that end its answers, beside the base's own.")
+
+
 class AdapterReply(Settings):
     """An adapter that has a name."""
 
@@ -66,6 +73,7 @@ class AdapterReply(Settings):
     warnings: tuple[str, ...] = Field(
         description="What of the adapter changes nothing though its author may expect it."
     )
+    chat: ChatReply | None = Field(description="What its folder says of conversations; null: nothing.")
     pages: int | None = Field(description="Pages of a worker's pool that it takes; null where that is not known.")
     pinned: bool
     state: Literal["resident", "loading", "stored"] = Field(description="The best that any worker has.")
@@ -104,6 +112,7 @@ class ValidationReply(Settings):
     targets: tuple[str, ...]
     bytes: int
     warnings: tuple[str, ...]
+    chat: ChatReply | None
     pages: int | None
     fits: bool = Field(description="Whether every worker has room for it.")
     workers: dict[str, EstimateReply]
@@ -225,10 +234,12 @@ def validation_reply(validation: Validation) -> ValidationReply:
 
 
 def _describe(manifest: AdapterManifest) -> dict[str, object]:
+    chat = manifest.chat
     return {
         "version": manifest.version,
         "rank": manifest.rank,
         "targets": manifest.targets,
         "bytes": manifest.num_bytes,
         "warnings": manifest.warnings,
+        "chat": None if chat is None else ChatReply(template=chat.template, end_token_ids=chat.end_token_ids),
     }

@@ -49,7 +49,8 @@ def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
 
     async def check_client(request: Request) -> None:
         key = request.headers.get("x-api-key")
-        keys.check_client(request.headers.get("authorization") if key is None else f"Bearer {key}")
+        given = request.headers.get("authorization") if key is None else f"Bearer {key}"
+        request.state.caller = keys.check_client(given)
 
     router = APIRouter(
         prefix="/v1",
@@ -79,7 +80,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
     async def messages(request: Request) -> Response:
         body = parse_body(MessagesBody, await read_body(request), NEUTRAL)
         chat = body.chat()
-        prepared = await dispatcher.prepare(chat.request(dispatcher.prompts.answers))
+        prepared = await dispatcher.prepare(chat.request(dispatcher.prompts.answers), caller=request.state.caller)
         reply = MessageReply(body, Turn(chat, prepared, dispatcher.prompts))
         return await answer(request, dispatcher, [prepared], reply, is_stream=body.stream)
 
@@ -92,9 +93,10 @@ def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
     async def count_tokens(request: Request) -> JSONResponse:
         body = parse_body(CountBody, await read_body(request), NEUTRAL)
         asked = body.chat().request(dispatcher.prompts.answers)
-        await dispatcher.resolve(asked.model)
+        adapter = await dispatcher.resolve(asked.model)
         assert asked.messages is not None
-        text = dispatcher.prompts.render(asked.messages, asked.template)
+        own = None if adapter is None else adapter.chat
+        text = await dispatcher.prompts.render(asked.messages, asked.template, own)
         token_ids = await dispatcher.prompts.encode(text, "messages", add_special_tokens=False)
         return JSONResponse({"input_tokens": len(token_ids)})
 

@@ -95,11 +95,11 @@ def build_peer_router(
     )
     async def tokenize(request: Request) -> JSONResponse:
         body = parse_body(TokenizeBody, await read_body(request))
-        if body.model is not None:
-            await dispatcher.resolve(body.model)
+        adapter = None if body.model is None else await dispatcher.resolve(body.model)
         prompts = dispatcher.prompts
         if body.messages is not None:
-            text, param, adds_special = prompts.render(body.messages), "messages", bool(body.add_special_tokens)
+            text = await prompts.render(body.messages, chat=None if adapter is None else adapter.chat)
+            param, adds_special = "messages", bool(body.add_special_tokens)
         else:
             assert body.prompt is not None
             text, param, adds_special = body.prompt, "prompt", body.add_special_tokens is not False

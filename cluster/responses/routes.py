@@ -23,7 +23,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
     """The route."""
 
     async def check_client(request: Request) -> None:
-        keys.check_client(request.headers.get("authorization"))
+        request.state.caller = keys.check_client(request.headers.get("authorization"))
 
     router = APIRouter(
         prefix="/v1",
@@ -50,7 +50,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
     async def respond(request: Request) -> Response:
         body = parse_body(ResponsesBody, await read_body(request), NEUTRAL)
         chat = body.chat()
-        prepared = await dispatcher.prepare(chat.request(dispatcher.prompts.answers))
+        prepared = await dispatcher.prepare(chat.request(dispatcher.prompts.answers), caller=request.state.caller)
         reply = ResponseReply(body, Turn(chat, prepared, dispatcher.prompts))
         return await answer(request, dispatcher, [prepared], reply, is_stream=body.stream)
 

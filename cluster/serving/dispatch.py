@@ -19,6 +19,7 @@ from lorafleet.cluster.errors import BadRequest, NoWorker, StoreUnavailable, Str
 from lorafleet.cluster.metrics import RequestMetrics, RequestTimer
 from lorafleet.cluster.serving.names import Names
 from lorafleet.cluster.serving.prompts import Prompts
+from lorafleet.cluster.wire import NamedVersion
 from lorafleet.workers.request import EngineRequest, GenerateDelta, GenerateRequest, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -122,8 +123,9 @@ class Dispatcher:
         model = self.model_of(request)
         timer = self._metrics.begin(self.adapter_name(model))
         try:
-            version = await self.resolve(model)
-            prompt_token_ids = await self.prompts.tokenize(request)
+            adapter = await self.resolve(model)
+            chat = None if adapter is None else adapter.chat
+            prompt_token_ids = await self.prompts.tokenize(request, chat)
             await self.prompts.check_grammar(request.structured_outputs)
         except Exception as error:
             self._metrics.reject(_code_of(error))
@@ -131,6 +133,8 @@ class Dispatcher:
         sampling = SamplingParams.model_construct(**{name: getattr(request, name) for name in _SAMPLING_FIELDS})
         if sampling.max_tokens is None and default_max_tokens is not None:
             sampling = sampling.model_copy(update={"max_tokens": max(default_max_tokens, sampling.min_tokens)})
+        version = None if adapter is None else adapter.version
+        ends = () if chat is None else tuple(each for each in chat.end_token_ids if each < self.prompts.vocab_size)
         request_id = uuid.uuid4().hex
         sequences = tuple(
             EngineRequest(
@@ -138,13 +142,14 @@ class Dispatcher:
                 version=version,
                 prompt_token_ids=prompt_token_ids,
                 sampling=sampling if i == 0 else _reseeded(sampling, i),
+                end_token_ids=ends,
                 cache_salt=caller if self._salts_prefixes else "",
             )
             for i in range(request.n)
         )
         return PreparedRequest(request, prompt_token_ids, version, sequences, timer)
 
-    async def resolve(self, model: str) -> str | None:
+    async def resolve(self, model: str) -> NamedVersion | None:
         """The adapter version that `model` names, None for the base. Raises ModelNotFound, StoreUnavailable."""
         if model == self.base_id:
             return None

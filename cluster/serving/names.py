@@ -71,8 +71,8 @@ class Names:
         if self._watcher is not None:
             self._watcher.cancel()
 
-    async def resolve(self, name: str) -> str:
-        """The version that `name` stands for now.
+    async def resolve(self, name: str) -> NamedVersion:
+        """What `name` stands for now.
 
         Raises ModelNotFound, StoreUnavailable (the store is away and never told of this name), or what the store
         raises when a first use fails.
@@ -100,20 +100,20 @@ class Names:
                 if self._num_observed == before and entry != self._names.get(name):
                     self._num_observed += 1
                     self._names[name] = entry
-                return entry.version
+                return entry
         known = self._names.get(name)
         if known is None:
             raise StoreUnavailable(
                 f"the adapter store is away and {name!r} is not known yet; try again", "model", RETRY_AFTER_S
             )
-        return known.version
+        return known
 
-    def observe(self, name: str, version: str | None) -> None:
-        """Take note of a version that was just published under `name`; None: the name is gone."""
+    def observe(self, name: str, entry: NamedVersion | None) -> None:
+        """Take note of what was just published under `name`; None: the name is gone."""
         self._num_observed += 1
-        known = self._names.pop(name, None)
-        if version is not None:
-            self._names[name] = NamedVersion(name, version, known.root if known is not None else "")
+        self._names.pop(name, None)
+        if entry is not None:
+            self._names[name] = entry
 
     async def entries(self) -> list[NamedVersion]:
         """All names in order, from the store; the last ones seen while it is away."""

@@ -11,12 +11,15 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lorafleet.adapter_store.manifest import AdapterChat
 from lorafleet.cluster.errors import BadRequest, ContextLengthExceeded
 from lorafleet.cluster.serving.answer_formats import TEXT_ONLY, AnswerFormat
+from lorafleet.cluster.serving.time_limit import within
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import GrammarRefused
 from lorafleet.workers.grammars import Grammars
@@ -24,6 +27,8 @@ from lorafleet.workers.model.geometry import read_config
 from lorafleet.workers.model.loader import load_tokenizer, max_model_len
 from lorafleet.workers.request import GenerateRequest, StructuredOutputs, TemplateOptions
 
+TEMPLATE_S = 2.0
+"""How long an adapter's chat template may take."""
 LONG_TEXT = 4096
 """Characters above which tokenising leaves the event loop, so that other streams go on."""
 
@@ -75,8 +80,10 @@ class Prompts:
             max_model_len=max_model_len(model, config),
         )
 
-    async def tokenize(self, request: GenerateRequest) -> tuple[int, ...]:
+    async def tokenize(self, request: GenerateRequest, chat: AdapterChat | None = None) -> tuple[int, ...]:
         """Token ids of the request's prompt, checked against the vocabulary and the model's length.
+
+        chat: how the adapter's conversations are written.
 
         Raises BadRequest (`empty_prompt`, `invalid_token_id`, `no_tokenizer`, `no_chat_template`,
         `chat_template_failed`) or ContextLengthExceeded.
@@ -84,7 +91,7 @@ class Prompts:
         if request.messages is not None:
             param = "messages"
             token_ids = await self.encode(
-                self.render(request.messages, request.template),
+                await self.render(request.messages, request.template, chat),
                 param,
                 add_special_tokens=bool(request.add_special_tokens),
             )
@@ -158,24 +165,43 @@ class Prompts:
         except UnicodeDecodeError:
             return TokenPiece("bytes:" + "".join(f"\\x{byte:02x}" for byte in utf8), utf8, is_special=False)
 
-    def render(
+    async def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         options: TemplateOptions = TemplateOptions(),  # noqa: B008 (frozen)
+        chat: AdapterChat | None = None,
     ) -> str:
-        """A conversation as the chat template writes it. Raises BadRequest."""
-        if self.tokenizer is None or not self.tokenizer.chat_template:
+        """A conversation as the chat template writes it: the adapter's own, or the base's. Raises BadRequest.
+
+        An adapter's template gets a thread and `TEMPLATE_S`: it is a program, and whoever trains adapters wrote it.
+        """
+        own = None if chat is None else chat.template
+        if self.tokenizer is None or not (own or self.tokenizer.chat_template):
             raise BadRequest(
                 "the base has no chat template; use completions with a prompt", "messages", "no_chat_template"
             )
         if not messages:
             raise BadRequest("messages is empty", "messages", "empty_prompt")
+        if own is None or own == self.tokenizer.chat_template:
+            return self._render(messages, options, None)
+        try:
+            return await within(TEMPLATE_S, partial(self._render, messages, options, own))
+        except TimeoutError:
+            raise BadRequest(
+                f"the adapter's chat template took over {TEMPLATE_S:g} s on these messages",
+                "messages",
+                "chat_template_failed",
+            ) from None
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], options: TemplateOptions, own: str | None) -> str:
+        assert self.tokenizer is not None
         try:
             text = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=False,
                 add_generation_prompt=options.add_generation_prompt,
                 continue_final_message=options.continue_final_message,
+                chat_template=own,
                 tools=[dict(tool) for tool in options.tools] or None,
                 **options.variables,
             )
@@ -183,7 +209,9 @@ class Prompts:
         except Exception as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise BadRequest(
-                f"the base's chat template refuses these messages: {reason}", "messages", "chat_template_failed"
+                f"the {'base' if own is None else 'adapter'}'s chat template refuses these messages: {reason}",
+                "messages",
+                "chat_template_failed",
             ) from error
         assert isinstance(text, str)
         return text

@@ -14,6 +14,7 @@ import ray
 import torch
 
 from lorafleet.adapter_store.base_weights import CheckpointWeights
+from lorafleet.adapter_store.conversations import BaseTokens
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
 from lorafleet.adapter_store.names import NamedAdapter, NameRecord, NameTable, VersionsToKeep
 from lorafleet.adapter_store.service import AdapterStore
@@ -22,6 +23,7 @@ from lorafleet.cluster.metrics import StoreMetrics
 from lorafleet.cluster.store.paths import locate
 from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights, named_version, replying
 from lorafleet.workers.model.geometry import read_geometry
+from lorafleet.workers.model.loader import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class StoreReplica:
     def __init__(self, config: AppConfig) -> None:
         torch.set_num_threads(1)
         model = config.model
+        tokenizer = load_tokenizer(model.source)
         self._sources = config.adapters.sources
         self._store = AdapterStore(
             state_dir=config.state_dir,
@@ -50,6 +53,7 @@ class StoreReplica:
             host_cache_bytes=config.adapters.host_cache_bytes,
             put=put,
             base_weights=CheckpointWeights(model.source) if model.load == "weights" else None,
+            base_tokens=None if tokenizer is None else BaseTokens(tokenizer.get_vocab()),
         )
         self._created_s: dict[str, int] = {}
         self._metrics = StoreMetrics()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lorafleet.adapter_store.errors import UnknownAdapter
+from lorafleet.adapter_store.manifest import AdapterChat
 from lorafleet.cluster.errors import StoreUnavailable, WorkerGone
 from lorafleet.cluster.serving.prompts import Prompts
 from lorafleet.cluster.wire import NamedVersion, NamesAt
@@ -141,6 +142,7 @@ class FakeStore:
     """An adapter store that can go away, come back, or fall silent."""
 
     versions: dict[str, str] = field(default_factory=lambda: dict(VERSIONS))
+    chats: dict[str, AdapterChat] = field(default_factory=dict)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     generation: int = 1
@@ -184,7 +186,7 @@ class FakeStore:
         self.changed.set()
 
     def _entry(self, name: str) -> NamedVersion:
-        return NamedVersion(name, self.versions[name], f"demo/{name}")
+        return NamedVersion(name, self.versions[name], f"demo/{name}", chat=self.chats.get(name))
 
     async def _answer(self) -> None:
         if self.is_silent:

@@ -88,6 +88,7 @@ async def test_put_get_list_and_delete(api: Api) -> None:
         "targets": ["q_proj"],
         "bytes": 400,
         "warnings": [],
+        "chat": None,
         "pages": 4,
         "pinned": False,
         "state": "resident",

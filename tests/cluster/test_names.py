@@ -29,9 +29,9 @@ async def names(store: FakeStore) -> AsyncGenerator[Names, None]:
 
 
 async def test_the_store_is_asked_every_time(names: Names, store: FakeStore) -> None:
-    assert await names.resolve("shout") == VERSIONS["shout"]
+    assert (await names.resolve("shout")).version == VERSIONS["shout"]
     store.flip("shout", "cc" * 32)
-    assert await names.resolve("shout") == "cc" * 32
+    assert (await names.resolve("shout")).version == "cc" * 32
     store.flip("shout", None)
     with pytest.raises(ModelNotFound):
         await names.resolve("shout")
@@ -53,8 +53,8 @@ async def test_a_death_shows_at_once_and_names_go_on(names: Names, store: FakeSt
     store.leave()
     await until(lambda: names.is_away)
     num_resolved = store.num_resolved
-    assert await names.resolve("shout") == VERSIONS["shout"]
-    assert await names.resolve("whisper") == VERSIONS["whisper"]  # never asked for, seen in the table
+    assert (await names.resolve("shout")).version == VERSIONS["shout"]
+    assert (await names.resolve("whisper")).version == VERSIONS["whisper"]  # never asked for, seen in the table
     assert [entry.name for entry in await names.entries()] == ["shout", "whisper"]
     with pytest.raises(StoreUnavailable) as caught:
         await names.resolve("stranger")
@@ -69,7 +69,7 @@ async def test_the_store_comes_back(names: Names, store: FakeStore) -> None:
     store.versions["shout"] = "cc" * 32
     store.come_back()
     await until(lambda: not names.is_away)
-    assert await names.resolve("shout") == "cc" * 32
+    assert (await names.resolve("shout")).version == "cc" * 32
 
 
 async def test_a_call_in_flight_does_not_outlive_the_store(names: Names, store: FakeStore) -> None:
@@ -85,10 +85,10 @@ async def test_a_call_in_flight_does_not_outlive_the_store(names: Names, store: 
 async def test_a_silent_store_costs_a_known_name_its_patience_once(names: Names, store: FakeStore) -> None:
     await names.resolve("shout")
     store.is_silent = True
-    assert await names.resolve("shout") == VERSIONS["shout"]
+    assert (await names.resolve("shout")).version == VERSIONS["shout"]
     assert names.is_away
     num_resolved = store.num_resolved
-    assert await names.resolve("shout") == VERSIONS["shout"]
+    assert (await names.resolve("shout")).version == VERSIONS["shout"]
     assert store.num_resolved == num_resolved
 
 
@@ -109,13 +109,13 @@ async def test_what_a_first_use_raises_comes_through(names: Names, store: FakeSt
 
 async def test_a_flip_that_this_process_made_is_known_without_the_store(names: Names, store: FakeStore) -> None:
     await names.resolve("shout")
-    names.observe("shout", "cc" * 32)
-    names.observe("new", "dd" * 32)
+    names.observe("shout", NamedVersion("shout", "cc" * 32, "demo/shout"))
+    names.observe("new", NamedVersion("new", "dd" * 32, "demo/new"))
     names.observe("whisper", None)
     store.leave()
     await until(lambda: names.is_away)
-    assert await names.resolve("shout") == "cc" * 32
-    assert await names.resolve("new") == "dd" * 32
+    assert (await names.resolve("shout")).version == "cc" * 32
+    assert (await names.resolve("new")).version == "dd" * 32
     with pytest.raises(StoreUnavailable):
         await names.resolve("whisper")
     assert NamedVersion("shout", "cc" * 32, "demo/shout") in await names.entries()
@@ -126,6 +126,6 @@ async def test_a_table_read_before_a_flip_does_not_undo_it(names: Names, store: 
     reading = asyncio.create_task(names.entries())
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    names.observe("shout", "cc" * 32)
+    names.observe("shout", NamedVersion("shout", "cc" * 32, "demo/shout"))
     entries = {entry.name: entry.version for entry in await reading}
     assert entries["shout"] == "cc" * 32

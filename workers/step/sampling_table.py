@@ -69,7 +69,8 @@ class SamplingTable:
         if asked.logit_bias:
             self._biases[line] = _records(BIAS, 0, list(asked.logit_bias), list(asked.logit_bias.values()))
         if asked.min_tokens:
-            self._forbidden[line] = _records(BIAS, 0, [*self._stop_token_ids, *asked.stop_token_ids], FORBIDDEN)
+            ends = [*self._stop_token_ids, *asked.stop_token_ids, *sequence.request.end_token_ids]
+            self._forbidden[line] = _records(BIAS, 0, ends, FORBIDDEN)
 
     def batch(self, sampled: Several[Sequence], lines: Ints, positions: npt.NDArray[np.int64]) -> SamplingBatch:
         """How rows choose the tokens that follow: `sampled` their sequences, `lines` the lines of these, one a row.
