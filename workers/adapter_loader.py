@@ -1,7 +1,7 @@
-"""Brings adapters in: fetches weights from the store, reserves pages, stages them off the step loop, publishes them
+"""Brings adapters in: fetches weights from the store, reserves pages, uploads them beside the step loop, publishes them
 between two steps. Also follows the store's word on which versions have a name and which are pinned.
 
-Everything but the fetching and staging happens on the engine's thread.
+Everything but the fetching and uploading happens on the engine's thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
 from lorafleet.workers.errors import AdapterUnavailable, EngineFailed
-from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation, StagedAdapter
+from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation, UploadedAdapter
 from lorafleet.workers.memory.residency import Residency
 from lorafleet.workers.sequence import AdapterReadiness, Sequence
 from lorafleet.workers.stats import MAX_OBSERVATIONS
@@ -23,7 +23,7 @@ from lorafleet.workers.stats import MAX_OBSERVATIONS
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 4
-"""Fetches and stagings at once."""
+"""Fetches and uploads at once."""
 REFRESH_S = 0.2
 """How old `resident_versions` may be."""
 FORGET_S = 60.0
@@ -41,7 +41,7 @@ class _Waiter:
 
 @dataclass(slots=True)
 class _Load:
-    """A version on its way: being fetched, then waiting for room, then being staged."""
+    """A version on its way: being fetched, then waiting for room, then being uploaded."""
 
     wanted_s: float
     asked_s: float
@@ -85,7 +85,7 @@ class AdapterLoader:
         self._clock = clock
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="lorafleet-load")
         self._loads: dict[str, _Load] = {}
-        self._arrived: deque[tuple[str, AdapterWeights | StagedAdapter | Exception]] = deque()
+        self._arrived: deque[tuple[str, AdapterWeights | UploadedAdapter | Exception]] = deque()
         self._failures: dict[str, Exception] = {}
         self._holds: list[_Hold] = []
         self._fading: set[str] = set()
@@ -116,7 +116,7 @@ class AdapterLoader:
             load.asked_s = self._clock()
             if load.weights is None:
                 return AdapterReadiness.LOADING
-            if not self._try_stage(version, load):
+            if not self._try_upload(version, load):
                 return AdapterReadiness.NO_ROOM
             sequence.lease = self._residency.acquire(version)
         return AdapterReadiness.READY if sequence.lease.is_ready else AdapterReadiness.LOADING
@@ -153,7 +153,7 @@ class AdapterLoader:
         load.asked_s = self._clock()
         load.waiters.append(waiter)
         if load.weights is not None:
-            self._stage_for_waiters(version, load)
+            self._upload_for_waiters(version, load)
         return waiter.future
 
     def release_hold(self, version: str) -> None:
@@ -204,7 +204,7 @@ class AdapterLoader:
     # --- between steps ---
 
     def publish_ready(self) -> None:
-        """Take in what the threads have done: fetched weights wait for room, staged adapters become resident."""
+        """Take in what the threads have done: fetched weights wait for room, uploaded adapters become resident."""
         while self._arrived:
             version, item = self._arrived.popleft()
             load = self._loads[version]
@@ -213,7 +213,7 @@ class AdapterLoader:
             elif isinstance(item, AdapterWeights):
                 load.weights = item
                 if load.waiters:
-                    self._stage_for_waiters(version, load)
+                    self._upload_for_waiters(version, load)
             else:
                 self._publish(version, load, item)
         now = self._clock()
@@ -237,10 +237,10 @@ class AdapterLoader:
             if is_idle and not load.waiters and now - load.asked_s > FORGET_S:
                 del self._loads[version]
 
-    def _publish(self, version: str, load: _Load, staged: StagedAdapter) -> None:
+    def _publish(self, version: str, load: _Load, uploaded: UploadedAdapter) -> None:
         # The waiters' holds and pins come before the version could be found unused.
         del self._loads[version]
-        self._residency.publish(staged)
+        self._residency.publish(uploaded)
         self.load_s.append(self._clock() - load.wanted_s)
         for waiter in load.waiters:
             self._settle(version, waiter)
@@ -260,13 +260,13 @@ class AdapterLoader:
             self._holds.append(_Hold(version, self._clock() + waiter.hold_s))
         waiter.future.set_result(None)
 
-    def _stage_for_waiters(self, version: str, load: _Load) -> None:
-        if load.allocation is not None or self._try_stage(version, load):
+    def _upload_for_waiters(self, version: str, load: _Load) -> None:
+        if load.allocation is not None or self._try_upload(version, load):
             return
         assert load.weights is not None
         _fail_waiters(load, self._residency.no_room(load.weights.manifest))
 
-    def _try_stage(self, version: str, load: _Load) -> bool:
+    def _try_upload(self, version: str, load: _Load) -> bool:
         """Reserve pages and begin to write them; False when there is no room now."""
         weights = load.weights
         assert weights is not None
@@ -277,14 +277,14 @@ class AdapterLoader:
                 self._fail(version, load, self._residency.no_room(weights.manifest))
             return False
         load.allocation = allocation
-        self._run(version, lambda: self._pool.stage(allocation, weights))
+        self._run(version, lambda: self._pool.upload(allocation, weights))
         return True
 
     def _fail(self, version: str, load: _Load, error: Exception) -> None:
         self._failures[version] = error
         _fail_waiters(load, error)
 
-    def _run(self, version: str, work: Callable[[], AdapterWeights | StagedAdapter]) -> None:
+    def _run(self, version: str, work: Callable[[], AdapterWeights | UploadedAdapter]) -> None:
         def run() -> None:
             try:
                 self._arrived.append((version, work()))

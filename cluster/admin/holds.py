@@ -17,7 +17,7 @@ from lorafleet.workers.errors import NoRoomError, WorkerError
 logger = logging.getLogger(__name__)
 
 HOLD_S = 300.0
-"""How long a staged version stays without a name, should nobody come back to it."""
+"""How long a loaded version stays without a name, should nobody come back to it."""
 
 
 class Holds:
@@ -66,7 +66,7 @@ class Holds:
         )
         for worker_id, result in zip(held, results, strict=True):
             if isinstance(result, Exception) and not isinstance(result, WorkerGone):
-                logger.warning("worker %s keeps a staged version until its hold ends: %s", worker_id, result)
+                logger.warning("worker %s keeps a loaded version until its hold ends: %s", worker_id, result)
 
     async def _make_resident(self, worker_ids: Sequence[str]) -> list[tuple[str, Exception]]:
         """Returns who could not, and why."""

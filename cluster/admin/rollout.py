@@ -1,8 +1,8 @@
 """Publishes, replaces, pins and deletes adapters over the whole cluster, all or nothing.
 
-A replacement is staged where the old version is resident, and on as many other workers as `warm` says, before the name
+A replacement is loaded where the old version is resident, and on as many other workers as `warm` says, before the name
 flips at the store; requests ask the store for the version, so none sees the old one afterwards, on whatever worker. If
-a worker that must have it cannot, what was staged is let go and nothing flips. Changes of one name come one after
+a worker that must have it cannot, what was loaded is let go and nothing flips. Changes of one name come one after
 another, and what has begun is finished even if the client that asked for it goes away.
 """
 

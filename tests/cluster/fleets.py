@@ -35,7 +35,7 @@ class DictStore:
     num_published: int = 0
     fail_flip: Exception | None = None
     may_publish: asyncio.Event | None = None
-    """Staging waits for it."""
+    """Loading waits for it."""
 
     async def publish(self, source: str, key: str) -> AdapterManifest:
         self.num_published += 1

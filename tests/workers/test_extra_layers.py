@@ -61,7 +61,7 @@ class Bench:
         for seed, (extras, targets) in enumerate(ADAPTERS):
             weights = self._weights(f"v{seed}", extras, targets, seed)
             allocation = self.pool.allocate(weights.manifest)
-            self.pool.publish(self.pool.stage(allocation, weights))
+            self.pool.publish(self.pool.upload(allocation, weights))
             self.weights[allocation.slot] = weights
         generator = torch.Generator().manual_seed(5)
         slots = torch.randint(BASE_SLOT, len(ADAPTERS), (NUM_ROWS,), generator=generator).int().numpy()

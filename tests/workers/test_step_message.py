@@ -19,7 +19,7 @@ from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
 from lorafleet.workers.assembly import assemble
 from lorafleet.workers.config import EngineConfig, ModelConfig
 from lorafleet.workers.detokenizer import Detokenizer
-from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation, StagedAdapter
+from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation, UploadedAdapter
 from lorafleet.workers.model.runner import ModelRunner, StepInFlight
 from lorafleet.workers.model.sampler import Chosen
 from lorafleet.workers.request import EngineRequest, SamplingParams, StructuredOutputs
@@ -61,7 +61,7 @@ def run_rank(connection: Connection, base: Path, weights: dict[str, AdapterWeigh
         if what == "allocate":
             allocations[value] = parts.pool.allocate(weights[value].manifest)
         elif what == "publish":
-            parts.pool.publish(parts.pool.stage(allocations[value], weights[value]))
+            parts.pool.publish(parts.pool.upload(allocations[value], weights[value]))
         else:
             previous = parts.runner.launch(value, previous)
             previous.wait()
@@ -102,9 +102,9 @@ def other_rank(monkeypatch: pytest.MonkeyPatch, shelf: Shelf) -> Iterator[Rank]:
         rank.send("allocate", manifest.version)
         return allocate(pool, manifest)
 
-    def publish_both(pool: AdapterPool, staged: StagedAdapter) -> None:
-        rank.send("publish", staged.allocation.manifest.version)
-        publish(pool, staged)
+    def publish_both(pool: AdapterPool, uploaded: UploadedAdapter) -> None:
+        rank.send("publish", uploaded.allocation.manifest.version)
+        publish(pool, uploaded)
 
     def launch_both(runner: ModelRunner, message: StepMessage, previous: StepInFlight | None) -> StepInFlight:
         sent = rank.send("step", message)

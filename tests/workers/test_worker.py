@@ -159,11 +159,11 @@ async def test_what_a_roll_out_waits_for_is_not_let_go(llama: Shelf) -> None:
     """It has no name until it is everywhere; the worker's timer may come before."""
     version = llama.version_of("rank16")
     async with open_worker(llama) as worker:
-        with held_up(worker) as may_stage:
+        with held_up(worker) as may_upload:
             load = asyncio.ensure_future(worker.make_resident(version, hold_s=10.0))
             await until(lambda: version in worker._parts.residency)
             await worker.reconcile({})
-            may_stage.set()
+            may_upload.set()
             await load
         await worker.reconcile({})
         assert await resident(worker) == {version}
@@ -231,7 +231,7 @@ async def test_a_failed_copy_gives_its_pages_back(llama: Shelf, monkeypatch: pyt
     version = llama.version_of("rank16")
     async with open_worker(llama) as worker:
         with monkeypatch.context() as patch:
-            patch.setattr(type(worker._parts.pool), "stage", _broken)
+            patch.setattr(type(worker._parts.pool), "upload", _broken)
             results = await asyncio.gather(
                 ask(worker, PROMPT, version), worker.make_resident(version, pinned=True), return_exceptions=True
             )
@@ -243,12 +243,12 @@ async def test_a_failed_copy_gives_its_pages_back(llama: Shelf, monkeypatch: pyt
 async def test_a_caller_that_gives_up_on_a_load_harms_nobody(llama: Shelf) -> None:
     version = llama.version_of("rank16")
     async with open_worker(llama) as worker:
-        with held_up(worker) as may_stage:
+        with held_up(worker) as may_upload:
             load = asyncio.ensure_future(worker.make_resident(version))
             await until(lambda: version in worker._parts.residency)
             load.cancel()
             await asyncio.wait([load])
-            may_stage.set()
+            may_upload.set()
         assert len((await ask(worker, PROMPT, version, greedy(3))).tokens) == 3
 
 
@@ -414,15 +414,15 @@ def _broken(*args: object) -> None:
 @contextmanager
 def held_up(worker: Worker) -> Iterator[threading.Event]:
     """Adapters are not copied into the pool until the event is set."""
-    may_stage, stage = threading.Event(), worker._parts.pool.stage
+    may_upload, upload = threading.Event(), worker._parts.pool.upload
 
-    def wait_and_stage(*args: object) -> object:
-        assert may_stage.wait(10)
-        return stage(*args)  # type: ignore[arg-type]
+    def wait_and_upload(*args: object) -> object:
+        assert may_upload.wait(10)
+        return upload(*args)  # type: ignore[arg-type]
 
-    worker._parts.pool.stage = wait_and_stage  # type: ignore[method-assign, assignment]
+    worker._parts.pool.upload = wait_and_upload  # type: ignore[method-assign, assignment]
     try:
-        yield may_stage
+        yield may_upload
     finally:
-        may_stage.set()
-        worker._parts.pool.stage = stage  # type: ignore[method-assign]
+        may_upload.set()
+        worker._parts.pool.upload = upload  # type: ignore[method-assign]

@@ -1,6 +1,6 @@
 """The device memory of adapters: rank-exact pages, and slot tables that say where each row of a resident adapter lies.
 
-Owns no policy: `Residency` says who comes and goes. One engine thread calls it; `stage` alone may run in another.
+Owns no policy: `Residency` says who comes and goes. One engine thread calls it; `upload` alone may run in another.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lorafleet.workers.memory.packing import Ints
 from lorafleet.workers.memory.page_plan import PagePlan, elements_of_block, pack
 from lorafleet.workers.memory.pages import PageAllocator
 from lorafleet.workers.memory.pool_layout import PoolLayout, parts_of
-from lorafleet.workers.memory.upload import Stager
+from lorafleet.workers.memory.upload import Uploader
 
 RowNorms = Callable[[str, Tensor, Tensor, float], Tensor]
 """(module, a, b, scaling), the factors as in `AdapterWeights` on the pool's device -> (out_dim,) float32, the norm of
@@ -44,7 +44,7 @@ class Allocation:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StagedAdapter:
+class UploadedAdapter:
     """An adapter whose pages are written, and whose slot is not live yet."""
 
     allocation: Allocation
@@ -99,7 +99,7 @@ class AdapterPool:
         self.row_norms: RowNorms | None = None
         """Who knows the base's weights sets it; adapters with magnitudes need it."""
         block_elements = min(self._elements.numel(), elements_of_block(layout))
-        self._stager = Stager(self._elements, block_elements=block_elements)
+        self._uploader = Uploader(self._elements, block_elements=block_elements)
 
     @property
     def num_pages_total(self) -> int:
@@ -154,15 +154,15 @@ class AdapterPool:
         (slot,) = self._slots.allocate(1)
         page_ids = tuple(self._pages.allocate(self.num_pages(manifest)))
         self._ideal_bytes += manifest.num_bytes
-        event = torch.cuda.current_stream(self.device).record_event() if self._stager.stream else None
+        event = torch.cuda.current_stream(self.device).record_event() if self._uploader.stream else None
         return Allocation(manifest, slot, page_ids, event)
 
     def warm_up(self) -> None:
-        """Launch every kernel that `stage` launches, on nothing: within `compiled_ahead` they are compiled."""
+        """Launch every kernel that `upload` launches, on nothing: within `compiled_ahead` they are compiled."""
         if self.num_slots:
-            self._stager.warm_up()
+            self._uploader.warm_up()
 
-    def stage(self, allocation: Allocation, weights: AdapterWeights) -> StagedAdapter:
+    def upload(self, allocation: Allocation, weights: AdapterWeights) -> UploadedAdapter:
         """Lay the weights into the allocated pages and make the slot's table rows.
 
         May run in another thread than the engine's: it touches only the allocation's own pages. On CUDA the copies go
@@ -184,18 +184,18 @@ class AdapterPool:
         scalings = self._host((layout.num_modules,), torch.float32).zero_()
         scalings.numpy()[columns] = [module.scaling for module in modules]
 
-        stream = self._stager.stream
+        stream = self._uploader.stream
         if stream is not None:
             assert allocation.is_free_of_readers is not None
             stream.wait_event(allocation.is_free_of_readers)
-        self._stager.write(plan, weights, starts)
-        with self._stager.on_stream():
+        self._uploader.write(plan, weights, starts)
+        with self._uploader.on_stream():
             tables, ranks, scalings = (host.to(self.device, non_blocking=True) for host in (tables, ranks, scalings))
             extras, vectors = self._find_extras(weights, plan, starts)
             self._scale_magnitudes(weights, extras)
         if stream is not None:
             stream.record_event().synchronize()
-        return StagedAdapter(allocation, tables, ranks, scalings, extras, vectors)
+        return UploadedAdapter(allocation, tables, ranks, scalings, extras, vectors)
 
     def _plan(self, manifest: AdapterManifest) -> PagePlan:
         """The adapter's packing; remembered, since adapters of a fleet tend to have the same modules and ranks."""
@@ -207,25 +207,25 @@ class AdapterPool:
             plan = self._plans[key] = pack(manifest, self.layout)
         return plan
 
-    def publish(self, staged: StagedAdapter) -> None:
+    def publish(self, uploaded: UploadedAdapter) -> None:
         """Make the slot live, between two steps: kernels that are launched from now on see the adapter."""
-        slot = staged.allocation.slot
-        if self._stager.stream is not None:
+        slot = uploaded.allocation.slot
+        if self._uploader.stream is not None:
             stream = torch.cuda.current_stream(self.device)
-            matrices = [extra.starts for extra in staged.extras.values() if isinstance(extra, ExtraMatrix)]
-            vectors = () if staged.vectors is None else (staged.vectors,)
-            for tensor in (staged.tables, staged.ranks, staged.scalings, *matrices, *vectors):
+            matrices = [extra.starts for extra in uploaded.extras.values() if isinstance(extra, ExtraMatrix)]
+            vectors = () if uploaded.vectors is None else (uploaded.vectors,)
+            for tensor in (uploaded.tables, uploaded.ranks, uploaded.scalings, *matrices, *vectors):
                 tensor.record_stream(stream)
-        self._tables[slot].copy_(staged.tables)
-        self._scalings[slot].copy_(staged.scalings)
-        self._ranks[slot].copy_(staged.ranks)
-        if staged.extras:
-            self._extras[slot] = staged.extras
-        if staged.vectors is not None:
-            self._vectors[slot].copy_(staged.vectors)
+        self._tables[slot].copy_(uploaded.tables)
+        self._scalings[slot].copy_(uploaded.scalings)
+        self._ranks[slot].copy_(uploaded.ranks)
+        if uploaded.extras:
+            self._extras[slot] = uploaded.extras
+        if uploaded.vectors is not None:
+            self._vectors[slot].copy_(uploaded.vectors)
 
     def free(self, allocation: Allocation) -> None:
-        """Take back pages and slot, whether or not the adapter was published; no `stage` of it may be running."""
+        """Take back pages and slot, whether or not the adapter was published; no `upload` of it may be running."""
         self._ranks[allocation.slot].zero_()
         if self._extras.pop(allocation.slot, None):
             self._vectors[allocation.slot].fill_(-1)
@@ -292,7 +292,7 @@ class AdapterPool:
         return OutputVectors(self._elements, self._vectors, tuple(parts))
 
     def _host(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=self._stager.stream is not None)
+        return torch.empty(shape, dtype=dtype, pin_memory=self._uploader.stream is not None)
 
     def _find_extras(
         self, weights: AdapterWeights, plan: PagePlan, starts: Ints

@@ -2,7 +2,7 @@
 
 A version is `loading` (its pages are reserved, its weights on their way), `resident`, or `retired` (replaced or
 deleted: it goes when its last lease does). Leased, pinned, held and loading versions stay; of the others the one used
-longest ago goes first. One engine thread calls everything here; only `AdapterPool.stage` may run elsewhere, between
+longest ago goes first. One engine thread calls everything here; only `AdapterPool.upload` may run elsewhere, between
 `reserve` and `publish` or `abandon`.
 """
 
@@ -14,7 +14,7 @@ from typing import Literal
 
 from lorafleet.adapter_store.manifest import AdapterManifest
 from lorafleet.workers.errors import NoRoomError
-from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation, StagedAdapter
+from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation, UploadedAdapter
 
 ResidencyState = Literal["loading", "resident", "retired"]
 
@@ -211,13 +211,13 @@ class Residency:
             total=self._pool.num_pages_total,
         )
 
-    def publish(self, staged: StagedAdapter) -> None:
+    def publish(self, uploaded: UploadedAdapter) -> None:
         """The version is resident: called between two steps. One that was retired meanwhile goes at once if unused."""
-        version = staged.allocation.manifest.version
+        version = uploaded.allocation.manifest.version
         entry = self._entries[version]
         assert not entry.is_loaded, version
-        assert entry.allocation is staged.allocation, version
-        self._pool.publish(staged)
+        assert entry.allocation is uploaded.allocation, version
+        self._pool.publish(uploaded)
         entry.is_loaded = True
         self._num_loads += 1
         if version in self._evicted:
@@ -226,7 +226,7 @@ class Residency:
         self._touch(entry)
 
     def abandon(self, version: str) -> None:
-        """The load failed: give its pages back. Leases and holds on it have been released, and `stage` is over."""
+        """The load failed: give its pages back. Leases and holds on it have been released, and `upload` is over."""
         entry = self._entries[version]
         assert not entry.is_loaded, version
         assert entry.num_leases == 0, f"{version} has {entry.num_leases} leases"

@@ -47,7 +47,7 @@ class _Buffer:
     """After it the buffer may be written again."""
 
 
-class Stager:
+class Uploader:
     """Writes adapters into their places in a pool. Safe to use from several threads at once."""
 
     def __init__(self, pool: Tensor, *, block_elements: int) -> None:

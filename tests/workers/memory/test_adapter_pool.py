@@ -57,7 +57,7 @@ def make_pool(
 
 def load(pool: AdapterPool, weights: AdapterWeights) -> Allocation:
     allocation = pool.allocate(weights.manifest)
-    pool.publish(pool.stage(allocation, weights))
+    pool.publish(pool.upload(allocation, weights))
     return allocation
 
 
@@ -98,9 +98,9 @@ def test_extras_are_there_from_publish_to_free() -> None:
     extras = pool.extras
     weights = weights_of(TINY, manifest_of(TINY, "v", 4, LAYER, extras=EXTRAS))
     allocation = pool.allocate(weights.manifest)
-    staged = pool.stage(allocation, weights)
+    uploaded = pool.upload(allocation, weights)
     assert not extras
-    pool.publish(staged)
+    pool.publish(uploaded)
     assert extras.keys() == {allocation.slot}
     pool.free(allocation)
     assert not extras
@@ -134,9 +134,9 @@ def test_a_slot_is_not_live_before_publish_nor_after_free() -> None:
     ranks = pool.weights(groups_of(TINY)[0]).ranks
     weights = weights_of(TINY, manifest_of(TINY, "v", 4, LAYER))
     allocation = pool.allocate(weights.manifest)
-    staged = pool.stage(allocation, weights)
+    uploaded = pool.upload(allocation, weights)
     assert not ranks.any()
-    pool.publish(staged)
+    pool.publish(uploaded)
     assert ranks[allocation.slot].tolist() == [4, 4, 4]
     pool.free(allocation)
     assert not ranks.any()
@@ -151,15 +151,15 @@ def test_a_slot_forgets_the_modules_of_its_former_adapter() -> None:
     assert_serves(pool, groups_of(TINY), load(pool, weights).slot, weights)
 
 
-def test_staging_runs_beside_the_engine() -> None:
+def test_uploads_run_beside_the_engine() -> None:
     pool = make_pool(TINY)
     served = weights_of(TINY, manifest_of(TINY, "served", 4, EVERYTHING))
     slot = load(pool, served).slot
     coming = [weights_of(TINY, manifest_of(TINY, f"v{seed}", 3, LAYER), seed) for seed in range(4)]
     allocations = [pool.allocate(weights.manifest) for weights in coming]
-    staged = {}
+    uploaded = {}
     threads = [
-        threading.Thread(target=lambda i=index: staged.update({i: pool.stage(allocations[i], coming[i])}))
+        threading.Thread(target=lambda i=index: uploaded.update({i: pool.upload(allocations[i], coming[i])}))
         for index in range(4)
     ]
     for thread in threads:
@@ -168,7 +168,7 @@ def test_staging_runs_beside_the_engine() -> None:
     for thread in threads:
         thread.join()
     for index, weights in enumerate(coming):
-        pool.publish(staged[index])
+        pool.publish(uploaded[index])
         assert_serves(pool, groups_of(TINY), allocations[index].slot, weights)
 
 
@@ -395,7 +395,7 @@ def test_our_own_mistakes_assert() -> None:
     manifest = manifest_of(TINY, "v", 4, ("q_proj",))
     allocation = pool.allocate(manifest)
     with pytest.raises(AssertionError):
-        pool.stage(allocation, weights_of(TINY, manifest_of(TINY, "other", 4, ("q_proj",))))
+        pool.upload(allocation, weights_of(TINY, manifest_of(TINY, "other", 4, ("q_proj",))))
     with pytest.raises(AssertionError):
         pool.weights(("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"))
     with pytest.raises(AssertionError):

@@ -8,7 +8,7 @@ import torch
 
 from lorafleet.adapter_store.manifest import AdapterManifest
 from lorafleet.workers.errors import NoRoomError
-from lorafleet.workers.memory.adapter_pool import AdapterPool, StagedAdapter
+from lorafleet.workers.memory.adapter_pool import AdapterPool, UploadedAdapter
 from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.memory.residency import Residency
 from tests.workers.memory.geometries import TINY, groups_of, manifest_of, weights_of
@@ -32,13 +32,13 @@ def make(num_smalls: int, *, max_slots: int = 16) -> tuple[Residency, AdapterPoo
     return Residency(pool), pool
 
 
-def stage(residency: Residency, pool: AdapterPool, manifest: AdapterManifest) -> StagedAdapter:
-    return pool.stage(residency.reserve(manifest), weights_of(TINY, manifest))
+def upload(residency: Residency, pool: AdapterPool, manifest: AdapterManifest) -> UploadedAdapter:
+    return pool.upload(residency.reserve(manifest), weights_of(TINY, manifest))
 
 
 def load(residency: Residency, pool: AdapterPool, *manifests: AdapterManifest) -> None:
     for manifest in manifests:
-        residency.publish(stage(residency, pool, manifest))
+        residency.publish(upload(residency, pool, manifest))
 
 
 def versions(residency: Residency) -> list[str]:
@@ -95,8 +95,8 @@ def test_what_is_in_use_stays(keep: str) -> None:
     residency, pool = make(2)
     undo: Callable[[], object]
     if keep == "load":
-        staged = stage(residency, pool, small("a"))
-        undo = lambda: residency.publish(staged)  # noqa: E731
+        uploaded = upload(residency, pool, small("a"))
+        undo = lambda: residency.publish(uploaded)  # noqa: E731
         assert residency.state("a") == "loading"
     else:
         load(residency, pool, small("a"))
@@ -158,11 +158,11 @@ def test_an_unused_version_goes_when_it_is_retired() -> None:
 
 def test_a_version_that_is_retired_while_it_loads_goes_when_its_load_ends() -> None:
     residency, pool = make(2)
-    staged = stage(residency, pool, small("a"))
+    uploaded = upload(residency, pool, small("a"))
     residency.retire("a")
     assert residency.state("a") == "retired"
     assert pool.num_pages_used > 0
-    residency.publish(staged)
+    residency.publish(uploaded)
     assert pool.num_pages_used == 0
 
 
@@ -208,12 +208,12 @@ def test_a_failed_load_leaves_nothing() -> None:
 
 def test_a_lease_is_released_exactly_once_and_then_useless() -> None:
     residency, pool = make(2)
-    staged = stage(residency, pool, small("a"))
+    uploaded = upload(residency, pool, small("a"))
     lease = residency.acquire("a")
     assert not lease.is_ready
     with pytest.raises(AssertionError):
         _ = lease.slot
-    residency.publish(staged)
+    residency.publish(uploaded)
     assert lease.is_ready
     assert lease.slot == residency.snapshot().adapters[0].slot
     lease.release()

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 
 from lorafleet.adapter_store.manifest import AdapterWeights
 from lorafleet.workers.errors import NoRoomError
-from lorafleet.workers.memory.adapter_pool import AdapterPool, StagedAdapter
+from lorafleet.workers.memory.adapter_pool import AdapterPool, UploadedAdapter
 from lorafleet.workers.memory.page_plan import pack
 from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.memory.residency import AdapterLease, Residency
@@ -61,7 +61,7 @@ class Model:
     """What should be true of one version that has pages."""
 
     weights: AdapterWeights
-    staged: StagedAdapter | None = None
+    uploaded: UploadedAdapter | None = None
     leases: list[AdapterLease] = field(default_factory=list)
     holds: int = 0
     loaded: bool = False
@@ -128,7 +128,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             del self.model[victim]
             self.evicted.add(victim)
             self.evictions += 1
-        self.model[version] = Model(weights, self.pool.stage(allocation, weights))
+        self.model[version] = Model(weights, self.pool.upload(allocation, weights))
 
     @precondition(lambda self: any(not entry.loaded for entry in self.model.values()))
     @rule(data=st.data(), fails=st.integers(0, 4))
@@ -139,8 +139,8 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.residency.abandon(version)
             del self.model[version]
             return
-        assert entry.staged is not None
-        self.residency.publish(entry.staged)
+        assert entry.uploaded is not None
+        self.residency.publish(entry.uploaded)
         entry.loaded = True
         self.loads += 1
         if version in self.evicted:
