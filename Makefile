@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 FLOORS := adapter_store cluster deploy kernels workers
 
-.PHONY: setup demo serve test lint types unit gpu fidelity format docs site lock typings clean
+.PHONY: setup demo serve test lint types unit gpu fidelity sweep format docs site lock typings clean
 
 setup: $(VENV)/.ready typings
 
@@ -51,6 +51,10 @@ gpu: setup
 # What is to be kept is measured with --out benchmarks/results/fidelity.jsonl.
 fidelity: setup
 	$(BIN)/python benchmarks/fidelity.py --out build/fidelity.jsonl $(ARGS)
+
+# Every causal model class of the installed transformers, tiny, against PEFT: writes docs/bases.md, fails where one is wrong.
+sweep: setup
+	$(BIN)/python benchmarks/sweep.py --page docs/bases.md $(ARGS)
 
 format: setup
 	$(BIN)/ruff format .

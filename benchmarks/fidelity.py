@@ -204,6 +204,11 @@ class Ours:
         if not self._open:
             self._is_done.set()
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether fused layers compute the base."""
+        return self._parts.runner.is_fused
+
     def close(self) -> None:
         """End the engine and give its memory back."""
         self._parts.engine.close()

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lorafleet.workers.memory.kv_cache import KVCache, LayerKV
 from lorafleet.workers.model import fused_layers, paged_attention
+from lorafleet.workers.model.attention_calls import read_calls
 from lorafleet.workers.model.geometry import geometry_of, projection_groups
 from lorafleet.workers.model.lora_layers import LoraContext, substitute_projections
 from lorafleet.workers.model.paged_attention import AttentionContext
@@ -74,11 +75,10 @@ class _Steps:
 
     def __init__(self, base: Path, dtype: torch.dtype) -> None:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).to("cuda").eval()
-        config = model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        layers = [LayerKV(config.num_key_value_heads, head_dim)] * config.num_hidden_layers
+        calls = read_calls(model, 256)
+        layers = [LayerKV(call.num_kv_heads, call.head_dim) for call in calls.values()]
         cache = KVCache(layers, num_pages=32, page_tokens=16, dtype=dtype, device=torch.device("cuda"))
-        self.context = AttentionContext(cache)
+        self.context = AttentionContext(cache, calls)
         for group in projection_groups(geometry_of(model, "bfloat16").modules):
             if "embed" not in group[0]:
                 substitute_projections(model, group, None, LoraContext())  # type: ignore[arg-type]

@@ -56,10 +56,10 @@ SMALL = {"vocab_size": 304, "num_hidden_layers": 2, "num_layers": 2, "n_layer": 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "t5": ({"vocab_size": 304, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4}, "encoder-decoder"),
-    "mamba": ({**SMALL, "hidden_size": 32, "state_size": 4}, "do not attend"),
-    "bloom": ({**SMALL, "hidden_size": 32, "n_head": 4}, "do not attend"),
-    "gemma2": ({**SHAPE, "head_dim": 8}, "softcap"),
-    "gpt_oss": ({**SHAPE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "s_aux"),
+    "mamba": ({**SMALL, "hidden_size": 32, "state_size": 4}, "recurrent state"),
+    "bloom": ({**SMALL, "hidden_size": 32, "n_head": 4}, "does not attend through transformers"),
+    "gemma2": ({**SHAPE, "head_dim": 8}, "soft-capping"),
+    "gpt_oss": ({**SHAPE, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "attention sinks"),
     "deepseek_v3": (
         {**DEEPSEEK, "qk_nope_head_dim": 8},
         "keys of 12 and values of 8 elements per head .latent attention",
@@ -69,10 +69,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {**LLAMA4, "attention_chunk_size": 64, "attn_temperature_tuning": True, "floor_scale": 32},
         "by the position from 32 tokens on",
     ),
-    # It attends by itself, beside the keys and values of its cache: only a prompt in parts shows it.
     "xglm": (
         {"vocab_size": 304, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
-        "off transformers",
+        "does not attend through transformers",
     ),
     # It attends to what comes after, too.
     "bert": ({key: value for key, value in SHAPE.items() if "key_value" not in key}, "tokens that come after"),

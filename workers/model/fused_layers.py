@@ -137,6 +137,9 @@ def substitute(model: PreTrainedModel, context: AttentionContext) -> str | None:
     layers = []
     for index, layer in enumerate(body.layers):
         attention, mlp = layer.self_attn, layer.mlp
+        for part, name in ((attention, "Attention"), (mlp, "MLP")):
+            if f"{type(part).__module__}.{type(part).__name__}" != f"transformers.models.{kind}{name}":
+                return f"layer {index} has a {type(part).__name__}"
         projections = [
             _fused_of(attention.q_proj, attention.k_proj, attention.v_proj),
             _fused_of(attention.o_proj),

@@ -63,7 +63,7 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{config.model_type} is an encoder-decoder model; only decoder-only models are served")
     _refuse_quantised(model, config)
-    return config.get_text_config(decoder=True) if hasattr(config, "vision_config") else config
+    return config.get_text_config(decoder=True) if "text_config" in config.sub_configs else config
 
 
 def _refuse_quantised(model: ModelConfig, config: PretrainedConfig) -> None:

@@ -22,8 +22,8 @@ from lorafleet.adapter_store.manifest import BaseGeometry, Dtype
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.kv_cache import LayerKV
+from lorafleet.workers.model.attention_calls import AttentionCall, read_calls
 from lorafleet.workers.model.geometry import TORCH_DTYPES, empty_model, geometry_of, read_config, resolve_dtype
-from lorafleet.workers.model.reach import read_windows
 from lorafleet.workers.model.rope import fix_frequencies, longest_model_len
 
 logger = logging.getLogger(__name__)
@@ -44,14 +44,18 @@ class BaseModel:
     max_model_len: int
     stop_token_ids: frozenset[int]
     """Tokens that end an answer."""
-    layers: tuple[LayerKV, ...]
-    """What each attention layer keeps of a token."""
-    windows: Mapping[int, int | None]
-    """Sliding window of the layers whose masks tell it."""
+    calls: Mapping[int, AttentionCall]
+    """How each layer that attends calls attention."""
     probe_token_ids: torch.Tensor
     """(PROBE_TOKENS,) int64: a fixed prompt."""
     probe_logits: torch.Tensor
     """(PROBE_TOKENS, vocab) float32: the untouched model's answer to it."""
+
+    @property
+    def layers(self) -> tuple[LayerKV, ...]:
+        """What each layer keeps of a token on pages; those that do not attend keep nothing there."""
+        calls = (self.calls.get(layer) for layer in range(max(self.calls) + 1))
+        return tuple(LayerKV(0, 0) if call is None else LayerKV(call.num_kv_heads, call.head_dim) for call in calls)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
@@ -112,8 +116,7 @@ def base_of(
         vocab_size=config.vocab_size,
         max_model_len=longest,
         stop_token_ids=_stop_token_ids(loaded),
-        layers=_layers(loaded),
-        windows=read_windows(loaded, longest),
+        calls=read_calls(loaded, longest),
         probe_token_ids=probe,
         probe_logits=probe_logits,
     )
@@ -136,9 +139,16 @@ def _load_weights(source: str, config: PretrainedConfig, dtype: torch.dtype, dev
         raise UnsupportedModel(f"model.source {source!r} cannot be loaded: {_why_not_loaded(error)}") from error
     if found["missing_keys"]:
         # Transformers would make them up.
-        raise UnsupportedModel(f"model.source {source!r} lacks the weights {', '.join(sorted(found['missing_keys']))}")
+        raise UnsupportedModel(f"model.source {source!r} {_what_is_missing(loaded, sorted(found['missing_keys']))}")
     model: PreTrainedModel = loaded
     return model
+
+
+def _what_is_missing(model: PreTrainedModel, names: list[str]) -> str:
+    if len(names) >= sum(1 for _ in model.named_parameters()):
+        return f"holds another model than the {type(model).__name__} of its text, which is not loaded from there"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"lacks the weights {', '.join(names[:3])}{more}"
 
 
 def _why_not_loaded(error: Exception) -> str:
@@ -171,22 +181,3 @@ def _stop_token_ids(loaded: PreTrainedModel) -> frozenset[int]:
         ids = getattr(source, "eos_token_id", None)
         found.update([ids] if isinstance(ids, int) else ids or [])
     return frozenset(found)
-
-
-def _layers(loaded: PreTrainedModel) -> tuple[LayerKV, ...]:
-    config = loaded.config
-    num_layers: int = config.num_hidden_layers
-    attending = {
-        module.layer_idx
-        for module in loaded.modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "scaling")
-    }
-    if attending != set(range(num_layers)):
-        raise UnsupportedModel(
-            f"{type(loaded).__name__} has layers that do not attend through transformers' attention functions: "
-            f"{sorted(set(range(num_layers)) - attending)}; their state cannot be kept on pages"
-        )
-    num_heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    return tuple(LayerKV(num_kv_heads=num_kv_heads, head_dim=head_dim) for _ in range(num_layers))

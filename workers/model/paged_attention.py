@@ -20,6 +20,7 @@ from lorafleet.kernels import fused
 from lorafleet.kernels.kv_place import KVPlace
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.kv_cache import KVCache
+from lorafleet.workers.model.attention_calls import AttentionCall
 from lorafleet.workers.step.batch import AttentionBatch
 
 if TYPE_CHECKING:
@@ -27,19 +28,16 @@ if TYPE_CHECKING:
 
 IMPLEMENTATION = "lorafleet_paged"
 
-UNSUPPORTED_FEATURES = ("softcap", "s_aux", "position_bias")
-"""Arguments of transformers' attention functions that change the result and are not implemented: refused."""
-
 
 @dataclass(slots=True)
 class AttentionContext:
     """The KV cache, and the batch of the running forward pass. The runner sets the batch."""
 
     cache: KVCache
-    windows: Mapping[int, int | None] = field(default_factory=dict)
-    """Of the layers whose masks tell it, the sliding window, whatever the layer itself says; None: it has none."""
+    calls: Mapping[int, AttentionCall]
+    """How each layer calls attention. Its window counts, whatever the layer itself says in a call."""
     batch: AttentionBatch | None = None
-    workspaces: list[DecodeWorkspace] = field(default_factory=list)
+    workspaces: Mapping[int, DecodeWorkspace] = field(default_factory=dict)
     """Of each layer, on CUDA; layers of one shape share theirs, since a stream runs them in turn."""
 
     def place(self, layer: int) -> KVPlace:
@@ -57,21 +55,21 @@ def install(model: PreTrainedModel, context: AttentionContext) -> None:
         if isinstance(getattr(module, "layer_idx", None), int):
             module.__dict__["attention_context"] = context
     if context.cache.keys[0].is_cuda:
-        context.workspaces = _workspaces(context.cache, model.config.num_attention_heads)
+        context.workspaces = _workspaces(context.calls, context.cache.keys[0].device)
 
 
-def _workspaces(cache: KVCache, num_heads: int) -> list[DecodeWorkspace]:
+def _workspaces(calls: Mapping[int, AttentionCall], device: torch.device) -> dict[int, DecodeWorkspace]:
     from lorafleet.kernels.attention import DecodeWorkspace
 
-    made: dict[tuple[int, int], DecodeWorkspace] = {}
-    workspaces = []
-    for keys in cache.keys:
-        _, num_kv_heads, _, head_dim = keys.shape
-        if (num_kv_heads, head_dim) not in made:
-            made[num_kv_heads, head_dim] = DecodeWorkspace.allocate(
-                num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, device=keys.device
+    made: dict[tuple[int, int, int], DecodeWorkspace] = {}
+    workspaces = {}
+    for layer, call in calls.items():
+        shape = call.num_heads, call.num_kv_heads, call.head_dim
+        if shape not in made:
+            made[shape] = DecodeWorkspace.allocate(
+                num_heads=call.num_heads, num_kv_heads=call.num_kv_heads, head_dim=call.head_dim, device=device
             )
-        workspaces.append(made[num_kv_heads, head_dim])
+        workspaces[layer] = made[shape]
     return workspaces
 
 
@@ -83,44 +81,37 @@ def paged_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: object,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """Causal attention of one layer; the signature is that of transformers' attention functions.
 
     query: (1, num_heads, num_rows, head_dim); key, value: (1, num_kv_heads, num_rows, head_dim).
     Returns (1, num_rows, num_heads, head_dim). `attention_mask` is None: what a row attends to follows from the batch.
     """
-    for feature in UNSUPPORTED_FEATURES:
-        if kwargs.get(feature) is not None:
-            raise UnsupportedModel(f"the base's attention uses {feature}, which is not supported")
     context: AttentionContext = module.__dict__["attention_context"]
     layer = module.layer_idx
     assert isinstance(layer, int)
+    call = context.calls.get(layer)
+    if call is None:
+        raise UnsupportedModel(f"layer {layer} attends, though it did not when the model was first called")
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    _check_heads(key, value, context.cache, layer)
+    _check_heads(query, key, value, call, layer)
     fused.store(key, value, context.place(layer))
-    sliding_window = context.windows.get(layer, sliding_window)
-    return attend(query, context, layer, scaling, sliding_window).unsqueeze(0), None
+    return attend(query, context, layer, scaling, call.window).unsqueeze(0), None
 
 
-def _check_heads(key: Tensor, value: Tensor, cache: KVCache, layer: int) -> None:
-    """Raise UnsupportedModel when the layer's keys and values are not of the shape that the cache was made for.
+def _check_heads(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, layer: int) -> None:
+    """Raise UnsupportedModel when the layer calls with other shapes than those that the cache was made for.
 
-    key, value: (num_rows, num_kv_heads, head_dim).
+    query: (num_rows, num_heads, head_dim); key, value: (num_rows, num_kv_heads, head_dim).
     """
-    if key.shape[-1] != value.shape[-1]:
+    kept = (query.shape[0], call.num_kv_heads, call.head_dim)
+    if key.shape != kept or value.shape != kept or query.shape[1] != call.num_heads:
         raise UnsupportedModel(
-            f"layer {layer} has keys of {key.shape[-1]} and values of {value.shape[-1]} elements per head "
-            "(latent attention), which is not supported: both must be of one size"
-        )
-    _, num_heads, _, head_dim = cache.keys[layer].shape
-    if key.shape[1:] != (num_heads, head_dim):
-        raise UnsupportedModel(
-            f"layer {layer} has {key.shape[1]} KV heads of {key.shape[2]} elements where the base's configuration "
-            f"says {num_heads} of {head_dim}: layers of several shapes are not supported"
+            f"layer {layer} attends with {query.shape[1]} heads to keys of {tuple(key.shape)} for {query.shape[0]} "
+            f"tokens, where it had {call.num_heads} heads and {call.num_kv_heads} of keys when it was first called"
         )
 
 
@@ -186,7 +177,7 @@ def _decode(
         out[:num] = 0
         return
     table = batch.block_tables[:num, :num_pages]
-    if -1 not in batch.gathers:
+    if (-1, keys.shape[1]) not in batch.gathers:
         table = _own_pages(table, batch.context_lengths[:num], keys.shape[2])
     mask = batch.masks.get((-1, window))
     if mask is None:
@@ -250,11 +241,11 @@ def _own_pages(table: Tensor, lengths: Tensor, page_tokens: int) -> Tensor:
 
 def _rows_to_gather(batch: AttentionBatch, index: int, cache: Tensor, table: Tensor) -> Tensor:
     """Of a cache as rows of one head of one page: those of the table's pages, by sequence, head and page."""
-    rows = batch.gathers.get(index)
+    num_heads = cache.shape[1]
+    rows = batch.gathers.get((index, num_heads))
     if rows is None:
-        num_heads = cache.shape[1]
         heads = torch.arange(num_heads, device=table.device)[:, None]
-        rows = batch.gathers[index] = (table[:, None, :] * num_heads + heads).flatten()
+        rows = batch.gathers[index, num_heads] = (table[:, None, :] * num_heads + heads).flatten()
     return rows
 
 

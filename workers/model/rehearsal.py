@@ -1,25 +1,40 @@
-"""Probes a small float32 copy of a base on the CPU before the base itself is loaded.
+"""Serves a small float32 copy of a base on the CPU before the base itself is loaded, and refuses what it gets wrong.
 
 The probe of the base itself allows for the rounding of its dtype, and is short. The copy has the base's architecture,
-few layers, loud random weights, and windows that its probe is longer than; it must agree to float32's rounding.
+few layers, loud random weights, and limits (windows, chunks) that its prompts are longer than. It computes prompts
+whole and in parts, beside others, with random adapters on every module that may have one; all must be transformers'
+own answers to float32's rounding. What is not is traced to the first module that differs.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
-from functools import lru_cache
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, BaseGeometry, ModuleManifest
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.pool_layout import PoolLayout
+from lorafleet.workers.model import probe
+from lorafleet.workers.model.attention_calls import read_calls
 from lorafleet.workers.model.geometry import projection_groups
-from lorafleet.workers.model.loader import base_of, refuse_recurrent
+from lorafleet.workers.model.loader import BaseModel, base_of, refuse_recurrent
+from lorafleet.workers.model.module_trace import Trace, first_difference
+from lorafleet.workers.model.probe import Piece
 from lorafleet.workers.model.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -27,9 +42,13 @@ logger = logging.getLogger(__name__)
 NUM_TOKENS = 40
 MAX_LEN = 64
 MIN_LEN = 16
-"""A probe in two parts needs more tokens than the shortest length that may be served."""
-WINDOW = 12
+"""A prompt in parts needs more tokens than the shortest length that may be served."""
+LIMIT = 12
+"""What limits that long sequences leave are lowered to."""
+LIMITS = re.compile(r".*(window|chunk|original_max|floor_scale|index_topk|topk_blocks|index_block|rel_extent).*")
+"""Names of such limits in configurations."""
 MIN_LAYERS = 4
+RANK = 2
 SMALL: dict[str, int] = {
     "vocab_size": 320,
     "intermediate_size": 64,
@@ -41,36 +60,52 @@ NARROW: dict[str, int] = {**SMALL, "hidden_size": 64, "num_attention_heads": 4, 
 """The same for a copy that is narrower, too; `head_dim` stays."""
 MAX_PARAMETERS = 64_000_000
 """A copy that has more parameters takes seconds; it is not made."""
+POOL_BYTES = 32 << 20
+FOLDER = ".cache/lorafleet/rehearsals"
+"""Below the home folder: what rehearsals found, so that another start need not rehearse the same base again."""
+
+Steps = Sequence[Sequence[Piece]]
 
 
 def rehearse(config: PretrainedConfig, max_model_len: int) -> None:
     """Raise UnsupportedModel when a small copy of the base is not computed as transformers computes it."""
-    reason = _why_not(config.to_json_string(use_diff=False), _Key(config), max_model_len)
+    digest = hashlib.sha256(_code().encode())
+    digest.update(f"{max_model_len} {config.to_json_string(use_diff=False)}".encode())
+    kept = Path.home() / FOLDER / f"{digest.hexdigest()[:32]}.json"
+    with suppress(OSError, ValueError, KeyError):
+        reason = json.loads(kept.read_text())["reason"]
+        if reason is not None:
+            raise UnsupportedModel(reason)
+        return
+    reason = _why_not(config, max_model_len)
+    with suppress(OSError):  # it is rehearsed again next time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        written = kept.with_suffix(f".{id(config)}")
+        written.write_text(json.dumps({"reason": reason}))
+        written.replace(kept)
     if reason is not None:
         raise UnsupportedModel(reason)
 
 
-class _Key:
-    """A configuration that is no part of a cache's key."""
-
-    def __init__(self, config: PretrainedConfig) -> None:
-        self.config = config
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key)
-
-    def __hash__(self) -> int:
-        return 0
+@cache
+def _code() -> str:
+    """A digest of what a rehearsal's outcome depends on beside the base."""
+    digest = hashlib.sha256("".join(version(name) for name in ("torch", "transformers")).encode())
+    floors = Path(__file__).parents[2]
+    for folder in ("kernels", "workers"):
+        for path in sorted((floors / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
-@lru_cache(maxsize=64)
-def _why_not(_digest: str, key: _Key, max_model_len: int) -> str | None:
-    config = key.config
+def _why_not(config: PretrainedConfig, max_model_len: int) -> str | None:
     try:
         for sizes in (NARROW, SMALL, {}):
-            made = _copy(config, sizes, max_model_len)
-            if made is not None:
-                _probe(made, max(MIN_LEN, min(max_model_len, MAX_LEN)))
+            plain = _copy(config, sizes, 0)
+            if plain is not None:
+                read_calls(plain, max_model_len)  # so that a refusal speaks of the base's own limits
+                made = _copy(config, sizes, max_model_len) or plain
+                _Rehearsal(made, max(MIN_LEN, min(max_model_len, MAX_LEN))).run()
                 return None
         logger.info("no small copy of %s can be made; it is probed as it is only", config.model_type)
     except UnsupportedModel as error:
@@ -78,8 +113,14 @@ def _why_not(_digest: str, key: _Key, max_model_len: int) -> str | None:
     return None
 
 
+# --- the copy ---
+
+
 def small_config(config: PretrainedConfig, sizes: dict[str, int], max_model_len: int) -> PretrainedConfig:
-    """The configuration with few layers, of each kind at least one, windows that are soon left, and small `sizes`."""
+    """The configuration with few layers, of each kind at least one, small `sizes`, and limits that are soon left.
+
+    Limits that sequences of `max_model_len` tokens do not leave stay as they are.
+    """
     small: Any = copy.deepcopy(config)
     num_layers = small.num_hidden_layers
     kinds = {name: value for name, value in vars(small).items() if isinstance(value, list) and len(value) == num_layers}
@@ -88,9 +129,11 @@ def small_config(config: PretrainedConfig, sizes: dict[str, int], max_model_len:
     for name, value in kinds.items():
         setattr(small, name, value[:count])
     small.num_hidden_layers = count
-    window = getattr(small, "sliding_window", None)
-    if isinstance(window, int) and WINDOW < window < max_model_len:
-        small.sliding_window = WINDOW
+    parameters = getattr(small, "rope_parameters", None)
+    for fields in (vars(small), parameters if isinstance(parameters, dict) else {}):
+        for name, value in list(fields.items()):
+            if LIMITS.fullmatch(name) and type(value) is int and LIMIT < value < max_model_len:
+                fields[name] = LIMIT
     is_grouped = getattr(small, "num_key_value_heads", None) != getattr(small, "num_attention_heads", None)
     for name, most in sizes.items():
         if isinstance(getattr(small, name, None), int):
@@ -124,6 +167,9 @@ def _copy(config: PretrainedConfig, sizes: dict[str, int], max_model_len: int) -
                     parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
         with torch.inference_mode():
             logits = model(input_ids=torch.arange(1, NUM_TOKENS)[None], use_cache=False).logits
+            head = model.get_output_embeddings()
+            if head is not None:
+                head.weight.data.mul_(3 / logits.std())  # rounding is of the logits' size
     except UnsupportedModel:
         raise
     except Exception:  # whatever a shrunken configuration does to a model, the base itself is still to be probed
@@ -132,11 +178,159 @@ def _copy(config: PretrainedConfig, sizes: dict[str, int], max_model_len: int) -
     return model if bool(logits.isfinite().all()) else None
 
 
-def _probe(model: PreTrainedModel, max_model_len: int) -> None:
-    num_tokens = min(NUM_TOKENS, max_model_len)
-    base = base_of(model, model.config, "float32", max_model_len, num_tokens)
-    linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]
-    layout = PoolLayout.of(base.geometry, projection_groups(linear), 1)
-    cache = KVCache(base.layers, num_pages=8, page_tokens=16, dtype=torch.float32, device=base.device)
-    pool = AdapterPool(layout, pool_bytes=0, max_slots=0, device=base.device)
-    ModelRunner(base, cache, pool, max_pages=cache.pages_for(max_model_len + 1))
+# --- its answers ---
+
+
+class _Rehearsal:
+    """A copy twice, as transformers has it and substituted, and three prompts: two of them with an adapter."""
+
+    def __init__(self, model: PreTrainedModel, max_model_len: int) -> None:
+        num_tokens = min(NUM_TOKENS, max_model_len)
+        base = base_of(model, model.config, "float32", max_model_len, num_tokens)
+        self.name = type(model).__name__
+        self.own = copy.deepcopy(model)
+        self.cache = KVCache(base.layers, num_pages=16, page_tokens=16, dtype=torch.float32, device=base.device)
+        linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]
+        layout = PoolLayout.of(base.geometry, projection_groups(linear), RANK)
+        pool = AdapterPool(layout, pool_bytes=max(POOL_BYTES, layout.page_bytes), max_slots=2, device=base.device)
+        generator = torch.Generator().manual_seed(1)
+        self.adapters: list[dict[str, tuple[Tensor, Tensor]]] = [{}, *_publish(pool, base, generator)]
+        self.prompts = torch.randint(base.vocab_size, (len(self.adapters), num_tokens), generator=generator).tolist()
+        self.pages = [self.cache.allocate(self.cache.pages_for(num_tokens)) for _ in self.prompts]
+        self.runner = ModelRunner(
+            base, self.cache, pool, max_pages=self.cache.pages_for(max_model_len + 1), is_probed=False
+        )
+
+    def run(self) -> None:
+        """Raise UnsupportedModel, naming what differs first, unless all answers are transformers' own."""
+        refused = None
+        try:
+            if self._is_right(self._mixed()):
+                return
+            if self.runner.body.may_keep:
+                self.runner.body.may_keep = False
+                if self._is_right(self._mixed()):
+                    return
+        except UnsupportedModel as error:
+            refused = error  # there may be more to say
+        n = len(self.prompts[0])
+        self._compare([[self._piece(0, 0, n)]], "even of a prompt by itself")
+        parts = [[self._piece(0, 0, n // 2)], [self._piece(0, n // 2, n)]]
+        self._compare(parts, "when a prompt comes in parts (it may keep more of earlier tokens than keys and values)")
+        if refused is not None:
+            raise refused
+        self._compare(self._mixed(), "in a batch with others and their adapters")
+
+    def _compare(self, steps: Steps, how: str) -> None:
+        for index in range(len(self.prompts)):
+            if not self._is_right(steps, index):
+                where = self._first_difference(steps, index)
+                raise UnsupportedModel(f"{self.name}: {where} computes something else than in transformers {how}")
+
+    def _mixed(self) -> Steps:
+        """Whole prompts, parts of prompts and single tokens side by side, in three steps."""
+        n, last = len(self.prompts[0]), len(self.prompts) - 1
+        if last == 0:  # no adapter fits
+            return [[self._piece(0, 0, n // 3)], [self._piece(0, n // 3, n - 1)], [self._piece(0, n - 1, n)]]
+        return [
+            [self._piece(last, 0, 1), self._piece(0, 0, n // 4), self._piece(1, 0, n)],
+            [self._piece(0, n // 4, n // 4 + 1), self._piece(last, 1, n - 2)],
+            [self._piece(0, n // 4 + 1, n), self._piece(last, n - 2, n)],
+        ]
+
+    def _piece(self, index: int, start: int, end: int) -> Piece:
+        return Piece(self.prompts[index], start, end, self.pages[index], slot=index - 1)
+
+    def _is_right(self, steps: Steps, index: int | None = None) -> bool:
+        """Whether the answers of the steps, or only to one of the prompts, are transformers' own."""
+        answers = probe.answer(self.runner, steps)
+        indices = {piece.slot + 1 for pieces in steps for piece in pieces}
+        for one in indices if index is None else indices & {index}:
+            rows = [
+                rows
+                for pieces, logits in zip(steps, answers, strict=True)
+                for piece, rows in zip(pieces, torch.split(logits, [p.end - p.start for p in pieces]), strict=True)
+                if piece.slot + 1 == one
+            ]
+            if not probe.difference(torch.cat(rows), self._own_logits(one)) <= probe.TOLERANCE["float32"]:
+                return False
+        return True
+
+    @torch.inference_mode()
+    def _own_logits(self, index: int) -> Tensor:
+        """(tokens, vocab): transformers' own answer to a prompt, its adapter added by hooks."""
+        hooks = [
+            self.own.get_submodule(name).register_forward_hook(_adding(a, b))
+            for name, (a, b) in self.adapters[index].items()
+        ]
+        try:
+            logits: Tensor = self.own(input_ids=torch.tensor([self.prompts[index]]), use_cache=False).logits[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return logits
+
+    def _first_difference(self, steps: Steps, index: int) -> str:
+        """The module that first computes something else for the prompt."""
+        with Trace(self.own) as own:
+            self._own_logits(index)
+        rows = []
+        with Trace(self.runner.base.model) as ours:
+            for pieces in steps:
+                ours.begin_step()
+                probe.answer(self.runner, [pieces])
+                starts = [sum(p.end - p.start for p in pieces[:at]) for at in range(len(pieces))]
+                total = sum(p.end - p.start for p in pieces)
+                spans = (
+                    range(start, start + piece.end - piece.start)
+                    for start, piece in zip(starts, pieces, strict=True)
+                    if piece.slot + 1 == index
+                )
+                rows.append((next(spans, range(0)), total))
+        return first_difference(own, ours, rows) or ("a fused layer" if self.runner.is_fused else "its head")
+
+
+def _publish(
+    pool: AdapterPool, base: BaseModel, generator: torch.Generator
+) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Put random adapters on every module into the slots 0 and 1; yield their tensors, as `AdapterWeights` has them."""
+    for slot in range(2):
+        tensors = {
+            name: (_random(a_shape, generator), _random((RANK, shape.out_dim), generator) * 0.5)
+            for name, shape in base.geometry.modules.items()
+            for a_shape in [(shape.in_dim, RANK) if shape.kind == "embedding" else (RANK, shape.in_dim)]
+        }
+        manifest = _manifest(str(slot), base.geometry)
+        if not tensors or not pool.can_allocate(manifest):
+            return
+        allocation = pool.allocate(manifest)
+        assert allocation.slot == slot, "slots are given in their order"
+        arrays = {name: (a.numpy(), b.numpy()) for name, (a, b) in tensors.items()}
+        pool.publish(pool.upload(allocation, AdapterWeights.of(manifest, "float32", arrays)))
+        yield tensors
+
+
+def _random(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator).mul_(shape[1] ** -0.5)
+
+
+def _manifest(name: str, geometry: BaseGeometry) -> AdapterManifest:
+    shapes = geometry.modules.values()
+    return AdapterManifest(
+        version=name,
+        rank=RANK,
+        targets=tuple(sorted({module.rpartition(".")[2] for module in geometry.modules})),
+        modules=tuple(ModuleManifest(module, RANK, 1.0) for module in geometry.modules),
+        num_bytes=sum(4 * RANK * (shape.in_dim + shape.out_dim) for shape in shapes),
+    )
+
+
+def _adding(a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A hook that adds LoRA's product to what a linear module or an embedding gives."""
+
+    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        h: Tensor = a[args[0]] if isinstance(module, nn.Embedding) else args[0] @ a.T
+        summed: Tensor = output + h @ b
+        return summed
+
+    return add

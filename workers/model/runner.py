@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
@@ -19,26 +18,20 @@ from lorafleet.kernels.segments import Segments
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
-from lorafleet.workers.model import fused_layers, lora_layers, norm_layers, paged_attention
+from lorafleet.workers.model import fused_layers, lora_layers, norm_layers, paged_attention, probe
 from lorafleet.workers.model.cuda_graphs import StepGraph, capture, kernel_shapes
 from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel
 from lorafleet.workers.model.logits import BodyOnce
 from lorafleet.workers.model.row_norms import RowNorms
 from lorafleet.workers.model.sampler import Chosen, Sampler, with_logprobs
-from lorafleet.workers.step.batch import AttentionBatch, StepInputs
+from lorafleet.workers.step.batch import StepInputs
 from lorafleet.workers.step.forms import GraphForm
 from lorafleet.workers.step.layout import blank_batch, blank_prompt, chunk_bounds
 from lorafleet.workers.step.message import StepHeader, StepMessage
 from lorafleet.workers.step.passes import LogitsPass
 
 logger = logging.getLogger(__name__)
-
-PROBE_TOLERANCE = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1.5e-1}
-"""Mean difference from the untouched model's logprobs, over the likeliest tokens, that rounding explains."""
-PROBE_TOP = 32
-PROBE_PASS = 4
-"""Rows of a pass over the head, in a probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +65,17 @@ class ModelRunner:
         graph_forms: tuple[GraphForm, ...] = (),
         max_batch_tokens: int = 2048,
         max_pass_rows: int = 512,
+        is_probed: bool = True,
     ) -> None:
         """`max_pages`: KV pages of the longest sequence. `graph_forms`, rising: of the batches to capture; none on a
-        CPU. `max_pass_rows`: rows whose logits exist at once.
+        CPU. `max_pass_rows`: rows whose logits exist at once. Raises UnsupportedModel unless the base answers as
+        transformers does, if it `is_probed`.
         """
         self.base = base
         self.cache = cache
         self.pool = pool
         self._lora = lora_layers.LoraContext(pool.extras)
-        self._attention = paged_attention.AttentionContext(cache, base.windows)
+        self._attention = paged_attention.AttentionContext(cache, base.calls)
         self._sampler = Sampler()
         self._graphs: dict[tuple[GraphForm, int], StepGraph] = {}
         """By `StepHeader.graph_key`."""
@@ -94,10 +89,14 @@ class ModelRunner:
         """Takes the keys and values of padding rows; never given back. None where nothing is padded."""
         self.pass_rows = 1 if base.device.type == "cuda" else EXACT_ROWS, max_pass_rows
         """Fewest and most rows of a pass over the head. On a CPU a row's bits do not depend on the passes."""
+        self.is_fused = False
+        """Whether fused layers compute the base."""
         self._substitute()
         pool.row_norms = RowNorms(base.model)
-        self._body = BodyOnce(base.model)
-        self._probe()
+        self.body = BodyOnce(base.model)
+        """Computes what lies below the head."""
+        if is_probed:
+            probe.check(self)
         if self.graph_forms:
             self._warm_up(max_batch_tokens)
             self._capture_graphs()
@@ -106,6 +105,13 @@ class ModelRunner:
     def is_asynchronous(self) -> bool:
         """Whether `launch` returns before the step is computed."""
         return self.base.device.type == "cuda"
+
+    @torch.inference_mode()
+    def logits(self, message: StepMessage) -> list[torch.Tensor]:
+        """(rows, vocab) logits of each pass of a step, computed at once and without a graph."""
+        inputs = message.view(torch.from_numpy(message.packed).to(self.base.device))
+        with self._step(inputs):
+            return [self._logits(inputs, each) for each in inputs.passes]
 
     @torch.inference_mode()
     def launch(self, message: StepMessage, previous: StepInFlight | None) -> StepInFlight:
@@ -183,7 +189,7 @@ class ModelRunner:
         self._attention.batch = inputs.attention
         self._lora.segments = _if_lora(inputs.segments)
         try:
-            with self._body.once():
+            with self.body.once():
                 yield
         finally:
             self._attention.batch = None
@@ -199,7 +205,12 @@ class ModelRunner:
             logits_to_keep=logits_pass.rows,
         )
         logits: torch.Tensor = output.logits[0]
-        assert logits.shape[0] == logits_pass.rows.shape[0], "the probe has seen that chosen rows come alone"
+        num_rows = logits_pass.rows.shape[0]
+        if logits.shape[0] != num_rows:
+            raise UnsupportedModel(
+                f"{type(self.base.model).__name__} does not give the logits of the chosen rows: of {num_rows} rows "
+                f"there are {logits.shape[0]}"
+            )
         return logits[logits_pass.own]
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:
@@ -222,6 +233,7 @@ class ModelRunner:
         norm_layers.substitute_norms(model, geometry.vectors, self._lora)
         paged_attention.install(model, self._attention)
         why_not_fused = fused_layers.substitute(model, self._attention)
+        self.is_fused = why_not_fused is None
         logger.info(
             "%s: substituted %s; attention reads pages of %d tokens; %s",
             type(model).__name__,
@@ -290,7 +302,7 @@ class ModelRunner:
             with self._step(inputs):
                 for each in inputs.passes:
                     logits = self._logits(inputs, each)
-                    with_logprobs(logits, torch.zeros_like(logits[:, 0], dtype=torch.int64), PROBE_TOP)
+                    with_logprobs(logits, torch.zeros_like(logits[:, 0], dtype=torch.int64), probe.TOP)
                     del logits
             torch.cuda.synchronize(self.base.device)
         except torch.OutOfMemoryError as error:
@@ -328,80 +340,6 @@ class ModelRunner:
                 self._graphs[blank.header.graph_key] = graph
             logger.info("captured a step of %d rows, %.1f s", form.num_rows, time.monotonic() - started_s)
         self.stages_s["capture"] = time.monotonic() - started_s
-
-    @torch.inference_mode()
-    def _probe(self) -> None:
-        """Refuse a base that the substituted model does not compute as transformers does.
-
-        It computes the prompt in parts, the last one token long, so that what came before must come from the cache, and
-        the logits of a part in passes.
-        """
-        name, tolerance = type(self.base.model).__name__, PROBE_TOLERANCE[self.base.dtype]
-        difference = self._probe_difference()
-        if not difference <= tolerance and self._body.may_keep:
-            self._body.may_keep = False
-            difference = self._probe_difference()
-            logger.info("%s: its body is computed anew for each pass over the head", name)
-        if not difference <= tolerance:
-            raise UnsupportedModel(
-                f"{name} computes something that is not supported: a probe's logprobs are {difference:.2g} off "
-                f"transformers' own in the mean, more than {tolerance:g}"
-            )
-
-    def _probe_difference(self) -> float:
-        """How far the probe's logprobs are off transformers' own, in the mean over the likeliest tokens."""
-        num_tokens = len(self.base.probe_token_ids)
-        pages = self.cache.allocate(self.cache.pages_for(num_tokens))
-        bounds = (0, num_tokens // 2, num_tokens - 1, num_tokens)
-        try:
-            parts = [part for start, end in pairwise(bounds) for part in self._probe_part(pages, start, end)]
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-            name = type(self.base.model).__name__
-            logger.info("%s cannot be computed on pages", name, exc_info=error)
-            raise UnsupportedModel(
-                f"{name} cannot be computed on pages: its layers ask for more than a step gives them, which is tokens, "
-                "positions, and keys and values on pages"
-            ) from error
-        finally:
-            self._attention.batch = None
-            self.cache.free(pages)
-        logits, wanted = torch.cat(parts), self.base.probe_logits.log_softmax(-1)
-        if logits.shape != wanted.shape:
-            raise UnsupportedModel(
-                f"{type(self.base.model).__name__} does not give the logits of the chosen rows: of {wanted.shape[0]} "
-                f"rows there are {logits.shape[0]}"
-            )
-        got = logits.float().log_softmax(-1)
-        likely = wanted.topk(min(PROBE_TOP, wanted.shape[-1]), dim=-1).indices
-        return float((got - wanted).abs().gather(-1, likely).mean())
-
-    def _probe_part(self, pages: list[int], start: int, end: int) -> list[torch.Tensor]:
-        """(rows, vocab) logits of each pass of a part of the probe, whose earlier tokens are in the cache."""
-        device, num_rows = self.base.device, end - start
-        positions = torch.arange(start, end, dtype=torch.int32, device=device)
-        table = torch.tensor([pages], dtype=torch.int32, device=device)
-        self._attention.batch = AttentionBatch(
-            row_pages=table[0][positions // self.cache.page_tokens],
-            row_offsets=positions % self.cache.page_tokens,
-            query_indptr=torch.tensor([0, num_rows], dtype=torch.int32, device=device),
-            query_lengths=[num_rows],
-            context_lengths=torch.tensor([end], dtype=torch.int32, device=device),
-            host_context_lengths=[end],
-            block_tables=table,
-            num_decodes=int(num_rows == 1),
-        )
-        with self._body.once():
-            return [
-                self.base.model(
-                    input_ids=self.base.probe_token_ids[None, start:end],
-                    position_ids=positions[None],
-                    use_cache=False,
-                    logits_to_keep=rows,
-                ).logits[0]
-                for rows in torch.split(torch.arange(num_rows, device=device), PROBE_PASS)
-            ]
 
 
 def _if_lora(segments: Segments) -> Segments | None:

@@ -32,8 +32,8 @@ class AttentionBatch:
     masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     """(sequence, sliding window) -> mask on the CPU, the decodes' under sequence -1. Made by the first layer that needs
     it, used by the others."""
-    gathers: dict[int, Tensor] = field(default_factory=dict)
-    """Likewise: sequence -> which rows of the cache to gather."""
+    gathers: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """Likewise: (sequence, KV heads) -> which rows of the cache to gather."""
 
 
 @dataclass(frozen=True, slots=True)

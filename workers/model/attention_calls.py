@@ -1,0 +1,199 @@
+"""What each layer asks of attention, seen in one call of transformers' own model before it is substituted.
+
+Heads and their sizes come from the tensors that a layer hands over, so no configuration need say them. Windows come
+from the masks that transformers would make, since some models say them in the mask alone and paged attention is given
+none. What attention over pages cannot do is refused here, by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from lorafleet.workers.errors import UnsupportedModel
+
+RECORDER = "lorafleet_recorder"
+NUM_TOKENS = 2
+"""Of the recorded call."""
+
+UNSUPPORTED_FEATURES = {
+    "softcap": "caps its scores (soft-capping)",
+    "s_aux": "has attention sinks",
+    "position_bias": "adds a bias by position to its scores",
+}
+"""Arguments of transformers' attention functions that change the result and are not implemented -> what they do."""
+
+HARMLESS_TENSORS = frozenset({"cache_position", "position_ids"})
+"""Tensors among the arguments that say nothing new. Any other is refused by its name."""
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(batch, head, query position, key position) -> whether the query attends to the key, as transformers has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """How one layer calls attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    """Of queries, keys and values."""
+    window: int | None
+    """The last so many tokens, the row's own among them, are attended to; None: all that came before."""
+
+
+@torch.inference_mode()
+def read_calls(model: PreTrainedModel, max_model_len: int) -> dict[int, AttentionCall]:
+    """The call of each layer that attends, by the layer's number.
+
+    Raises UnsupportedModel for a call that attention over pages cannot answer within `max_model_len` tokens.
+    """
+    _check_temperature(model, max_model_len)
+    try:
+        found = _record(model, with_masks=True)
+    except _CANNOT:
+        # It looks into its masks; the probe sees whether it is served right without any.
+        try:
+            found = _record(model, with_masks=False)
+        except _CANNOT as error:
+            raise UnsupportedModel(
+                f"{_name(model)} needs attention masks, which are not made here ({error})"
+            ) from error
+    if not found:
+        raise UnsupportedModel(
+            f"{_name(model)} does not attend through transformers' attention functions, which is not supported"
+        )
+    windows: dict[MaskFunction, int | None] = {}
+    calls = {}
+    for layer, seen in sorted(found.items()):
+        window = seen.window
+        if seen.mask_function is not None:
+            if seen.mask_function not in windows:
+                windows[seen.mask_function] = _window(seen.mask_function, layer, max_model_len, model)
+            window = windows[seen.mask_function]
+        calls[layer] = _checked(seen, layer, window, model)
+    return calls
+
+
+_CANNOT = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+"""What models raise that are called in a way they were not made for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask_function: MaskFunction | None
+    window: int | None
+    features: tuple[str, ...]
+    """What it does that is not supported."""
+
+
+def _record(model: PreTrainedModel, *, with_masks: bool) -> dict[int, _Seen]:
+    own = model.config._attn_implementation
+    found: dict[int, _Seen] = {}
+    made: list[tuple[Tensor, MaskFunction]] = []
+
+    def make_mask(*, mask_function: MaskFunction, q_length: int, kv_length: int, **_: object) -> Tensor | None:
+        if not with_masks:
+            return None
+        mask = torch.ones(1, 1, q_length, kv_length, dtype=torch.bool, device=model.device)
+        made.append((mask, mask_function))
+        return mask
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        sliding_window: int | None = None,
+        **features: object,
+    ) -> tuple[Tensor, None]:
+        layer = getattr(module, "layer_idx", None)
+        if not isinstance(layer, int):
+            raise UnsupportedModel(f"{_name(model)}: a {type(module).__name__} attends, and has no number of a layer")
+        if layer in found:
+            raise UnsupportedModel(f"{_name(model)}: layer {layer} attends more than once for each token")
+        mask_function = next((function for mask, function in made if mask is attention_mask), None)
+        if mask_function is None and attention_mask is not None and not bool((attention_mask == 1).all()):
+            raise UnsupportedModel(
+                f"{_name(model)}: layer {layer} makes its own mask of what it attends to, which is not supported"
+            )
+        present = tuple(
+            UNSUPPORTED_FEATURES.get(name, f"hands attention {name}")
+            for name, given in features.items()
+            if (given is not None and name in UNSUPPORTED_FEATURES)
+            or (isinstance(given, Tensor) and name not in HARMLESS_TENSORS)
+        )
+        found[layer] = _Seen(query, key, value, mask_function, sliding_window, present)
+        return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+    AttentionInterface.register(RECORDER, attend)
+    AttentionMaskInterface.register(RECORDER, make_mask)
+    try:
+        model.set_attn_implementation(RECORDER)
+        model(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.int64, device=model.device), use_cache=False)
+    finally:
+        model.set_attn_implementation(own)
+    return found
+
+
+def _checked(seen: _Seen, layer: int, window: int | None, model: PreTrainedModel) -> AttentionCall:
+    place = f"{_name(model)}: layer {layer}"
+    if seen.features:
+        raise UnsupportedModel(f"{place} {' and '.join(seen.features)}, which is not supported")
+    _, num_heads, num_tokens, head_dim = seen.query.shape
+    value_dim = seen.value.shape[-1]
+    if value_dim != head_dim:
+        raise UnsupportedModel(
+            f"{place} has keys of {head_dim} and values of {value_dim} elements per head (latent attention), "
+            "which is not supported"
+        )
+    if num_tokens != NUM_TOKENS or seen.key.shape[2] != NUM_TOKENS:
+        raise UnsupportedModel(f"{place} attends to {seen.key.shape[2]} keys where {NUM_TOKENS} tokens came")
+    return AttentionCall(num_heads, seen.key.shape[1], head_dim, window)
+
+
+def _window(mask_function: MaskFunction, layer: int, max_model_len: int, model: PreTrainedModel) -> int | None:
+    zero = torch.zeros((), dtype=torch.int64, device=model.device)
+    positions = torch.arange(max_model_len + 1, device=model.device)
+    last = positions[-2]
+    if bool(mask_function(zero, zero, last, last + 1)):
+        raise UnsupportedModel(
+            f"{_name(model)}: layer {layer} attends to tokens that come after, not only to those before"
+        )
+    from_first = mask_function(zero, zero, positions[:-1], zero).expand(max_model_len)
+    if bool(from_first.all()):
+        return None
+    bound = int((~from_first).int().argmax())  # the first position that does not see the first token
+    for query in {bound, min(2 * bound - 1, max_model_len - 1), max_model_len - 1}:
+        seen = mask_function(zero, zero, positions[query], positions).expand(max_model_len + 1)
+        if not torch.equal(seen, (positions > query - bound) & (positions <= query)):
+            raise UnsupportedModel(
+                f"{_name(model)}: layer {layer} attends within chunks of {bound} tokens, which is not supported: "
+                f"set model.max_model_len to at most {bound}"
+            )
+    return bound
+
+
+def _check_temperature(model: PreTrainedModel, max_model_len: int) -> None:
+    """Llama 4 scales queries by their row of a pass, which is their position only in a pass of a whole sequence."""
+    for module in model.modules():
+        if getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True):
+            floor = getattr(module, "floor_scale", 0)
+            if isinstance(floor, int | float) and max_model_len >= floor:
+                raise UnsupportedModel(
+                    f"{_name(model)} scales attention by the position from {floor} tokens on, which is not "
+                    f"supported: set model.max_model_len to at most {int(floor) - 1}"
+                )
+
+
+def _name(model: PreTrainedModel) -> str:
+    return type(model).__name__
