@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from random_models import GEOMETRIES, RandomAdapters, kv_bytes, write_base, write_weights
@@ -71,6 +72,9 @@ PAGE_ROUND = 1.1
 """Pages are whole, so memory for them is more than what goes into them."""
 
 
+Kind = Literal["lora", "no_lora", "fp8"]
+
+
 @dataclass(slots=True)
 class Lab:
     """What the cases of one process share."""
@@ -97,16 +101,17 @@ class Lab:
         """Random ones of the base's vocabulary."""
         return [self.rng.randrange(10, GEOMETRIES[self.geometry]["vocab_size"] - 10) for _ in range(count)]
 
-    def engine(self, kind: str) -> RunningEngine:
-        """`lora`, or `no_lora`: the same without adapters. Started once."""
+    def engine(self, kind: Kind) -> RunningEngine:
+        """`lora`; `no_lora`: the same without adapters; `fp8`: the same with a base in fp8. Started once."""
         if kind not in self.started:
             work = self.work
             num_tokens = work.requests * (work.prompt + work.output + 32) + 2 * 2048
             config = self.config(prefix_cache=False, kv_bytes=kv_bytes(self.geometry, num_tokens))
             # Room for more adapters than one batch has, and not for all that ever come.
             pool_bytes = int(PAGE_ROUND * (work.adapters + 32) * self.adapters.num_bytes(16))
-            pool = PoolConfig(max_rank=RANK, max_slots=256 if kind == "lora" else 0, pool_bytes=pool_bytes)
-            context = running_engine(self.base, self.adapters, config, pool)
+            pool = PoolConfig(max_rank=RANK, max_slots=0 if kind == "no_lora" else 256, pool_bytes=pool_bytes)
+            quantization: Literal["none", "fp8"] = "fp8" if kind == "fp8" else "none"
+            context = running_engine(self.base, self.adapters, config, pool, quantization=quantization)
             self.started[kind] = self.stack.enter_context(context)
         return self.started[kind]
 
@@ -139,8 +144,51 @@ def lora64(lab: Lab) -> Named:
     yield from _throughput(lab, "lora64", versions)
 
 
-def _throughput(lab: Lab, case: str, versions: list[str | None] | list[str]) -> Named:
-    engine, work = lab.engine("lora"), lab.work
+def stream_base(lab: Lab) -> Named:
+    yield from _decode(lab, "stream_base", "lora", None, 1)
+
+
+def stream_one(lab: Lab) -> Named:
+    yield from _decode(lab, "stream_one", "lora", "a0-r16", 1)
+
+
+def fp8_start(lab: Lab) -> Named:
+    yield "fp8_start", lab.engine("fp8").parts.stages_s
+
+
+def fp8_base(lab: Lab) -> Named:
+    yield from _throughput(lab, "fp8_base", [None] * lab.work.requests, "fp8")
+
+
+def fp8_lora64(lab: Lab) -> Named:
+    versions = [f"a{i % lab.work.adapters}-r16" for i in range(lab.work.requests)]
+    yield from _throughput(lab, "fp8_lora64", versions, "fp8")
+
+
+def fp8_decode_base(lab: Lab) -> Named:
+    yield from _decode(lab, "fp8_decode_base", "fp8", None)
+
+
+def fp8_decode_lora64(lab: Lab) -> Named:
+    yield from _decode(lab, "fp8_decode_lora64", "fp8", "a{}-r16")
+
+
+def fp8_stream_base(lab: Lab) -> Named:
+    yield from _decode(lab, "fp8_stream_base", "fp8", None, 1)
+
+
+def small_base(lab: Lab) -> Named:
+    """A base of 0.5B, whose layers take the GPU so little time that launching them takes the host longer."""
+    yield from _throughput(lab, "small_base", [None] * lab.work.requests)
+
+
+def small_lora64(lab: Lab) -> Named:
+    versions = [f"a{i % lab.work.adapters}-r16" for i in range(lab.work.requests)]
+    yield from _throughput(lab, "small_lora64", versions)
+
+
+def _throughput(lab: Lab, case: str, versions: list[str | None] | list[str], kind: Kind = "lora") -> Named:
+    engine, work = lab.engine(kind), lab.work
     engine.run(lab.prompts, versions, min(16, work.output))
     for _ in range(lab.repeats):
         yield case, engine.run(lab.prompts, versions, work.output)
@@ -158,9 +206,9 @@ def decode_no_lora(lab: Lab) -> Named:
     yield from _decode(lab, "decode_no_lora", "no_lora", None)
 
 
-def _decode(lab: Lab, case: str, kind: str, name: str | None) -> Named:
-    """Steps of 64 short sequences."""
-    engine, count = lab.engine(kind), min(64, lab.work.adapters)
+def _decode(lab: Lab, case: str, kind: Kind, name: str | None, most: int = 64) -> Named:
+    """Steps of 64 short sequences, or of `most`."""
+    engine, count = lab.engine(kind), min(most, lab.work.adapters)
     prompts = [prompt[:16] for prompt in (lab.prompts * count)[:count]]
     versions = [name.format(i) if name else None for i in range(count)]
     engine.run(prompts, versions, min(16, lab.work.decode_output))
@@ -287,7 +335,25 @@ def start_weights(lab: Lab) -> Named:
 
 
 PROCESSES: dict[str, tuple[str, tuple[Case, ...]]] = {
-    "main": ("llama-8b", (start, base, lora64, one, decode_base, decode_lora64, cold, hot, no_lora, decode_no_lora)),
+    "main": (
+        "llama-8b",
+        (
+            start,
+            base,
+            lora64,
+            one,
+            decode_base,
+            decode_lora64,
+            stream_base,
+            stream_one,
+            cold,
+            hot,
+            no_lora,
+            decode_no_lora,
+        ),
+    ),
+    "fp8": ("llama-8b", (fp8_start, fp8_base, fp8_lora64, fp8_decode_base, fp8_decode_lora64, fp8_stream_base)),
+    "small": ("qwen-0.5b", (small_base, small_lora64)),
     "gsm8k": ("llama-7b", (gsm8k,)),
     "zipf_pool64": ("llama-8b", (zipf_pool64,)),
     "zipf_resident": ("llama-8b", (zipf_resident,)),

@@ -35,6 +35,14 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "vocab_size": 32000,
     },
+    "qwen-0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
     "tiny": {
         "hidden_size": 128,
         "intermediate_size": 256,

@@ -121,10 +121,18 @@ def running_engine(
     engine: EngineConfig,
     pool: PoolConfig,
     load: Literal["weights", "dummy"] = "dummy",
+    quantization: Literal["none", "fp8"] = "none",
 ) -> Iterator[RunningEngine]:
     """Start one, and end it."""
     inbox = Inbox()
-    model = ModelConfig(id="base", source=str(base), dtype="bfloat16", load=load, max_model_len=MAX_MODEL_LEN)
+    model = ModelConfig(
+        id="base",
+        source=str(base),
+        dtype="bfloat16",
+        load=load,
+        max_model_len=MAX_MODEL_LEN,
+        quantization=quantization,
+    )
     parts = assemble(worker_id="bench", model=model, engine=engine, pool=pool, fetch=adapters.fetch, deliver=inbox.take)
     parts.engine.start()
     try:

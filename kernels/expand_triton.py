@@ -40,13 +40,15 @@ def expand(
     *,
     accumulate: bool = True,
     bias: Tensor | None = None,
+    scales: Tensor | None = None,
     tiling: ExpandTiling | None = None,
 ) -> None:
     """y[row, part] (+)= (sum over splits of h[split, row, slice of part]) @ B[slot, part] * scaling[slot, slice].
 
     h: (splits, rows, num_slices, max_rank) fp32 as `shrink` leaves it. y: (rows, out_dim), rows may be strided. With
     `accumulate`, rows and slices without an adapter are not touched; without it every element of y is written: the
-    delta, zero where there is none, plus `bias` (out_dim,) if given.
+    delta, zero where there is none, plus `bias` (out_dim,) if given. With `scales` (rows,) every element becomes
+    y * scales[:, None] plus the delta and the bias.
     """
     if tiling is None:
         num_slices = len(set(weights.part_slices))
@@ -73,6 +75,7 @@ def expand(
         segments.chunk_slots,
         y,
         bias,
+        scales,
         segments.num_rows,
         y.stride(0),
         weights.ranks.stride(0),
@@ -116,6 +119,7 @@ def _expand_kernel(
     chunk_slots,
     y,
     bias,
+    scales,
     num_rows,
     y_stride,
     ranks_stride,
@@ -184,15 +188,18 @@ def _expand_kernel(
     bias_part = bias
     if bias is not None:
         bias_part = bias + part_start
+    factors = scales
+    if scales is not None:
+        factors = scales + rows
     column_end = tl.minimum(column + SPAN, part_width)
     if rank == 0:
         if PDL:
             gdc_wait()
-        if not ACCUMULATE:
+        if not ACCUMULATE or scales is not None:
             for offset in range(0, tl.minimum(SPAN, part_width - column), BLOCK_COLUMNS):
                 n = column + offset + tl.arange(0, BLOCK_COLUMNS)
-                zeros = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                _store(y_part, rows, y_stride, bias_part, zeros, i < end, n, column_end, False)
+                sums = _base(y_part, rows, y_stride, bias_part, factors, i < end, n, column_end, ACCUMULATE)
+                _store(y_part, rows, y_stride, sums, i < end, n, column_end)
     else:
         table = b_rows + slot.to(tl.int64) * b_slot_stride + part * b_part_stride
         h_row_stride = NUM_SLICES * max_rank
@@ -203,10 +210,10 @@ def _expand_kernel(
         for level in tl.static_range(LEVELS):
             if (rank > BLOCK_RANKS // 4 * level) & ((rank <= BLOCK_RANKS // 4) | (level == LEVELS - 1)):
                 _walk_span(
-                    h_slice, h_row_stride, h_split_stride, pool, table, y_part, bias_part, rows, y_stride, start, end,
-                    column, column_end, rank, max_rank, scaling, NUM_SPLITS, ROW_ALIGN, BLOCK_ROWS,
-                    BLOCK_RANKS >> (LEVELS - 1 - level) * 2, RANK_BLOCKS if level == LEVELS - 1 else 1, BLOCK_COLUMNS,
-                    BLOCK_ELEMENTS, SPAN, SPLIT_H, ACCUMULATE, PDL,
+                    h_slice, h_row_stride, h_split_stride, pool, table, y_part, bias_part, factors,
+                    rows, y_stride, start, end, column, column_end, rank, max_rank, scaling, NUM_SPLITS, ROW_ALIGN,
+                    BLOCK_ROWS, BLOCK_RANKS >> (LEVELS - 1 - level) * 2, RANK_BLOCKS if level == LEVELS - 1 else 1,
+                    BLOCK_COLUMNS, BLOCK_ELEMENTS, SPAN, SPLIT_H, ACCUMULATE, PDL,
                 )  # fmt: skip
 
 
@@ -219,6 +226,7 @@ def _walk_span(
     table,
     y_part,
     bias_part,
+    factors,
     rows,
     y_stride,
     start,
@@ -253,26 +261,27 @@ def _walk_span(
     if PDL:
         gdc_wait()
     if ONE_STEP:
+        sums = _base(y_part, rows, y_stride, bias_part, factors, i < end, n, column_end, ACCUMULATE)
         h = _load_h(h_slice, h_row_stride, h_split_stride, i, end, r, rank, max_rank, scaling, NUM_SPLITS)
-        sums = _product(h, b, tl.zeros((BLOCK_ROWS, COLUMNS), dtype=tl.float32), SPLIT_H)
-        _store(y_part, rows, y_stride, bias_part, sums, i < end, n, column_end, ACCUMULATE)
+        sums = _product(h, b, sums, SPLIT_H)
+        _store(y_part, rows, y_stride, sums, i < end, n, column_end)
     elif RANK_BLOCKS == 1:
         h = _load_h(h_slice, h_row_stride, h_split_stride, i, end, r, rank, max_rank, scaling, NUM_SPLITS)
         for offset in range(0, column_end - column, COLUMNS):
+            sums = _base(y_part, rows, y_stride, bias_part, factors, i < end, n + offset, column_end, ACCUMULATE)
             b = _load_b(pool, b_starts, r < rank, n + offset, column_end)
-            sums = tl.zeros((BLOCK_ROWS, COLUMNS), dtype=tl.float32)
             sums = _product(h, b, sums, SPLIT_H)
-            _store(y_part, rows, y_stride, bias_part, sums, i < end, n + offset, column_end, ACCUMULATE)
+            _store(y_part, rows, y_stride, sums, i < end, n + offset, column_end)
     else:
         for offset in range(0, column_end - column, COLUMNS):
-            sums = tl.zeros((BLOCK_ROWS, COLUMNS), dtype=tl.float32)
+            sums = _base(y_part, rows, y_stride, bias_part, factors, i < end, n + offset, column_end, ACCUMULATE)
             for first in range(0, rank, BLOCK_RANKS):
                 block = first + r
                 b_starts = _locate(table, block, max_rank, ROW_ALIGN)
                 b = _load_b(pool, b_starts, block < rank, n + offset, column_end)
                 h = _load_h(h_slice, h_row_stride, h_split_stride, i, end, block, rank, max_rank, scaling, NUM_SPLITS)
                 sums = _product(h, b, sums, SPLIT_H)
-            _store(y_part, rows, y_stride, bias_part, sums, i < end, n + offset, column_end, ACCUMULATE)
+            _store(y_part, rows, y_stride, sums, i < end, n + offset, column_end)
 
 
 @triton.jit
@@ -311,11 +320,20 @@ def _product(h, b, sums, SPLIT_H: tl.constexpr):
 
 
 @triton.jit
-def _store(y_part, rows, y_stride, bias_part, sums, row_mask, n, column_end, ACCUMULATE: tl.constexpr):
-    pointers = y_part + rows[:, None] * y_stride + n[None, :]
-    mask = row_mask[:, None] & (n < column_end)[None, :]
+def _base(y_part, rows, y_stride, bias_part, factors, row_mask, n, column_end, ACCUMULATE: tl.constexpr):
+    """What the delta of rows and columns n is added to, in float32."""
+    sums = tl.zeros((rows.shape[0], n.shape[0]), dtype=tl.float32)
     if ACCUMULATE:
-        sums += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        mask = row_mask[:, None] & (n < column_end)[None, :]
+        sums += tl.load(y_part + rows[:, None] * y_stride + n[None, :], mask=mask, other=0.0).to(tl.float32)
+        if factors is not None:
+            sums *= tl.load(factors, mask=row_mask, other=0.0)[:, None]
     if bias_part is not None:
         sums += tl.load(bias_part + n, mask=n < column_end, other=0.0).to(tl.float32)[None, :]
-    tl.store(pointers, sums.to(y_part.dtype.element_ty), mask=mask)
+    return sums
+
+
+@triton.jit
+def _store(y_part, rows, y_stride, sums, row_mask, n, column_end):
+    mask = row_mask[:, None] & (n < column_end)[None, :]
+    tl.store(y_part + rows[:, None] * y_stride + n[None, :], sums.to(y_part.dtype.element_ty), mask=mask)

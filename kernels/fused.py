@@ -2,6 +2,9 @@
 
 Entry points: CUDA runs the Triton kernels of `fused_triton`, other devices the plain torch here, which is also their
 oracle. All round where transformers' Llama modules round, so that a layer keeps its values. Nothing synchronises.
+
+`scales`: (rows,) float32, what a product of fp8 rows is still to be multiplied with; it is rounded after that. The
+functions ending in `_fp8` also return their output in fp8, for the next product.
 """
 
 from __future__ import annotations
@@ -10,31 +13,53 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorafleet.kernels import fp8
+from lorafleet.kernels.fp8 import Fp8Rows
 from lorafleet.kernels.kv_place import HeadNorm, KVPlace
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, scales: Tensor | None = None
+) -> Tensor:
     """Compute weight * x / sqrt(mean(x^2) + eps) over the last dimension, in float32, rounded before the weight.
 
     x: (rows, width), rows may be strided. weight: (width,) in x's dtype. With `residual` (rows, width), x is added to
     it in place first, and the sum is what is normalised. Returns (rows, width). Raises ValueError.
     """
-    _check_rows("x", x, x.shape)
-    _check_vector("weight", weight, x)
-    if residual is not None:
-        _check_rows("residual", residual, x.shape, x)
+    _check_norm(x, weight, residual, scales)
     if x.is_cuda:
         from lorafleet.kernels import fused_triton
 
-        return fused_triton.rms_norm(x, weight, eps, residual)
+        return fused_triton.rms_norm(x, weight, eps, residual, scales)
+    x = _rounded(x, scales)
     if residual is not None:
         x = residual.add_(x)
     return _normalise(x, weight, eps)
 
 
-def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, place: KVPlace, norm: HeadNorm | None = None) -> Tensor:
+def rms_norm_fp8(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, scales: Tensor | None = None
+) -> tuple[Tensor, Fp8Rows]:
+    """Compute `rms_norm`, and its output in fp8."""
+    if x.is_cuda:
+        from lorafleet.kernels import fused_triton
+
+        _check_norm(x, weight, residual, scales)
+        return fused_triton.rms_norm_fp8(x, weight, eps, residual, scales)
+    y = rms_norm(x, weight, eps, residual, scales)
+    return y, fp8.quantise_rows(y)
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    place: KVPlace,
+    norm: HeadNorm | None = None,
+    scales: Tensor | None = None,
+) -> Tensor:
     """Rotate the queries in place, and write the rotated keys and the values to their pages.
 
     qkv: (rows, (num_heads + 2 num_kv_heads) * head_dim), a row's query heads, then key heads, then value heads; rows
@@ -54,12 +79,16 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, place: KVPlace, norm
     if norm is not None:
         for name, weight in (("query_weight", norm.query_weight), ("key_weight", norm.key_weight)):
             _check_vector(name, weight, cos)
+    if scales is not None:
+        fp8.check_scales(scales, qkv)
+        if not qkv.is_cuda:
+            fp8.rescale(qkv, scales)
     heads = qkv.view(qkv.shape[0], -1, head_dim)
     query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if qkv.is_cuda:
         from lorafleet.kernels import fused_triton
 
-        fused_triton.rotate_and_store(qkv, cos, sin, place, norm)
+        fused_triton.rotate_and_store(qkv, cos, sin, place, norm, scales)
         return query
     if norm is not None:
         key = _normalise(key, norm.key_weight, norm.eps)
@@ -88,20 +117,33 @@ def store(key: Tensor, value: Tensor, place: KVPlace) -> None:
     place.values[place.row_pages, :, place.row_offsets] = value
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor, scales: Tensor | None = None) -> Tensor:
     """Compute silu(gate) * up.
 
     gate_up: (rows, 2 * width), gate before up; rows may be strided. Returns (rows, width). Raises ValueError.
     """
-    _check_rows("gate_up", gate_up, gate_up.shape)
-    if gate_up.shape[-1] % 2:
-        raise ValueError(f"gate and up must be of one width, got {gate_up.shape[-1]} for both together")
+    _check_gate_up(gate_up, scales)
     if gate_up.is_cuda:
         from lorafleet.kernels import fused_triton
 
-        return fused_triton.silu_mul(gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)
+        return fused_triton.silu_mul(gate_up, scales)
+    gate, up = _rounded(gate_up, scales).chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def silu_mul_fp8(gate_up: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Fp8Rows]:
+    """Compute `silu_mul`, and its output in fp8."""
+    if gate_up.is_cuda:
+        from lorafleet.kernels import fused_triton
+
+        _check_gate_up(gate_up, scales)
+        return fused_triton.silu_mul_fp8(gate_up, scales)
+    y = silu_mul(gate_up, scales)
+    return y, fp8.quantise_rows(y)
+
+
+def _rounded(x: Tensor, scales: Tensor | None) -> Tensor:
+    return fp8.scaled(x, scales).to(x.dtype)
 
 
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -114,6 +156,23 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x: (rows, heads, head_dim)."""
     low, high = x.chunk(2, dim=-1)
     return (x * cos[:, None]).add_(torch.cat((-high, low), dim=-1).mul_(sin[:, None]))
+
+
+def _check_norm(x: Tensor, weight: Tensor, residual: Tensor | None, scales: Tensor | None) -> None:
+    _check_rows("x", x, x.shape)
+    _check_vector("weight", weight, x)
+    if residual is not None:
+        _check_rows("residual", residual, x.shape, x)
+    if scales is not None:
+        fp8.check_scales(scales, x)
+
+
+def _check_gate_up(gate_up: Tensor, scales: Tensor | None) -> None:
+    _check_rows("gate_up", gate_up, gate_up.shape)
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate and up must be of one width, got {gate_up.shape[-1]} for both together")
+    if scales is not None:
+        fp8.check_scales(scales, gate_up)
 
 
 def _check_rows(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor | None = None) -> None:

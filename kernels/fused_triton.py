@@ -12,18 +12,36 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from lorafleet.kernels import fp8_triton
+from lorafleet.kernels.fp8 import LARGEST, Fp8Rows
+from lorafleet.kernels.fp8_triton import round_row
 from lorafleet.kernels.kv_place import HeadNorm, KVPlace
 from lorafleet.kernels.launching import launch
 from lorafleet.kernels.tiling import dependent_launch
 
 _BLOCK_HEADS = 8
 _BLOCK_SILU = 1024
+_FEW_ROWS = 256
 _PLACES = ("row_pages", "row_offsets")
 """Views into a step's one array: where they start must not make another kernel of it."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, scales: Tensor | None = None) -> Tensor:
     """One program a row."""
+    return _rms_norm(x, weight, eps, residual, scales, None)
+
+
+def rms_norm_fp8(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, scales: Tensor | None = None
+) -> tuple[Tensor, Fp8Rows]:
+    """One program a row."""
+    rows = fp8_triton.empty(x.shape[0], x.shape[1], x.device)
+    return _rms_norm(x, weight, eps, residual, scales, rows), rows
+
+
+def _rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, scales: Tensor | None, fp8_rows: Fp8Rows | None
+) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     num_rows, width = x.shape
     if num_rows:
@@ -34,11 +52,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
             x if residual is None else residual,
             weight,
             out,
+            scales,
+            *_matrix(fp8_rows),
             x.stride(0),
             x.stride(0) if residual is None else residual.stride(0),
             width,
             eps,
             HAS_RESIDUAL=residual is not None,
+            LARGEST=LARGEST,
             BLOCK=block,
             PDL=pdl,
             num_warps=min(16, max(1, block // 512)),
@@ -47,7 +68,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> 
     return out
 
 
-def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, place: KVPlace, norm: HeadNorm | None) -> None:
+def rotate_and_store(
+    qkv: Tensor, cos: Tensor, sin: Tensor, place: KVPlace, norm: HeadNorm | None, scales: Tensor | None = None
+) -> None:
     """One program takes a few heads of one kind (query, key or value) of one row."""
     num_rows = qkv.shape[0]
     _, num_kv_heads, _, head_dim = place.keys.shape
@@ -67,6 +90,7 @@ def rotate_and_store(qkv: Tensor, cos: Tensor, sin: Tensor, place: KVPlace, norm
         place.row_offsets,
         qkv if norm is None else norm.query_weight,
         qkv if norm is None else norm.key_weight,
+        scales,
         0.0 if norm is None else norm.eps,
         qkv.stride(0),
         cos.stride(0),
@@ -113,16 +137,38 @@ def store(key: Tensor, value: Tensor, place: KVPlace) -> None:
     )
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor, scales: Tensor | None = None) -> Tensor:
     """One program takes a run of one row."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if num_rows and width:
         pdl = dependent_launch(gate_up)
         launch(_silu_mul_kernel, (num_rows, triton.cdiv(width, _BLOCK_SILU)))(
-            gate_up, out, gate_up.stride(0), width, BLOCK=_BLOCK_SILU, PDL=pdl, num_warps=4, launch_pdl=pdl
-        )
+            gate_up, out, scales, None, None, gate_up.stride(0), width,
+            LARGEST=LARGEST, BLOCK=_BLOCK_SILU, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        )  # fmt: skip
     return out
+
+
+def silu_mul_fp8(gate_up: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Fp8Rows]:
+    """One program a row, whose scale depends on all of it."""
+    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    rows = fp8_triton.empty(num_rows, width, gate_up.device)
+    if num_rows and width:
+        pdl = dependent_launch(gate_up)
+        block = triton.next_power_of_2(width)
+        # Few rows leave the GPU's other processors idle, so that each row takes all that one has.
+        most_warps = 32 if num_rows <= _FEW_ROWS else 16
+        launch(_silu_mul_kernel, (num_rows, 1))(
+            gate_up, out, scales, *_matrix(rows), gate_up.stride(0), width,
+            LARGEST=LARGEST, BLOCK=block, PDL=pdl, num_warps=min(most_warps, max(4, block // 512)), launch_pdl=pdl,
+        )  # fmt: skip
+    return out, rows
+
+
+def _matrix(rows: Fp8Rows | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if rows is None else (rows.values, rows.scales)
 
 
 @triton.jit
@@ -131,11 +177,15 @@ def _rms_norm_kernel(
     residual,
     weight,
     out,
+    scales,
+    fp8_values,
+    fp8_scales,
     x_stride,
     residual_stride,
     width,
     eps,
     HAS_RESIDUAL: tl.constexpr,
+    LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -147,6 +197,8 @@ def _rms_norm_kernel(
         gdc_wait()
         gdc_launch_dependents()
     values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0)
+    if scales is not None:
+        values = (values.to(tl.float32) * tl.load(scales + row)).to(x.dtype.element_ty)
     if HAS_RESIDUAL:
         pointers = residual + row * residual_stride + columns
         before = tl.load(pointers, mask=inside, other=0.0)
@@ -156,7 +208,10 @@ def _rms_norm_kernel(
     normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
     # Rounded before the weight, as transformers does.
     normed = normed.to(x.dtype.element_ty).to(tl.float32) * scale.to(tl.float32)
-    tl.store(out + row * width + columns, normed.to(x.dtype.element_ty), mask=inside)
+    normed = normed.to(x.dtype.element_ty)
+    tl.store(out + row * width + columns, normed, mask=inside)
+    if fp8_values is not None:
+        round_row(normed.to(tl.float32), fp8_values, fp8_scales, row, width, columns, inside, LARGEST)
 
 
 @triton.jit(do_not_specialize_on_alignment=_PLACES)
@@ -170,6 +225,7 @@ def _rotate_and_store_kernel(
     row_offsets,
     query_weight,
     key_weight,
+    scales,
     eps,
     qkv_stride,
     cos_stride,
@@ -205,6 +261,10 @@ def _rotate_and_store_kernel(
     source = qkv + row * qkv_stride + ((kind_start + heads) * HEAD_DIM)[:, None] + dims[None, :]
     low = tl.load(source, mask=mask, other=0.0)
     high = tl.load(source + HALF, mask=mask, other=0.0)
+    if scales is not None:
+        row_scale = tl.load(scales + row)
+        low = (low.to(tl.float32) * row_scale).to(dtype)
+        high = (high.to(tl.float32) * row_scale).to(dtype)
     if not is_value:
         if HAS_NORM:
             wide_low, wide_high = low.to(tl.float32), high.to(tl.float32)
@@ -273,7 +333,18 @@ def _store_kernel(
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, stride, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _silu_mul_kernel(
+    gate_up,
+    out,
+    scales,
+    fp8_values,
+    fp8_scales,
+    stride,
+    width,
+    LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -282,5 +353,12 @@ def _silu_mul_kernel(gate_up, out, stride, width, BLOCK: tl.constexpr, PDL: tl.c
     inside = columns < width
     gate = tl.load(gate_up + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + columns, mask=inside, other=0.0).to(tl.float32)
+    if scales is not None:
+        scale = tl.load(scales + row)
+        gate = (gate * scale).to(out.dtype.element_ty).to(tl.float32)
+        up = (up * scale).to(out.dtype.element_ty).to(tl.float32)
     activated = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + row * width + columns, (activated * up).to(out.dtype.element_ty), mask=inside)
+    activated = (activated * up).to(out.dtype.element_ty)
+    tl.store(out + row * width + columns, activated, mask=inside)
+    if fp8_values is not None:
+        round_row(activated.to(tl.float32), fp8_values, fp8_scales, row, width, columns, inside, LARGEST)

@@ -1,5 +1,8 @@
 """How every Triton kernel is launched; and how a process that starts has its kernels compiled, many at a time, first.
 
+Triton's own launch binds, hashes and checks its arguments anew each time, which takes the host several times as long as
+the launch itself. Here the compiled kernel is looked up by what Triton would specialise it for, and launched as it is.
+
 Triton compiles a kernel when it is first launched, on one core. Within `compiled_ahead` launches compute nothing: what
 they need is compiled by threads, and launches after it find it done.
 """
@@ -10,22 +13,64 @@ from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import triton
 
+_HAS_GPU = torch.cuda.is_available()
 _seen: ContextVar[set[Hashable] | None] = ContextVar("lorafleet_compiled_ahead", default=None)
 """Launches that `compiled_ahead` has met; None outside of it."""
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., object]:
-    """What takes a kernel's arguments and options and launches it over `grid`, as Triton's `kernel[grid]` does."""
+    """Return what takes a kernel's arguments and options and launches it over `grid`, as Triton's `kernel[grid]` does.
+
+    Constexprs and options are given by keyword, all other arguments by position.
+    """
     seen = _seen.get()
-    if seen is None:
-        return kernel[grid]  # type: ignore[no-any-return]
-    return partial(_compile, kernel, grid, seen)
+    return partial(_launch, kernel, grid) if seen is None else partial(_compile, kernel, grid, seen)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """A compiled kernel, and the arguments that are the same at each of its launches."""
+
+    run: Callable[..., object]
+    function: int
+    metadata: object
+    constants: tuple[object, ...]
+
+
+_bound: dict[Hashable, _Bound] = {}
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+    device = torch.cuda.current_device() if _HAS_GPU else -1
+    values: list[object] = []
+    kinds: list[object] = [kernel, device]
+    for each in arguments:
+        if isinstance(each, torch.Tensor):
+            # As a number it is taken as it is; of a tensor, Triton would ask the driver where it lies.
+            pointer = each.data_ptr()
+            values.append(pointer)
+            kinds += (each.dtype, pointer % 16 == 0)
+        else:
+            values.append(each)
+            kinds.append(_kind(each))
+    key = (*kinds, *options.values())
+    bound = _bound.get(key)
+    if bound is None:
+        compiled = kernel[grid](*arguments, **options)
+        if isinstance(compiled, triton.compiler.CompiledKernel):
+            constants = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+            _bound[key] = _Bound(compiled.run, compiled.function, compiled.packed_metadata, constants)
+        return
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    bound.run(x, y, z, stream, bound.function, bound.metadata, None, None, None, *values, *bound.constants)
 
 
 @contextmanager

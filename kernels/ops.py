@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorafleet.kernels import reference
+from lorafleet.kernels import fp8, reference
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
 
@@ -44,17 +44,25 @@ def expand(
     *,
     accumulate: bool = True,
     bias: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> None:
     """Compute y (+)= h @ B * scaling in place, each row with its own adapter's B.
 
     h: what `shrink` returned for the same weights and segments. y: (rows, out_dim) in the pool's dtype or float32, unit
     stride along out_dim, rows may be strided. With `accumulate`, rows and slices without an adapter keep their bits;
-    without it every element of y is written: the delta, or zero, plus `bias` (out_dim,) if given. Raises ValueError.
+    without it every element of y is written: the delta, or zero, plus `bias` (out_dim,) if given. With `scales` (rows,)
+    float32, every element becomes y * scales[:, None], plus the delta and the bias. Raises ValueError.
     """
     _check_matrix("y", y, segments.num_rows, weights.out_dim, weights.pool, (weights.pool.dtype, torch.float32))
-    _check_bias(bias, accumulate, weights.out_dim, y)
+    _check_bias(bias, accumulate and scales is None, weights.out_dim, y)
     _check_slots(weights, segments)
-    _expand(h, weights, segments, y, accumulate, bias)
+    if scales is not None:
+        fp8.check_scales(scales, y)
+        accumulate = True
+        if not isinstance(h, Tensor):
+            fp8.rescale(y, scales, bias)
+            bias = scales = None
+    _expand(h, weights, segments, y, accumulate, bias, scales)
 
 
 def add_lora(x: Tensor, weights: LoraWeights, segments: Segments, y: Tensor) -> None:
@@ -94,12 +102,13 @@ def _expand(
     y: Tensor,
     accumulate: bool,
     bias: Tensor | None,
+    scales: Tensor | None = None,
 ) -> None:
     if isinstance(h, Tensor):
         # Triton exists on Linux alone, and takes a while to import.
         from lorafleet.kernels import expand_triton
 
-        expand_triton.expand(h, weights, segments, y, accumulate=accumulate, bias=bias)
+        expand_triton.expand(h, weights, segments, y, accumulate=accumulate, bias=bias, scales=scales)
     else:
         reference.expand(h, weights, y, accumulate=accumulate, bias=bias)
 

@@ -78,12 +78,16 @@ def assemble(
     residency = Residency(adapter_pool)
     loader = AdapterLoader(adapter_pool, residency, fetch, on_gone=cache.drop)
     max_pages = cache.pages_for(base.max_model_len + 1)
+    num_weights = sum(
+        shape.in_dim * shape.out_dim for shape in base.geometry.modules.values() if shape.kind == "linear"
+    )
+    forms = graph_forms(engine.max_running, engine.max_batch_tokens, max_pages, num_weights)
     runner = ModelRunner(
         base,
         cache,
         adapter_pool,
         max_pages=max_pages,
-        graph_forms=graph_forms(engine.max_running, engine.max_batch_tokens, max_pages) if captures else (),
+        graph_forms=forms if captures else (),
         max_batch_tokens=engine.max_batch_tokens,
         max_pass_rows=engine.logits_chunk_tokens,
     )

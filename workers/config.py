@@ -61,6 +61,12 @@ class ModelConfig(Settings):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto", description="`auto` takes the checkpoint's dtype; float32 on a CPU."
     )
+    quantization: Literal["none", "fp8"] = Field(
+        default="none",
+        description="`fp8` rounds the weights of linear layers to 8 bits while loading, one scale for each output "
+        "channel, and on a GPU multiplies them with activations rounded row by row: about 1.5 times as fast in half "
+        "the memory. Adapters, embedding and head stay as they are.",
+    )
     max_model_len: int | None = Field(
         default=None,
         ge=1,

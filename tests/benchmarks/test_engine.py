@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-PROCESSES = ("main", "gsm8k", "zipf_pool64", "zipf_resident", "start_weights")
+PROCESSES = ("main", "fp8", "small", "gsm8k", "zipf_pool64", "zipf_resident", "start_weights")
 LINES = {"no_lora": {"base_no_lora", "base_enabled"}}
 """Lines of cases that are not one of their own name."""
 

@@ -81,6 +81,13 @@ def _check_both_forms(
         expand(h, weights, segments, again, accumulate=False, bias=written_bias, tiling=expand_tiling)
         assert torch.equal(y, again)
 
+        # Powers of two, as those of fp8 rows: they round nothing.
+        scales = torch.exp2(torch.randint(-3, 4, (rows,)).float()).to(device)
+        scaled = base.double().cpu() * scales.double().cpu()[:, None]
+        y = base.clone()
+        expand(h, weights, segments, y, bias=written_bias, scales=scales, tiling=expand_tiling)
+        _assert_near(y, scaled + expected)
+
 
 INTERPRETER_TILINGS = {
     "few": (ShrinkTiling(16, 16, 32, 4, 2), ExpandTiling(16, 32, 1024, 64, True, 4, 2)),

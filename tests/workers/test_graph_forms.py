@@ -51,6 +51,17 @@ def test_forms_reach_decodes_and_prompts(
     assert all(form.num_decodes == form.num_rows for form in forms if not form.num_prompts)
 
 
+def test_a_small_base_has_forms_for_whole_budgets() -> None:
+    """Its steps take the host longer to launch than the GPU to compute, whatever their rows."""
+    small = graph_forms(256, 8192, 129, 400_000_000)
+    assert small[-1].num_rows == 8192
+    assert set(graph_forms(256, 8192, 129)) < set(small)
+    assert {form.chunk_length for form in small if form.num_rows <= 2048} == {16}
+    assert {form.chunk_length for form in small if form.num_rows > 2048} == {128}
+    sizes = [form.num_rows for form in small if form.num_prompts]
+    assert all(size - before <= size // 4 for before, size in pairwise(sizes) if size > 512)
+
+
 @given(
     num_decodes=st.integers(0, 256),
     prompts=st.lists(st.tuples(st.integers(2, 900), st.integers(0, 1100)), max_size=200),

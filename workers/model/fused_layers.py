@@ -7,13 +7,14 @@ rotary module and head stay transformers' (or `lora_layers`'); a model of anothe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lorafleet.kernels import fused
+from lorafleet.kernels.fp8 import Fp8Rows
 from lorafleet.kernels.kv_place import HeadNorm, KVPlace
 from lorafleet.workers.model.lora_layers import FusedProjection, ProjectionSlice
 from lorafleet.workers.model.norm_layers import AdapterNorm
@@ -26,6 +27,20 @@ _WINDOWS: dict[str, Callable[[Any], int | None]] = {
     "qwen3.modeling_qwen3.Qwen3": lambda attention: getattr(attention, "sliding_window", None),
 }
 """Kinds of models whose layers are computed here -> the sliding window that such a kind's attention module uses."""
+
+
+class Output(NamedTuple):
+    """Output of a projection, (rows, width), and (rows,) what it is still to be multiplied with."""
+
+    values: Tensor
+    scales: Tensor | None = None
+
+
+class Input(NamedTuple):
+    """Input of a projection, (rows, width), also in fp8 if that was made with it."""
+
+    values: Tensor
+    in_fp8: Fp8Rows | None = None
 
 
 class FusedLayer(nn.Module):
@@ -57,28 +72,28 @@ class FusedLayer(nn.Module):
         self.scaling: float = attention.scaling
         self.context = context
 
-    def forward(self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Output, residual: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Output, Tensor]:
         """x: (rows, width), what the layer before left to be added to `residual`; None at the first layer.
 
         Returns the same pair for the next layer; `residual` is changed in place.
         """
         qkv_proj, o_proj, gate_up_proj, down_proj = self.__dict__["projections"]
-        normed = _norm(self.input_layernorm, x, residual)
+        normed = _norm(self.input_layernorm, x, residual, qkv_proj)
         if residual is None:
-            residual = x
-        qkv = qkv_proj(normed)
-        query = self._rotate_and_store(qkv, cos, sin)
+            residual = x.values
+        query = self._rotate_and_store(_project(qkv_proj, normed), cos, sin)
         attended = attend(query, self.context, self.index, self.scaling, self.window)
-        x = o_proj(attended.flatten(1))
-        normed = _norm(self.post_attention_layernorm, x, residual)
-        x = down_proj(fused.silu_mul(gate_up_proj(normed)))
+        x = _project(o_proj, Input(attended.flatten(1)))
+        normed = _norm(self.post_attention_layernorm, x, residual, gate_up_proj)
+        x = _project(down_proj, _silu_mul(_project(gate_up_proj, normed), down_proj))
         return x, residual
 
-    def _rotate_and_store(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _rotate_and_store(self, qkv: Output, cos: Tensor, sin: Tensor) -> Tensor:
         """As `fused.rotate_and_store`, which writes rows with head norms of their own once more."""
         place = self.context.place(self.index)
-        own_norms = [(rows, norm, qkv.index_select(0, rows)) for rows, norm in self._own_head_norms()]
-        query = fused.rotate_and_store(qkv, cos, sin, place, self.head_norm)
+        # Rows of adapters come scaled.
+        own_norms = [(rows, norm, qkv.values.index_select(0, rows)) for rows, norm in self._own_head_norms()]
+        query = fused.rotate_and_store(qkv.values, cos, sin, place, self.head_norm, qkv.scales)
         for rows, norm, own_qkv in own_norms:
             own_cos, own_sin, pages, offsets = (
                 table.index_select(0, rows) for table in (cos, sin, place.row_pages, place.row_offsets)
@@ -115,12 +130,12 @@ class FusedBody(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, **_: object) -> BaseModelOutputWithPast:
         """input_ids, position_ids: (1, rows); the rest of what transformers' heads pass on is not used."""
-        x: Tensor = self.embed_tokens(input_ids)[0]
-        cos, sin = (table[0] for table in self.rotary_emb(x[None], position_ids))
-        residual: Tensor | None = None
+        embedded: Tensor = self.embed_tokens(input_ids)[0]
+        cos, sin = (table[0] for table in self.rotary_emb(embedded[None], position_ids))
+        x, residual = Output(embedded), None
         for layer in self.layers:
             x, residual = layer(x, residual, cos, sin)
-        return BaseModelOutputWithPast(last_hidden_state=_norm(self.norm, x, residual)[None])
+        return BaseModelOutputWithPast(last_hidden_state=_norm(self.norm, x, residual).values[None])
 
 
 def substitute(model: PreTrainedModel, context: AttentionContext) -> str | None:
@@ -154,16 +169,31 @@ def substitute(model: PreTrainedModel, context: AttentionContext) -> str | None:
     return None
 
 
-def _norm(module: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+def _norm(module: nn.Module, x: Output, residual: Tensor | None, reader: FusedProjection | None = None) -> Input:
+    """Add x to the residual and norm the sum, also in fp8 if the projection that reads it wants that."""
     weight, eps = module.weight, _untouched(module).variance_epsilon
     assert isinstance(weight, Tensor)
     assert isinstance(eps, float)
-    y = fused.rms_norm(x, weight, eps, residual)
+    if reader is None or reader.fp8_weight is None:
+        y, in_fp8 = fused.rms_norm(x.values, weight, eps, residual, x.scales), None
+    else:
+        y, in_fp8 = fused.rms_norm_fp8(x.values, weight, eps, residual, x.scales)
     if isinstance(module, AdapterNorm):
-        summed = x if residual is None else residual
+        summed = x.values if residual is None else residual
         for rows, parameters in module.replaced(summed.shape[0]):
             y.index_copy_(0, rows, fused.rms_norm(summed.index_select(0, rows), parameters["weight"], eps))
-    return y
+            in_fp8 = None
+    return Input(y, in_fp8)
+
+
+def _silu_mul(gate_up: Output, reader: FusedProjection) -> Input:
+    if reader.fp8_weight is None:
+        return Input(fused.silu_mul(gate_up.values, gate_up.scales))
+    return Input(*fused.silu_mul_fp8(gate_up.values, gate_up.scales))
+
+
+def _project(projection: FusedProjection, x: Input) -> Output:
+    return Output(*projection.unscaled(x.values, x.in_fp8))
 
 
 def _untouched(norm: nn.Module) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.kv_cache import LayerKV
 from lorafleet.workers.model.attention_calls import AttentionCall, read_calls
 from lorafleet.workers.model.geometry import TORCH_DTYPES, empty_model, geometry_of, read_config, resolve_dtype
+from lorafleet.workers.model.quantisation import pack_weights, refuse_device, round_weights, rounding_inputs
 from lorafleet.workers.model.rope import fix_frequencies, longest_model_len
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ class BaseModel:
     """(PROBE_TOKENS,) int64: a fixed prompt."""
     probe_logits: torch.Tensor
     """(PROBE_TOKENS, vocab) float32: the untouched model's answer to it."""
+    rounded_probe_logits: torch.Tensor | None = None
+    """(PROBE_TOKENS, vocab): the same of a model that sees activations in fp8, where the substituted one will."""
 
     @property
     def layers(self) -> tuple[LayerKV, ...]:
@@ -84,12 +88,24 @@ def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
     """Load the base at `model.source`. Raises UnsupportedModel, naming what cannot be served."""
     config = read_config(model)
     dtype = resolve_dtype(model, config, device)
+    is_fp8 = model.quantization == "fp8"
+    if is_fp8:
+        refuse_device(device, dtype)
     with device:
         if model.load == "dummy":
             loaded = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[dtype])
         else:
             loaded = _load_weights(model.source, config, TORCH_DTYPES[dtype], device)
-    return base_of(loaded, config, dtype, max_model_len(model, config))
+    if is_fp8:
+        round_weights(loaded, geometry_of(empty_model(config, TORCH_DTYPES[dtype]), dtype))
+    base = base_of(loaded, config, dtype, max_model_len(model, config))
+    if is_fp8 and device.type == "cuda":
+        with torch.inference_mode(), rounding_inputs(loaded, base.geometry):
+            rounded = loaded(input_ids=base.probe_token_ids[None], use_cache=False).logits[0]
+        base = dataclasses.replace(base, rounded_probe_logits=rounded)
+        pack_weights(loaded, base.geometry)
+        torch.cuda.empty_cache()
+    return base
 
 
 def base_of(

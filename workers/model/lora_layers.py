@@ -17,12 +17,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorafleet.kernels import ops, reference
+from lorafleet.kernels import fp8, ops, reference
 from lorafleet.kernels.adjust import adjust
+from lorafleet.kernels.fp8 import Fp8Rows
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.extra_rows import Extra, ExtraMatrix
+from lorafleet.workers.model.quantisation import packed
 
 Place = Literal["body", "logits"]
 """Where a module stands: in the body, which computes all rows, or after it, where only the logits' rows come."""
@@ -99,13 +101,18 @@ class FusedProjection(nn.Module):
         self.names = names
         matrices = [_matrix(linear) for linear in linears]
         self.widths = [matrix.shape[0] for matrix in matrices]
+        self.fp8_weight = packed(linears)
         # A group of one keeps its very tensor: it may be tied to the embedding.
-        self.weight = nn.Parameter(torch.cat(matrices), requires_grad=False) if len(matrices) > 1 else matrices[0]
+        self.weight: Tensor = matrices[0]
+        if self.fp8_weight is not None:
+            self.weight = nn.Parameter(self.fp8_weight.values, requires_grad=False)
+        elif len(matrices) > 1:
+            self.weight = nn.Parameter(torch.cat(matrices), requires_grad=False)
         biases = [_bias(linear) for linear in linears]
         self.bias: Tensor | None = None
         if any(bias is not None for bias in biases):
             parts = [
-                bias if bias is not None else matrix.new_zeros(matrix.shape[0])
+                bias if bias is not None else matrix.new_zeros(matrix.shape[0], dtype=weights.pool.dtype)
                 for bias, matrix in zip(biases, matrices, strict=True)
             ]
             self.bias = nn.Parameter(torch.cat(parts), requires_grad=False)
@@ -117,9 +124,38 @@ class FusedProjection(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_dim) -> (..., sum of the members' widths)."""
         rows = x.reshape(-1, x.shape[-1])
+        y, scales = self.unscaled(rows)
+        if scales is not None:
+            fp8.rescale(y, scales)
+        return y.view(*x.shape[:-1], -1)
+
+    def unscaled(self, x: Tensor, in_fp8: Fp8Rows | None = None) -> tuple[Tensor, Tensor | None]:
+        """x: (rows, in_dim), also in fp8 where the caller has it -> (rows, sum of the members' widths).
+
+        Returns the output, and (rows,) what it is still to be multiplied with: who reads it next does that by the way.
+        """
+        if self.fp8_weight is None:
+            return self._product(x), None
+        if in_fp8 is None:
+            in_fp8 = fp8.quantise_rows(x)
+        segments = self.context.segments_at(self.place, self.names[0], x.shape[0])
+        if segments is not None:
+            # Adapters see the input as it is. Expand comes up while shrink runs, if nothing stands between them.
+            y, scales = fp8.product(in_fp8, self.fp8_weight, self.bias)
+            h = ops.shrink(x, self.lora, segments)
+            ops.expand(h, self.lora, segments, y, bias=None if scales is None else self.bias, scales=scales)
+            self._adjust(y, segments)
+            return y, None
+        y, scales = fp8.product(in_fp8, self.fp8_weight, self.bias)
+        if scales is not None and self.bias is not None:
+            return fp8.rescale(y, scales, self.bias), None
+        return y, scales
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """rows: (rows, in_dim) -> (rows, sum of the members' widths)."""
         segments = self.context.segments_at(self.place, self.names[0], rows.shape[0])
         if segments is None:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(rows, self.weight, self.bias)
         owners = self.context.owners(segments)
         if rows.is_cuda:
             # The delta first, the base product onto it: beta = 1 costs cuBLAS nothing, and y is not read by expand.
@@ -137,9 +173,13 @@ class FusedProjection(nn.Module):
                 product = matrix.product(reference.padded(rows.index_select(0, at)))[: len(at)]
                 y.index_copy_(0, at, product if self.bias is None else product.add_(self.bias))
             ops.add_lora(rows, self.lora, segments, y)
-        if owners and self.lora.vectors is not None:
+        self._adjust(y, segments)
+        return y
+
+    def _adjust(self, y: Tensor, segments: Segments) -> None:
+        """Apply what adapters of the pass have beside low-rank factors: rows added to the output, and its scales."""
+        if self.lora.vectors is not None and self.context.owners(segments):
             adjust(y, self.lora.vectors, segments, self.bias)
-        return y.view(*x.shape[:-1], -1)
 
     def _replaced(self, owners: tuple[Owner, ...]) -> list[tuple[Tensor, ExtraMatrix]]:
         """Rows that have a matrix of their own, and the matrix."""

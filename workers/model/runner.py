@@ -318,7 +318,7 @@ class ModelRunner:
         started_s = time.monotonic()
         pool, logits = torch.cuda.graph_pool_handle(), None
         for form in reversed(self.graph_forms):
-            bounds = chunk_bounds(form.num_rows, self.pool.num_slots)
+            bounds = chunk_bounds(form.num_rows, self.pool.num_slots, form.chunk_length)
             variants = [(True, n) for n in reversed(bounds)] if self.pool.num_slots else []
             for has_lora, max_chunks in (*variants, (False, bounds[0])):
                 blank = blank_batch(

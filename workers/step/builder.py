@@ -10,7 +10,7 @@ import numpy as np
 from lorafleet.kernels.segments import BASE_SLOT
 from lorafleet.workers.sequence import PromptRows, ScheduledRows, Sequence
 from lorafleet.workers.step.forms import GraphForm, choose_form
-from lorafleet.workers.step.layout import GRAPH_CHUNK_LENGTH, Layout, chunk_bounds, most_chunks
+from lorafleet.workers.step.layout import Layout, chunk_bounds, most_chunks
 from lorafleet.workers.step.message import StepMessage
 from lorafleet.workers.step.sampling_table import SamplingTable
 
@@ -121,13 +121,14 @@ class BatchBuilder:
         if form is not None:
             slots = row_slots if special else slots
             num_adapters = np.unique(slots[slots != BASE_SLOT]).size
-            needed = most_chunks(form.num_rows, num_adapters) if num_adapters else 0
-            max_chunks = next(n for n in chunk_bounds(form.num_rows, self._num_slots) if n >= needed)
+            length = form.chunk_length
+            needed = most_chunks(form.num_rows, num_adapters, length) if num_adapters else 0
+            max_chunks = next(n for n in chunk_bounds(form.num_rows, self._num_slots, length) if n >= needed)
             layout = layout.in_form(form, row_sequence, self._null_page, self._pass_rows[1])
         sampled = row_sequence[sampled_rows]
         message = layout.pack(
             form=form,
-            chunk_length=None if form is None else GRAPH_CHUNK_LENGTH,
+            chunk_length=None if form is None else form.chunk_length,
             max_chunks=max_chunks,
             pass_rows=self._pass_rows,
             num_sampled=num_sampled,

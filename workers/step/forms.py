@@ -9,7 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 MAX_ROWS = 2048
-"""Of prompts beside decodes. A larger step takes longer to compute than to launch."""
+"""Of prompts beside decodes, for a base of MAX_ROWS_WEIGHTS. A larger step takes longer to compute than to launch."""
+MAX_ROWS_WEIGHTS = 7_000_000_000
+"""Weights of a base's linear layers: a smaller base computes more rows while they are launched."""
+SMALL_CHUNKS_ROWS = 2048
+"""A form of more rows has long chunks: most of its rows are of prompts."""
 FEWEST_BESIDE_PROMPTS = 256
 """Rows of the smallest form with lines for prompts."""
 PROMPT_LINES = 128
@@ -42,20 +46,28 @@ class GraphForm:
     """Lines for sequences of several rows; one more has the padding."""
 
     @property
+    def chunk_length(self) -> int:
+        """Most rows of a chunk, whatever the batch's mix of adapters."""
+        return 16 if self.num_rows <= SMALL_CHUNKS_ROWS else 128
+
+    @property
     def num_lines(self) -> int:
         """Sequences that attention takes, empty ones and the padding's included."""
         return self.num_decodes + (self.num_prompts + 1 if self.num_prompts else 0)
 
 
-def graph_forms(max_running: int, max_batch_tokens: int, max_pages: int) -> tuple[GraphForm, ...]:
-    """Rising forms for up to `max_running` sequences of up to `max_pages` KV pages.
+def graph_forms(
+    max_running: int, max_batch_tokens: int, max_pages: int, num_weights: int = MAX_ROWS_WEIGHTS
+) -> tuple[GraphForm, ...]:
+    """Rising forms for up to `max_running` sequences of up to `max_pages` KV pages. `num_weights`: of linear layers.
 
     They go beyond `max_running` rows so that decodes with prompts beside them have one: below some 1,500 rows a step
     without a graph takes longer to launch than to compute.
     """
     most = max(max_running, max_batch_tokens)
     forms = [GraphForm(n, n, max_pages) for n in _sizes(min(most, max(max_running, 512)))]
-    for num_rows in _sizes(min(most, max(max_running, MAX_ROWS))):
+    max_rows = max(MAX_ROWS, MAX_ROWS * MAX_ROWS_WEIGHTS // max(1, num_weights))
+    for num_rows in _sizes(min(most, max(max_running, max_rows))):
         if num_rows >= FEWEST_BESIDE_PROMPTS:
             form = GraphForm(num_rows, min(num_rows, max_running), max_pages, PROMPT_LINES)
             forms.append(replace(form, num_pages=min(max_pages, MAX_TABLE_ENTRIES // form.num_lines)))
@@ -82,5 +94,5 @@ def choose_form(
 
 def _sizes(largest: int) -> tuple[int, ...]:
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 512, 64), *range(512, 1024, 128)]
-    sizes += range(1024, 1 << 20, 256)
+    sizes += [*range(1024, 2048, 256), *(n << k for k in range(9, 18) for n in (4, 5, 6, 7))]
     return (*(size for size in sizes if size < largest), largest)

@@ -26,14 +26,14 @@ def most_chunks(num_rows: int, num_slots: int, chunk_length: int = GRAPH_CHUNK_L
     return num_segments + (num_rows - num_segments) // chunk_length
 
 
-def chunk_bounds(num_rows: int, num_slots: int) -> tuple[int, ...]:
+def chunk_bounds(num_rows: int, num_slots: int, chunk_length: int = GRAPH_CHUNK_LENGTH) -> tuple[int, ...]:
     """Rising bounds of the chunks of captured batches of so many rows, each worth a graph of its own.
 
     They hold a 64th, a quarter and all as many adapters as there are rows: a kernel's programs for chunks that a batch
     does not have end at once, but where few adapters share many rows they would be most of the launch.
     """
     adapters = (num_rows // 64, num_rows // 4, num_rows) if num_rows >= 32 else (num_rows,)
-    return tuple(sorted({most_chunks(num_rows, min(max(n, 1), num_slots)) for n in adapters}))
+    return tuple(sorted({most_chunks(num_rows, min(max(n, 1), num_slots), chunk_length) for n in adapters}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,16 +165,19 @@ def blank_batch(
     has_lora: bool,
     max_chunks: int,
     max_logits: int,
-    chunk_length: int = GRAPH_CHUNK_LENGTH,
+    chunk_length: int | None = None,
 ) -> StepMessage:
-    """A batch of padding alone, to capture a graph with; with `has_lora` one that goes through the LoRA kernels."""
+    """A batch of padding alone, to capture a graph with; with `has_lora` one that goes through the LoRA kernels.
+
+    `chunk_length`: another than the form's.
+    """
     none = np.zeros(0, dtype=np.int64)
     tables = np.zeros((0, form.num_pages), dtype=np.int32)
     layout = Layout(none, none, none, none, none.astype(np.int32), none, none, tables, none, none)
     return _blank(
         layout.in_form(form, none, null_page, max_logits),
         form=form,
-        chunk_length=chunk_length,
+        chunk_length=chunk_length or form.chunk_length,
         max_chunks=max_chunks,
         pass_rows=(1, form.num_rows),
         has_lora=has_lora,

@@ -1,0 +1,153 @@
+"""Rows and weights in 8-bit floating point (e4m3), and the product of them.
+
+A row of activations has one scale, and a weight has one, all powers of two. So rounding to e4m3 is the only error:
+scales never round, and a rounded weight is exact in bfloat16. Finer scales would gain nothing: e4m3 is a floating-point
+format, with all its bits for what is larger than 1/32768 of the largest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DTYPE = torch.float8_e4m3fn
+LARGEST = 448.0
+"""Largest finite value of e4m3."""
+ALIGNMENT = 16
+"""The product takes dimensions that are multiples of this."""
+FEW_ROWS = 1024
+"""Up to so many rows, cuBLAS multiplies faster without a scale for each row."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fp8Rows:
+    """Activations: values * scales[:, None]."""
+
+    values: Tensor
+    """(rows, width) e4m3, contiguous."""
+    scales: Tensor
+    """(rows,) float32."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fp8Weight:
+    """A weight: values * scales[:, None]."""
+
+    values: Tensor
+    """(out_dim, in_dim) e4m3, contiguous."""
+    scales: Tensor
+    """(out_dim,) float32, all the same."""
+
+
+def fits(out_dim: int, in_dim: int) -> bool:
+    """True if `product` takes a weight of this shape."""
+    return out_dim % ALIGNMENT == 0 and in_dim % ALIGNMENT == 0
+
+
+def quantise_rows(x: Tensor) -> Fp8Rows:
+    """Round each row to e4m3, at the smallest power-of-two scale at which the row does not overflow.
+
+    x: (rows, width), unit stride along width. A row that is not finite stays so. Raises ValueError.
+    """
+    check_rows("x", x)
+    if x.is_cuda:
+        from lorafleet.kernels import fp8_triton
+
+        return fp8_triton.quantise_rows(x)
+    scales = _power_of_two(x.abs().amax(-1).float())
+    return Fp8Rows((x.float() / scales[:, None]).to(DTYPE), scales)
+
+
+def quantise_weight(*matrices: Tensor) -> Fp8Weight:
+    """Round matrices (out_dim, in_dim), one below the other, at one scale."""
+    scale = _power_of_two(torch.stack([matrix.abs().amax().float() for matrix in matrices]).amax())
+    values = torch.cat([(matrix.float() / scale).to(DTYPE) for matrix in matrices])
+    return Fp8Weight(values, scale.repeat(values.shape[0]))
+
+
+def dequantise(rounded: Fp8Rows | Fp8Weight, dtype: torch.dtype) -> Tensor:
+    """Return the matrix in `dtype`."""
+    return (rounded.values.to(torch.promote_types(dtype, torch.float32)) * rounded.scales[:, None]).to(dtype)
+
+
+def product(x: Fp8Rows, weight: Fp8Weight, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Compute x.values @ weight^T in bfloat16, on a GPU of compute capability 8.9 or later.
+
+    Returns (rows, out_dim), and (rows,) what it is still to be multiplied with before `bias` (out_dim,) bfloat16 is
+    added: who reads it next does that by the way. None: the product has done both. Raises ValueError.
+    """
+    if x.values.shape[1] != weight.values.shape[1] or not fits(*weight.values.shape):
+        raise ValueError(
+            f"rows of {x.values.shape[1]} do not go with a weight of {tuple(weight.values.shape)}: the inner dimension "
+            f"must be the same, and both dimensions multiples of {ALIGNMENT}"
+        )
+    has_many_rows = x.values.shape[0] > FEW_ROWS
+    # Few rows are multiplied faster without a scale for each.
+    y = torch._scaled_mm(
+        x.values,
+        weight.values.t(),
+        scale_a=x.scales[:, None] if has_many_rows else _one(x.values.device),
+        scale_b=weight.scales[None] if has_many_rows else weight.scales[0],
+        bias=bias if has_many_rows else None,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return y, None if has_many_rows else x.scales
+
+
+def rescale(y: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute y = y * scales[:, None] + bias in place; return y.
+
+    y: (rows, out_dim), unit stride along out_dim. scales: (rows,) float32. bias: (out_dim,). Raises ValueError.
+    """
+    check_rows("y", y)
+    check_scales(scales, y)
+    if y.is_cuda:
+        from lorafleet.kernels import fp8_triton
+
+        return fp8_triton.rescale(y, scales, bias)
+    wide = scaled(y, scales)
+    return y.copy_(wide if bias is None else wide + bias)
+
+
+def scaled(y: Tensor, scales: Tensor | None) -> Tensor:
+    """Return y * scales[:, None] in float32; y itself without scales."""
+    return y if scales is None else y.float() * scales[:, None]
+
+
+def _power_of_two(largest: Tensor) -> Tensor:
+    """Return the smallest powers of two by which float32 magnitudes can be divided to lie within e4m3's range."""
+    mantissa, exponent = torch.frexp((largest / LARGEST).clamp(min=2.0**-100))
+    # 2^e for a mantissa in (0.5, 1), 2^(e - 1) for one of 0.5: the power of two itself.
+    scales = torch.ldexp(torch.ones_like(largest), exponent - (mantissa == 0.5).int())
+    return torch.where(torch.isfinite(largest), scales, largest)
+
+
+def check_rows(name: str, matrix: Tensor) -> None:
+    """Raise ValueError unless `matrix` is two-dimensional with unit stride along its last dimension."""
+    if matrix.dim() != 2 or matrix.stride(1) != 1:
+        raise ValueError(
+            f"{name} must be a matrix with unit stride along its last dimension, got shape {tuple(matrix.shape)} and "
+            f"strides {matrix.stride()}"
+        )
+
+
+def check_scales(scales: Tensor, y: Tensor) -> None:
+    """Raise ValueError unless `scales` belong to the rows of `y`."""
+    if scales.shape != y.shape[:1] or scales.stride() != (1,) or scales.dtype != torch.float32:
+        raise ValueError(
+            f"scales must be a contiguous float32 ({y.shape[0]},), got {scales.dtype} {tuple(scales.shape)}"
+        )
+    if scales.device != y.device:
+        raise ValueError(f"scales must be on {y.device}, got {scales.device}")
+
+
+_ones: dict[torch.device, Tensor] = {}
+
+
+def _one(device: torch.device) -> Tensor:
+    if device not in _ones:
+        _ones[device] = torch.ones((), device=device)
+    return _ones[device]
