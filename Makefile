@@ -5,7 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 FLOORS := adapter_store cluster deploy kernels workers
 
-.PHONY: setup demo serve test lint types unit gpu fidelity sweep format docs site lock typings clean
+# Processes that tests are spread over. Each computes on one thread, or torch's threads would fight for the cores.
+# All hash alike, since they must collect the same tests.
+JOBS ?= logical
+SPREAD := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/pytest -n $(JOBS) --dist loadfile
+# Ray's processes need all cores, so these tests follow each other.
+RAY := $(BIN)/pytest -m "ray and not gpu"
+
+.PHONY: setup demo serve test lint types unit quick slow ray coverage gpu fidelity sweep format docs site wheel lock typings clean
 
 setup: $(VENV)/.ready typings
 
@@ -36,12 +43,38 @@ lint: setup
 	$(BIN)/ruff check .
 	PYTHONPATH=typings $(BIN)/lint-imports
 	$(BIN)/hadolint deploy/docker/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema custom.github-workflows-require-timeout .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-actions .github/actions/*/action.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
 types: setup
 	$(BIN)/mypy
 
+# All that needs no GPU.
 unit: setup
 	$(BIN)/pytest -m "not gpu"
+
+# The three parts of `make unit`.
+quick: setup
+	$(SPREAD) -m "not gpu and not ray and not slow"
+
+slow: setup
+	$(SPREAD) -m "slow and not gpu and not ray"
+
+ray: setup
+	$(RAY)
+
+# Lines of the floors that tests run, in all processes. The report fails below the share that pyproject.toml names.
+coverage: setup
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(subst $(BIN)/pytest,$(BIN)/coverage run -m pytest,$(SPREAD)) -m "not gpu and not ray"
+	$(subst $(BIN)/pytest,$(BIN)/coverage run -m pytest,$(RAY))
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage html --quiet --fail-under=0
+	$(BIN)/coverage report
 
 # On a machine with a GPU.
 gpu: setup
@@ -67,6 +100,16 @@ docs: setup
 # Builds the pages in build/site; a broken link fails it. A test does the same.
 site: setup
 	$(BIN)/python docs/build_site.py
+
+# The wheel in dist/, built from the last commit and checked in an environment of its own.
+wheel: setup
+	rm -rf build/source build/fresh dist
+	mkdir -p build/source
+	git archive HEAD | tar -x -C build/source
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist build/source
+	$(PYTHON) -m venv build/fresh
+	build/fresh/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	build/fresh/bin/python -I .github/scripts/check_wheel.py
 
 # Writes down what is installed now; a build tag such as +cpu is left to the index that serves it.
 lock:
