@@ -6,10 +6,13 @@ whatever a replica raises.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ParamSpec, TypeVar
+
+from msgspec import msgpack
 
 from lorafleet.adapter_store.errors import AdapterStoreError
 from lorafleet.adapter_store.manifest import AdapterChat, AdapterManifest
@@ -31,8 +34,36 @@ Batch = list[tuple[str, GenerateDelta]]
 EXPECTED = (AdapterStoreError, ClusterError, WorkerError)
 """What replicas raise of what callers did, or of what is not there now."""
 
+OUTBOX_ID_BYTES = 32
+OUTBOX_KEY_BYTES = 32
+_FRAME_HEAD_BYTES = 4
+
+_to_msgpack = msgpack.Encoder().encode
+_batch_of = msgpack.Decoder(Batch).decode
+
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxAddress:
+    """Where a worker's deltas are read: whoever connects sends the key and the id of its outbox, then gets frames."""
+
+    host: str
+    port: int
+    key: bytes = field(repr=False)
+
+
+def batch_frame(batch: Batch) -> bytes:
+    """A batch as it goes over a connection: the length, big-endian, and the batch as MessagePack."""
+    body = _to_msgpack(batch)
+    return len(body).to_bytes(_FRAME_HEAD_BYTES, "big") + body
+
+
+async def read_batch(reader: asyncio.StreamReader) -> Batch:
+    """The next batch of a connection. Raises IncompleteReadError at its end, and OSError."""
+    head = await reader.readexactly(_FRAME_HEAD_BYTES)
+    return _batch_of(await reader.readexactly(int.from_bytes(head, "big")))
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from lorafleet.cluster.errors import ErrorReply
 from lorafleet.cluster.openai.reading import Piece, call_id, reader_of
 from lorafleet.cluster.openai.requests import ChatBody, CompletionBody
+from lorafleet.cluster.openai.templates import TEXT, TOKEN_ID, EventTemplate
 from lorafleet.cluster.serving.dispatch import PreparedRequest
 from lorafleet.cluster.serving.prompts import Prompts
 from lorafleet.workers.request import GenerateDelta, TokenLogprobs
@@ -48,6 +49,8 @@ class Answer:
     num_characters: int = 0
     """Where the next token begins in the text, echo included; counted only where logprobs are reported."""
     decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+    template: EventTemplate | None = None
+    """Of its events that have nothing but text and token ids to say."""
 
     def served_by(self) -> dict[str, str | None]:
         """Which worker answered, with which version of the adapter (None: the base)."""
@@ -89,6 +92,26 @@ class Reply(ABC):
     def chunk(self, delta: GenerateDelta) -> bytes | None:
         """The event for a delta; None when nothing of it is to be seen yet."""
         answer = self._answers[delta.index]
+        if self._is_plain(answer, delta):
+            return self._plain_event(answer, delta, delta.text)
+        return self._event(answer, delta)
+
+    def _is_plain(self, answer: Answer, delta: GenerateDelta) -> bool:
+        """Whether a delta's event has text, and nothing beside it but token ids."""
+        is_amid = answer.last is not None and delta.finish_reason is None
+        return is_amid and bool(delta.text) and delta.logprobs is None and not self._wants_every_usage
+
+    def _plain_event(self, answer: Answer, delta: GenerateDelta, text: str) -> bytes:
+        if answer.template is None:
+            num_tokens = answer.num_tokens
+            event = self._event(answer, replace(delta, text=TEXT, token_ids=(TOKEN_ID,)))
+            assert event is not None
+            answer.template, answer.num_tokens = EventTemplate(event), num_tokens
+        answer.last = delta
+        answer.num_tokens += len(delta.token_ids)
+        return answer.template.event(text, delta.token_ids)
+
+    def _event(self, answer: Answer, delta: GenerateDelta) -> bytes | None:
         is_first = answer.last is None
         delta = self._noted(answer, delta)
         is_last = delta.finish_reason is not None
@@ -336,8 +359,12 @@ class ChatReply(Reply):
 
     def chunk(self, delta: GenerateDelta) -> bytes | None:
         """The events for a delta: one for each part of the message that it adds to."""
-        is_first = self._answers[delta.index].last is None
+        answer = self._answers[delta.index]
+        is_first = answer.last is None
         pieces = self._readers[delta.index].feed(delta.text, is_last=delta.finish_reason is not None)
+        if len(pieces) == 1 and pieces[0].kind == "content" and self._is_plain(answer, delta):
+            self._shown = {"content": TEXT}
+            return self._plain_event(answer, delta, pieces[0].text)
         *early, self._shown = [self._message_delta(delta.index, piece) for piece in pieces] or [{}]
         events = b""
         for each in early:
@@ -346,7 +373,7 @@ class ChatReply(Reply):
                 choice["delta"] = {"role": "assistant", **each}
                 is_first = False
             events += f'{self._head}"choices":[{to_json(choice)}]{self._tail}'.encode()
-        last = super().chunk(delta)
+        last = self._event(answer, delta)
         return events + last if last is not None else events or None
 
     def _message_delta(self, index: int, piece: Piece) -> dict[str, Any]:

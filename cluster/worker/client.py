@@ -1,7 +1,7 @@
 """The client of the workers: a stream of deltas for each sequence, and calls to one worker. Hides Ray's error types.
 
 Each sequence has its own call, which says where it runs and how it ended. The deltas of all sequences on one worker
-come together, from the outbox that the worker keeps for this process.
+come together over one connection, from the outbox that the worker keeps for this process.
 
 Worker ids come from the handle's request router, which hears of deaths and joins first. A call to a worker that is not
 there fails; no other worker gets it.
@@ -14,6 +14,7 @@ import contextlib
 import contextvars
 import itertools
 import logging
+import socket
 import uuid
 from collections import deque
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from lorafleet.cluster.errors import NoWorker, Overloaded, ServiceUnavailable, W
 from lorafleet.cluster.ray_internals import by_value
 from lorafleet.cluster.routing.calls import answer_of
 from lorafleet.cluster.routing.whereabouts import live_workers, worker_of
-from lorafleet.cluster.wire import Batch, WorkerCounts, result_of
+from lorafleet.cluster.wire import Batch, OutboxAddress, WorkerCounts, read_batch, result_of
 from lorafleet.cluster.worker.pace import Pace, Turns
 from lorafleet.workers.errors import EngineFailed
 from lorafleet.workers.request import EngineRequest, GenerateDelta
@@ -140,8 +141,18 @@ class WorkersClient:
         turns = Turns(self.pace, lambda: len(self._streams))
         reason = "the worker ended the stream before the answer"
         try:
-            async for batch in response:
-                turns.add(self._distribute(batch))
+            address: OutboxAddress = await anext(response)
+            # The call says nothing more; it ends when the worker is lost, also where no connection tells of it.
+            reading = asyncio.ensure_future(self._read_frames(address, turns))
+            ending = asyncio.ensure_future(anext(response, None))
+            try:
+                done, _ = await asyncio.wait({reading, ending}, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    await task
+            finally:
+                reading.cancel()
+                ending.cancel()
+                await asyncio.gather(reading, ending, return_exceptions=True)
         except asyncio.CancelledError:
             reason = "the worker is left alone"
             raise
@@ -157,6 +168,18 @@ class WorkersClient:
             for stream in list(self._streams.values()):
                 if stream.runs_on == worker_id:
                     stream.put(WorkerGone(reason))
+
+    async def _read_frames(self, address: OutboxAddress, turns: Turns) -> None:
+        """Hand out what comes over a connection to the worker, until it breaks."""
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        try:
+            connection: socket.socket = writer.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            writer.write(address.key + self._outbox_id.encode())
+            while True:
+                turns.add(self._distribute(await read_batch(reader)))
+        finally:
+            writer.close()
 
     def _distribute(self, batch: Batch) -> Iterator[ServeStream]:
         """Put deltas into their streams, which are to be woken."""

@@ -23,7 +23,16 @@ from lorafleet.adapter_store.names import VersionsToKeep
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.metrics import WorkerMetrics
 from lorafleet.cluster.store.client import StoreClient
-from lorafleet.cluster.wire import EXPECTED, VERSION_PREFIX, Batch, Failure, RoutingReport, WorkerCounts, replying
+from lorafleet.cluster.wire import (
+    EXPECTED,
+    VERSION_PREFIX,
+    Failure,
+    OutboxAddress,
+    RoutingReport,
+    WorkerCounts,
+    replying,
+)
+from lorafleet.cluster.worker.delta_server import DeltaServer
 from lorafleet.cluster.worker.outbox import Outboxes
 from lorafleet.cluster.worker.reconciler import Reconciler
 from lorafleet.workers.request import EngineRequest
@@ -52,6 +61,7 @@ class WorkerReplica:
             node_id=ray.get_runtime_context().get_node_id(),
         )
         self._outboxes = Outboxes()
+        self._delta_server = DeltaServer(self._outboxes, ray.util.get_node_ip_address())
         self._reconciler = Reconciler(self._worker, self._ask_store)
         self._metrics = WorkerMetrics(self.worker_id)
         self._tasks = [asyncio.create_task(self._reconciler.run()), asyncio.create_task(self._report())]
@@ -79,12 +89,12 @@ class WorkerReplica:
             finally:
                 answering.cancel()
 
-    async def deltas(self, outbox_id: str, worker_id: str) -> AsyncIterator[Batch]:
-        """What the answers that go into an outbox say, a message a step."""
+    async def deltas(self, outbox_id: str, worker_id: str) -> AsyncIterator[OutboxAddress]:
+        """Where an outbox is read, a message a step. The call stays open as long as its ingress reads."""
         self._check(worker_id)
-        with self._outboxes.using(outbox_id) as outbox:
-            async for batch in outbox.batches():
-                yield batch
+        with self._outboxes.using(outbox_id):
+            yield await self._delta_server.address()
+            await asyncio.Event().wait()
 
     @replying
     async def state(self, worker_id: str) -> WorkerState:
@@ -138,6 +148,8 @@ class WorkerReplica:
         """Serve calls this when the replica has drained."""
         for task in getattr(self, "_tasks", ()):
             task.cancel()
+        if hasattr(self, "_delta_server"):
+            self._delta_server.close()
         if hasattr(self, "_worker"):
             self._worker.close()
 

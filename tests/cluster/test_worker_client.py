@@ -18,15 +18,18 @@ from ray.serve.handle import DeploymentHandle
 
 from lorafleet.cluster.errors import Overloaded, WorkerGone
 from lorafleet.cluster.routing.whereabouts import note_request
-from lorafleet.cluster.wire import Failure
+from lorafleet.cluster.wire import OUTBOX_KEY_BYTES, Failure, read_batch
 from lorafleet.cluster.worker import client
 from lorafleet.cluster.worker.client import ServeStream, WorkersClient
+from lorafleet.cluster.worker.delta_server import DeltaServer
 from lorafleet.cluster.worker.outbox import KEEP_S, Outboxes
 from lorafleet.workers.errors import EngineFailed, NoRoomError
 from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams, TokenLogprobs
+from tests.support.wait import until
 
 DELTA = GenerateDelta(0, (5,), "x", None, None, 3, 0)
 LAST = GenerateDelta(0, (6,), "y", None, "length", 3, 0)
+OUTBOX_ID = b"0123456789abcdef" * 2
 NO_ROOM = NoRoomError("ab" * 32, 5, 1, 3, 1, 5)
 
 
@@ -56,6 +59,25 @@ class Response:
             raise BackPressureError(5, 4)  # as Serve does with whatever kept a request from its replica
 
 
+class Box:
+    """The outbox of one worker for one ingress: a real one, behind a real connection."""
+
+    def __init__(self, outbox_id: str) -> None:
+        self.boxes = Outboxes()
+        self.server = DeltaServer(self.boxes, "127.0.0.1")
+        self.call = Response()
+        self._outbox_id = outbox_id
+        self._telling = asyncio.ensure_future(self._tell())
+
+    async def _tell(self) -> None:
+        self.call.words.put_nowait(await self.server.address())
+
+    def put(self, *batch: tuple[str, GenerateDelta]) -> None:
+        with self.boxes.using(self._outbox_id) as outbox:
+            for request_id, delta in batch:
+                outbox.put(request_id, delta)
+
+
 class Handle:
     """Stands in for Serve's handle: every answer runs on worker w1, whose outboxes are `boxes`."""
 
@@ -63,7 +85,7 @@ class Handle:
 
     def __init__(self, answers: Sequence[Response] = ()) -> None:
         self.answers = list(answers)
-        self.boxes: dict[str, Response] = {}
+        self.boxes: dict[str, Box] = {}
         self.calls: list[tuple[str, str, frozenset[str]]] = []
 
     def options(self, *, method_name: str, stream: bool = False, _by_reference: bool = True) -> Any:
@@ -85,9 +107,9 @@ class Handle:
         return self.answers.pop(0)
 
     def deltas(self, outbox_id: str, *, worker_id: str) -> Response:
-        assert worker_id not in self.boxes or self.boxes[worker_id].is_cancelled
-        self.boxes[worker_id] = Response()
-        return self.boxes[worker_id]
+        assert worker_id not in self.boxes or self.boxes[worker_id].call.is_cancelled
+        self.boxes[worker_id] = Box(outbox_id)
+        return self.boxes[worker_id].call
 
 
 def start(handle: Handle, *request_ids: str, workers: WorkersClient | None = None) -> list[ServeStream]:
@@ -97,8 +119,7 @@ def start(handle: Handle, *request_ids: str, workers: WorkersClient | None = Non
 
 
 async def settle() -> None:
-    for _ in range(10):
-        await asyncio.sleep(0)
+    await asyncio.sleep(0.02)
 
 
 def test_serve_still_sends_by_value() -> None:
@@ -137,11 +158,11 @@ async def test_deltas_of_many_come_by_one_stream_whatever_comes_first() -> None:
     handle = Handle([Response(["w1", None], ends=True), Response()])
     known, unknown = start(handle, "known", "unknown")
     await settle()
-    handle.boxes["w1"].words.put_nowait([("known", DELTA), ("unknown", DELTA), ("gone", DELTA)])
-    assert await unknown.next() is DELTA, "its deltas may come before it is said where it runs"
-    assert await known.next() is DELTA
-    handle.boxes["w1"].words.put_nowait([("known", LAST)])
-    assert await known.next() is LAST
+    handle.boxes["w1"].put(("known", DELTA), ("unknown", DELTA), ("gone", DELTA))
+    assert await unknown.next() == DELTA, "its deltas may come before it is said where it runs"
+    assert await known.next() == DELTA
+    handle.boxes["w1"].put(("known", LAST))
+    assert await known.next() == LAST
     assert [call[0] for call in handle.calls] == ["known", "unknown"]
     assert len({call[1] for call in handle.calls}) == 1
     assert {call[2] for call in handle.calls} == {frozenset({"w0"})}
@@ -172,15 +193,15 @@ async def test_a_stream_is_read_in_its_turn_but_at_once_when_it_begins_or_ends()
     workers.pace.event_s = 1.0
     (stream,) = start(handle, "r", workers=workers)
     await settle()
-    box = handle.boxes["w1"].words
-    box.put_nowait([("r", DELTA)])
-    assert await asyncio.wait_for(stream.next(), 1) is DELTA
-    box.put_nowait([("r", DELTA)])
-    box.put_nowait([("r", DELTA)])
+    box = handle.boxes["w1"]
+    box.put(("r", DELTA))
+    assert await asyncio.wait_for(stream.next(), 1) == DELTA
+    box.put(("r", DELTA))
+    box.put(("r", DELTA))
     reading = asyncio.ensure_future(stream.next())
     await settle()
     assert not reading.done(), "its turn has not come"
-    box.put_nowait([("r", LAST)])
+    box.put(("r", LAST))
     assert (await asyncio.wait_for(reading, 1)).token_ids == (5, 5, 6)
 
 
@@ -190,18 +211,18 @@ async def test_a_lost_outbox_ends_the_streams_of_its_worker_and_the_next_gets_a_
     one, two, early = start(handle, "one", "two", "early", workers=workers)
     early_response = early._response
     await settle()
-    handle.boxes["w1"].words.put_nowait(ActorUnavailableError("gone", None))
+    handle.boxes["w1"].call.words.put_nowait(ActorUnavailableError("gone", None))
     with pytest.raises(WorkerGone):
         await one.next()
-    handle.boxes["w2"].words.put_nowait([("two", DELTA)])
-    assert await two.next() is DELTA
+    handle.boxes["w2"].put(("two", DELTA))
+    assert await two.next() == DELTA
     early_response.words.put_nowait("w1")
     with pytest.raises(WorkerGone, match="heard"):
         await early.next()  # what it said may have been in the lost outbox
     (late,) = start(handle, "late", workers=workers)
     await settle()
-    handle.boxes["w1"].words.put_nowait([("late", DELTA)])
-    assert await late.next() is DELTA
+    handle.boxes["w1"].put(("late", DELTA))
+    assert await late.next() == DELTA
     for stream in (one, two, early, late):
         stream.cancel()
 
@@ -217,11 +238,11 @@ async def test_a_worker_that_left_the_service_is_left_alone_once_its_streams_are
     await asyncio.sleep(0.02)
     live.clear()
     await asyncio.sleep(0.02)
-    assert not handle.boxes["w1"].is_cancelled, "it has a stream"
-    handle.boxes["w1"].words.put_nowait([("r", LAST)])
-    assert await stream.next() is LAST
+    assert not handle.boxes["w1"].call.is_cancelled, "it has a stream"
+    handle.boxes["w1"].put(("r", LAST))
+    assert await stream.next() == LAST
     await asyncio.sleep(0.02)
-    assert handle.boxes["w1"].is_cancelled
+    assert handle.boxes["w1"].call.is_cancelled
 
 
 async def test_a_cancellation_of_ones_own_stays_one() -> None:
@@ -285,3 +306,52 @@ async def test_an_outbox_is_kept_for_a_reader_that_comes_after_all_answers_are_o
         pass
     with boxes.using("dead") as box:
         assert box.is_empty, "its ingress has died"
+
+
+async def reading(server: DeltaServer, key: bytes | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    address = await server.address()
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    writer.write((key or address.key) + OUTBOX_ID)
+    return reader, writer
+
+
+async def test_an_outbox_is_read_over_a_connection_by_whom_has_the_key_only() -> None:
+    boxes = Outboxes()
+    server = DeltaServer(boxes, "127.0.0.1")
+    with boxes.using(OUTBOX_ID.decode()) as box:
+        stranger, lost = await reading(server, b"x" * OUTBOX_KEY_BYTES)
+        assert await asyncio.wait_for(stranger.read(), 5) == b""
+        lost.close()
+        scored = replace(DELTA, logprobs=(TokenLogprobs(1, float("-inf"), ((2, -0.5),)),), text="wörld 🦊")
+        box.put("r1", scored)
+        reader, writer = await reading(server)
+        assert await read_batch(reader) == [("r1", scored)]
+        box.put("r1", LAST)
+        box.put("r2", LAST)
+        assert await read_batch(reader) == [("r1", LAST), ("r2", LAST)]
+        num_users = box.num_users
+        writer.close()
+        await until(lambda: box.num_users == num_users - 1)
+        assert "key" not in repr(await server.address())
+    server.close()
+
+
+async def test_what_a_late_reader_has_not_taken_waits_in_the_outbox() -> None:
+    boxes = Outboxes()
+    server = DeltaServer(boxes, "127.0.0.1")
+    long = replace(DELTA, text="x" * 100_000)
+    with boxes.using(OUTBOX_ID.decode()) as box:
+        reader, writer = await reading(server)
+        for i in range(200):
+            box.put(str(i), long)
+            await asyncio.sleep(0)
+        await until(lambda: not box.is_empty)
+        seen: list[str] = []
+        num_frames = 0
+        while len(seen) < 200:
+            seen += [request_id for request_id, _ in await read_batch(reader)]
+            num_frames += 1
+        assert seen == [str(i) for i in range(200)]
+        assert num_frames < 200, "what waited came together"
+        writer.close()
+    server.close()
