@@ -17,7 +17,7 @@ def adjust(y: Tensor, vectors: OutputVectors, row_slots: Tensor, bias: Tensor | 
     """`adjust.adjust`."""
     num_rows, num_runs = y.shape[0], vectors.runs.shape[0]
     if num_rows and num_runs:
-        launch(_adjust_kernel, (num_runs, num_rows))(
+        launch(_adjust_kernel, (num_rows, num_runs))(
             y,
             vectors.pool,
             vectors.starts,
@@ -47,11 +47,11 @@ def _adjust_kernel(
     ROW_ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     slot = tl.load(row_slots + row).to(tl.int64)
     if slot < 0:
         return
-    run = runs + tl.program_id(0) * 5
+    run = runs + tl.program_id(1) * 5
     added_entry, scale_entry = tl.load(run + 3), tl.load(run + 4)
     table = starts + slot * starts_stride
     added_start = tl.load(table + added_entry, mask=added_entry >= 0, other=-1).to(tl.int64)

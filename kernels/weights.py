@@ -32,7 +32,7 @@ def aligned(num_elements: _Elements) -> _Elements:
     return -(-num_elements // ROW_ALIGN) * ROW_ALIGN
 
 
-_RUN_COLUMNS = 1024
+_RUN_COLUMNS = 2048
 """Columns that one program of `adjust` takes."""
 
 
@@ -77,6 +77,30 @@ class OutputVectors:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnVector:
+    """A vector of the base, such as a norm's weight, that adapters may have their own in the place of."""
+
+    pool: Tensor
+    """(pool_elements,) model dtype: the whole pool."""
+    starts: Tensor
+    """(num_slots, num_entries) int32: as in `OutputVectors`."""
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class OwnMatrix:
+    """A matrix of the base with a row a token that adapters may have their own in the place of."""
+
+    pool: Tensor
+    """(pool_elements,) model dtype: the whole pool."""
+    pointers: Tensor
+    """(num_slots, num_entries) int64: where on the device the starts of a matrix's rows are, int32 in ROW_ALIGN
+    elements; 0 where the adapter has none.
+    """
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoraWeights:
     """Weights of a linear module, or of several that share their input (q/k/v, gate/up): `num_slices` of them.
 
@@ -102,6 +126,8 @@ class LoraWeights:
     part_widths: tuple[int, ...]
     vectors: OutputVectors | None = None
     """What adapters have over the outputs beside A and B."""
+    matrix: OwnMatrix | None = None
+    """The module's own, where adapters may replace it."""
 
     def __post_init__(self) -> None:
         num_slots, num_slices = self.ranks.shape
@@ -151,6 +177,7 @@ class LoraEmbeddingWeights:
     part_starts: tuple[int, ...]
     part_widths: tuple[int, ...]
     vectors: OutputVectors | None = None
+    matrix: OwnMatrix | None = None
 
     def __post_init__(self) -> None:
         _check_table("a_pages", self.a_pages, (self.ranks.shape[0], self.a_pages.shape[1]))

@@ -122,6 +122,7 @@ class Engine:
             num_slots=runner.pool.num_slots,
             pass_rows=runner.pass_rows,
             graph_forms=runner.graph_forms,
+            extra_forms=runner.extra_forms,
             null_page=next(iter(runner.null_pages), 0),
         )
         self._grammars = Grammars(

@@ -33,6 +33,7 @@ STOP_IDS = frozenset({2})
 class FixedLease:
     slot: int
     has_extras: bool = False
+    is_tabled: bool = True
 
     @property
     def is_plain(self) -> bool:
@@ -71,6 +72,7 @@ def builder(
         num_slots=num_slots,
         pass_rows=pass_rows,
         graph_forms=graph_forms,
+        extra_forms=forms.forms_with_extras(graph_forms),
         null_page=999,
     )
 
@@ -390,18 +392,27 @@ def test_prompts_have_lines_behind_the_decodes(rows: list[ScheduledRows]) -> Non
     assert all(ends[line] == ends[line + 1] for line in empty[:-1])
 
 
-def test_rows_with_parameters_of_their_own_have_no_graph() -> None:
+def test_rows_with_parameters_of_their_own_have_graphs_of_their_own() -> None:
     rows = []
     for number in range(3):
         sequence = sequence_of(6, 0, slot=number)
         sequence.num_computed, sequence.kv_pages = 5, [10 + number, 20 + number]
         rows.append(ScheduledRows.of(sequence, 1))
+    making = builder(graph_forms=by_row(2, 3, 40, 48))
+    assert making.build(rows).message.header.form == GraphForm(3, 3, MAX_PAGES)
     rows[1].sequence.lease = FixedLease(1, has_extras=True)  # type: ignore[assignment]
-    making = builder(graph_forms=by_row(2, 4, 8))
+    built = making.build(rows)
+    header = built.message.header
+    assert header.has_extras
+    assert header.graph_key == (GraphForm(48, 48, MAX_PAGES, has_extras=True), chunk_bounds(48, NUM_SLOTS)[-1])
+    assert view(built.message).has_extras
+    rows[2].sequence.lease = FixedLease(2, has_extras=True, is_tabled=False)  # type: ignore[assignment]
     built = making.build(rows)
     assert built.message.header.form is None
+    assert built.message.header.has_extras
     assert_lays_out(built, rows)
-    assert making.build([rows[0], rows[2]]).message.header.form == GraphForm(2, 2, MAX_PAGES)
+    plain = making.build(rows[:1]).message.header
+    assert (plain.form, plain.has_extras) == (GraphForm(2, 2, MAX_PAGES), False)
 
 
 def test_a_context_that_is_longer_than_a_graphs_tables_goes_without() -> None:

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from lorafleet.workers.config import ModelConfig, PoolConfig
+from lorafleet.workers.step.forms import GraphForm
 from lorafleet.workers.worker import Worker
 from tests.support.adapters import ALL_SEVEN, make_adapter
 from tests.support.bases import BaseKind
 from tests.support.oracle import prompt_logprobs_with_peft
 from tests.workers.harness import Answer, Shelf, ask, greedy, open_worker, random_prompt
+from tests.workers.test_replayed_steps import BY_PROMPT, BY_ROW, replay
 
 NUM_NEW = 12
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -94,6 +96,16 @@ async def test_from_a_cached_prefix_and_after_eviction(shelf: Shelf) -> None:
         expected = prompt_logprobs_with_peft(shelf.base, shelf.folders[version], (*prompt, *answer.tokens))
         chosen = expected[len(prompt) - 1 : -1].gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
         assert (torch.tensor([entry.logprob for entry in answer.logprobs]) - chosen).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("forms", [BY_ROW, BY_PROMPT], ids=["by row", "by prompt"])
+async def test_in_graphs(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> None:
+    replayed = replay(monkeypatch, forms)
+    async with open_worker(shelf, max_running=40) as worker:
+        answers = await ask_all(shelf, worker)
+    for version, prompt, answer in answers:
+        check(shelf, version, prompt, answer)
+    assert any(header.form is not None and header.form.has_extras for header in replayed)
 
 
 @pytest.mark.gpu

@@ -240,7 +240,8 @@ def test_fused_norms_of_their_own(bench: Bench, has_residual: bool) -> None:
 
     def run(context: LoraContext) -> Tensor:
         changed = residual.clone() if has_residual else None
-        y = fused_layers._norm(AdapterNorm(base, NORM, context, "body"), fused_layers.Output(x), changed).values
+        norm = AdapterNorm(base, NORM, context, "body", bench.pool.vector(f"{NORM}.weight"))
+        y = fused_layers._norm(norm, fused_layers.Output(x), changed).values
         assert changed is None or torch.equal(changed, total)
         return y
 

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, Array, BaseGeometry, ExtraManifest
 from lorafleet.workers.config import ModelConfig, PoolConfig
 from lorafleet.workers.model.geometry import read_geometry
+from lorafleet.workers.step.forms import GraphForm
 from tests.support.adapters import make_adapter
 from tests.support.bases import BaseKind, make_base
 from tests.support.oracle import load_with_peft
 from tests.workers.harness import Answer, Shelf, ask, greedy, open_worker, random_prompt
+from tests.workers.test_replayed_steps import BY_PROMPT, BY_ROW, replay
 
 LENGTH = 12
 
@@ -159,6 +161,24 @@ async def test_a_mixed_batch_on_a_gpu(kind: BaseKind, cases_of: Callable[[BaseKi
 
 async def test_in_chunks_beside_decodes(cases_of: Callable[[BaseKind], Cases]) -> None:
     await ask_all(cases_of("llama_tied"), max_batch_tokens=16, logits_chunk_tokens=8)
+
+
+@pytest.mark.parametrize("forms", [BY_ROW, BY_PROMPT], ids=["by row", "by prompt"])
+async def test_in_graphs(
+    cases_of: Callable[[BaseKind], Cases], monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]
+) -> None:
+    replayed = replay(monkeypatch, forms)
+    await ask_all(cases_of("llama"), max_running=40)
+    assert {header.form.has_extras for header in replayed if header.form is not None} >= {True}
+    assert all(header.has_extras == header.form.has_extras for header in replayed if header.form is not None)
+
+
+async def test_norms_of_heads_and_of_other_layers_go_without_a_graph(cases_of: Callable[[BaseKind], Cases]) -> None:
+    async with open_worker(cases_of("qwen3").shelf) as worker:
+        untabled = worker._parts.pool.untabled
+    assert {name.split(".")[-2] for name in untabled} == {"q_norm", "k_norm"}
+    async with open_worker(cases_of("gpt2").shelf) as worker:
+        assert worker._parts.pool.untabled == cases_of("gpt2").geometry.vectors.keys()
 
 
 async def test_transformers_own_layers(tmp_path: Path) -> None:

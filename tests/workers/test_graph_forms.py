@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from lorafleet.workers.step.forms import (
     PROMPT_LINES,
     GraphForm,
     choose_form,
+    forms_with_extras,
     graph_forms,
 )
 
@@ -60,6 +62,18 @@ def test_a_small_base_has_forms_for_whole_budgets() -> None:
     assert {form.chunk_length for form in small if form.num_rows > 2048} == {128}
     sizes = [form.num_rows for form in small if form.num_prompts]
     assert all(size - before <= size // 4 for before, size in pairwise(sizes) if size > 512)
+
+
+def test_fewer_forms_are_captured_for_extras() -> None:
+    forms = graph_forms(256, 8192, 129)
+    kept = forms_with_extras(forms)
+    assert all(form.has_extras and replace(form, has_extras=False) in forms for form in kept)
+    for num_prompts in (0, PROMPT_LINES):
+        sizes, all_sizes = ([f.num_rows for f in some if f.num_prompts == num_prompts] for some in (kept, forms))
+        assert sizes[-1] == all_sizes[-1]
+        assert all(larger <= 2 * size for size, larger in pairwise(sizes))
+    assert len(kept) < len(forms) / 2
+    assert forms_with_extras(graph_forms(48, 48, 129))[-1].num_rows == 48
 
 
 @given(

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorafleet.workers.model.runner import ModelRunner, StepInFlight
 from lorafleet.workers.step import forms as step_forms
 from lorafleet.workers.step.batch import StepInputs
-from lorafleet.workers.step.forms import GraphForm
+from lorafleet.workers.step.forms import GraphForm, forms_with_extras
 from lorafleet.workers.step.layout import blank_batch, chunk_bounds
 from lorafleet.workers.step.message import StepHeader, StepMessage
 from tests.workers.harness import Shelf
@@ -46,6 +46,7 @@ def replay(monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> lis
     def start(runner: ModelRunner, *arguments: Any, **options: Any) -> None:
         init(runner, *arguments, **options)
         runner.graph_forms = tuple(replace(form, num_pages=runner.max_pages) for form in forms)
+        runner.extra_forms = forms_with_extras(runner.graph_forms)
         runner.null_pages = runner.cache.allocate(1)
 
     def step(runner: ModelRunner, message: StepMessage, previous: StepInFlight | None) -> StepInFlight:

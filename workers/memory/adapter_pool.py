@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, magnitude_of
-from lorafleet.kernels.weights import ROW_ALIGN, LoraEmbeddingWeights, LoraWeights, OutputVectors, VectorPart
+from lorafleet.kernels.weights import (
+    ROW_ALIGN,
+    LoraEmbeddingWeights,
+    LoraWeights,
+    OutputVectors,
+    OwnMatrix,
+    OwnVector,
+    VectorPart,
+)
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.extra_rows import Extra, ExtraMatrix, ExtraVector
 from lorafleet.workers.memory.packing import Ints
@@ -58,6 +66,8 @@ class UploadedAdapter:
     """What the adapter brings beside low-rank factors, by name."""
     vectors: Tensor | None
     """(num_vector_parts,) int32 on the device; None: none of the extras has one row only."""
+    matrices: Tensor | None
+    """(num_matrices,) int64 on the device; None: none of the extras has a row a token."""
 
 
 class AdapterPool:
@@ -90,6 +100,7 @@ class AdapterPool:
         self._ranks = torch.zeros((self.num_slots, layout.num_modules), dtype=torch.int32, device=device)
         self._scalings = torch.zeros((self.num_slots, layout.num_modules), dtype=torch.float32, device=device)
         self._vectors = torch.full((self.num_slots, layout.num_vector_parts), -1, dtype=torch.int32, device=device)
+        self._matrices = torch.zeros((self.num_slots, len(layout.matrices)), dtype=torch.int64, device=device)
         self._pages = PageAllocator(num_pages)
         self._slots = PageAllocator(self.num_slots)
         self._page_counts: dict[str, int] = {}
@@ -98,6 +109,8 @@ class AdapterPool:
         self._ideal_bytes = 0
         self.row_norms: RowNorms | None = None
         """Who knows the base's weights sets it; adapters with magnitudes need it."""
+        self.untabled: frozenset[str] = frozenset()
+        """Names of extras that the model's layers do not find in the tables: such a step takes no captured graph."""
         block_elements = min(self._elements.numel(), elements_of_block(layout))
         self._uploader = Uploader(self._elements, block_elements=block_elements)
 
@@ -193,9 +206,10 @@ class AdapterPool:
             tables, ranks, scalings = (host.to(self.device, non_blocking=True) for host in (tables, ranks, scalings))
             extras, vectors = self._find_extras(weights, plan, starts)
             self._scale_magnitudes(weights, extras)
+            matrices = self._point_to_matrices(extras)
         if stream is not None:
             stream.record_event().synchronize()
-        return UploadedAdapter(allocation, tables, ranks, scalings, extras, vectors)
+        return UploadedAdapter(allocation, tables, ranks, scalings, extras, vectors, matrices)
 
     def _plan(self, manifest: AdapterManifest) -> PagePlan:
         """The adapter's packing; remembered, since adapters of a fleet tend to have the same modules and ranks."""
@@ -212,9 +226,9 @@ class AdapterPool:
         slot = uploaded.allocation.slot
         if self._uploader.stream is not None:
             stream = torch.cuda.current_stream(self.device)
-            matrices = [extra.starts for extra in uploaded.extras.values() if isinstance(extra, ExtraMatrix)]
-            vectors = () if uploaded.vectors is None else (uploaded.vectors,)
-            for tensor in (uploaded.tables, uploaded.ranks, uploaded.scalings, *matrices, *vectors):
+            starts = [extra.starts for extra in uploaded.extras.values() if isinstance(extra, ExtraMatrix)]
+            lines = [line for line in (uploaded.vectors, uploaded.matrices) if line is not None]
+            for tensor in (uploaded.tables, uploaded.ranks, uploaded.scalings, *starts, *lines):
                 tensor.record_stream(stream)
         self._tables[slot].copy_(uploaded.tables)
         self._scalings[slot].copy_(uploaded.scalings)
@@ -223,12 +237,15 @@ class AdapterPool:
             self._extras[slot] = uploaded.extras
         if uploaded.vectors is not None:
             self._vectors[slot].copy_(uploaded.vectors)
+        if uploaded.matrices is not None:
+            self._matrices[slot].copy_(uploaded.matrices)
 
     def free(self, allocation: Allocation) -> None:
         """Take back pages and slot, whether or not the adapter was published; no `upload` of it may be running."""
         self._ranks[allocation.slot].zero_()
         if self._extras.pop(allocation.slot, None):
             self._vectors[allocation.slot].fill_(-1)
+            self._matrices[allocation.slot].zero_()
         self._pages.free(allocation.page_ids)
         self._slots.free([allocation.slot])
         self._ideal_bytes -= allocation.manifest.num_bytes
@@ -259,6 +276,7 @@ class AdapterPool:
             part_starts=tuple(starts),
             part_widths=tuple(widths),
             vectors=self._output_vectors(group),
+            matrix=self._own_matrix(group[0]) if num_slices == 1 else None,
         )
 
     def embedding_weights(self, name: str) -> LoraEmbeddingWeights:
@@ -278,7 +296,16 @@ class AdapterPool:
             part_starts=tuple(start for start, _ in parts),
             part_widths=tuple(width for _, width in parts),
             vectors=self._output_vectors((name,)),
+            matrix=self._own_matrix(name),
         )
+
+    def vector(self, name: str) -> OwnVector:
+        """View for a parameter of a norm. Valid for the pool's life."""
+        return OwnVector(self._elements, self._vectors, self.layout.vectors[name].entry)
+
+    def _own_matrix(self, module: str) -> OwnMatrix | None:
+        entry = self.layout.matrices.get(f"{module}.weight")
+        return None if entry is None else OwnMatrix(self._elements, self._matrices, entry)
 
     def _output_vectors(self, group: tuple[str, ...]) -> OutputVectors:
         parts: list[VectorPart] = []
@@ -317,6 +344,16 @@ class AdapterPool:
                 starts_there = host.to(self.device, non_blocking=True)
                 found[extra.name] = ExtraMatrix(self._elements, starts_there, extra.width)
         return found, None if line is None else line.to(self.device, non_blocking=True)
+
+    def _point_to_matrices(self, extras: Mapping[str, Extra]) -> Tensor | None:
+        """The adapter's line of the matrices' table."""
+        places = {name: extra.starts.data_ptr() for name, extra in extras.items() if isinstance(extra, ExtraMatrix)}
+        if not places:
+            return None
+        line = self._host((len(self.layout.matrices),), torch.int64).zero_()
+        for name, pointer in places.items():
+            line[self.layout.matrices[name]] = pointer
+        return line.to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def _scale_magnitudes(self, weights: AdapterWeights, extras: Mapping[str, Extra]) -> None:

@@ -19,6 +19,7 @@ from lorafleet.adapter_store.manifest import (
     ModuleShape,
     magnitude_of,
 )
+from lorafleet.adapter_store.targets import is_output
 from lorafleet.kernels.weights import ROW_ALIGN, aligned
 from lorafleet.workers.memory.packing import count_pages
 
@@ -121,6 +122,8 @@ class PoolLayout:
     vectors: Mapping[str, VectorPlace]
     """By the extra's name; those that have more than one row are in no table."""
     num_vector_parts: int
+    matrices: Mapping[str, int]
+    """Matrix with a row a token, by the extra's name -> its entry in the table of a slot."""
 
     @staticmethod
     def of(geometry: BaseGeometry, groups: Sequence[tuple[str, ...]], max_rank: int) -> PoolLayout:
@@ -148,7 +151,14 @@ class PoolLayout:
             num_tables = b_table
         vectors, num_vector_parts = _vector_places(geometry, page_elements)
         return PoolLayout(
-            geometry.dtype, max_rank, page_elements, MappingProxyType(places), num_tables, vectors, num_vector_parts
+            geometry.dtype,
+            max_rank,
+            page_elements,
+            MappingProxyType(places),
+            num_tables,
+            vectors,
+            num_vector_parts,
+            MappingProxyType(_matrices(geometry)),
         )
 
     @property
@@ -167,7 +177,9 @@ class PoolLayout:
     @property
     def slot_bytes(self) -> int:
         """Bytes of the tables of one slot, which the pool keeps beside its pages."""
-        return 4 * (self.num_tables * self.max_rank + 2 * self.num_modules + self.num_vector_parts)
+        return 4 * (self.num_tables * self.max_rank + 2 * self.num_modules + self.num_vector_parts) + 8 * len(
+            self.matrices
+        )
 
     def pieces(self, manifest: AdapterManifest) -> list[Piece]:
         """The rows of all modules of an adapter, then those of its extras."""
@@ -226,6 +238,12 @@ def _vector_places(geometry: BaseGeometry, page_elements: int) -> tuple[Mapping[
         places[name] = VectorPlace(num_parts, len(parts_of(width, page_elements)))
         num_parts += places[name].num_parts
     return MappingProxyType(places), num_parts
+
+
+def _matrices(geometry: BaseGeometry) -> dict[str, int]:
+    shapes = geometry.modules.items()
+    names = [name for name, shape in shapes if shape.kind == "embedding" or is_output(name, shape, geometry)]
+    return {f"{name}.weight": entry for entry, name in enumerate(names)}
 
 
 def _num_a_tables(shape: ModuleShape, page_elements: int, max_rank: int) -> int:

@@ -79,11 +79,12 @@ class AdapterLease:
     It may be taken while the version loads, which then cannot be evicted before the request has run.
     """
 
-    __slots__ = ("_entry", "_residency", "has_extras", "invocation", "is_plain", "version")
+    __slots__ = ("_entry", "_residency", "has_extras", "invocation", "is_plain", "is_tabled", "version")
 
     def __init__(self, residency: Residency, entry: _Entry) -> None:
         self.version = entry.allocation.manifest.version
         self.has_extras = bool(entry.allocation.manifest.extras)
+        self.is_tabled = residency.is_tabled(entry.allocation.manifest)
         self.invocation = entry.allocation.manifest.invocation
         self.is_plain = not (self.has_extras or self.invocation)
         """Whether the adapter is low-rank factors for all of a sequence and no more."""
@@ -125,6 +126,10 @@ class Residency:
         self._num_loads = 0
         self._num_evictions = 0
         self._num_reloads = 0
+
+    def is_tabled(self, manifest: AdapterManifest) -> bool:
+        """Whether a captured graph can find all that the adapter has beside low-rank factors."""
+        return self._pool.untabled.isdisjoint(extra.name for extra in manifest.extras)
 
     def __contains__(self, version: str) -> bool:
         """Whether the version has pages, be it loading, resident or retired."""

@@ -169,6 +169,20 @@ def substitute(model: PreTrainedModel, context: AttentionContext) -> str | None:
     return None
 
 
+def tabled_norms(model: PreTrainedModel) -> frozenset[str]:
+    """Parameters of norms that adapters may replace in a captured step: those between the products of fused layers.
+
+    Norms of heads are not among them, nor any norm of a model whose layers are not fused.
+    """
+    body: Any = model.base_model
+    if not isinstance(body, FusedBody):
+        return frozenset()
+    norms = [body.norm]
+    for layer in body.layers:
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+    return frozenset(f"{norm.name}.weight" for norm in norms if isinstance(norm, AdapterNorm))
+
+
 def _norm(module: nn.Module, x: Output, residual: Tensor | None, reader: FusedProjection | None = None) -> Input:
     """Add x to the residual and norm the sum, also in fp8 if the projection that reads it wants that."""
     weight, eps = module.weight, _untouched(module).variance_epsilon
@@ -180,6 +194,14 @@ def _norm(module: nn.Module, x: Output, residual: Tensor | None, reader: FusedPr
         y, in_fp8 = fused.rms_norm_fp8(x.values, weight, eps, residual, x.scales)
     if isinstance(module, AdapterNorm):
         summed = x.values if residual is None else residual
+        segments = module.context.segments_at(module.place, module.name, summed.shape[0])
+        if summed.is_cuda and module.own_weight is not None and segments is not None:
+            if module.context.has_extras:
+                from lorafleet.kernels import own_triton
+
+                own_triton.norm_rows(summed, y, module.own_weight, segments, eps)
+                in_fp8 = None
+            return Input(y, in_fp8)
         for rows, parameters in module.replaced(summed.shape[0]):
             y.index_copy_(0, rows, fused.rms_norm(summed.index_select(0, rows), parameters["weight"], eps))
             in_fp8 = None

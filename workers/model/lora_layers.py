@@ -50,7 +50,13 @@ class LoraContext:
     """Of the rows that go through the layers; None: no LoRA work (base-only batches)."""
     logits_segments: Segments | None = None
     """Of the rows whose logits are wanted."""
+    has_extras: bool | None = None
+    """Whether any adapter of the pass has more than low-rank factors; by default whether any resident one has."""
     _last_owners: tuple[Segments | None, tuple[Owner, ...]] = (None, ())
+
+    def __post_init__(self) -> None:
+        if self.has_extras is None:
+            self.has_extras = bool(self.resident_extras)
 
     def segments_at(self, place: Place, name: str, num_rows: int) -> Segments | None:
         """The segments of the rows that module `name` is given. Raises UnsupportedModel when it is given others.
@@ -70,7 +76,7 @@ class LoraContext:
 
         Found on the host, once for all layers of a pass.
         """
-        if segments is None or not self.resident_extras:
+        if segments is None or not self.has_extras or not self.resident_extras:
             return ()
         known, owners = self._last_owners
         if known is not segments:
@@ -156,19 +162,22 @@ class FusedProjection(nn.Module):
         segments = self.context.segments_at(self.place, self.names[0], rows.shape[0])
         if segments is None:
             return F.linear(rows, self.weight, self.bias)
-        owners = self.context.owners(segments)
+        has_extras, own = self.context.has_extras, self.lora.matrix if self.is_head else None
         if rows.is_cuda:
             # The delta first, the base product onto it: beta = 1 costs cuBLAS nothing, and y is not read by expand.
             y = rows.new_empty((rows.shape[0], self.weight.shape[0]))
             h = ops.shrink(rows, self.lora, segments)
             ops.expand(h, self.lora, segments, y, accumulate=False, bias=self.bias)
-            replaced = [(*one, y.index_select(0, one[0])) for one in self._replaced(owners)]
-            y.addmm_(rows, self.weight.t())
-            for at, matrix, delta in replaced:
-                y.index_copy_(0, at, matrix.product(rows.index_select(0, at)).add_(delta))
+            if has_extras and own is not None:
+                from lorafleet.kernels import own_triton
+
+                y.addmm_(own_triton.without_own(rows, own, segments), self.weight.t())
+                own_triton.add_product(rows, y, own, segments)
+            else:
+                y.addmm_(rows, self.weight.t())
         else:
             y = F.linear(rows, self.weight, self.bias)
-            for at, matrix in self._replaced(owners):
+            for at, matrix in self._replaced(self.context.owners(segments)):
                 # A head's: few rows of it are to have the bits that they have among many.
                 product = matrix.product(reference.padded(rows.index_select(0, at)))[: len(at)]
                 y.index_copy_(0, at, product if self.bias is None else product.add_(self.bias))
@@ -178,7 +187,7 @@ class FusedProjection(nn.Module):
 
     def _adjust(self, y: Tensor, segments: Segments) -> None:
         """Apply what adapters of the pass have beside low-rank factors: rows added to the output, and its scales."""
-        if self.lora.vectors is not None and self.context.owners(segments):
+        if self.context.has_extras and self.lora.vectors is not None:
             adjust(y, self.lora.vectors, segments, self.bias)
 
     def _replaced(self, owners: tuple[Owner, ...]) -> list[tuple[Tensor, ExtraMatrix]]:
@@ -242,14 +251,24 @@ class LoraEmbedding(nn.Module):
         segments = self.context.segments_at("body", self.name, token_ids.numel())
         if segments is not None:
             tokens, rows = token_ids.reshape(-1), y.view(-1, y.shape[-1])
-            for owner in self.context.owners(segments):
-                matrix = owner.extras.get(self.replaced)
-                if isinstance(matrix, ExtraMatrix):
-                    rows.index_copy_(0, owner.rows, matrix.take(tokens.index_select(0, owner.rows)))
+            if self.context.has_extras:
+                self._replace(tokens, rows, segments)
             ops.embed(tokens, self.lora, segments, rows)
-            if self.lora.vectors is not None and self.context.owners(segments):
+            if self.context.has_extras and self.lora.vectors is not None:
                 adjust(rows, self.lora.vectors, segments)
         return y
+
+    def _replace(self, tokens: Tensor, y: Tensor, segments: Segments) -> None:
+        """Put what an adapter has in the embedding's place into its rows of y."""
+        if y.is_cuda and self.lora.matrix is not None:
+            from lorafleet.kernels import own_triton
+
+            own_triton.take_rows(tokens, y, self.lora.matrix, segments)
+            return
+        for owner in self.context.owners(segments):
+            matrix = owner.extras.get(self.replaced)
+            if isinstance(matrix, ExtraMatrix):
+                y.index_copy_(0, owner.rows, matrix.take(tokens.index_select(0, owner.rows)))
 
 
 def place_of(model: PreTrainedModel, name: str) -> Place:

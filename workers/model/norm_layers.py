@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
 
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from lorafleet.kernels.weights import OwnVector
 from lorafleet.workers.memory.extra_rows import ExtraVector
 from lorafleet.workers.model.lora_layers import LoraContext, Owner, Place, place_of
 
@@ -15,8 +16,17 @@ from lorafleet.workers.model.lora_layers import LoraContext, Owner, Place, place
 class AdapterNorm(nn.Module):
     """A norm as it is, computed once more for the rows of each adapter that replaces a parameter of it."""
 
-    def __init__(self, base: nn.Module, name: str, context: LoraContext, place: Place) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        name: str,
+        context: LoraContext,
+        place: Place,
+        own_weight: OwnVector | None = None,
+    ) -> None:
+        """own_weight: where the weights of rows are that have their own; for layers that read them on the device."""
         super().__init__()
+        self.own_weight = own_weight
         self.base = base
         self.name = name
         self.context = context
@@ -54,7 +64,11 @@ class AdapterNorm(nn.Module):
         return {parameter: row.value for parameter, row in found.items() if isinstance(row, ExtraVector)}
 
 
-def substitute_norms(model: PreTrainedModel, parameters: Iterable[str], context: LoraContext) -> None:
-    """Put a substitute in the place of every norm that has one of these parameters."""
+def substitute_norms(
+    model: PreTrainedModel, parameters: Collection[str], context: LoraContext, view: Callable[[str], OwnVector]
+) -> None:
+    """Put a substitute in the place of every norm that has one of these parameters. `view`: `AdapterPool.vector`."""
     for name in sorted({parameter.rpartition(".")[0] for parameter in parameters}):
-        model.set_submodule(name, AdapterNorm(model.get_submodule(name), name, context, place_of(model, name)))
+        base, weight = model.get_submodule(name), f"{name}.weight"
+        own_weight = view(weight) if weight in parameters else None
+        model.set_submodule(name, AdapterNorm(base, name, context, place_of(model, name), own_weight))

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,7 +26,7 @@ from lorafleet.workers.model.logits import BodyOnce
 from lorafleet.workers.model.row_norms import RowNorms
 from lorafleet.workers.model.sampler import Chosen, Sampler, with_logprobs
 from lorafleet.workers.step.batch import StepInputs
-from lorafleet.workers.step.forms import GraphForm
+from lorafleet.workers.step.forms import GraphForm, forms_with_extras
 from lorafleet.workers.step.layout import blank_batch, blank_prompt, chunk_bounds
 from lorafleet.workers.step.message import StepHeader, StepMessage
 from lorafleet.workers.step.passes import LogitsPass
@@ -85,6 +85,8 @@ class ModelRunner:
         """Seconds of what was done at start."""
         self.max_pages = max_pages
         self.graph_forms = graph_forms if base.device.type == "cuda" else ()
+        self.extra_forms = forms_with_extras(self.graph_forms) if pool.num_slots else ()
+        """Captured, too, for batches with extras."""
         self.null_pages = cache.allocate(1) if self.graph_forms else []
         """Takes the keys and values of padding rows; never given back. None where nothing is padded."""
         self.pass_rows = 1 if base.device.type == "cuda" else EXACT_ROWS, max_pass_rows
@@ -188,6 +190,7 @@ class ModelRunner:
         """All layers read these inputs, and what lies below the head is computed once."""
         self._attention.batch = inputs.attention
         self._lora.segments = _if_lora(inputs.segments)
+        self._lora.has_extras = inputs.has_extras
         try:
             with self.body.once():
                 yield
@@ -230,10 +233,11 @@ class ModelRunner:
             if shape.kind == "embedding":
                 lora_layers.substitute_embedding(model, name, self.pool.embedding_weights(name), self._lora)
                 counts[name.rpartition(".")[2]] += 1
-        norm_layers.substitute_norms(model, geometry.vectors, self._lora)
+        norm_layers.substitute_norms(model, geometry.vectors, self._lora, self.pool.vector)
         paged_attention.install(model, self._attention)
         why_not_fused = fused_layers.substitute(model, self._attention)
         self.is_fused = why_not_fused is None
+        self.pool.untabled = frozenset(geometry.vectors) - fused_layers.tabled_norms(model)
         logger.info(
             "%s: substituted %s; attention reads pages of %d tokens; %s",
             type(model).__name__,
@@ -253,7 +257,7 @@ class ModelRunner:
             for chunk_length, max_chunks in kernel_shapes(max_batch_tokens, self.pool.num_slots):
                 num_rows = min(max_chunks, self.graph_forms[-1].num_rows)
                 blank = blank_batch(
-                    GraphForm(num_rows, num_rows, self.max_pages),
+                    GraphForm(num_rows, num_rows, self.max_pages, has_extras=self._kinds[-1]),
                     null_page=self.null_pages[0],
                     has_lora=self._kinds[-1],
                     max_chunks=max_chunks,
@@ -317,12 +321,14 @@ class ModelRunner:
         """Capture steps of every form, largest first, so that the smaller ones reuse its memory."""
         started_s = time.monotonic()
         pool, logits = torch.cuda.graph_pool_handle(), None
+        with_extras = {replace(form, has_extras=False): form for form in self.extra_forms}
         for form in reversed(self.graph_forms):
             bounds = chunk_bounds(form.num_rows, self.pool.num_slots, form.chunk_length)
-            variants = [(True, n) for n in reversed(bounds)] if self.pool.num_slots else []
-            for has_lora, max_chunks in (*variants, (False, bounds[0])):
+            variants = [(form, True, n) for n in reversed(bounds)] if self.pool.num_slots else []
+            variants += [(with_extras[form], True, bounds[-1])] if form in with_extras else []
+            for variant, has_lora, max_chunks in (*variants, (form, False, bounds[0])):
                 blank = blank_batch(
-                    form,
+                    variant,
                     null_page=self.null_pages[0],
                     has_lora=has_lora,
                     max_chunks=max_chunks,

@@ -50,3 +50,5 @@ class StepInputs:
     """Over the head: together they take the rows whose logits are wanted, in that order."""
     targets: Tensor
     """(num_logits,) int32, by wanted row: the token whose logprob a prompt's row gives; 0 elsewhere."""
+    has_extras: bool = False
+    """Whether any adapter has more than low-rank factors."""

@@ -39,10 +39,12 @@ class BatchBuilder:
         num_slots: int,
         pass_rows: tuple[int, int],
         graph_forms: tuple[GraphForm, ...] = (),
+        extra_forms: tuple[GraphForm, ...] = (),
         null_page: int = 0,
     ) -> None:
         """`max_pages`: KV pages of the longest sequence. `num_slots`: most adapters in a batch. `pass_rows`: fewest and
-        most of a pass over the head. `graph_forms`, rising: batches that fit one, with one pass, are padded to it;
+        most of a pass over the head. `graph_forms`, rising: batches that fit one, with one pass, are padded to it, and
+        to one of `extra_forms`, if any of their adapters has more than low-rank factors;
         padding rows write their keys and values to `null_page`.
         """
         self._page_tokens = page_tokens
@@ -50,6 +52,7 @@ class BatchBuilder:
         self._num_slots = num_slots
         self._pass_rows = pass_rows
         self._graph_forms = graph_forms
+        self._extra_forms = extra_forms
         self._null_page = null_page
         self._tables = np.zeros((0, max_pages), dtype=np.int32)
         self._free_lines: list[int] = []
@@ -90,21 +93,24 @@ class BatchBuilder:
         sampled_rows = np.repeat(row_ends - np.cumsum(num_each), num_each) + np.arange(num_each.sum())
         logits_rows = np.concatenate([*prompt_rows, sampled_rows])
 
+        leases = [lease for index in special if (lease := sequences[index].lease) is not None and lease.has_extras]
+        graph_forms = self._graph_forms
+        if leases:
+            # Layers that do not find all of it in tables are told on the host which rows have what, one after another.
+            graph_forms = self._extra_forms if all(lease.is_tabled for lease in leases) else ()
+
         extended = lengths > 1
         keys = int((lengths[extended] * ends[extended]).sum())
         form, max_chunks = None, None
         num_pages = int(-(-ends.max() // self._page_tokens))
         if len(logits_rows) <= self._pass_rows[1]:
             form = choose_form(
-                self._graph_forms,
+                graph_forms,
                 num_rows=len(positions),
                 num_prompts=int(np.count_nonzero(extended)),
                 num_keys=keys,
                 num_pages=num_pages,
             )
-        leases = [sequences[index].lease for index in special]
-        if form is not None and any(lease is not None and lease.has_extras for lease in leases):
-            form = None  # which rows have parameters of their own is decided on the host, layer by layer
         tables = self._tables[lines, :num_pages]
         layout = Layout(
             token_ids=np.array(token_ids),
@@ -123,7 +129,8 @@ class BatchBuilder:
             num_adapters = np.unique(slots[slots != BASE_SLOT]).size
             length = form.chunk_length
             needed = most_chunks(form.num_rows, num_adapters, length) if num_adapters else 0
-            max_chunks = next(n for n in chunk_bounds(form.num_rows, self._num_slots, length) if n >= needed)
+            bounds = chunk_bounds(form.num_rows, self._num_slots, length)
+            max_chunks = bounds[-1] if leases else next(n for n in bounds if n >= needed)
             layout = layout.in_form(form, row_sequence, self._null_page, self._pass_rows[1])
         sampled = row_sequence[sampled_rows]
         message = layout.pack(
@@ -131,6 +138,7 @@ class BatchBuilder:
             chunk_length=None if form is None else form.chunk_length,
             max_chunks=max_chunks,
             pass_rows=self._pass_rows,
+            has_extras=bool(leases),
             num_sampled=num_sampled,
             num_prompt_tops=max((one.sequence.request.sampling.prompt_tops for _, one in prompts), default=0),
             sampling=self._sampling.batch(

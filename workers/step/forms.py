@@ -44,6 +44,8 @@ class GraphForm:
     """Entries of a line's block table."""
     num_prompts: int = 0
     """Lines for sequences of several rows; one more has the padding."""
+    has_extras: bool = False
+    """Whether its layers look for what adapters have beside low-rank factors."""
 
     @property
     def chunk_length(self) -> int:
@@ -72,6 +74,17 @@ def graph_forms(
             form = GraphForm(num_rows, min(num_rows, max_running), max_pages, PROMPT_LINES)
             forms.append(replace(form, num_pages=min(max_pages, MAX_TABLE_ENTRIES // form.num_lines)))
     return tuple(sorted(forms, key=lambda form: (form.num_rows, form.num_prompts)))
+
+
+def forms_with_extras(forms: Sequence[GraphForm]) -> tuple[GraphForm, ...]:
+    """The forms of batches with extras, rising: fewer than `forms`, for few batches are padded to them."""
+    kept = [
+        form
+        for form in forms
+        if form.num_rows & (form.num_rows - 1) == 0
+        or not any(other.num_rows > form.num_rows and other.num_prompts == form.num_prompts for other in forms)
+    ]
+    return tuple(replace(form, has_extras=True) for form in kept)
 
 
 def choose_form(

@@ -99,6 +99,7 @@ class Layout:
         num_sampled: tuple[int, ...],
         num_prompt_tops: int,
         sampling: SamplingBatch,
+        has_extras: bool = False,
     ) -> StepMessage:
         """The message of these arrays. `chunk_length`, `max_chunks`: of its segments, as in `plan_segments`.
 
@@ -126,6 +127,7 @@ class Layout:
             form=form,
             segments=segments.shape,
             passes=tuple(shape for shape, _ in passes),
+            has_extras=has_extras,
         )
         packed = np.empty(header.size, dtype=np.int32)
         parts = header.split(packed)
@@ -201,6 +203,7 @@ def _blank(
         num_sampled=(),
         num_prompt_tops=0,
         sampling=NO_SAMPLING,
+        has_extras=form is not None and form.has_extras,
     )
     if not has_lora:
         return message

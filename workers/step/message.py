@@ -70,6 +70,8 @@ class StepHeader:
     """Of the captured graph that computes the step, which is padded to it; None: none does."""
     segments: SegmentShape
     passes: tuple[PassShape, ...]
+    has_extras: bool = False
+    """Whether any adapter has more than low-rank factors."""
 
     @property
     def num_rows(self) -> int:
@@ -152,4 +154,5 @@ class StepMessage:
             segments=header.segments.view(parts.segments, host.segments),
             passes=passes,
             targets=parts.targets,
+            has_extras=header.has_extras,
         )
