@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lorafleet.adapter_store.errors import AdapterRefused
 from lorafleet.adapter_store.manifest import BaseGeometry, ModuleManifest, ModuleShape, magnitude_of
 from lorafleet.adapter_store.peft_config import LoraSpec
-from lorafleet.adapter_store.targets import tied_outputs
+from lorafleet.adapter_store.targets import is_output, tied_outputs
 from lorafleet.adapter_store.tensor_file import TensorEntry, tag_of
 from lorafleet.adapter_store.trained import TOKENS_FIELD, Trained, norms
 from lorafleet.adapter_store.wrappers import nearest, prefix_of
@@ -29,6 +29,8 @@ _IDLE_OF_LORA = re.compile(r"(.+)\.lora_(?:velora_embed|monteclora_sampler\.\w+)
 _IDLE_OF_MODULES = re.compile(r"(.+)\.(?:original_module|modules_to_save)\.bias")
 """Second copies, under `bias: all`, of the biases of modules that were trained as a whole; PEFT reads neither."""
 
+
+MAX_ADDED_TOKENS = 4096
 
 _ENDS_OF_MODULES = re.compile(
     r"\.lora_.*|\.token_adapter\..*|(\.base_layer|\.original_module|\.modules_to_save)?\.(weight|bias)$"
@@ -61,12 +63,18 @@ class Contents:
     """Parameter of the base -> what takes its place."""
     token_rows: Mapping[str, str]
     """Embedding or output -> its trained rows."""
+    resized: Mapping[str, str]
+    """Embedding or output -> its matrix, trained or not, where the vocabulary is not the base's; then all have one."""
+    vocabulary: int | None
+    """How many tokens there are then; None: as many as the base has."""
     base_copies: tuple[BaseCopy, ...]
+    twins: Mapping[str, str]
+    """Second copy of a module that was trained as a whole -> the first; PEFT reads one of them."""
 
     @property
     def served(self) -> frozenset[str]:
         """All that the adapter needs of the file."""
-        one_each = (self.lora_biases, self.magnitudes, self.biases, self.replaced, self.token_rows)
+        one_each = (self.lora_biases, self.magnitudes, self.biases, self.replaced, self.token_rows, self.resized)
         names = [name for places in one_each for name in places.values()]
         return frozenset(names).union(*self.factors.values())
 
@@ -126,6 +134,8 @@ class _Matching:
         self._trained = trained
         self._geometry = geometry
         self._prefix = prefix_of(entries)
+        self._resized: dict[str, str] = {}
+        self._twins: dict[str, str] = {}
         self._vocabularies = {shape.in_dim for shape in geometry.modules.values() if shape.kind == "embedding"}
 
     def contents(self) -> Contents:
@@ -149,7 +159,19 @@ class _Matching:
             else:
                 module = parameter.removesuffix(".bias")
                 biases[module] = self._checked(name, (self._geometry.modules[module].out_dim,), module)
-        return Contents(factors, lora_biases, magnitudes, biases, replaced, token_rows, tuple(copies))
+        resized, vocabulary = self._all_resized()
+        return Contents(
+            factors,
+            lora_biases,
+            magnitudes,
+            biases,
+            replaced,
+            token_rows,
+            resized,
+            vocabulary,
+            tuple(copies),
+            self._twins,
+        )
 
     def _factors(self) -> Iterator[tuple[str, tuple[str, str]]]:
         for module in self._modules:
@@ -182,6 +204,8 @@ class _Matching:
             if parameter.rpartition(".")[0] in whole:
                 yield parameter, self._checked(f"{self._prefix}{parameter}", (width,), parameter)
         for module in sorted(whole - norms(self._geometry)):
+            if self._is_resized(self._trained_name(module), module):
+                continue
             yield f"{module}.weight", self._checked(f"{self._prefix}{module}.weight", self._matrix(module), module)
 
     def _token_rows(self) -> Iterator[tuple[str, str]]:
@@ -213,10 +237,18 @@ class _Matching:
             match = idle.fullmatch(name)
             if match and match[1] in owners:
                 return
+        saved = name.removesuffix(".modules_to_save.weight")
+        if saved != name and saved in self._trained.modules and self._trained_name(saved) in self._entries:
+            self._twins[tensor] = self._trained_name(saved)
+            return
         for end in _BASE_ENDS:
             module, leaf = name.removesuffix(end), end.rpartition(".")[2]
             if module != name and module in self._geometry.modules:
                 if leaf == "weight":
+                    if end.startswith(".original_module") and self._is_resized(self._trained_name(module), module):
+                        return  # what was resized before it was trained
+                    if self._is_resized(tensor, module):
+                        return
                     self._refuse_resized(tensor, self._matrix(module))
                 yield BaseCopy(tensor, module, leaf)
                 return
@@ -238,6 +270,58 @@ class _Matching:
         if any(parameter.startswith(f"{owner}.") for parameter in self._geometry.parameters):
             return f"of {owner}, which is not one that an adapter can change here"
         return f"no weight of the base, which has no {owner[:200]}"
+
+    def _trained_name(self, module: str) -> str:
+        return f"{self._prefix}{module}.weight"
+
+    def _is_resized(self, tensor: str, module: str) -> bool:
+        """Note a matrix of an embedding or an output that has another number of tokens than the base's."""
+        entry, shape = self._entries.get(tensor), self._geometry.modules[module]
+        if entry is None or len(entry.shape) != 2 or not (shape.kind == "embedding" or self._is_output(module)):
+            return False
+        (num_tokens, width), (own_tokens, own_width) = entry.shape, self._matrix(module)
+        if width != own_width or num_tokens in (0, own_tokens):
+            return False
+        if num_tokens > own_tokens + MAX_ADDED_TOKENS:
+            message = f"tensor {tensor} has {num_tokens} tokens, more than {MAX_ADDED_TOKENS} beyond the base's"
+            raise AdapterRefused("vocabulary_resized", message, tensor)
+        if tag_of(entry) is None:
+            raise AdapterRefused("unsupported_dtype", f"tensor {tensor} is of type {entry.tag}", tensor)
+        if self._resized.setdefault(module, tensor) != tensor:
+            raise AdapterRefused("unmatched_tensor", f"tensor {tensor} is a second matrix of {module}", tensor)
+        return True
+
+    def _all_resized(self) -> tuple[dict[str, str], int | None]:
+        """Every embedding and output with its matrix, and how many tokens these have, if not as many as the base."""
+        if not self._resized:
+            return {}, None
+        tensor = next(iter(self._resized.values()))
+        (num_tokens, _) = self._entries[tensor].shape
+        modules = self._geometry.modules
+        tied = self._geometry.tied
+        counterpart = {**tied} | {embedding: output for output, embedding in tied.items()}
+        found: dict[str, str] = {}
+        kinds = set()
+        for module, shape in modules.items():
+            if shape.kind != "embedding" and not self._is_output(module):
+                continue
+            name = self._resized.get(module)
+            if name is None and counterpart.get(module) not in self._trained.modules:
+                name = self._resized.get(counterpart.get(module, ""))
+            if name is None or self._entries[name].shape[0] != num_tokens:
+                message = f"tensor {tensor} has {num_tokens} tokens, and the file has not as many rows of {module}"
+                raise AdapterRefused("vocabulary_resized", message, tensor)
+            found[module] = name
+            kinds.add(shape.kind)
+        biases = [module for module in found if f"{module}.bias" in self._geometry.parameters]
+        if len(kinds) < 2 or biases or self._trained.tokens or self._spec.ensure_weight_tying:
+            why = f"tensor {tensor} has {num_tokens} tokens, which are not served together with "
+            why += TOKENS_FIELD if self._trained.tokens else "ensure_weight_tying, or an output that is none here"
+            raise AdapterRefused("vocabulary_resized", why, tensor)
+        return found, num_tokens
+
+    def _is_output(self, module: str) -> bool:
+        return is_output(module, self._geometry.modules[module], self._geometry)
 
     def _matrix(self, module: str) -> tuple[int, int]:
         """Shape of the weight of an embedding or an output: a row a token."""

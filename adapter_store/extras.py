@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,10 @@ import numpy as np
 from lorafleet.adapter_store.base_weights import BaseWeights, own_weight
 from lorafleet.adapter_store.contents import Contents
 from lorafleet.adapter_store.errors import AdapterRefused
-from lorafleet.adapter_store.manifest import BaseGeometry, ExtraManifest, magnitude_of, shared_extra
+from lorafleet.adapter_store.manifest import BaseGeometry, ExtraManifest, appended_to, magnitude_of, shared_extra
 from lorafleet.adapter_store.tensor_file import TensorFile
 from lorafleet.adapter_store.tensors import Tensor
-from lorafleet.adapter_store.validation import check_values
+from lorafleet.adapter_store.validation import check_values, is_copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +38,19 @@ def read_extras(
     file: TensorFile,
     contents: Contents,
     scalings: Mapping[str, float],
+    saved: Collection[str],
     base: BaseWeights | None,
     geometry: BaseGeometry,
 ) -> list[Extra]:
     """All extras, sorted by name; `scalings` are those of the modules with LoRA. A bias like the base's is none.
 
+    saved: the modules that were trained as a whole.
+
     Raises AdapterRefused `base_weights_unverified` when a trained bias has no bias of the base to be compared with.
     """
     added = _added(file, contents, scalings, base, geometry)
-    extras = [*_replaced(file, contents), *_magnitudes(file, contents), *added]
+    resized = _resized(file, contents, saved, base, geometry)
+    extras = [*_replaced(file, contents), *_magnitudes(file, contents), *added, *resized]
     return sorted(extras, key=lambda extra: extra.manifest.name)
 
 
@@ -55,6 +59,30 @@ def _replaced(file: TensorFile, contents: Contents) -> Iterator[Extra]:
         tensor = file.read(name)
         array = tensor.array.reshape(-1, tensor.shape[-1])
         yield Extra(shared_extra(parameter, "replaced", *array.shape), name, Tensor(tensor.tag, array))
+
+
+def _resized(
+    file: TensorFile, contents: Contents, saved: Collection[str], base: BaseWeights | None, geometry: BaseGeometry
+) -> Iterator[Extra]:
+    """What matrices of another vocabulary have beside the base's own: added rows, and others in the base's place."""
+    for module, name in contents.resized.items():
+        tensor, own = file.read(name), own_weight(base, geometry, module, "weight")
+        if own is None:
+            message = f"tensor {name} has rows of {module}, and the base's own are not at hand to compare them with"
+            raise AdapterRefused("base_weights_unverified", message, name)
+        num_own = own.shape[0]
+        shared = min(num_own, tensor.shape[0])
+        if not is_copy(Tensor(tensor.tag, tensor.array[:shared]), Tensor(own.tag, own.array[:shared])):
+            if module not in saved:
+                message = f"tensor {name} is a weight of the base and differs from the base's own"
+                raise AdapterRefused("base_weights_changed", message, name)
+            # Tokens that are taken away come neither in a prompt nor in an answer.
+            matrix = np.zeros((num_own, tensor.shape[1]), tensor.array.dtype)
+            matrix[:shared] = tensor.array[:shared]
+            yield Extra(shared_extra(f"{module}.weight", "replaced", *matrix.shape), name, Tensor(tensor.tag, matrix))
+        if len(tensor.array) > num_own:
+            rows = np.ascontiguousarray(tensor.array[num_own:])
+            yield Extra(shared_extra(appended_to(module), "appended", *rows.shape), name, Tensor(tensor.tag, rows))
 
 
 def _magnitudes(file: TensorFile, contents: Contents) -> Iterator[Extra]:

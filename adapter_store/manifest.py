@@ -70,7 +70,7 @@ def shared_module(name: str, rank: int, scaling: float) -> ModuleManifest:
     return ModuleManifest(name, rank, scaling)
 
 
-ExtraKind = Literal["replaced", "added", "magnitude"]
+ExtraKind = Literal["replaced", "added", "magnitude", "appended"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,8 @@ class ExtraManifest:
     norm's (`model.norm.weight`, one row), or the matrix of the embedding or of the head (a row a token). `added`: one
     row that is added to the output of the linear module `name`, a trained bias less the base's. `magnitude`: one row,
     DoRA's; the worker divides it by the norms of the base's weight with scaling * B @ A; `name` is as `magnitude_of`.
+    `appended`: rows after the base's of an embedding or a head, of tokens that the base lacks; `name` is as
+    `appended_to`.
     """
 
     name: str
@@ -98,6 +100,11 @@ def shared_extra(name: str, kind: ExtraKind, num_rows: int, width: int) -> Extra
 def magnitude_of(module: str) -> str:
     """The name of a module's magnitudes, in PEFT's files and among extras."""
     return f"{module}.lora_magnitude_vector"
+
+
+def appended_to(module: str) -> str:
+    """The name of the rows that come after a module's own."""
+    return f"{module}.weight.appended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +140,8 @@ class AdapterManifest:
     """Sorted by name. Most adapters have none, and only those that have any pay for them."""
     invocation: tuple[int, ...] = ()
     """Tokens with whose last occurrence in a prompt the adapter begins (activated LoRA); empty: it always computes."""
+    vocabulary: int | None = None
+    """How many tokens it knows; None: those of the base."""
     warnings: tuple[str, ...] = field(default=(), compare=False)
     """What its author may not expect: parts of the config or the folder that change nothing. No part of the version."""
     chat: AdapterChat | None = None

@@ -80,6 +80,9 @@ class AdapterReader:
         file, contents = plan.file, plan.contents
         for copy in contents.base_copies:
             self._check_base_copy(file, copy)
+        for twin, first in contents.twins.items():
+            if tag_of(file.entries[twin]) is None or not np.array_equal(file.read(twin).array, file.read(first).array):
+                raise AdapterRefused("unmatched_tensor", f"tensor {twin} differs from {first}", twin)
         self._check_tying(plan)
 
         served = SERVED[self.geometry.dtype]
@@ -105,11 +108,13 @@ class AdapterReader:
             tensors[name] = _beside(tensors.get(name), factors)
         extras: dict[str, Array] = {}
         manifests: list[ExtraManifest] = []
-        for extra in read_extras(file, contents, scalings, self.base_weights, self.geometry):
+        for extra in read_extras(file, contents, scalings, plan.trained.modules, self.base_weights, self.geometry):
             digest.update(extra.head)
             digest.update(extra.tensor.array.data)
             extras[extra.manifest.name] = check_values(extra.source, extra.tensor, served).array
             manifests.append(extra.manifest)
+        if contents.vocabulary is not None:
+            digest.update(json.dumps(["vocabulary", contents.vocabulary]).encode())
         if plan.spec.invocation:
             digest.update(json.dumps(["invocation", plan.spec.invocation]).encode())
         chat = read_chat(folder, self.base_tokens)
@@ -202,6 +207,7 @@ class AdapterReader:
             num_bytes=self.num_bytes(modules, extras),
             extras=extras,
             invocation=plan.spec.invocation,
+            vocabulary=plan.contents.vocabulary,
             warnings=warnings,
         )
 

@@ -38,7 +38,7 @@ RULES: Final[Mapping[str, str]] = {
     "unmatched_tensor": "A tensor belongs to nothing that the config asks for, or lacks the prefix that others have.",
     "missing_tensor": "What the config asks for lacks one of its tensors.",
     "wrong_shape": "A tensor's shape is not that of the base's module and the rank.",
-    "vocabulary_resized": "The adapter is of a base with tokens added or removed.",
+    "vocabulary_resized": "The vocabulary is not the base's, and the file lacks rows of it or has LoRA on them.",
     "unsupported_dtype": "A tensor is not of float64, float32, float16 or bfloat16.",
     "non_finite": "A tensor holds a NaN or an infinity.",
     "overflow": "A value, a scaling or a product of both is too large for the dtype that is served.",
@@ -95,6 +95,15 @@ def is_replaceable(copy: BaseCopy, geometry: BaseGeometry) -> bool:
     return shape.kind == "embedding" or is_output(copy.module, shape, geometry)
 
 
+def is_copy(saved: Tensor, own: Tensor) -> bool:
+    """Whether a tensor of a file is the base's own, perhaps rounded.
+
+    Training may have held the base in a narrower type than its checkpoint, and saved it in a wider one.
+    """
+    vias: tuple[FloatTag, ...] = (own.tag, "BF16", "F16")
+    return own.shape == saved.shape and any(own.to(via).to(saved.tag).has_bits_of(saved) for via in vias)
+
+
 def check_base_copy(copy: BaseCopy, saved: Tensor, base: BaseWeights | None, geometry: BaseGeometry) -> None:
     """A weight of the base in an adapter's file is dropped if it is the base's own: nothing is changed by it then.
 
@@ -104,9 +113,7 @@ def check_base_copy(copy: BaseCopy, saved: Tensor, base: BaseWeights | None, geo
     if own is None:
         message = f"tensor {copy.tensor} is a weight of the base, and the base's own is not at hand to compare it with"
         raise AdapterRefused("base_weights_unverified", message, copy.tensor)
-    # Training may have held the base in a narrower type than its checkpoint, and saved it in a wider one.
-    vias: tuple[FloatTag, ...] = (own.tag, "BF16", "F16")
-    if own.shape != saved.shape or not any(own.to(via).to(saved.tag).has_bits_of(saved) for via in vias):
+    if not is_copy(saved, own):
         message = f"tensor {copy.tensor} is a weight of the base and differs from the base's own"
         if not is_replaceable(copy, geometry):
             message += f": {copy.module} is not one that an adapter can replace here"

@@ -78,6 +78,8 @@ class NamedVersion:
     """When the store first saw the version, in Unix seconds."""
     chat: AdapterChat | None = None
     """How its conversations are written; None: as the base's."""
+    vocabulary: int | None = None
+    """How many tokens it knows; None: those of the base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,9 @@ class NamesAt:
 def named_version(adapter: NamedAdapter, created_s: int) -> NamedVersion:
     """The store's entry without what only the admin plane shows."""
     root = f"{adapter.source}/{adapter.key}"
-    return NamedVersion(adapter.name, adapter.version, root, created_s, adapter.manifest.chat)
+    return NamedVersion(
+        adapter.name, adapter.version, root, created_s, adapter.manifest.chat, adapter.manifest.vocabulary
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -416,10 +416,10 @@ class Engine:
             )
             self._outbox.append((request.request_id, error))
             return
-        vocab_size = self._runner.base.vocab_size
+        vocab_size = request.vocabulary or self._runner.base.vocab_size
         for token_id in (*request.prompt_token_ids, *request.sampling.stop_token_ids, *request.sampling.logit_bias):
             if not 0 <= token_id < vocab_size:
-                error = InvalidTokenId(f"token id {token_id} is not in the base's vocabulary of {vocab_size}")
+                error = InvalidTokenId(f"token id {token_id} is not in the vocabulary of {vocab_size}")
                 self._outbox.append((request.request_id, error))
                 return
         assert request.request_id not in self._sequences, f"request id {request.request_id} is in use"

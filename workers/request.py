@@ -206,6 +206,8 @@ class EngineRequest:
     """KV of prompts is shared by requests of one salt only."""
     end_token_ids: tuple[int, ...] = ()
     """Tokens that end its answer as the base's own do: those of the adapter."""
+    vocabulary: int | None = None
+    """How many tokens the adapter knows; None: those of the base."""
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True, gc=False):

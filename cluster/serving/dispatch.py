@@ -125,7 +125,8 @@ class Dispatcher:
         try:
             adapter = await self.resolve(model)
             chat = None if adapter is None else adapter.chat
-            prompt_token_ids = await self.prompts.tokenize(request, chat)
+            vocabulary = None if adapter is None else adapter.vocabulary
+            prompt_token_ids = await self.prompts.tokenize(request, chat, vocabulary)
             await self.prompts.check_grammar(request.structured_outputs)
         except Exception as error:
             self._metrics.reject(_code_of(error))
@@ -134,7 +135,8 @@ class Dispatcher:
         if sampling.max_tokens is None and default_max_tokens is not None:
             sampling = sampling.model_copy(update={"max_tokens": max(default_max_tokens, sampling.min_tokens)})
         version = None if adapter is None else adapter.version
-        ends = () if chat is None else tuple(each for each in chat.end_token_ids if each < self.prompts.vocab_size)
+        num_tokens = vocabulary or self.prompts.vocab_size
+        ends = () if chat is None else tuple(each for each in chat.end_token_ids if each < num_tokens)
         request_id = uuid.uuid4().hex
         sequences = tuple(
             EngineRequest(
@@ -143,6 +145,7 @@ class Dispatcher:
                 prompt_token_ids=prompt_token_ids,
                 sampling=sampling if i == 0 else _reseeded(sampling, i),
                 end_token_ids=ends,
+                vocabulary=vocabulary,
                 cache_salt=caller if self._salts_prefixes else "",
             )
             for i in range(request.n)

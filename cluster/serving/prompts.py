@@ -80,10 +80,12 @@ class Prompts:
             max_model_len=max_model_len(model, config),
         )
 
-    async def tokenize(self, request: GenerateRequest, chat: AdapterChat | None = None) -> tuple[int, ...]:
+    async def tokenize(
+        self, request: GenerateRequest, chat: AdapterChat | None = None, vocabulary: int | None = None
+    ) -> tuple[int, ...]:
         """Token ids of the request's prompt, checked against the vocabulary and the model's length.
 
-        chat: how the adapter's conversations are written.
+        chat: how the adapter's conversations are written. vocabulary: how many tokens it knows, if not the base's.
 
         Raises BadRequest (`empty_prompt`, `invalid_token_id`, `no_tokenizer`, `no_chat_template`,
         `chat_template_failed`) or ContextLengthExceeded.
@@ -104,13 +106,13 @@ class Prompts:
             assert request.prompt is not None
             param = "prompt"
             token_ids = request.prompt
-            self.check_token_ids(token_ids, param)
+            self.check_token_ids(token_ids, param, vocabulary)
         if not token_ids:
             raise BadRequest(f"{param} is empty: it has no tokens", param, "empty_prompt")
         token_ids = self._truncated(token_ids, request)
         self._check_length(len(token_ids), request.max_tokens, param)
-        self.check_token_ids(request.stop_token_ids, "stop_token_ids")
-        self.check_token_ids(tuple(request.logit_bias), "logit_bias")
+        self.check_token_ids(request.stop_token_ids, "stop_token_ids", vocabulary)
+        self.check_token_ids(tuple(request.logit_bias), "logit_bias", vocabulary)
         return token_ids
 
     async def check_grammar(self, asked: StructuredOutputs | None) -> None:
@@ -123,12 +125,13 @@ class Prompts:
             kind, _ = asked.kind_and_value()
             raise BadRequest(f"this {kind} cannot be followed: {error}", "structured_outputs", error.code) from error
 
-    def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
-        """Raise BadRequest when a token id is outside the vocabulary."""
-        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
-            wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
+    def check_token_ids(self, token_ids: Sequence[int], param: str, vocabulary: int | None = None) -> None:
+        """Raise BadRequest when a token id is outside the vocabulary, which is the base's if none is given."""
+        num_tokens = vocabulary or self.vocab_size
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < num_tokens):
+            wrong = next(token for token in token_ids if not 0 <= token < num_tokens)
             raise BadRequest(
-                f"{param} has token id {wrong}; the vocabulary is 0 to {self.vocab_size - 1}",
+                f"{param} has token id {wrong}; the vocabulary is 0 to {num_tokens - 1}",
                 param,
                 "invalid_token_id",
             )

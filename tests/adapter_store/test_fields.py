@@ -168,9 +168,6 @@ def test_harmless_fields_are_all_tried() -> None:
 
 
 RESIZED: dict[str, dict[str, Any]] = {
-    "untouched": {},
-    "saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
-    "head": {"modules_to_save": ["lm_head"]},
     "lora": {"target_modules": ["embed_tokens", "lm_head"]},
     "tokens": {"trainable_token_indices": [300, 304]},
 }

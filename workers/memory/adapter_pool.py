@@ -106,6 +106,7 @@ class AdapterPool:
         self._page_counts: dict[str, int] = {}
         self._plans: dict[Hashable, PagePlan] = {}
         self._extras: dict[int, Mapping[str, Extra]] = {}
+        self._vocabularies: dict[int, int] = {}
         self._ideal_bytes = 0
         self.row_norms: RowNorms | None = None
         """Who knows the base's weights sets it; adapters with magnitudes need it."""
@@ -148,6 +149,11 @@ class AdapterPool:
     def extras(self) -> Mapping[int, Mapping[str, Extra]]:
         """Slot -> what its adapter brings beside low-rank factors; slots without any are not in it. A live view."""
         return MappingProxyType(self._extras)
+
+    @property
+    def vocabularies(self) -> Mapping[int, int]:
+        """Slot -> how many tokens its adapter knows, where they are not the base's. A live view."""
+        return MappingProxyType(self._vocabularies)
 
     def num_pages(self, manifest: AdapterManifest) -> int:
         """Pages that the adapter takes; remembered by version."""
@@ -235,6 +241,9 @@ class AdapterPool:
         self._ranks[slot].copy_(uploaded.ranks)
         if uploaded.extras:
             self._extras[slot] = uploaded.extras
+        vocabulary = uploaded.allocation.manifest.vocabulary
+        if vocabulary is not None:
+            self._vocabularies[slot] = vocabulary
         if uploaded.vectors is not None:
             self._vectors[slot].copy_(uploaded.vectors)
         if uploaded.matrices is not None:
@@ -243,6 +252,7 @@ class AdapterPool:
     def free(self, allocation: Allocation) -> None:
         """Take back pages and slot, whether or not the adapter was published; no `upload` of it may be running."""
         self._ranks[allocation.slot].zero_()
+        self._vocabularies.pop(allocation.slot, None)
         if self._extras.pop(allocation.slot, None):
             self._vectors[allocation.slot].fill_(-1)
             self._matrices[allocation.slot].zero_()
@@ -330,7 +340,7 @@ class AdapterPool:
         by_name = plan.extra_starts(starts)
         for extra in weights.manifest.extras:
             parts = by_name[extra.name]
-            if extra.num_rows == 1:
+            if extra.name in self.layout.vectors:
                 widths = [width for _, width in parts_of(extra.width, self.layout.page_elements)]
                 firsts = [int(part[0]) for part in parts]
                 views = [self._elements[first : first + width] for first, width in zip(firsts, widths, strict=True)]
@@ -347,7 +357,8 @@ class AdapterPool:
 
     def _point_to_matrices(self, extras: Mapping[str, Extra]) -> Tensor | None:
         """The adapter's line of the matrices' table."""
-        places = {name: extra.starts.data_ptr() for name, extra in extras.items() if isinstance(extra, ExtraMatrix)}
+        tabled = {name: extra for name, extra in extras.items() if name in self.layout.matrices}
+        places = {name: extra.starts.data_ptr() for name, extra in tabled.items() if isinstance(extra, ExtraMatrix)}
         if not places:
             return None
         line = self._host((len(self.layout.matrices),), torch.int64).zero_()

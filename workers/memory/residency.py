@@ -83,8 +83,9 @@ class AdapterLease:
 
     def __init__(self, residency: Residency, entry: _Entry) -> None:
         self.version = entry.allocation.manifest.version
-        self.has_extras = bool(entry.allocation.manifest.extras)
-        self.is_tabled = residency.is_tabled(entry.allocation.manifest)
+        manifest = entry.allocation.manifest
+        self.has_extras = bool(manifest.extras) or manifest.vocabulary is not None
+        self.is_tabled = residency.is_tabled(manifest)
         self.invocation = entry.allocation.manifest.invocation
         self.is_plain = not (self.has_extras or self.invocation)
         """Whether the adapter is low-rank factors for all of a sequence and no more."""
@@ -129,7 +130,7 @@ class Residency:
 
     def is_tabled(self, manifest: AdapterManifest) -> bool:
         """Whether a captured graph can find all that the adapter has beside low-rank factors."""
-        return self._pool.untabled.isdisjoint(extra.name for extra in manifest.extras)
+        return manifest.vocabulary is None and self._pool.untabled.isdisjoint(extra.name for extra in manifest.extras)
 
     def __contains__(self, version: str) -> bool:
         """Whether the version has pages, be it loading, resident or retired."""

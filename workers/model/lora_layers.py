@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lorafleet.adapter_store.manifest import appended_to
 from lorafleet.kernels import fp8, ops, reference
 from lorafleet.kernels.adjust import adjust
 from lorafleet.kernels.fp8 import Fp8Rows
@@ -38,6 +39,8 @@ class Owner:
     """(n,) int64, its rows, on the device."""
     extras: Mapping[str, Extra]
     """By name, as in `AdapterWeights.extras`."""
+    vocabulary: int | None
+    """How many tokens the adapter knows; None: those of the base."""
 
 
 @dataclass(slots=True)
@@ -52,6 +55,8 @@ class LoraContext:
     """Of the rows whose logits are wanted."""
     has_extras: bool | None = None
     """Whether any adapter of the pass has more than low-rank factors; by default whether any resident one has."""
+    resident_vocabularies: Mapping[int, int] = field(default_factory=dict)
+    """`AdapterPool.vocabularies`."""
     _last_owners: tuple[Segments | None, tuple[Owner, ...]] = (None, ())
 
     def __post_init__(self) -> None:
@@ -71,16 +76,26 @@ class LoraContext:
             )
         return segments
 
+    def with_own_vocabularies(self, logits: Tensor, num_tokens: int) -> Tensor:
+        """The logits of a pass, -inf where a row's adapter, or the base with `num_tokens`, knows no such token."""
+        owners = [(owner.rows, owner.vocabulary) for owner in self.owners(self.logits_segments)]
+        if all(vocabulary is None for _, vocabulary in owners):
+            return logits
+        known = torch.full((len(logits), 1), num_tokens, device=logits.device)
+        for rows, vocabulary in owners:
+            known.index_fill_(0, rows, num_tokens if vocabulary is None else vocabulary)
+        return logits.masked_fill(torch.arange(logits.shape[1], device=logits.device) >= known, -torch.inf)
+
     def owners(self, segments: Segments | None) -> tuple[Owner, ...]:
         """The adapters of a pass with these segments that bring parameters of their own; most passes have none.
 
         Found on the host, once for all layers of a pass.
         """
-        if segments is None or not self.has_extras or not self.resident_extras:
+        if segments is None or not self.has_extras or not (self.resident_extras or self.resident_vocabularies):
             return ()
         known, owners = self._last_owners
         if known is not segments:
-            owners = tuple(_owners(segments, self.resident_extras))
+            owners = tuple(_owners(segments, self.resident_extras, self.resident_vocabularies))
             self._last_owners = (segments, owners)
         return owners
 
@@ -128,7 +143,11 @@ class FusedProjection(nn.Module):
         self.is_head = is_head
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in_dim) -> (..., sum of the members' widths)."""
+        """x: (..., in_dim) -> (..., sum of the members' widths).
+
+        A head's output is wider where adapters of the pass have tokens that the base lacks: those come last, with
+        anything in the rows of others.
+        """
         rows = x.reshape(-1, x.shape[-1])
         y, scales = self.unscaled(rows)
         if scales is not None:
@@ -183,12 +202,26 @@ class FusedProjection(nn.Module):
                 y.index_copy_(0, at, product if self.bias is None else product.add_(self.bias))
             ops.add_lora(rows, self.lora, segments, y)
         self._adjust(y, segments)
-        return y
+        return self._with_appended(rows, y, segments) if has_extras and self.is_head else y
 
     def _adjust(self, y: Tensor, segments: Segments) -> None:
         """Apply what adapters of the pass have beside low-rank factors: rows added to the output, and its scales."""
         if self.context.has_extras and self.lora.vectors is not None:
             adjust(y, self.lora.vectors, segments, self.bias)
+
+    def _with_appended(self, x: Tensor, y: Tensor, segments: Segments) -> Tensor:
+        """y, and after it the columns of the tokens that adapters have and the base lacks, if any has some."""
+        found = [
+            (owner.rows, matrix)
+            for owner in self.context.owners(segments)
+            if isinstance(matrix := owner.extras.get(appended_to(self.names[0])), ExtraMatrix)
+        ]
+        if not found:
+            return y
+        columns = y.new_zeros((len(y), max(len(matrix.starts) for _, matrix in found)))
+        for rows, matrix in found:
+            columns[rows, : len(matrix.starts)] = matrix.product(x.index_select(0, rows))
+        return torch.cat((y, columns), dim=1)
 
     def _replaced(self, owners: tuple[Owner, ...]) -> list[tuple[Tensor, ExtraMatrix]]:
         """Rows that have a matrix of their own, and the matrix."""
@@ -247,16 +280,30 @@ class LoraEmbedding(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: (...) int64 -> (..., embedding_dim)."""
-        y: Tensor = self.base(token_ids)
+        known = token_ids
+        if self.context.has_extras:
+            # Tokens that the base lacks are looked up below, in the rows of adapters that have them.
+            known = token_ids.clamp(max=self.base.num_embeddings - 1)
+        y: Tensor = self.base(known)
         segments = self.context.segments_at("body", self.name, token_ids.numel())
         if segments is not None:
-            tokens, rows = token_ids.reshape(-1), y.view(-1, y.shape[-1])
+            tokens, rows = known.reshape(-1), y.view(-1, y.shape[-1])
             if self.context.has_extras:
                 self._replace(tokens, rows, segments)
+                self._append(token_ids.reshape(-1), rows, segments)
             ops.embed(tokens, self.lora, segments, rows)
             if self.context.has_extras and self.lora.vectors is not None:
                 adjust(rows, self.lora.vectors, segments)
         return y
+
+    def _append(self, tokens: Tensor, y: Tensor, segments: Segments) -> None:
+        """Put the rows of tokens that the base lacks into y."""
+        for owner in self.context.owners(segments):
+            matrix = owner.extras.get(appended_to(self.name))
+            if isinstance(matrix, ExtraMatrix):
+                own = tokens.index_select(0, owner.rows) - self.base.num_embeddings
+                found = matrix.take(own.clamp(0, len(matrix.starts) - 1))
+                y.index_copy_(0, owner.rows, torch.where((own >= 0)[:, None], found, y.index_select(0, owner.rows)))
 
     def _replace(self, tokens: Tensor, y: Tensor, segments: Segments) -> None:
         """Put what an adapter has in the embedding's place into its rows of y."""
@@ -300,13 +347,16 @@ def substitute_embedding(
     model.set_submodule(name, LoraEmbedding(name, base, weights, context))
 
 
-def _owners(segments: Segments, resident_extras: Mapping[int, Mapping[str, Extra]]) -> Iterator[Owner]:
+def _owners(
+    segments: Segments, resident_extras: Mapping[int, Mapping[str, Extra]], vocabularies: Mapping[int, int]
+) -> Iterator[Owner]:
     row_slots, device = segments.host_row_slots, segments.row_slots.device
     for slot in np.unique(row_slots).tolist():
-        extras = resident_extras.get(slot)
-        if extras is not None:
+        extras, vocabulary = resident_extras.get(slot), vocabularies.get(slot)
+        if extras is not None or vocabulary is not None:
             rows = torch.from_numpy(np.flatnonzero(row_slots == slot))
-            yield Owner(rows if device.type == "cpu" else rows.pin_memory().to(device, non_blocking=True), extras)
+            rows = rows if device.type == "cpu" else rows.pin_memory().to(device, non_blocking=True)
+            yield Owner(rows, extras or {}, vocabulary)
 
 
 def _bias(linear: nn.Module) -> Tensor | None:

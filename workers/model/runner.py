@@ -74,7 +74,7 @@ class ModelRunner:
         self.base = base
         self.cache = cache
         self.pool = pool
-        self._lora = lora_layers.LoraContext(pool.extras)
+        self._lora = lora_layers.LoraContext(pool.extras, resident_vocabularies=pool.vocabularies)
         self._attention = paged_attention.AttentionContext(cache, base.calls)
         self._sampler = Sampler()
         self._graphs: dict[tuple[GraphForm, int], StepGraph] = {}
@@ -214,6 +214,8 @@ class ModelRunner:
                 f"{type(self.base.model).__name__} does not give the logits of the chosen rows: of {num_rows} rows "
                 f"there are {logits.shape[0]}"
             )
+        if inputs.has_extras:
+            logits = self._lora.with_own_vocabularies(logits, self.base.vocab_size)
         return logits[logits_pass.own]
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lorafleet.workers.model.token_counts import TokenCounts
 from lorafleet.workers.step.sampling import (
@@ -116,6 +117,8 @@ def _forbid(logits: Tensor, batch: SamplingBatch) -> None:
     rows, words = rows.to(logits.device, non_blocking=True), words.to(logits.device, non_blocking=True)
     bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device) & 1
     may_come = bits.view(len(batch.masked), -1)[:, : logits.shape[-1]] != 0
+    # A grammar knows the base's tokens only.
+    may_come = F.pad(may_come, (0, logits.shape[-1] - may_come.shape[-1]))
     logits[rows] = logits[rows].masked_fill(~may_come, -torch.inf)
 
 

@@ -23,10 +23,12 @@ class TokenCounts:
         """(lines, vocab)."""
 
     def grow(self, num_lines: int, logits: Tensor) -> None:
-        """Have that many lines, of the logits' vocabulary, on their device."""
-        if len(self._counts) < num_lines:
-            counts = torch.zeros((num_lines, logits.shape[-1]), dtype=torch.int32, device=logits.device)
-            counts[: len(self._counts), : self._counts.shape[1]] = self._counts
+        """Have that many lines, of the logits' vocabulary or a larger one before, on their device."""
+        old_lines, old_width = self._counts.shape
+        if old_lines < num_lines or old_width < logits.shape[-1]:
+            shape = max(num_lines, old_lines), max(logits.shape[-1], old_width)
+            counts = torch.zeros(shape, dtype=torch.int32, device=logits.device)
+            counts[:old_lines, :old_width] = self._counts
             self._counts = counts
 
     def start(self, lines: Tensor, prompt_lines: Tensor, prompt_token_ids: Tensor) -> None:
@@ -42,7 +44,7 @@ class TokenCounts:
         for each time that a token was made, presence once.
         """
         presence, frequency, repetition = (penalties[name][:, None] for name in ("presence", "frequency", "repetition"))
-        counts = self._counts[penalties["line"]]
+        counts = self._counts[penalties["line"], : logits.shape[-1]]
         own = logits[penalties["row"]]
         own = torch.where(counts > 0, torch.where(own > 0, own / repetition, own * repetition), own)
         made = counts & (IN_PROMPT - 1)
