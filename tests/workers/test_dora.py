@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from lorafleet.kernels.fp8 import dequantise, quantise_weight
 from lorafleet.workers.config import ModelConfig, PoolConfig
+from lorafleet.workers.model import row_norms
+from lorafleet.workers.model.lora_layers import ProjectionSlice
+from lorafleet.workers.model.row_norms import RowNorms
 from lorafleet.workers.step.forms import GraphForm
 from lorafleet.workers.worker import Worker
 from tests.support.adapters import ALL_SEVEN, make_adapter
@@ -96,6 +101,26 @@ async def test_from_a_cached_prefix_and_after_eviction(shelf: Shelf) -> None:
         expected = prompt_logprobs_with_peft(shelf.base, shelf.folders[version], (*prompt, *answer.tokens))
         chosen = expected[len(prompt) - 1 : -1].gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
         assert (torch.tensor([entry.logprob for entry in answer.logprobs]) - chosen).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("is_fp8", [False, True], ids=["plain", "fp8"])
+def test_norms_of_rows(is_fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights that are in fp8 it is the weights' norms, not those of what they are kept as."""
+    monkeypatch.setattr(row_norms, "MAX_ELEMENTS", 100)
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(width, 48, generator=generator) for width in (32, 16)]
+    fused = nn.Module()
+    fused.widths = [32, 16]  # type: ignore[assignment]
+    whole = quantise_weight(*(matrix.bfloat16() for matrix in matrices)) if is_fp8 else None
+    fused.weight = nn.Parameter(torch.cat(matrices) if whole is None else whole.values, requires_grad=False)
+    fused.fp8_weight = whole  # type: ignore[assignment]
+    expected = torch.cat(matrices) if whole is None else dequantise(whole, torch.float32)
+    model = nn.ModuleList([ProjectionSlice(index, fused, []) for index in range(2)])  # type: ignore[arg-type]
+    for index, own in enumerate(torch.split(expected, [32, 16])):
+        a, b = torch.randn(3, 48, generator=generator), torch.randn(3, len(own), generator=generator)
+        found = RowNorms(model)(str(index), a, b, 0.7)
+        wanted = (own.double() + 0.7 * b.double().T @ a.double()).norm(dim=1)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("forms", [BY_ROW, BY_PROMPT], ids=["by row", "by prompt"])

@@ -247,6 +247,12 @@ class ProjectionSlice(nn.Module):
         """(out_dim, in_dim): some models look at their projections' weights."""
         return torch.split(self.fused.weight, self.fused.widths)[self.index]
 
+    @property
+    def weight_scales(self) -> Tensor | None:
+        """(out_dim,) float32, what the rows of `weight` are to be multiplied with where they are in fp8."""
+        packed_weight = self.fused.fp8_weight
+        return None if packed_weight is None else torch.split(packed_weight.scales, self.fused.widths)[self.index]
+
     def forward(self, x: Tensor) -> Tensor:
         if len(self.fused.widths) == 1:
             return self._compute(x)

@@ -33,7 +33,11 @@ class RowNorms:
         assert isinstance(module, ProjectionSlice), name
         norms = []
         step = max(1, MAX_ELEMENTS // a.shape[1])
-        for matrix, columns in zip(torch.split(module.weight, step), torch.split(b, step, dim=1), strict=True):
+        scales = module.weight_scales
+        for first in range(0, b.shape[1], step):
+            matrix, columns = module.weight[first : first + step], b[:, first : first + step]
+            if scales is not None:
+                matrix = matrix.float() * scales[first : first + step, None]
             norms.append(torch.linalg.vector_norm(_sum(matrix, columns.t(), a, scaling), dim=1))
         return torch.cat(norms)
 
