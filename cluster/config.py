@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lorafleet.adapter_store.manifest import NAME_GRAMMAR
 from lorafleet.adapter_store.sources import DirectoryConfig, HubConfig, SourceConfig
+from lorafleet.cluster.errors import EmptySecret
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.validation import with_integers
 from lorafleet.workers.config import Bytes, EngineConfig, ModelConfig, PoolConfig, Settings
@@ -136,7 +137,9 @@ class AuthConfig(Settings):
     """Which environment variables hold the secrets; the secrets themselves are never configuration."""
 
     api_keys_env: str = Field(
-        default="LORAFLEET_API_KEYS", description="Keys of the data plane, separated by commas; unset: open to all."
+        default="LORAFLEET_API_KEYS",
+        description="Keys of the data plane, separated by commas; unset: open to all. Set without a key in it, the "
+        "service does not start.",
     )
     admin_token_env: str = Field(
         default="LORAFLEET_ADMIN_TOKEN",
@@ -144,13 +147,13 @@ class AuthConfig(Settings):
     )
 
     def read_keys(self) -> Keys:
-        """The secrets, from the environment of this process."""
-        api_keys = (key.strip() for key in os.environ.get(self.api_keys_env, "").split(","))
-        return Keys(
-            api_keys=tuple(key for key in api_keys if key),
-            admin_token=os.environ.get(self.admin_token_env, "").strip() or None,
-            admin_token_env=self.admin_token_env,
-        )
+        """The secrets, from the environment of this process. Raises EmptySecret for a variable that is set to none."""
+        api_keys = tuple(key.strip() for key in os.environ.get(self.api_keys_env, "").split(",") if key.strip())
+        admin_token = os.environ.get(self.admin_token_env, "").strip()
+        for name, value in ((self.api_keys_env, api_keys), (self.admin_token_env, admin_token)):
+            if name in os.environ and not value:
+                raise EmptySecret(f"{name} is set and holds no secret: give it one, or unset it")
+        return Keys(api_keys=api_keys, admin_token=admin_token or None, admin_token_env=self.admin_token_env)
 
 
 class HttpConfig(Settings):

@@ -19,7 +19,8 @@
     │   └── RolloutFailed
     ├── WorkerGone                 502, another worker is tried
     ├── StreamBroken               502
-    └── ExposedWithoutToken        the service does not start
+    ├── ExposedWithoutToken        the service does not start
+    └── EmptySecret                the service does not start
 
 Errors of the store and of the workers keep their own `code`; `describe` gives them a status.
 """
@@ -217,11 +218,19 @@ class StreamBroken(ClusterError):
 
 
 class ExposedWithoutToken(ClusterError):
-    """HTTP is bound beyond loopback while the admin plane has no token."""
+    """HTTP is bound beyond loopback while the admin plane, or Ray itself, has no token."""
 
     status = 500
     type = "server_error"
     code = "exposed_without_token"
+
+
+class EmptySecret(ClusterError):
+    """A variable that is to hold secrets is set, and holds none: it would leave open what it was to close."""
+
+    status = 500
+    type = "server_error"
+    code = "empty_secret"
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +309,7 @@ class KnownError:
 def known_errors() -> Iterator[KnownError]:
     """Every error of every floor that reaches clients under a code of its own."""
     for error in _descendants(ClusterError):
-        if hasattr(error, "code") and error is not ExposedWithoutToken:
+        if hasattr(error, "code") and error not in (ExposedWithoutToken, EmptySecret):
             yield KnownError(error.status, error.type, (error.code,), _first_paragraph(error))
     for kind, status in _WORKER_STATUS.items():
         yield KnownError(status, _type_of(status), (kind.code,), _first_paragraph(kind))

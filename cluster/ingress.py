@@ -26,7 +26,7 @@ from lorafleet.cluster.http.probes import build_probes
 from lorafleet.cluster.metrics import RequestMetrics
 from lorafleet.cluster.openai import routes as openai
 from lorafleet.cluster.openai.peer_routes import build_peer_router
-from lorafleet.cluster.ray_internals import http_hosts
+from lorafleet.cluster.ray_internals import has_token, http_hosts
 from lorafleet.cluster.responses import routes as responses
 from lorafleet.cluster.routing.whereabouts import live_workers
 from lorafleet.cluster.serving.dispatch import Dispatcher
@@ -55,9 +55,9 @@ class Ingress:
         store: DeploymentHandle[Any],
         controller: DeploymentHandle[Any],
     ) -> None:
-        """Raises ExposedWithoutToken when HTTP is bound beyond loopback and the admin plane has no token."""
+        """Raises EmptySecret, and ExposedWithoutToken when HTTP is bound beyond loopback and a token is missing."""
         keys = config.auth.read_keys()
-        keys.check_exposure(http_hosts())
+        keys.check_exposure(http_hosts(), ray_has_token=has_token())
         self._names = Names(StoreClient(store))
         client = WorkersClient(workers)
         self._dispatcher = Dispatcher(
@@ -88,6 +88,7 @@ class Ingress:
                     admin.build_router(control, keys, hubs=config.adapters.hubs),
                 ],
                 config.http.cors_origins,
+                is_open=keys.are_none,
             )
         )
         self._names.start()

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from ray import _raylet
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -76,3 +77,9 @@ def http_hosts() -> tuple[str, ...]:
     if host is None or str(details.get("proxy_location") or "").lower() in ("disabled", "noserver"):
         return ()
     return (host,)
+
+
+def has_token() -> bool:
+    """Whether Ray lets only those in who have its token."""
+    mode: Any = _raylet.get_authentication_mode()  # type: ignore[attr-defined]
+    return bool(mode == _raylet.AuthenticationMode.TOKEN)  # type: ignore[attr-defined]

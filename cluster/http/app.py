@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorafleet.cluster.errors import BadRequest, ErrorReply, MethodNotAllowed, RouteNotFound, describe
 from lorafleet.cluster.http.description import DescribedApp
+from lorafleet.cluster.http.pages import Pages
 from lorafleet.cluster.http.request_ids import HEADER, RequestIds
 from lorafleet.cluster.validation import refusal_of
 
@@ -23,13 +24,18 @@ logger = logging.getLogger(__name__)
 METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 
 
-def build_http_app(routers: Sequence[APIRouter], cors_origins: Sequence[str] = ()) -> FastAPI:
-    """One application of these routers. cors_origins: whose pages a browser may let call it; `*`: all."""
+def build_http_app(routers: Sequence[APIRouter], cors_origins: Sequence[str] = (), *, is_open: bool = False) -> FastAPI:
+    """One application of these routers. cors_origins: whose pages a browser may let call it; `*`: all.
+
+    is_open: nobody needs a secret, so pages of other origins are refused.
+    """
     app = DescribedApp(title="lorafleet", docs_url=None, redoc_url=None, redirect_slashes=False)
     for router in routers:
         app.include_router(router)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
+    if is_open:
+        app.add_middleware(Pages, origins=cors_origins)
     app.add_middleware(ErrorReplies)
     if cors_origins:
         # Outside of the errors' replies, which a page could not read otherwise.

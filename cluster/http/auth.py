@@ -52,16 +52,30 @@ class Keys:
         matches = [_is_same(token, key) for key in self.api_keys]
         return any(matches)
 
-    def check_exposure(self, hosts: Iterable[str]) -> None:
-        """Refuse to be reachable from beyond this machine without an admin token. Raises ExposedWithoutToken."""
-        if self.admin_token is not None:
-            return
+    @property
+    def are_none(self) -> bool:
+        """Whether everybody who reaches HTTP may do everything."""
+        return self.admin_token is None and not self.api_keys
+
+    def check_exposure(self, hosts: Iterable[str], *, ray_has_token: bool) -> None:
+        """Refuse to be reachable from beyond this machine without an admin token, or on a Ray that anybody may use.
+
+        Raises ExposedWithoutToken.
+        """
         exposed = [host for host in hosts if not is_loopback(host)]
-        if exposed:
+        if not exposed:
+            return
+        if self.admin_token is None:
             raise ExposedWithoutToken(
                 f"HTTP is bound to {exposed[0]}, beyond loopback, and the admin plane has no token: set "
                 f"{self.admin_token_env} in the environment of the Ray cluster (or in runtime_env.env_vars), or bind "
                 "HTTP to 127.0.0.1 (http_options.host)"
+            )
+        if not ray_has_token:
+            raise ExposedWithoutToken(
+                f"HTTP is bound to {exposed[0]}, beyond loopback, and Ray has no token: whoever reaches its ports runs "
+                "code here. Set RAY_AUTH_MODE=token before `ray start` on every node, and make the token with "
+                "`ray get-auth-token --generate`"
             )
 
 

@@ -107,13 +107,13 @@ class Dispatcher:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateDelta, None]:
         """All deltas of all `n` answers as they come. Closing the iterator stops the workers."""
-        prepared = await self.prepare(request)
+        prepared = await self.prepare(request, caller="")
         async with aclosing(self.stream([prepared])) as deltas:
             async for delta in deltas:
                 yield delta
 
     async def prepare(
-        self, request: GenerateRequest, *, caller: str = "", default_max_tokens: int | None = None
+        self, request: GenerateRequest, *, caller: str, default_max_tokens: int | None = None
     ) -> PreparedRequest:
         """Resolve and check a request. Raises a ClusterError, or what the store raises on a first use.
 

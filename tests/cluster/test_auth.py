@@ -43,11 +43,13 @@ def test_without_any_secret_all_is_open_and_without_a_token_alone_the_admin_plan
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
 def test_loopback_needs_no_token(host: str) -> None:
     assert is_loopback(host)
-    Keys().check_exposure([host])
+    Keys().check_exposure([host], ray_has_token=False)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "example.org"])
-def test_beyond_loopback_a_token_is_needed(host: str) -> None:
+def test_beyond_loopback_two_tokens_are_needed(host: str) -> None:
     with pytest.raises(ExposedWithoutToken, match=r"LORAFLEET_ADMIN_TOKEN.*127\.0\.0\.1"):
-        Keys(api_keys=("client",)).check_exposure([host])
-    KEYS.check_exposure([host])
+        Keys(api_keys=("client",)).check_exposure([host], ray_has_token=True)
+    with pytest.raises(ExposedWithoutToken, match="RAY_AUTH_MODE=token"):
+        KEYS.check_exposure([host], ray_has_token=False)
+    KEYS.check_exposure([host], ray_has_token=True)

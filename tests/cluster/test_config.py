@@ -14,6 +14,7 @@ from ray.serve.scripts import convert_args_to_dict
 
 from lorafleet.cluster.app import build
 from lorafleet.cluster.config import AppConfig, AuthConfig, UserConfig
+from lorafleet.cluster.errors import EmptySecret
 
 CONTRACT = """
 model:    {id: demo, source: examples/demo/base, dtype: auto, max_model_len: 512}
@@ -157,3 +158,13 @@ def test_secrets_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert keys.api_keys == ("one", "two")
     assert keys.admin_token == "secret"
     assert "secret" not in repr(keys)
+
+
+@pytest.mark.parametrize("name", ["KEYS", "TOKEN"])
+@pytest.mark.parametrize("value", ["", "  ", ",", " , ,"])
+def test_a_variable_without_a_secret_opens_nothing(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    if name == "TOKEN" and "," in value:
+        return  # a token may have a comma
+    with pytest.raises(EmptySecret, match=f"{name} is set and holds no secret"):
+        AuthConfig(api_keys_env="KEYS", admin_token_env="TOKEN").read_keys()

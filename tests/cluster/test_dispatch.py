@@ -129,11 +129,11 @@ async def test_an_answer_that_nobody_has_seen_of_is_made_again(
     dispatcher: Dispatcher, workers: FakeWorkers, n: int
 ) -> None:
     request = REQUEST.model_copy(update={"n": n})
-    prepared = await dispatcher.prepare(request)
+    prepared = await dispatcher.prepare(request, caller="")
     want = await collect(dispatcher.stream([prepared], is_whole=True))
     assert len(want[0]) > 3
     workers.fail = lambda worker_id, num_sent: WorkerGone("died") if worker_id == "w0" and num_sent == 3 else None
-    prepared = await dispatcher.prepare(request)
+    prepared = await dispatcher.prepare(request, caller="")
     got = await collect(dispatcher.stream([prepared], is_whole=True))
     for index in range(n):
         assert [delta.token_ids for delta in got[index]] == [delta.token_ids for delta in want[index]]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 
 import ray
+from ray import _raylet
 from ray.serve import context, handle
 from ray.serve.request_router import RequestRouter
+
+from lorafleet.cluster.ray_internals import has_token
 
 MOVED = (
     f"ray {ray.__version__} moved {{}}; follow it in cluster/ray_internals.py, then raise the bound in pyproject.toml"
@@ -34,3 +37,9 @@ def test_handles_choose_how_answers_travel() -> None:
 
 def test_the_serve_client_says_where_http_listens() -> None:
     assert callable(getattr(context, "_get_global_client", None)), MOVED.format("serve.context._get_global_client")
+
+
+def test_ray_says_whether_it_has_a_token() -> None:
+    for name in ("AuthenticationMode", "get_authentication_mode"):
+        assert hasattr(_raylet, name), MOVED.format(f"_raylet.{name}")
+    assert isinstance(has_token(), bool)

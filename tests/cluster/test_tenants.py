@@ -20,19 +20,26 @@ from tests.workers.harness import Shelf, greedy, open_worker, random_prompt, req
 KEYS = Keys(api_keys=("mine", "yours"), admin_token="admin")
 
 
-def sent(service: Service, key: str) -> EngineRequest:
+ROUTES: dict[str, dict[str, object]] = {
+    "/v1/completions": {"prompt": "Hello"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}]},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Hello"}]},
+    "/v1/responses": {"input": "Hello", "max_output_tokens": 16},
+}
+
+
+def sent(service: Service, key: str, path: str = "/v1/completions") -> EngineRequest:
     """What a worker is asked for a completion under this key."""
-    body = {"model": BASE_ID, "prompt": "Hello", "max_tokens": 2}
-    httpx.post(
-        f"{service.url}/v1/completions", json=body, headers={"authorization": f"Bearer {key}"}
-    ).raise_for_status()
+    body = {"model": BASE_ID, **ROUTES[path]} | ({} if path == "/v1/responses" else {"max_tokens": 2})
+    httpx.post(f"{service.url}{path}", json=body, headers={"authorization": f"Bearer {key}"}).raise_for_status()
     request: EngineRequest = service.workers.started[-1][1]
     return request
 
 
-def test_each_key_has_a_salt_of_its_own() -> None:
+@pytest.mark.parametrize("path", ROUTES)
+def test_each_key_has_a_salt_of_its_own(path: str) -> None:
     with serving(Service(keys=KEYS, salts_prefixes=True)) as service:
-        mine, yours, again = (sent(service, key).cache_salt for key in ("mine", "yours", "mine"))
+        mine, yours, again = (sent(service, key, path).cache_salt for key in ("mine", "yours", "mine"))
     assert mine == again != yours
     assert mine
     assert "mine" not in mine
