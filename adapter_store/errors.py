@@ -7,6 +7,7 @@ AdapterStoreError
 ├── UnknownAdapter      kind not_found     no adapter has this name and no source offers it
 ├── UnknownKey          kind not_found     the source has nothing under this key
 ├── UnknownVersion      kind not_found     no adapter version of this digest is published
+├── UnknownWorker       kind not_found     a worker has not said what it holds
 ├── AdapterRefused      kind refused       the adapter breaks a rule; `code` is the rule's
 ├── StaleGeneration     kind invalid       a desired state that is older than the one kept
 ├── SourceUnavailable   kind unavailable   the source cannot be reached now; trying again may help
@@ -75,6 +76,12 @@ class UnknownKey(AdapterStoreError):
 
 class UnknownVersion(AdapterStoreError):
     """`version_not_found`: no version of this digest is published here."""
+
+    kind = "not_found"
+
+
+class UnknownWorker(AdapterStoreError):
+    """A worker has not said what it holds since the store started. It is told so, and no client."""
 
     kind = "not_found"
 

@@ -7,11 +7,13 @@ deployment of one replica of it, and injects `put`, which moves weights into Ray
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +31,7 @@ from lorafleet.adapter_store.errors import (
     StoreUnusable,
     UnknownSource,
     UnknownVersion,
+    UnknownWorker,
 )
 from lorafleet.adapter_store.host_cache import HostCache
 from lorafleet.adapter_store.manifest import (
@@ -162,6 +165,8 @@ class AdapterStore:
         self._touched = dict.fromkeys(self._catalog.manifests, clock())
         self._holdings: dict[str, _Holding] = {}
         self._collected_at = clock()
+        self._failure: StoreUnusable | None = None
+        """Why the last write failed, until one succeeds."""
         self._background: set[asyncio.Task[tuple[str, ...]]] = set()
 
     @property
@@ -183,6 +188,7 @@ class AdapterStore:
         """
         opened = self._opened(source)
         manifest, value = await self._in_source(opened, lambda: self._publish(opened, key))
+        self._failure = None
         self._cache.put(manifest.version, value, manifest.num_bytes)
         return manifest
 
@@ -195,7 +201,9 @@ class AdapterStore:
         """Let the record's name point at its version, durably. Raises InvalidName, UnknownVersion."""
         _check_name(record.name)
         self._touch_named(record.name)
-        return self._named(await self._on_disk(lambda: self._catalog.set_name(record)))
+        named = self._named(await self._on_disk(lambda: self._catalog.set_name(record)))
+        self._failure = None
+        return named
 
     async def delete(self, name: str, *, explicit: bool = True) -> NamedAdapter:
         """Take a name away, durably, and say what it was. Raises UnknownAdapter.
@@ -237,6 +245,16 @@ class AdapterStore:
         if record is None:
             raise unknown_adapter(name)
         return self._named(record)
+
+    async def records(self) -> tuple[NameRecord, ...]:
+        """All names without their manifests."""
+        return await self._on_disk(lambda: tuple(self._catalog.records.copy().values()))
+
+    async def page(self, after: str, limit: int | None) -> tuple[NamedAdapter, ...]:
+        """At most `limit` adapters in order of their names, those that come after `after`; None: all of them."""
+        adapters = (await self.table()).adapters
+        start = bisect_right(adapters, after, key=lambda adapter: adapter.name)
+        return adapters[start:] if limit is None else adapters[start : start + limit]
 
     async def names_since(self, generation: int) -> TableChanges:
         """The names that changed after `generation`; costs what changed, not what there is."""
@@ -280,16 +298,32 @@ class AdapterStore:
                 value = await self._fetches.do(version, lambda: self._fetch(version))
             return value
 
-    async def reconcile(self, worker_id: str, held: tuple[str, ...]) -> VersionsToKeep:
+    async def reconcile(self, worker_id: str, held: Iterable[str]) -> VersionsToKeep:
         """Note the versions that a worker holds. Return those of them that have a name, and all pinned ones."""
+        versions = frozenset(held)
+        self._note_holding(worker_id, versions)
+        return self._catalog.versions_to_keep(versions)
+
+    async def reconcile_again(self, worker_id: str, generation: int) -> VersionsToKeep | None:
+        """The same for a worker that holds what it said last; None if the names are of the generation that it was told.
+
+        Raises UnknownWorker for a worker that has not said what it holds.
+        """
+        holding = self._holdings.get(worker_id)
+        if holding is None:
+            raise UnknownWorker("unknown_worker", f"the store does not know what worker {worker_id} holds")
+        self._note_holding(worker_id, holding.versions)
+        is_told = generation == self._catalog.generation
+        return None if is_told else self._catalog.versions_to_keep(holding.versions)
+
+    def _note_holding(self, worker_id: str, versions: frozenset[str]) -> None:
         now = self._clock()
-        self._holdings[worker_id] = _Holding(now, frozenset(held))
+        self._holdings[worker_id] = _Holding(now, versions)
         if now - self._collected_at >= GRACE_S / 10:
             self._collected_at = now
             task = asyncio.create_task(self.collect())
             self._background.add(task)
             task.add_done_callback(self._background.discard)
-        return self._catalog.versions_to_keep(held)
 
     async def collect(self) -> tuple[str, ...]:
         """Remove published versions that nothing has named, held or asked for during the grace period; returns them."""
@@ -307,6 +341,11 @@ class AdapterStore:
                 removed.append(version)
         await self._on_disk(self._catalog.expire_tombstones)
         return tuple(removed)
+
+    async def problems(self) -> tuple[Damage | StoreUnusable, ...]:
+        """What is wrong with the state folder now: all that is damaged, and why the last write failed."""
+        damaged = await self.damaged()
+        return (*damaged, *filter(None, (self._failure,)))
 
     def check_health(self) -> None:
         """Raises StoreUnusable when the state folder cannot be written any more."""
@@ -332,13 +371,24 @@ class AdapterStore:
         return TableChanges(changes.generation, adapters, changes.deleted, changes.is_complete)
 
     async def _on_disk(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._disk, work)
+        with self._noting_failures():
+            return await asyncio.get_running_loop().run_in_executor(self._disk, work)
+
+    @contextlib.contextmanager
+    def _noting_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except StoreUnusable as error:
+            if error.code in ("store_full", "store_not_writable"):
+                self._failure = error
+            raise
 
     async def _in_source(self, opened: _OpenSource, work: Callable[[], Result]) -> Result:
         """Run work in the source's own threads. Work that takes too long is left alone, and done for nobody."""
         running = asyncio.get_running_loop().run_in_executor(opened.threads, work)
         try:
-            return await asyncio.wait_for(running, opened.config.timeout_s)
+            with self._noting_failures():
+                return await asyncio.wait_for(running, opened.config.timeout_s)
         except TimeoutError as error:
             name, limit = opened.config.name, opened.config.timeout_s
             message = f"source {name} did not answer within {limit:g} s"

@@ -7,6 +7,7 @@ is the one module of the floor that reads the environment.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -39,9 +40,8 @@ class DesiredAdapter(Settings):
 
 
 def _no_name_twice(named: tuple[Any, ...]) -> tuple[Any, ...]:
-    names = [item.name for item in named]
-    for name in names:
-        if names.count(name) > 1:
+    for name, count in Counter(item.name for item in named).items():
+        if count > 1:
             raise ValueError(f"the name {name!r} is given twice")
     return named
 

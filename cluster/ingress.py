@@ -78,7 +78,7 @@ class Ingress:
                     openai.build_router(self._dispatcher, keys, started=config.model_created_s),
                     anthropic.build_router(self._dispatcher, keys),
                     responses.build_router(self._dispatcher, keys),
-                    build_probes(self._readiness.not_ready),
+                    build_probes(self._readiness.not_ready, self._readiness.problems),
                     build_peer_router(
                         self._dispatcher,
                         keys,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -232,12 +232,22 @@ class StoreMetrics:
     def __init__(self) -> None:
         self._adapters = Gauge("lorafleet_adapters", "Adapters by tier: device, host or disk.", ("worker", "tier"))
         self._host_bytes = Gauge("lorafleet_adapter_host_bytes", "Bytes of adapter weights in host memory.")
+        self._problems = Gauge(
+            "lorafleet_store_problems",
+            "What is damaged in the state folder; whether it can be written.",
+            ("code",),
+        )
 
     def publish(self, *, num_on_disk: int, num_in_host_memory: int, host_bytes: int) -> None:
         """Set the gauges."""
         self._adapters.set(num_on_disk, {"worker": "", "tier": "disk"})
         self._adapters.set(num_in_host_memory, {"worker": "", "tier": "host"})
         self._host_bytes.set(host_bytes)
+
+    def publish_problems(self, counts: Mapping[str, int]) -> None:
+        """Set the gauge of each code of a `StoreProblem`."""
+        for code in ("store_damaged", "store_full", "store_not_writable"):
+            self._problems.set(counts.get(code, 0), {"code": code})
 
 
 def _inc(counter: Counter, by: int, tags: dict[str, str]) -> None:

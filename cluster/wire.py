@@ -84,11 +84,14 @@ class NamedVersion:
 
 @dataclass(frozen=True, slots=True)
 class NamesAt:
-    """All names at one moment."""
+    """All names at one moment, or what changed of them since another."""
 
     generation: int
     """Grows with every change of any name."""
     entries: tuple[NamedVersion, ...]
+    deleted: tuple[str, ...] = ()
+    is_whole: bool = True
+    """Whether names that are not in `entries` are gone."""
 
 
 def named_version(adapter: NamedAdapter, created_s: int) -> NamedVersion:
@@ -105,6 +108,19 @@ class StoredWeights:
 
     ref: Any
     """ObjectRef of an AdapterWeights."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreProblem:
+    """Something in the store's state folder that is not used, or why the folder cannot be written."""
+
+    code: str
+    """`store_damaged`, `store_full` or `store_not_writable`."""
+    kind: str
+    """`name`, `version`, `desired`, `database` or `folder`."""
+    entry: str
+    """The name, the version or the file; empty for the folder."""
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ from typing import Any, Protocol
 
 from ray.serve.handle import DeploymentHandle
 
-from lorafleet.adapter_store.names import NameTable
+from lorafleet.adapter_store.names import NameRecord
 from lorafleet.cluster.config import Warm
 from lorafleet.cluster.errors import ControllerUnavailable
 from lorafleet.cluster.ray_internals import by_value
 from lorafleet.cluster.routing.calls import answer_of
 from lorafleet.cluster.routing.whereabouts import note_resident
-from lorafleet.cluster.wire import NamedVersion, Placed, Validation, named_version
+from lorafleet.cluster.wire import NamedVersion, Placed, StoreProblem, Validation, named_version
 from lorafleet.workers.state import WorkerState
 
 CALL_S = 15.0
@@ -39,9 +39,13 @@ class ControlPlane(Protocol):
 
     async def adapter(self, name: str) -> Placed: ...
 
-    async def adapters(self) -> list[Placed]: ...
+    async def adapters(self, after: str = "", limit: int | None = None) -> list[Placed]: ...
 
-    async def table(self) -> NameTable: ...
+    async def problems(self) -> tuple[StoreProblem, ...]: ...
+
+    async def has(self, name: str) -> bool: ...
+
+    async def records(self) -> tuple[NameRecord, ...]: ...
 
     async def workers(self) -> list[WorkerState]: ...
 
@@ -84,13 +88,21 @@ class ControllerClient:
         placed: Placed = await self._call("adapter", CALL_S, name)
         return placed
 
-    async def adapters(self) -> list[Placed]:
-        adapters: list[Placed] = await self._call("adapters", CALL_S)
+    async def adapters(self, after: str = "", limit: int | None = None) -> list[Placed]:
+        adapters: list[Placed] = await self._call("adapters", CALL_S, after, limit)
         return adapters
 
-    async def table(self) -> NameTable:
-        table: NameTable = await self._call("table", CALL_S)
-        return table
+    async def problems(self) -> tuple[StoreProblem, ...]:
+        problems: tuple[StoreProblem, ...] = await self._call("problems", CALL_S)
+        return problems
+
+    async def has(self, name: str) -> bool:
+        has: bool = await self._call("has", CALL_S, name)
+        return has
+
+    async def records(self) -> tuple[NameRecord, ...]:
+        records: tuple[NameRecord, ...] = await self._call("records", CALL_S)
+        return records
 
     async def workers(self) -> list[WorkerState]:
         workers: list[WorkerState] = await self._call("workers", CALL_S)

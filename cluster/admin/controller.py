@@ -1,33 +1,41 @@
 """The deployment of the control plane: roll-outs, their holds, and what configuration wants.
 
-One replica. It keeps nothing that must outlive it: names are the store's, and holds on workers expire. So one that
-dies in the midst of a roll-out leaves the old version or the new one, and its successor goes on from the store.
+One replica. It keeps nothing that must outlive it: names and the desired state are the store's, and holds on workers
+expire. So one that dies in the midst of a roll-out leaves the old version or the new one, and its successor goes on
+from the store.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from lorafleet.adapter_store.names import NameTable
+from lorafleet.adapter_store.names import NameRecord
 from lorafleet.cluster.admin.desired import DesiredSet
 from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.config import AppConfig, Warm
+from lorafleet.cluster.errors import StoreUnavailable
 from lorafleet.cluster.store.client import StoreClient
-from lorafleet.cluster.wire import Placed, Validation, replying
+from lorafleet.cluster.wire import Placed, StoreProblem, Validation, replying
 from lorafleet.cluster.worker.client import WorkersClient
 from lorafleet.workers.state import WorkerState
+
+ASK_S = 0.5
+"""How often a controller that knows of no `user_config` asks the store for one."""
 
 
 class Controller:
     """The one place that changes names. Every method runs on the event loop that made it."""
 
     def __init__(self, config: AppConfig, workers: DeploymentHandle[Any], store: DeploymentHandle[Any]) -> None:
-        self._rollout = Rollout(StoreClient(store), WorkersClient(workers), reserved={config.model.id})
-        self._desired = DesiredSet(self._rollout, config.adapters.preload, num_workers=config.worker.num_replicas)
-        self._stamp = 0
+        client = StoreClient(store)
+        self._rollout = Rollout(client, WorkersClient(workers), reserved={config.model.id})
+        self._desired = DesiredSet(
+            self._rollout, config.adapters.preload, store=client, num_workers=config.worker.num_replicas
+        )
         self._is_told = asyncio.Event()
         self._applying = asyncio.create_task(self._apply())
 
@@ -62,14 +70,24 @@ class Controller:
         return await self._rollout.adapter(name)
 
     @replying
-    async def adapters(self) -> list[Placed]:
-        """All adapters that have a name."""
-        return await self._rollout.adapters()
+    async def adapters(self, after: str = "", limit: int | None = None) -> list[Placed]:
+        """Adapters in order of their names: at most `limit`, those that come after `after`."""
+        return await self._rollout.adapters(after, limit)
 
     @replying
-    async def table(self) -> NameTable:
+    async def problems(self) -> tuple[StoreProblem, ...]:
+        """What is wrong with the store's state folder."""
+        return await self._rollout.problems()
+
+    @replying
+    async def has(self, name: str) -> bool:
+        """Whether an adapter has this name."""
+        return await self._rollout.has(name)
+
+    @replying
+    async def records(self) -> tuple[NameRecord, ...]:
         """All names."""
-        return await self._rollout.table()
+        return await self._rollout.records()
 
     @replying
     async def workers(self) -> list[WorkerState]:
@@ -82,18 +100,22 @@ class Controller:
 
     async def user_config_stamp(self) -> int:
         """The stamp of the newest `user_config` that it was given; 0 if none."""
-        return self._stamp
+        return self._desired.generation
 
+    @replying
     async def take_user_config(self, stamp: int, user_config: object) -> None:
         """Take what Serve gave an ingress: applied in the background, or logged as refused; None: there is none."""
-        if stamp > self._stamp:
-            self._stamp = stamp
-            self._desired.take_user_config(user_config or {})
-            self._is_told.set()
+        await self._desired.take_user_config(stamp, user_config or {})
+        self._is_told.set()
 
     async def _apply(self) -> None:
-        # Before an ingress has told what is wanted, names of the former user_config would be deleted.
-        await self._is_told.wait()
+        # Before it is known what is wanted, names of the former user_config would be deleted.
+        while not self._is_told.is_set():
+            with contextlib.suppress(StoreUnavailable):
+                if await self._desired.resume():
+                    break
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._is_told.wait(), ASK_S)
         await self._desired.run()
 
     def __del__(self) -> None:

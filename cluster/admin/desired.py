@@ -1,8 +1,10 @@
 """Brings the names of the store in line with configuration: `adapters.preload`, and the ingress's `user_config`.
 
-Applied in the background and again until it holds. Names that came from configuration and are no longer in it are
-deleted; what the admin plane or a request brought is left alone, also where configuration names it too, until the
-`user_config` of a running service says something new of it. A `user_config` that is refused changes nothing.
+The `user_config` lies in the store, with a generation: an ingress that is on its way out cannot bring back an older
+one, and a controller that takes over goes on from it. It is applied in the background, again until it holds. Names that
+came from configuration and are no longer in it are deleted; what the admin plane or a request brought is left alone,
+also where configuration names it too, until the `user_config` of a running service says something new of it. A
+`user_config` that is refused changes nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from pydantic import ValidationError
 
-from lorafleet.adapter_store.names import NamedAdapter
+from lorafleet.adapter_store.errors import StaleGeneration
+from lorafleet.adapter_store.names import NameRecord
+from lorafleet.adapter_store.records import DesiredRecord, DesiredState
 from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.config import DesiredAdapter, UserConfig
 from lorafleet.cluster.errors import describe
@@ -33,6 +38,14 @@ START_S = 120.0
 MAX_AT_ONCE = 4
 
 
+class DesiredStore(Protocol):
+    """Where the desired state lies. Every method raises StoreUnavailable."""
+
+    async def desired(self) -> DesiredState: ...
+
+    async def set_desired(self, adapters: tuple[DesiredRecord, ...], generation: int) -> DesiredState: ...
+
+
 class DesiredSet:
     """What configuration wants, and how far it has come."""
 
@@ -41,10 +54,15 @@ class DesiredSet:
         rollout: Rollout,
         preload: Sequence[DesiredAdapter],
         *,
+        store: DesiredStore,
         num_workers: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rollout = rollout
+        self._store = store
+        self.generation = 0
+        """Of the newest `user_config` that was taken or refused; 0 if there was none."""
+        self._is_complete = True
         self._preload = {adapter.name: adapter for adapter in preload}
         self._num_workers = num_workers
         self._clock = clock
@@ -58,16 +76,41 @@ class DesiredSet:
         self._is_preloaded = False
         self._problems: dict[str, str] = {}
 
-    def take_user_config(self, user_config: object) -> None:
-        """Take a `user_config` as Serve brings it. One that is refused is logged, and what was wanted before stays:
-        Serve would take the service down for an error, and requests have no part in it.
+    async def resume(self) -> bool:
+        """Go on from the state in the store; False if there is none yet. Raises StoreUnavailable."""
+        state = await self._store.desired()
+        if state.generation <= self.generation:
+            return self.generation > 0
+        self.generation = state.generation
+        self._is_complete = state.is_complete
+        self._has_user_config = True
+        self.set_user_config(UserConfig.model_construct(adapters=tuple(map(_adapter_of, state.adapters))))
+        return True
+
+    async def take_user_config(self, generation: int, user_config: object) -> None:
+        """Take a `user_config` of this generation, unless there is a newer one. Raises StoreUnavailable.
+
+        One that is refused is logged, and what was wanted before stays: Serve would take the service down for an error,
+        and requests have no part in it.
         """
+        if generation <= self.generation:
+            return
         try:
-            config = UserConfig.model_validate(user_config)
+            config = await asyncio.to_thread(UserConfig.model_validate, user_config)
         except ValidationError as error:
+            self.generation = generation
             self._refusal = refusal_of(error.errors(include_url=False)).message
             logger.error("user_config is refused and changes nothing: %s", self._refusal)
-        else:
+            return
+        try:
+            await self._store.set_desired(tuple(map(_record_of, config.adapters)), generation)
+        except StaleGeneration:
+            logger.warning("a user_config is older than the one in the store, and changes nothing")
+            await self.resume()
+            return
+        if generation > self.generation:
+            self.generation = generation
+            self._is_complete = True
             self._refusal = None
             self._has_user_config = True
             self.set_user_config(config)
@@ -120,28 +163,36 @@ class DesiredSet:
         self._has_applied = True
         wanted = self._preload | self._user
         try:
-            current = {adapter.name: adapter for adapter in (await self._rollout.table()).adapters}
+            current = {record.name: record for record in await self._rollout.records()}
+            num_holders = await self._rollout.num_holders()
+            num_workers = len(await self._rollout.worker_ids())
         except Exception as error:
             self._problems = {"": _explain("the adapter store", error)}
             return
         stale = [name for name, adapter in current.items() if adapter.origin == "config" and name not in wanted]
-        if self._is_at_a_loss:
+        if self._is_at_a_loss or not self._is_complete:
             stale = []  # who knows whether they are
-        due = [adapter for adapter in wanted.values() if self._is_due(adapter, current)]
-        kept = [adapter for adapter in wanted.values() if adapter not in due and adapter.name in current]
+        due, cold = [], []
+        for adapter in wanted.values():
+            if self._is_due(adapter, current):
+                due.append(adapter)
+            elif adapter.name in current:
+                warm = num_workers if adapter.warm == "all" else min(adapter.warm, num_workers)
+                if num_holders[current[adapter.name].version] < warm:
+                    cold.append(adapter)
         limit = asyncio.Semaphore(MAX_AT_ONCE)
         self._problems = {}
         await asyncio.gather(
             *(self._try(limit, name, self._rollout.delete, name) for name in stale),
             *(self._try(limit, adapter.name, self._put, adapter) for adapter in due),
-            *(self._try(limit, adapter.name, self._rollout.warm, adapter.name, adapter.warm) for adapter in kept),
+            *(self._try(limit, adapter.name, self._rollout.warm, adapter.name, adapter.warm) for adapter in cold),
         )
         self._done = {name: adapter for name, adapter in wanted.items() if name not in self._problems}
         self._news &= set(self._problems)
         if not any(name in self._problems for name in self._preload):
             self._is_preloaded = True
 
-    def _is_due(self, adapter: DesiredAdapter, current: Mapping[str, NamedAdapter]) -> bool:
+    def _is_due(self, adapter: DesiredAdapter, current: Mapping[str, NameRecord]) -> bool:
         if self._done.get(adapter.name) == adapter:
             return False
         named = current.get(adapter.name)
@@ -179,6 +230,16 @@ class DesiredSet:
                 )
                 return
             await asyncio.sleep(0.1)
+
+
+def _record_of(adapter: DesiredAdapter) -> DesiredRecord:
+    return DesiredRecord(adapter.name, adapter.source, adapter.key, adapter.pinned, adapter.warm)
+
+
+def _adapter_of(record: DesiredRecord) -> DesiredAdapter:
+    return DesiredAdapter(
+        name=record.name, source=record.source, key=record.key, pinned=record.pinned, warm=record.warm
+    )
 
 
 def _explain(what: str, error: Exception) -> str:

@@ -10,7 +10,6 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from lorafleet.adapter_store.errors import UnknownAdapter, UnknownKey
-from lorafleet.adapter_store.names import NameTable
 from lorafleet.cluster.admin.client import ControlPlane
 from lorafleet.cluster.admin.peer_bodies import LoadAdapter, SglangReply, UnloadAdapter, VllmErrorBody
 from lorafleet.cluster.errors import NameTaken, describe
@@ -39,7 +38,7 @@ def _vllm_router(control: ControlPlane) -> APIRouter:
         if not body.lora_name or not body.lora_path:
             return _vllm_error(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
         try:
-            if not body.load_inplace and _has(await control.table(), body.lora_name):
+            if not body.load_inplace and await control.has(body.lora_name):
                 return _vllm_taken(body.lora_name)
             source, key = await control.locate(body.lora_path)
             await control.put(body.lora_name, source=source, key=key, replace=body.load_inplace)
@@ -96,7 +95,7 @@ def _sglang_router(control: ControlPlane) -> APIRouter:
     @router.post("/load_lora_adapter", summary="SGLang's: load an adapter")
     async def load(body: LoadAdapter) -> Response:
         try:
-            if _has(await control.table(), body.lora_name):
+            if await control.has(body.lora_name):
                 raise NameTaken(f"an adapter is named {body.lora_name!r} already", "lora_name")
             source, key = await control.locate(body.lora_path)
             await control.put(body.lora_name, source=source, key=key, pinned=body.pinned, replace=False)
@@ -123,12 +122,8 @@ def _sglang_router(control: ControlPlane) -> APIRouter:
 
 async def _sglang_reply(control: ControlPlane, error_message: str | None) -> Response:
     try:
-        loaded = {adapter.name: f"{adapter.source}/{adapter.key}" for adapter in (await control.table()).adapters}
+        loaded = {adapter.name: f"{adapter.source}/{adapter.key}" for adapter in await control.records()}
     except Exception:
         loaded = {}
     body = {"success": error_message is None, "error_message": error_message, "loaded_adapters": loaded}
     return JSONResponse(body, 200 if error_message is None else 400)
-
-
-def _has(table: NameTable, name: str) -> bool:
-    return any(adapter.name == name for adapter in table.adapters)

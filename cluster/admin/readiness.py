@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Protocol
 
-from lorafleet.cluster.errors import ControllerUnavailable
+from lorafleet.cluster.errors import ControllerUnavailable, ServiceUnavailable
+from lorafleet.cluster.wire import StoreProblem
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,10 @@ class Judge(Protocol):
 
     async def not_ready(self) -> str | None:
         """Why the service is not ready; None: it is. Raises ControllerUnavailable."""
+        ...
+
+    async def problems(self) -> tuple[StoreProblem, ...]:
+        """What is wrong with the store's state folder. Raises ServiceUnavailable."""
         ...
 
 
@@ -50,3 +56,10 @@ class Readiness:
             return None if self._live_workers() else "no worker is up"
         self._was_ready = reason is None
         return reason
+
+    async def problems(self) -> Counter[str]:
+        """Codes of what is wrong with the store's state folder, and how often; none while nobody can say."""
+        try:
+            return Counter(problem.code for problem in await self._controller.problems())
+        except ServiceUnavailable:
+            return Counter()

@@ -13,13 +13,14 @@ import contextlib
 import logging
 import re
 import weakref
-from collections.abc import AsyncIterator, Collection, Coroutine, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from lorafleet.adapter_store.errors import InvalidName, UnknownAdapter
 from lorafleet.adapter_store.manifest import NAME_RULE, AdapterManifest
-from lorafleet.adapter_store.names import NamedAdapter, NameRecord, NameTable, Origin
+from lorafleet.adapter_store.names import NamedAdapter, NameRecord, Origin
 from lorafleet.cluster.admin.fleet import Fleet
 from lorafleet.cluster.admin.holds import Holds
 from lorafleet.cluster.config import NAME_PATTERN, Warm
@@ -31,9 +32,9 @@ from lorafleet.cluster.errors import (
     StoreUnavailable,
     WorkerGone,
 )
-from lorafleet.cluster.wire import Estimate, Placed, Validation
+from lorafleet.cluster.wire import Estimate, Placed, StoreProblem, Validation
 from lorafleet.workers.errors import NoRoomError
-from lorafleet.workers.state import WorkerState
+from lorafleet.workers.state import ResidentAdapter, WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,13 @@ class Store(Protocol):
 
     async def set_pinned(self, name: str, pinned: bool) -> None: ...
 
-    async def table(self) -> NameTable: ...
+    async def named(self, name: str) -> NamedAdapter: ...
+
+    async def records(self) -> tuple[NameRecord, ...]: ...
+
+    async def problems(self) -> tuple[StoreProblem, ...]: ...
+
+    async def page(self, after: str, limit: int | None) -> tuple[NamedAdapter, ...]: ...
 
     async def locate(self, path: str) -> tuple[str, str]: ...
 
@@ -113,11 +120,10 @@ class Rollout:
     ) -> Placed:
         async with self._lock(name):
             # Asked under the lock: of two loads at the same time the second one finds what the first one made.
-            if not replace and _find(await self._store.table(), name) is not None:
+            if not replace and await self._find(name) is not None:
                 raise NameTaken(f"an adapter is named {name!r} already", "name")
             manifest = await self._store.publish(source, key)
-            table, states = await asyncio.gather(self._store.table(), self._living())
-            before = _find(table, name)
+            before, states = await asyncio.gather(self._find(name), self._living())
             async with self._holding(name, manifest.version, states, pinned) as holds:
                 if pinned or warm == "all":
                     must = states
@@ -175,10 +181,28 @@ class Rollout:
         """One adapter. Raises UnknownAdapter, StoreUnavailable."""
         return await self._placed(await self._named(name))
 
-    async def adapters(self) -> list[Placed]:
-        """All adapters. Raises StoreUnavailable."""
-        table, states = await asyncio.gather(self._store.table(), self._states())
-        return [_placed(adapter, states) for adapter in table.adapters]
+    async def adapters(self, after: str = "", limit: int | None = None) -> list[Placed]:
+        """Adapters in order of their names: at most `limit`, those that come after `after`. Raises StoreUnavailable."""
+        page, states = await asyncio.gather(self._store.page(after, limit), self._states())
+        copies = _copies(states)
+        return [_placed(adapter, states, copies.get(adapter.version, {})) for adapter in page]
+
+    async def problems(self) -> tuple[StoreProblem, ...]:
+        """What is wrong with the store's state folder. Raises StoreUnavailable."""
+        return await self._store.problems()
+
+    async def has(self, name: str) -> bool:
+        """Whether an adapter has this name. Raises StoreUnavailable."""
+        return await self._find(name) is not None
+
+    async def records(self) -> tuple[NameRecord, ...]:
+        """All names. Raises StoreUnavailable."""
+        return await self._store.records()
+
+    async def num_holders(self) -> Counter[str]:
+        """On how many workers each version is, of those that answer."""
+        states = await self._states()
+        return Counter(copy.version for state in states for copy in state.adapters if copy.state != "retired")
 
     async def worker_ids(self) -> frozenset[str]:
         """Workers that take requests now."""
@@ -188,17 +212,13 @@ class Rollout:
         """The source and key of a path, judged where the store is. Raises InvalidKey, UnknownKey, StoreUnavailable."""
         return await self._store.locate(path)
 
-    async def table(self) -> NameTable:
-        """What all names stand for. Raises StoreUnavailable."""
-        return await self._store.table()
-
     async def workers(self) -> list[WorkerState]:
         """All workers that answer, with the names of what they hold as far as the store can be asked."""
         states = await self._states()
         names: dict[str, str] = {}
         with contextlib.suppress(StoreUnavailable):
-            for adapter in (await self._store.table()).adapters:
-                names.setdefault(adapter.version, adapter.name)
+            for record in sorted(await self._store.records(), key=lambda record: record.name):
+                names.setdefault(record.version, record.name)
         return [
             state.model_copy(
                 update={"adapters": tuple(h.model_copy(update={"name": names.get(h.version)}) for h in state.adapters)}
@@ -249,13 +269,20 @@ class Rollout:
         await holds.release()
 
     async def _named(self, name: str) -> NamedAdapter:
-        adapter = _find(await self._store.table(), name)
+        adapter = await self._find(name)
         if adapter is None:
             raise UnknownAdapter("adapter_not_found", f"no adapter is named {name[:128]!r}", "name")
         return adapter
 
+    async def _find(self, name: str) -> NamedAdapter | None:
+        try:
+            return await self._store.named(name)
+        except UnknownAdapter:
+            return None
+
     async def _placed(self, adapter: NamedAdapter) -> Placed:
-        placed = _placed(adapter, await self._states())
+        states = await self._states()
+        placed = _placed(adapter, states, _copies(states).get(adapter.version, {}))
         if placed.pages is None and placed.workers:
             estimate = await self._estimate(next(iter(placed.workers)), adapter.manifest)
             if estimate is not None:
@@ -318,12 +345,16 @@ class Rollout:
             task.cancel()
 
 
-def _find(table: NameTable, name: str) -> NamedAdapter | None:
-    return next((adapter for adapter in table.adapters if adapter.name == name), None)
+def _copies(states: Sequence[WorkerState]) -> dict[str, dict[str, ResidentAdapter]]:
+    """Version -> worker id -> what the worker holds of it."""
+    copies: dict[str, dict[str, ResidentAdapter]] = {}
+    for state in states:
+        for copy in state.adapters:
+            copies.setdefault(copy.version, {})[state.worker_id] = copy
+    return copies
 
 
-def _placed(adapter: NamedAdapter, states: Sequence[WorkerState]) -> Placed:
-    held = {state.worker_id: copy for state in states for copy in state.adapters if copy.version == adapter.version}
+def _placed(adapter: NamedAdapter, states: Sequence[WorkerState], held: Mapping[str, ResidentAdapter]) -> Placed:
     pages = next((copy.pages for copy in held.values()), None)
     workers = {s.worker_id: held[s.worker_id].state if s.worker_id in held else "absent" for s in states}
     return Placed(adapter, pages, workers)

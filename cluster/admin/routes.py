@@ -5,11 +5,13 @@ Bodies in and out are the models of this file. Errors are raised; `http_app` giv
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
+from dataclasses import asdict
 from http import HTTPStatus
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import ConfigDict, Field
 
 from lorafleet.adapter_store.manifest import AdapterManifest
@@ -82,10 +84,20 @@ class AdapterReply(Settings):
     )
 
 
+class ProblemReply(Settings):
+    """Something in the store's state folder that is not used, or why the folder cannot be written."""
+
+    code: Literal["store_damaged", "store_full", "store_not_writable"]
+    kind: Literal["name", "version", "desired", "database", "folder"]
+    entry: str = Field(description="The name, the version or the file; empty for the folder.")
+    reason: str
+
+
 class AdaptersReply(Settings):
-    """All adapters that have a name."""
+    """Adapters that have a name, in order of their names."""
 
     adapters: tuple[AdapterReply, ...]
+    problems: tuple[ProblemReply, ...] = Field(description="What is wrong with the store's state folder.")
 
 
 class DeletedReply(Settings):
@@ -136,12 +148,20 @@ def build_router(control: ControlPlane, keys: Keys, *, hubs: Collection[str] = (
         responses=error_responses(HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE),
     )
     is_absent = error_responses(HTTPStatus.NOT_FOUND)
+    may_be_bad = error_responses(HTTPStatus.BAD_REQUEST)
     may_not_fit = error_responses(HTTPStatus.CONFLICT)
     may_be_refused = error_responses(HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
 
-    @admin.get("/adapters", summary="All adapters")
-    async def list_adapters() -> AdaptersReply:
-        return AdaptersReply(adapters=tuple(adapter_reply(placed) for placed in await control.adapters()))
+    @admin.get("/adapters", summary="Adapters in order of their names", responses=may_be_bad)
+    async def list_adapters(
+        limit: Annotated[int | None, Query(ge=1, description="Most adapters to list; all without it.")] = None,
+        after: Annotated[str, Query(description="Begin with the first name behind this one.")] = "",
+    ) -> AdaptersReply:
+        page, problems = await asyncio.gather(control.adapters(after, limit), control.problems())
+        return AdaptersReply(
+            adapters=tuple(map(adapter_reply, page)),
+            problems=tuple(ProblemReply.model_validate(asdict(problem)) for problem in problems),
+        )
 
     @admin.get("/adapters/{name:path}", summary="One adapter", responses=is_absent)
     async def get_adapter(name: Name) -> AdapterReply:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Literal
 
 from fastapi import APIRouter
@@ -24,10 +24,25 @@ class Readiness(Settings):
 
     status: Literal["ready", "starting"]
     reason: str | None = Field(default=None, description="What is waited for.")
+    problems: dict[str, int] | None = Field(
+        default=None,
+        description="Codes of what is wrong with the adapter store's state folder, and how often, while requests are "
+        "served: `store_full`, `store_not_writable`, `store_damaged`. GET /admin/v1/adapters names each.",
+    )
 
 
-def build_probes(not_ready: Callable[[], Awaitable[str | None]]) -> APIRouter:
-    """The probes, which need no key. not_ready: what the service still waits for, None once it is ready."""
+async def no_problems() -> Mapping[str, int]:
+    """Nothing is known to be wrong."""
+    return {}
+
+
+def build_probes(
+    not_ready: Callable[[], Awaitable[str | None]], problems: Callable[[], Awaitable[Mapping[str, int]]] = no_problems
+) -> APIRouter:
+    """The probes, which need no key. not_ready: what the service still waits for, None once it is ready.
+
+    problems: counts of what is wrong and does not keep requests from being served, by code.
+    """
     router = APIRouter(tags=["probes"])
 
     @router.get("/healthz", summary="Whether the ingress lives", responses=replies(Health))
@@ -42,7 +57,8 @@ def build_probes(not_ready: Callable[[], Awaitable[str | None]]) -> APIRouter:
     async def readyz() -> JSONResponse:
         reason = await not_ready()
         if reason is None:
-            return JSONResponse({"status": "ready"})
+            found = await problems()
+            return JSONResponse({"status": "ready"} | ({"problems": dict(found)} if found else {}))
         return JSONResponse({"status": "starting", "reason": reason}, 503, {"retry-after": "1"})
 
     return router

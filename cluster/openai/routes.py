@@ -62,11 +62,10 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
     async def get_model(model: str) -> JSONResponse:
         if model == dispatcher.base_id:
             return JSONResponse(_base_card(dispatcher, started))
-        name = dispatcher.adapter_name(model)
-        for entry in await dispatcher.names.entries():
-            if entry.name == name:
-                return JSONResponse(_adapter_card(dispatcher, entry))
-        raise ModelNotFound(f"no model or adapter is named {model[:128]!r}", "model")
+        entry = await dispatcher.names.entry(dispatcher.adapter_name(model))
+        if entry is None:
+            raise ModelNotFound(f"no model or adapter is named {model[:128]!r}", "model")
+        return JSONResponse(_adapter_card(dispatcher, entry))
 
     @router.post(
         "/completions",

@@ -33,8 +33,8 @@ class NameStore(Protocol):
         """What `name` stands for; fetches on first use where a source allows it. Raises UnknownAdapter."""
         ...
 
-    async def names(self) -> NamesAt:
-        """All names."""
+    async def names(self, since: int) -> NamesAt:
+        """What changed of the names after this generation, or all of them; -1: all."""
         ...
 
     async def watch(self, generation: int) -> int:
@@ -117,20 +117,34 @@ class Names:
 
     async def entries(self) -> list[NamedVersion]:
         """All names in order, from the store; the last ones seen while it is away."""
+        await self._look()
+        return sorted(self._names.values(), key=lambda entry: entry.name)
+
+    async def entry(self, name: str) -> NamedVersion | None:
+        """A name that has a version, from the store, or as it was seen last while the store is away."""
+        await self._look()
+        return self._names.get(name)
+
+    async def _look(self) -> None:
         self.start()
         if not self.is_away:
             try:
                 await self._unless_gone(self._refresh(), self._patience_s)
             except (StoreUnavailable, TimeoutError):
                 self._gone.set()
-        return sorted(self._names.values(), key=lambda entry: entry.name)
 
     async def _refresh(self) -> None:
         before = self._num_observed
-        names = await self._store.names()
+        names = await self._store.names(self._generation)
         # What was observed meanwhile may be newer than this answer; the next one has it.
         if self._num_observed == before:
-            self._names = {entry.name: entry for entry in names.entries}
+            changed = {entry.name: entry for entry in names.entries}
+            if names.is_whole:
+                self._names = changed
+            else:
+                for name in names.deleted:
+                    self._names.pop(name, None)
+                self._names.update(changed)
             self._generation = names.generation
 
     async def _unless_gone(self, call: Coroutine[Any, Any, T], timeout_s: float) -> T:

@@ -9,11 +9,12 @@ import ray
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
-from lorafleet.adapter_store.names import NamedAdapter, NameRecord, NameTable, VersionsToKeep
+from lorafleet.adapter_store.names import NamedAdapter, NameRecord, VersionsToKeep
+from lorafleet.adapter_store.records import DesiredRecord, DesiredState
 from lorafleet.cluster.errors import StoreUnavailable
 from lorafleet.cluster.ray_internals import by_reference, by_value
 from lorafleet.cluster.routing.calls import answer_of
-from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights
+from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights, StoreProblem
 
 CALL_S = 10.0
 """How long the store may take to answer from its catalogue."""
@@ -51,18 +52,44 @@ class StoreClient:
     async def set_pinned(self, name: str, pinned: bool) -> None:
         await self._call("set_pinned", CALL_S, name, pinned)
 
-    async def table(self) -> NameTable:
-        table: NameTable = await self._call("table", CALL_S)
-        return table
-
     async def resolve(self, name: str) -> NamedVersion:
         """What `name` stands for, without the manifest; looked for at the sources if it has no version yet."""
         entry: NamedVersion = await self._await(self._light_handle.options(method_name="resolve").remote(name), FETCH_S)
         return entry
 
-    async def names(self) -> NamesAt:
+    async def named(self, name: str) -> NamedAdapter:
+        """The adapter of this name; no source is asked. Raises UnknownAdapter."""
+        named: NamedAdapter = await self._call("named", CALL_S, name)
+        return named
+
+    async def records(self) -> tuple[NameRecord, ...]:
         """All names, without the manifests."""
-        names: NamesAt = await self._call("names", CALL_S)
+        records: tuple[NameRecord, ...] = await self._call("records", CALL_S)
+        return records
+
+    async def page(self, after: str, limit: int | None) -> tuple[NamedAdapter, ...]:
+        """At most `limit` adapters in order of their names, those that come after `after`."""
+        page: tuple[NamedAdapter, ...] = await self._call("page", CALL_S, after, limit)
+        return page
+
+    async def problems(self) -> tuple[StoreProblem, ...]:
+        """What of the state folder is not used, and why it cannot be written."""
+        problems: tuple[StoreProblem, ...] = await self._call("problems", CALL_S)
+        return problems
+
+    async def desired(self) -> DesiredState:
+        """The desired state that was set last."""
+        state: DesiredState = await self._call("desired", CALL_S)
+        return state
+
+    async def set_desired(self, adapters: tuple[DesiredRecord, ...], generation: int) -> DesiredState:
+        """Replace the desired state. Raises StaleGeneration for an older generation than the one kept."""
+        state: DesiredState = await self._call("set_desired", CALL_S, adapters, generation)
+        return state
+
+    async def names(self, since: int) -> NamesAt:
+        """What changed of the names after a generation; -1: all names."""
+        names: NamesAt = await self._call("names", CALL_S, since)
         return names
 
     async def watch(self, generation: int) -> int:
@@ -70,8 +97,9 @@ class StoreClient:
         current: int = await self._call("watch", CALL_S, generation)
         return current
 
-    async def reconcile(self, worker_id: str, held: tuple[str, ...]) -> VersionsToKeep:
-        keep: VersionsToKeep = await self._call("reconcile", CALL_S, worker_id, held)
+    async def reconcile(self, worker_id: str, held: tuple[str, ...] | None, generation: int) -> VersionsToKeep | None:
+        """What the worker is to keep; None: as before. Raises UnknownWorker if `held` is None and must be told."""
+        keep: VersionsToKeep | None = await self._call("reconcile", CALL_S, worker_id, held, generation)
         return keep
 
     async def fetch(self, version: str) -> AdapterWeights:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 
 import ray
 import torch
@@ -16,12 +17,13 @@ import torch
 from lorafleet.adapter_store.base_weights import CheckpointWeights
 from lorafleet.adapter_store.conversations import BaseTokens
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
-from lorafleet.adapter_store.names import NamedAdapter, NameRecord, NameTable, VersionsToKeep
+from lorafleet.adapter_store.names import NamedAdapter, NameRecord, VersionsToKeep
+from lorafleet.adapter_store.records import Damage, DesiredRecord, DesiredState
 from lorafleet.adapter_store.service import AdapterStore
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.metrics import StoreMetrics
 from lorafleet.cluster.store.paths import locate
-from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights, named_version, replying
+from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights, StoreProblem, named_version, replying
 from lorafleet.workers.model.geometry import read_geometry
 from lorafleet.workers.model.loader import load_tokenizer
 
@@ -89,13 +91,41 @@ class StoreReplica:
         """What a request needs of a name: every request asks, and a manifest is thousands of times as long."""
         return self._named_version(await self._store.resolve(name))
 
-    async def names(self) -> NamesAt:
-        """All names, as `resolve` gives them."""
+    async def names(self, since: int = -1) -> NamesAt:
+        """What changed of the names after a generation, as `resolve` gives them; all names where that is not known."""
+        if since >= 0:
+            changes = await self._store.names_since(since)
+            if changes.is_complete:
+                entries = tuple(map(self._named_version, changes.adapters))
+                return NamesAt(changes.generation, entries, changes.deleted, is_whole=False)
         table = await self._store.table()
         return NamesAt(table.generation, tuple(map(self._named_version, table.adapters)))
 
-    async def table(self) -> NameTable:
-        return await self._store.table()
+    @replying
+    async def named(self, name: str) -> NamedAdapter:
+        return await self._store.named(name)
+
+    async def records(self) -> tuple[NameRecord, ...]:
+        return await self._store.records()
+
+    async def page(self, after: str, limit: int | None) -> tuple[NamedAdapter, ...]:
+        return await self._store.page(after, limit)
+
+    async def problems(self) -> tuple[StoreProblem, ...]:
+        """What of the state folder is not used, and why it cannot be written."""
+        return tuple(
+            StoreProblem("store_damaged", found.kind, found.entry, found.reason)
+            if isinstance(found, Damage)
+            else StoreProblem(found.code, "folder", "", found.message)
+            for found in await self._store.problems()
+        )
+
+    async def desired(self) -> DesiredState:
+        return await self._store.desired()
+
+    @replying
+    async def set_desired(self, adapters: tuple[DesiredRecord, ...], generation: int) -> DesiredState:
+        return await self._store.set_desired(adapters, generation)
 
     async def watch(self, generation: int) -> int:
         """Return after `WATCH_S`, or as soon as the names are not those of `generation`; says what they are of."""
@@ -113,8 +143,11 @@ class StoreReplica:
         stored: StoredWeights = await self._store.fetch(version)
         return stored
 
-    async def reconcile(self, worker_id: str, held: tuple[str, ...]) -> VersionsToKeep:
-        """Tell a worker which of its versions to keep, and which versions are pinned."""
+    @replying
+    async def reconcile(self, worker_id: str, held: tuple[str, ...] | None, generation: int) -> VersionsToKeep | None:
+        """Tell a worker which of its versions to keep, and which versions are pinned; None: as it was told before."""
+        if held is None:
+            return await self._store.reconcile_again(worker_id, generation)
         return await self._store.reconcile(worker_id, held)
 
     async def check_health(self) -> None:
@@ -138,4 +171,5 @@ class StoreReplica:
                 self._metrics.publish(
                     num_on_disk=usage.num_versions, num_in_host_memory=usage.num_cached, host_bytes=usage.cached_bytes
                 )
+                self._metrics.publish_problems(Counter(problem.code for problem in await self.problems()))
             await asyncio.sleep(METRICS_PERIOD_S)

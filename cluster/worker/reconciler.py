@@ -10,10 +10,18 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
+from lorafleet.adapter_store.errors import UnknownWorker
 from lorafleet.adapter_store.names import VersionsToKeep
 from lorafleet.cluster.errors import StoreUnavailable
 
 logger = logging.getLogger(__name__)
+
+
+Ask = Callable[[tuple[str, ...] | None, int], Awaitable[VersionsToKeep | None]]
+"""Which of these versions, and which others, a worker is to hold. None for the versions: the same as before. The number
+is the generation of the last answer; None is returned when both are as before. Raises UnknownWorker and
+StoreUnavailable.
+"""
 
 
 class Reconciled(Protocol):
@@ -27,11 +35,12 @@ class Reconciled(Protocol):
 class Reconciler:
     """Passes the store's word on to a worker."""
 
-    def __init__(
-        self, worker: Reconciled, ask: Callable[[tuple[str, ...]], Awaitable[VersionsToKeep]], *, period_s: float = 1.0
-    ) -> None:
-        """ask: which of these versions, and which others, the worker is to hold; raises StoreUnavailable."""
+    def __init__(self, worker: Reconciled, ask: Ask, *, period_s: float = 1.0) -> None:
         self._worker = worker
+        self._held: tuple[str, ...] | None = None
+        """What the store was told last that the worker holds."""
+        self._keep = VersionsToKeep(-1, {})
+        """What it said then."""
         self._ask = ask
         self._period_s = period_s
         self._one_at_a_time = asyncio.Lock()
@@ -42,8 +51,15 @@ class Reconciler:
         The question is put after the call, so what the store decided before it is followed when it returns.
         """
         async with self._one_at_a_time:
-            keep = await self._ask(await self._worker.held_versions())
-            await self._worker.reconcile(keep.versions)
+            held = tuple(sorted(await self._worker.held_versions()))
+            try:
+                keep = await self._ask(None if held == self._held else held, self._keep.generation)
+            except UnknownWorker:
+                keep = await self._ask(held, -1)
+            self._held = held
+            self._keep = keep or self._keep
+            # Also what was said before: a pinned version that found no room may find some now.
+            await self._worker.reconcile(self._keep.versions)
 
     async def run(self) -> None:
         """Ask again and again, until cancelled; go on with what there is while the store is away."""

@@ -156,8 +156,8 @@ class WorkerReplica:
     def _check(self, worker_id: str) -> None:
         assert worker_id == self.worker_id, f"a call to worker {worker_id} reached {self.worker_id}"
 
-    async def _ask_store(self, held: tuple[str, ...]) -> VersionsToKeep:
-        return await self._store.reconcile(self.worker_id, held)
+    async def _ask_store(self, held: tuple[str, ...] | None, generation: int) -> VersionsToKeep | None:
+        return await self._store.reconcile(self.worker_id, held, generation)
 
     async def _report(self) -> None:
         while True:

@@ -28,6 +28,7 @@ from lorafleet.adapter_store.errors import (
     UnknownKey,
     UnknownSource,
     UnknownVersion,
+    UnknownWorker,
 )
 from lorafleet.adapter_store.manifest import (
     AdapterManifest,
@@ -129,6 +130,7 @@ ERRORS = [
     UnknownAdapter,
     UnknownKey,
     UnknownVersion,
+    UnknownWorker,
     AdapterRefused,
     SourceUnavailable,
     StaleGeneration,
@@ -297,6 +299,56 @@ async def test_a_full_disk_is_named_and_leaves_nothing(
         assert caught.value.code == "store_full"
         assert staged_files(tmp_path) == []
     await load(store, "a")
+
+
+async def test_a_full_disk_is_a_problem_until_a_write_succeeds(
+    open_store: OpenStore, copy_of: CopyOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store()
+    copy_of("rank4_qv")
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full)
+        with pytest.raises(StoreUnusable):
+            await store.publish("disk", "a")
+    (problem,) = await store.problems()
+    assert isinstance(problem, StoreUnusable)
+    assert problem.code == "store_full"
+    await load(store, "a")
+    assert await store.problems() == ()
+
+
+async def test_names_are_listed_in_pages(open_store: OpenStore, copy_of: CopyOf) -> None:
+    store = open_store()
+    copy_of("rank4_qv")
+    for name in ("c", "a", "b/x", "b"):
+        await load(store, name, "a")
+    everything = [adapter.name for adapter in await store.page("", None)]
+    assert everything == sorted(record.name for record in await store.records()) == ["a", "b", "b/x", "c"]
+    pages, after = [], ""
+    while page := await store.page(after, 3):
+        pages.append([adapter.name for adapter in page])
+        after = page[-1].name
+    assert pages == [["a", "b", "b/x"], ["c"]]
+    assert [adapter.name for adapter in await store.page("b/w", 1)] == ["b/x"]
+
+
+async def test_a_worker_says_what_it_holds_once(open_store: OpenStore, copy_of: CopyOf) -> None:
+    store = open_store()
+    copy_of("rank4_qv")
+    with pytest.raises(UnknownWorker):
+        await store.reconcile_again("w", 0)
+    version = await load(store, "a")
+    told = await store.reconcile("w", (version, "gone"))
+    assert told.versions == {version: False}
+    assert await store.reconcile_again("w", told.generation) is None
+    await store.delete("a")
+    again = await store.reconcile_again("w", told.generation)
+    assert again is not None
+    assert again.versions == {}
 
 
 class TestHostMemory:

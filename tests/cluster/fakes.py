@@ -152,6 +152,8 @@ class FakeStore:
     is_silent: bool = False
     """Calls are taken and never answered."""
     num_resolved: int = 0
+    changes: list[tuple[int, str]] = field(default_factory=list)
+    """Generations and the names that changed then."""
 
     async def resolve(self, name: str) -> NamedVersion:
         self.num_resolved += 1
@@ -162,8 +164,13 @@ class FakeStore:
             raise UnknownAdapter("adapter_not_found", f"there is no adapter {name!r}")
         return self._entry(name)
 
-    async def names(self) -> NamesAt:
+    async def names(self, since: int) -> NamesAt:
         await self._answer()
+        if since >= 1:
+            changed = {name for generation, name in self.changes if generation > since}
+            entries = tuple(self._entry(name) for name in sorted(changed & self.versions.keys()))
+            deleted = tuple(sorted(changed - self.versions.keys()))
+            return NamesAt(self.generation, entries, deleted, is_whole=False)
         return NamesAt(self.generation, tuple(self._entry(name) for name in sorted(self.versions)))
 
     async def watch(self, generation: int) -> int:
@@ -183,6 +190,7 @@ class FakeStore:
         else:
             self.versions[name] = version
         self.generation += 1
+        self.changes.append((self.generation, name))
         self.changed.set()
 
     def _entry(self, name: str) -> NamedVersion:

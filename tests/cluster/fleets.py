@@ -7,12 +7,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from lorafleet.adapter_store.errors import UnknownAdapter, UnknownKey
+from lorafleet.adapter_store.errors import StaleGeneration, UnknownAdapter, UnknownKey
 from lorafleet.adapter_store.manifest import AdapterManifest
-from lorafleet.adapter_store.names import NamedAdapter, NameRecord, NameTable
+from lorafleet.adapter_store.names import NamedAdapter, NameRecord
+from lorafleet.adapter_store.records import DesiredRecord, DesiredState
 from lorafleet.adapter_store.sources import SourceConfig
 from lorafleet.cluster.errors import WorkerGone
 from lorafleet.cluster.store.paths import locate
+from lorafleet.cluster.wire import StoreProblem
 from lorafleet.workers.errors import NoRoomError
 from lorafleet.workers.state import AdapterPages, KVPages, ResidentAdapter, WorkerState
 
@@ -32,6 +34,8 @@ class DictStore:
     sources: Sequence[SourceConfig] = ()
     """Where `locate` looks."""
     generation: int = 0
+    wanted: DesiredState = field(default_factory=lambda: DesiredState(0, ()))
+    found: tuple[StoreProblem, ...] = ()
     num_published: int = 0
     fail_flip: Exception | None = None
     may_publish: asyncio.Event | None = None
@@ -68,8 +72,28 @@ class DictStore:
     async def locate(self, path: str) -> tuple[str, str]:
         return locate(path, self.sources)
 
-    async def table(self) -> NameTable:
-        return NameTable(self.generation, tuple(self.names[name] for name in sorted(self.names)))
+    async def named(self, name: str) -> NamedAdapter:
+        if name not in self.names:
+            raise UnknownAdapter("adapter_not_found", f"there is no adapter {name!r}", "name")
+        return self.names[name]
+
+    async def records(self) -> tuple[NameRecord, ...]:
+        return tuple(self.names.values())
+
+    async def page(self, after: str, limit: int | None) -> tuple[NamedAdapter, ...]:
+        return tuple(self.names[name] for name in sorted(self.names) if name > after)[:limit]
+
+    async def problems(self) -> tuple[StoreProblem, ...]:
+        return self.found
+
+    async def desired(self) -> DesiredState:
+        return self.wanted
+
+    async def set_desired(self, adapters: tuple[DesiredRecord, ...], generation: int) -> DesiredState:
+        if generation < self.wanted.generation:
+            raise StaleGeneration("stale_generation", "it is older", "generation")
+        self.wanted = DesiredState(generation, adapters)
+        return self.wanted
 
 
 @dataclass(slots=True)

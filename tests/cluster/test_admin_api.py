@@ -18,6 +18,7 @@ from lorafleet.cluster.errors import StoreUnavailable
 from lorafleet.cluster.http.app import build_http_app
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.store.paths import locate
+from lorafleet.cluster.wire import StoreProblem
 from tests.cluster.fleets import DictFleet, DictStore, manifest_of
 
 ADMIN = {"authorization": "Bearer admin"}
@@ -96,7 +97,7 @@ async def test_put_get_list_and_delete(api: Api) -> None:
     }
     assert response.json() == expected
     assert (await api.http.get("/admin/v1/adapters/shout")).json() == expected
-    assert (await api.http.get("/admin/v1/adapters")).json() == {"adapters": [expected]}
+    assert (await api.http.get("/admin/v1/adapters")).json() == {"adapters": [expected], "problems": []}
     assert (await api.http.delete("/admin/v1/adapters/shout")).json() == {"name": "shout", "deleted": True}
     assert error_of(await api.http.delete("/admin/v1/adapters/shout")) == (404, "adapter_not_found")
     assert error_of(await api.http.get("/admin/v1/adapters/shout")) == (404, "adapter_not_found")
@@ -324,3 +325,22 @@ async def test_of_two_loads_at_the_same_time_one_wins(api: Api, routes: tuple[st
     assert api.store.names["shout"].key == "ab"[winner]
     assert "already" in replies[1 - winner].text
     assert api.store.num_published == 1
+
+
+async def test_adapters_are_listed_in_pages_with_what_is_wrong_with_the_store(api: Api) -> None:
+    for name in ("b", "a", "d", "c"):
+        (await api.load(name)).raise_for_status()
+    api.store.found = (StoreProblem("store_damaged", "version", "aa", "its files are gone: load it again"),)
+    seen: list[str] = []
+    while True:
+        reply = (await api.http.get("/admin/v1/adapters", params={"limit": 3, "after": (seen or [""])[-1]})).json()
+        assert reply["problems"] == [
+            {"code": "store_damaged", "kind": "version", "entry": "aa", "reason": "its files are gone: load it again"}
+        ]
+        if not reply["adapters"]:
+            break
+        seen += [adapter["name"] for adapter in reply["adapters"]]
+    assert seen == ["a", "b", "c", "d"]
+    for limit in ("0", "-1", "x"):
+        refused = await api.http.get("/admin/v1/adapters", params={"limit": limit})
+        assert error_of(refused) == (400, "invalid_value")

@@ -69,7 +69,7 @@ async def test_the_steps_of_a_rollout() -> None:
     assert len(calls) == NUM_CALLS
     assert [call for call in dict.fromkeys(calls) if call != "worker_ids"] == [
         "publish",
-        "table",
+        "named",
         "state",
         "make_resident",
         "flip",

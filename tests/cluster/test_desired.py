@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
+from lorafleet.adapter_store.names import NameRecord
 from lorafleet.cluster.admin.desired import DesiredSet
 from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.config import DesiredAdapter, UserConfig
@@ -20,7 +21,7 @@ class World:
     rollout: Rollout
 
     def start(self, *preload: DesiredAdapter) -> DesiredSet:
-        return DesiredSet(self.rollout, preload, num_workers=len(self.fleet.workers))
+        return DesiredSet(self.rollout, preload, store=self.store, num_workers=len(self.fleet.workers))
 
     @property
     def names(self) -> dict[str, str]:
@@ -151,30 +152,88 @@ async def test_the_loop_follows_changes(world: World) -> None:
 
 async def test_a_user_config_that_is_refused_changes_nothing(world: World, caplog: pytest.LogCaptureFixture) -> None:
     desired = world.start()
-    desired.take_user_config({"adapters": [wanted("x", "a").model_dump()]})
+    await desired.take_user_config(10, {"adapters": [wanted("x", "a").model_dump()]})
     await desired.apply()
     broken: list[object] = [{"adapters": [{"name": "x", "bogus": 1}]}, {"adaptors": []}, [], {"adapters": "x"}]
     for refused in broken:
-        desired.take_user_config(refused)
+        await desired.take_user_config(desired.generation + 1, refused)
         await desired.apply()
         assert world.names == {"x": "a"}
         assert await desired.not_ready() is None
         assert "user_config is refused" in caplog.messages[-1]
-    desired.take_user_config({})
+    await desired.take_user_config(20, {})
     await desired.apply()
     assert world.names == {}
 
 
 async def test_a_service_that_starts_with_a_refused_user_config_says_so_and_deletes_nothing(world: World) -> None:
     former = world.start()
-    former.take_user_config({"adapters": [wanted("x", "a").model_dump()]})
+    await former.take_user_config(30, {"adapters": [wanted("x", "a").model_dump()]})
     await former.apply()
     desired = world.start(wanted("y", "b"))
-    desired.take_user_config({"adapters": [{"name": "x", "source": "demo", "key": "a", "pined": True}]})
+    await desired.take_user_config(40, {"adapters": [{"name": "x", "source": "demo", "key": "a", "pined": True}]})
     await desired.apply()
     assert world.names == {"x": "a", "y": "b"}
     assert await desired.not_ready() == "user_config is refused: adapters.0.pined is no known field"
-    desired.take_user_config({"adapters": []})
+    await desired.take_user_config(50, {"adapters": []})
     await desired.apply()
     assert world.names == {"y": "b"}
     assert await desired.not_ready() is None
+
+
+async def test_an_older_user_config_is_refused_by_the_store_and_deletes_nothing(world: World) -> None:
+    """An ingress that is on its way out tells a controller that has just taken over."""
+    first = world.start()
+    await first.take_user_config(1, {"adapters": [wanted("old", "a").model_dump()]})
+    await first.apply()
+    await first.take_user_config(2, {"adapters": [wanted("new", "b").model_dump()]})
+    await first.apply()
+    assert world.names == {"new": "b"}
+    successor = world.start()
+    await successor.take_user_config(1, {"adapters": [wanted("old", "a").model_dump()]})
+    await successor.apply()
+    assert world.names == {"new": "b"}
+    assert successor.generation == 2
+
+
+async def test_a_controller_that_takes_over_goes_on_from_the_store(world: World) -> None:
+    assert not await world.start().resume()
+    await world.start().take_user_config(5, {"adapters": [wanted("x", "a").model_dump()]})
+    successor = world.start()
+    assert await successor.resume()
+    assert successor.generation == 5
+    await successor.apply()
+    assert world.names == {"x": "a"}
+    await successor.take_user_config(6, {})
+    await successor.apply()
+    assert world.names == {}
+
+
+async def test_nothing_is_deleted_because_a_damaged_entry_is_missing(world: World) -> None:
+    first = world.start()
+    await first.take_user_config(1, {"adapters": [wanted("x", "a").model_dump(), wanted("y", "b").model_dump()]})
+    await first.apply()
+    world.store.wanted = replace(world.store.wanted, adapters=world.store.wanted.adapters[:1], is_complete=False)
+    successor = world.start()
+    await successor.resume()
+    await successor.apply()
+    assert world.names == {"x": "a", "y": "b"}
+    await successor.take_user_config(2, {"adapters": [wanted("x", "a").model_dump()]})
+    await successor.apply()
+    assert world.names == {"x": "a"}
+
+
+async def test_ten_thousand_that_are_in_place_are_judged_at_once(world: World) -> None:
+    """No name is asked for by itself, and no worker for an adapter that it has."""
+    adapters = [wanted(f"n{number}", "a").model_dump() for number in range(10_000)]
+    desired = world.start()
+    for adapter in adapters:
+        record = NameRecord(adapter["name"], world.store.keys["a"].version, "demo", "a", False, 1, "config")
+        await world.store.flip(record)
+    await world.rollout.put("n0", source="demo", key="a", origin="config")
+    world.fleet.calls.clear()
+    await desired.take_user_config(1, {"adapters": adapters})
+    await desired.apply()
+    assert len(world.names) == 10_000
+    assert {call for call, _ in world.fleet.calls} == {"state"}
+    assert len(world.fleet.calls) == len(world.fleet.workers)

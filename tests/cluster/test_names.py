@@ -129,3 +129,13 @@ async def test_a_table_read_before_a_flip_does_not_undo_it(names: Names, store: 
     names.observe("shout", NamedVersion("shout", "cc" * 32, "demo/shout"))
     entries = {entry.name: entry.version for entry in await reading}
     assert entries["shout"] == "cc" * 32
+
+
+async def test_what_changed_is_asked_for_and_nothing_else(names: Names, store: FakeStore) -> None:
+    assert {entry.name for entry in await names.entries()} == {"shout", "whisper"}
+    store.flip("new", "cc" * 32)
+    store.flip("whisper", None)
+    store.flip("shout", "dd" * 32)
+    entries = {entry.name: entry.version for entry in await names.entries()}
+    assert entries == {"new": "cc" * 32, "shout": "dd" * 32}
+    assert await names.entry("whisper") is None

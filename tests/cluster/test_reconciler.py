@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from lorafleet.adapter_store.errors import UnknownWorker
 from lorafleet.adapter_store.names import VersionsToKeep
 from lorafleet.cluster.errors import StoreUnavailable
 from lorafleet.cluster.worker.reconciler import Reconciler
@@ -28,7 +29,7 @@ class Follower:
 async def test_passes_on_what_the_store_says() -> None:
     worker, asked = Follower(), []
 
-    async def ask(held: tuple[str, ...]) -> VersionsToKeep:
+    async def ask(held: tuple[str, ...] | None, since: int) -> VersionsToKeep:
         asked.append(held)
         return VersionsToKeep(1, {"held": True})
 
@@ -42,7 +43,7 @@ async def test_a_question_is_put_after_the_call() -> None:
     worker, answers = Follower(), [asyncio.Event(), asyncio.Event()]
     generation = 0
 
-    async def ask(held: tuple[str, ...]) -> VersionsToKeep:
+    async def ask(held: tuple[str, ...] | None, since: int) -> VersionsToKeep:
         asked_at = generation
         await answers[asked_at].wait()
         return VersionsToKeep(asked_at, {f"v{asked_at}": False})
@@ -68,7 +69,7 @@ async def test_goes_on_while_the_store_is_away() -> None:
         VersionsToKeep(2, {}),
     ]
 
-    async def ask(held: tuple[str, ...]) -> VersionsToKeep:
+    async def ask(held: tuple[str, ...] | None, since: int) -> VersionsToKeep:
         reply = replies.pop(0) if replies else VersionsToKeep(9, {})
         if isinstance(reply, Exception):
             raise reply
@@ -82,3 +83,24 @@ async def test_goes_on_while_the_store_is_away() -> None:
         while len(worker.told) < 2:
             await asyncio.sleep(0)
     task.cancel()
+
+
+async def test_what_both_sides_know_is_not_sent_again() -> None:
+    worker, asked = Follower(), []
+    is_known = True
+
+    async def ask(held: tuple[str, ...] | None, since: int) -> VersionsToKeep | None:
+        asked.append((held, since))
+        if held is None and not is_known:
+            raise UnknownWorker("unknown_worker", "who?")
+        return None if held is None and since == 3 else VersionsToKeep(3, {"held": False})
+
+    reconciler = Reconciler(worker, ask)
+    for _ in range(3):
+        await reconciler.once()
+    assert asked == [(("held",), -1), (None, 3), (None, 3)]
+    assert worker.told == [{"held": False}] * 3
+    asked.clear()
+    is_known = False  # another store has taken over
+    await reconciler.once()
+    assert asked == [(None, 3), (("held",), -1)]

@@ -13,6 +13,7 @@ from lorafleet.cluster.admin import relay as relay_module
 from lorafleet.cluster.admin.readiness import Readiness
 from lorafleet.cluster.admin.relay import UserConfigRelay
 from lorafleet.cluster.errors import ControllerUnavailable
+from lorafleet.cluster.wire import StoreProblem
 from tests.support.wait import until
 
 
@@ -96,11 +97,18 @@ async def test_readiness_outlives_the_controller() -> None:
                 raise answer
             return answer
 
+        async def problems(self) -> tuple[StoreProblem, ...]:
+            if not live:
+                raise ControllerUnavailable("away")
+            return (StoreProblem("store_full", "folder", "", "full"),)
+
     readiness = Readiness(Judge(), lambda: live)
     assert await readiness.not_ready() == "the controller is away; it is being started"
     assert await readiness.not_ready() == "adapters are being loaded"
     assert await readiness.not_ready() == "the controller is away; it is being started"
     assert await readiness.not_ready() is None
     assert await readiness.not_ready() is None
+    assert await readiness.problems() == {"store_full": 1}
     live.clear()
     assert await readiness.not_ready() == "no worker is up"
+    assert await readiness.problems() == {}

@@ -1,0 +1,94 @@
+"""The ways from an ingress to the controller and on to the store, over handles that call in this process."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorafleet.adapter_store.errors import StaleGeneration, UnknownAdapter, UnknownWorker
+from lorafleet.adapter_store.names import NameRecord
+from lorafleet.adapter_store.records import DesiredRecord
+from lorafleet.cluster.config import AppConfig
+from lorafleet.cluster.store.client import StoreClient
+from lorafleet.cluster.store.replica import StoreReplica
+from tests.support.adapters import make_adapter
+from tests.support.bases import BaseKind
+
+
+class Handle:
+    """A deployment's handle whose replica is an object of this process; what goes either way is pickled."""
+
+    def __init__(self, replica: object, method: str = "") -> None:
+        self._replica = replica
+        self._method = method
+
+    def options(self, *, method_name: str = "", **_: object) -> Handle:
+        return Handle(self._replica, method_name or self._method)
+
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        async def call() -> Any:
+            given, named = pickle.loads(pickle.dumps((args, kwargs)))
+            result = getattr(self._replica, self._method)(*given, **named)
+            return pickle.loads(pickle.dumps(await result if inspect.isawaitable(result) else result))
+
+        return call()
+
+
+@pytest.fixture
+async def store(base_of: Callable[[BaseKind], Path], tmp_path: Path) -> AsyncIterator[StoreClient]:
+    base = base_of("llama")
+    make_adapter(tmp_path / "adapters" / "a", base, "rank4_qv")
+    config = AppConfig.model_validate(
+        {
+            "model": {"id": "tiny", "source": str(base), "dtype": "float32"},
+            "adapters": {
+                "sources": [{"name": "demo", "kind": "directory", "root": str(tmp_path / "adapters")}],
+                "state_dir": str(tmp_path / "state"),
+            },
+        }
+    )
+    replica = StoreReplica(config)
+    yield StoreClient(Handle(replica))
+    replica.__del__()
+
+
+async def test_everything_that_is_asked_of_the_store_is_answered(store: StoreClient) -> None:
+    manifest = await store.publish("demo", "a")
+    record = NameRecord("x", manifest.version, "demo", "a", False, 1, "admin")
+    await store.flip(record)
+    assert (await store.named("x")).version == manifest.version
+    with pytest.raises(UnknownAdapter):
+        await store.named("y")
+    assert [each.name for each in await store.records()] == ["x"]
+    assert [each.name for each in await store.page("", 1)] == ["x"]
+    assert await store.page("x", None) == ()
+    assert await store.problems() == ()
+    everything = await store.names(-1)
+    assert everything.is_whole
+    assert [each.name for each in everything.entries] == ["x"]
+    await store.delete("x")
+    since = await store.names(everything.generation)
+    assert (since.is_whole, since.entries, since.deleted) == (False, (), ("x",))
+    assert await store.watch(-1) == since.generation
+
+
+async def test_the_desired_state_is_kept_with_its_generation(store: StoreClient) -> None:
+    assert (await store.desired()).generation == 0
+    wanted = (DesiredRecord("x", "demo", "a", warm="all"),)
+    await store.set_desired(wanted, 2)
+    with pytest.raises(StaleGeneration):
+        await store.set_desired((), 1)
+    assert (await store.desired()).adapters == wanted
+
+
+async def test_a_worker_is_told_what_changed(store: StoreClient) -> None:
+    with pytest.raises(UnknownWorker):
+        await store.reconcile("w", None, 0)
+    told = await store.reconcile("w", (), -1)
+    assert told is not None
+    assert await store.reconcile("w", None, told.generation) is None
