@@ -4,6 +4,7 @@
     ├── BadRequest                 400, any code
     │   └── ContextLengthExceeded  400
     ├── BodyTooLarge               413
+    ├── BodyTooSlow                408
     ├── Unauthenticated            401
     ├── Forbidden                  403
     ├── ModelNotFound              404
@@ -104,6 +105,13 @@ class BodyTooLarge(ClusterError):
 
     status = 413
     code = "body_too_large"
+
+
+class BodyTooSlow(ClusterError):
+    """The request body did not come in time."""
+
+    status = 408
+    code = "body_too_slow"
 
 
 class Unauthenticated(ClusterError):

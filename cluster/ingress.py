@@ -60,9 +60,10 @@ class Ingress:
         keys.check_exposure(http_hosts(), ray_has_token=has_token())
         self._names = Names(StoreClient(store))
         client = WorkersClient(workers)
+        prompts = Prompts.load(config.model)
         self._dispatcher = Dispatcher(
             config.model.id,
-            Prompts.load(config.model),
+            prompts,
             self._names,
             client,
             RequestMetrics(),
@@ -89,6 +90,7 @@ class Ingress:
                 ],
                 config.http.cors_origins,
                 is_open=keys.are_none,
+                bounds=prompts.bounds,
             )
         )
         self._names.start()

@@ -18,10 +18,9 @@ from lorafleet.cluster.anthropic.requests import NEUTRAL, CountBody, MessagesBod
 from lorafleet.cluster.anthropic.schemas import AnsweredMessage, AnthropicError, MessageEvent, TokenCount
 from lorafleet.cluster.errors import describe
 from lorafleet.cluster.http.auth import Keys
-from lorafleet.cluster.http.bodies import read_body
 from lorafleet.cluster.http.description import bearer, body_of, error_responses, events_of, replies
 from lorafleet.cluster.openai.answering import answer
-from lorafleet.cluster.openai.requests import parse_body
+from lorafleet.cluster.openai.requests import parsed
 from lorafleet.cluster.openai.turns import Turn
 from lorafleet.cluster.serving.dispatch import Dispatcher
 
@@ -78,7 +77,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
         ),
     )
     async def messages(request: Request) -> Response:
-        body = parse_body(MessagesBody, await read_body(request), NEUTRAL)
+        body = await parsed(MessagesBody, request, dispatcher.prompts.threads, NEUTRAL)
         chat = body.chat()
         prepared = await dispatcher.prepare(chat.request(dispatcher.prompts.answers), caller=request.state.caller)
         reply = MessageReply(body, Turn(chat, prepared, dispatcher.prompts))
@@ -91,7 +90,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
         responses=replies(TokenCount),
     )
     async def count_tokens(request: Request) -> JSONResponse:
-        body = parse_body(CountBody, await read_body(request), NEUTRAL)
+        body = await parsed(CountBody, request, dispatcher.prompts.threads, NEUTRAL)
         asked = body.chat().request(dispatcher.prompts.answers)
         adapter = await dispatcher.resolve(asked.model)
         assert asked.messages is not None

@@ -13,8 +13,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorafleet.cluster.errors import BadRequest, ErrorReply, MethodNotAllowed, RouteNotFound, describe
+from lorafleet.cluster.errors import BadRequest, ClusterError, ErrorReply, MethodNotAllowed, RouteNotFound, describe
 from lorafleet.cluster.http.description import DescribedApp
+from lorafleet.cluster.http.incoming import BOUNDS, BoundedBodies, Bounds
 from lorafleet.cluster.http.pages import Pages
 from lorafleet.cluster.http.request_ids import HEADER, RequestIds
 from lorafleet.cluster.validation import refusal_of
@@ -24,10 +25,16 @@ logger = logging.getLogger(__name__)
 METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 
 
-def build_http_app(routers: Sequence[APIRouter], cors_origins: Sequence[str] = (), *, is_open: bool = False) -> FastAPI:
+def build_http_app(
+    routers: Sequence[APIRouter],
+    cors_origins: Sequence[str] = (),
+    *,
+    is_open: bool = False,
+    bounds: Bounds = BOUNDS,
+) -> FastAPI:
     """One application of these routers. cors_origins: whose pages a browser may let call it; `*`: all.
 
-    is_open: nobody needs a secret, so pages of other origins are refused.
+    is_open: nobody needs a secret, so pages of other origins are refused. bounds: of every body.
     """
     app = DescribedApp(title="lorafleet", docs_url=None, redoc_url=None, redirect_slashes=False)
     for router in routers:
@@ -36,6 +43,7 @@ def build_http_app(routers: Sequence[APIRouter], cors_origins: Sequence[str] = (
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     if is_open:
         app.add_middleware(Pages, origins=cors_origins)
+    app.add_middleware(BoundedBodies, bounds=bounds)
     app.add_middleware(ErrorReplies)
     if cors_origins:
         # Outside of the errors' replies, which a page could not read otherwise.
@@ -86,7 +94,9 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     """What routing and FastAPI raise."""
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path[:256]}"
-    if error.status_code == 404:
+    if isinstance(error.__cause__, ClusterError):
+        reply = describe(error.__cause__)  # FastAPI's word for whatever keeps it from reading a body
+    elif error.status_code == 404:
         reply = describe(RouteNotFound(f"there is no {where}"))
     elif error.status_code == 405:
         reply = describe(MethodNotAllowed(f"there is no {where}; the URL takes another method"))

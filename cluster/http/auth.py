@@ -6,12 +6,16 @@ import hashlib
 import hmac
 import ipaddress
 from collections.abc import Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from lorafleet.cluster.errors import ExposedWithoutToken, Forbidden, Unauthenticated
 
 CALLER_DIGITS = 16
 """Hex digits of a key's digest that stand for its caller."""
+
+CALLER: ContextVar[str] = ContextVar("caller", default="")
+"""Who sent the request that this task serves, as `check_client` told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +32,15 @@ class Keys:
         """Let a request of the data plane pass; a digest of its key, which tells callers apart: empty where none is
         needed. Raises Unauthenticated.
         """
+        CALLER.set("")
         if not self.api_keys:
             return ""
         token = _bearer(authorization)
         if token is None or not self._is_client(token):
             raise Unauthenticated("a valid API key is needed: Authorization: Bearer <key>")
-        return hashlib.sha256(token.encode()).hexdigest()[:CALLER_DIGITS]
+        caller = hashlib.sha256(token.encode()).hexdigest()[:CALLER_DIGITS]
+        CALLER.set(caller)
+        return caller
 
     def check_admin(self, authorization: str | None) -> None:
         """Let a request of the admin plane pass. Raises Unauthenticated, or Forbidden for a key of the data plane."""

@@ -1,14 +1,10 @@
-"""Bodies that every route shares: reading a request's within bounds, and the body of an error."""
+"""The body of an error, which every route shares."""
 
 from __future__ import annotations
 
-from fastapi import Request
 from pydantic import Field
 
-from lorafleet.cluster.errors import BodyTooLarge
 from lorafleet.workers.config import Settings
-
-MAX_BODY_BYTES = 16 * 2**20
 
 
 class ErrorDetail(Settings):
@@ -24,18 +20,3 @@ class ErrorBody(Settings):
     """Any error."""
 
     error: ErrorDetail
-
-
-async def read_body(request: Request) -> bytes:
-    """The body. Raises BodyTooLarge as soon as it is over the bound, without reading on."""
-    too_large = f"the body is over {MAX_BODY_BYTES} bytes"
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
-        raise BodyTooLarge(too_large)
-    chunks, num_bytes = [], 0
-    async for chunk in request.stream():
-        num_bytes += len(chunk)
-        if num_bytes > MAX_BODY_BYTES:
-            raise BodyTooLarge(too_large)
-        chunks.append(chunk)
-    return b"".join(chunks)

@@ -11,7 +11,6 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from lorafleet.cluster.http.auth import Keys
-from lorafleet.cluster.http.bodies import read_body
 from lorafleet.cluster.http.description import bearer, body_of, error_responses, replies
 from lorafleet.cluster.openai.peer_schemas import (
     DetokenizeBody,
@@ -20,7 +19,7 @@ from lorafleet.cluster.openai.peer_schemas import (
     TokenizeReply,
     VersionReply,
 )
-from lorafleet.cluster.openai.requests import parse_body
+from lorafleet.cluster.openai.requests import parsed
 from lorafleet.cluster.serving.dispatch import Dispatcher
 from lorafleet.cluster.serving.exposition import Exposition
 
@@ -94,7 +93,7 @@ def build_peer_router(
         responses=replies(TokenizeReply),
     )
     async def tokenize(request: Request) -> JSONResponse:
-        body = parse_body(TokenizeBody, await read_body(request))
+        body = await parsed(TokenizeBody, request, dispatcher.prompts.threads)
         adapter = None if body.model is None else await dispatcher.resolve(body.model)
         prompts = dispatcher.prompts
         if body.messages is not None:
@@ -121,7 +120,7 @@ def build_peer_router(
         responses=replies(DetokenizeReply),
     )
     async def detokenize(request: Request) -> JSONResponse:
-        body = parse_body(DetokenizeBody, await read_body(request))
+        body = await parsed(DetokenizeBody, request, dispatcher.prompts.threads)
         if body.model is not None:
             await dispatcher.resolve(body.model)
         return JSONResponse({"prompt": dispatcher.prompts.decode(body.tokens)})

@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
+from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from lorafleet.cluster.errors import BadRequest
+from lorafleet.cluster.http.auth import CALLER
 from lorafleet.cluster.openai.messages import RESERVED_OPTIONS, ChatMessage, check_template_options, rendered
 from lorafleet.cluster.openai.peer_defaults import INERT, PEER_DEFAULTS, is_among
 from lorafleet.cluster.openai.tools import ToolChoice, Tools, check_tools, outputs_of
 from lorafleet.cluster.serving.answer_formats import TEXT_ONLY, AnswerFormat
+from lorafleet.cluster.serving.fair_threads import FairThreads
 from lorafleet.cluster.validation import refusal_of, with_integers
 from lorafleet.workers.request import (
     MAX_N,
@@ -382,6 +385,9 @@ class ChatBody(SharedBody):
 
 Body = TypeVar("Body", bound=BaseModel)
 
+LONG_BODY = 16384
+"""Bytes above which a body is checked beside the event loop, so that other streams go on."""
+
 
 def parse_body(kind: type[Body], raw: bytes, neutral: Mapping[str, Sequence[object]] = NEUTRAL) -> Body:
     """Check a body. neutral: fields without an effect, and the values in which they are accepted.
@@ -410,6 +416,19 @@ def parse_body(kind: type[Body], raw: bytes, neutral: Mapping[str, Sequence[obje
         return kind.model_validate(fields)
     except ValidationError as error:
         raise refusal_of(error.errors(include_url=False), kind.model_fields) from None
+
+
+async def parsed(
+    kind: type[Body],
+    request: Request,
+    threads: FairThreads,
+    neutral: Mapping[str, Sequence[object]] = NEUTRAL,
+) -> Body:
+    """The checked body of a request; a long one is checked on a thread. Raises as `parse_body`, and BodyTooLarge."""
+    raw = await request.body()
+    if len(raw) <= LONG_BODY:
+        return parse_body(kind, raw, neutral)
+    return await threads.run(CALLER.get(), parse_body, kind, raw, neutral)
 
 
 def _request(**values: Any) -> GenerateRequest:

@@ -15,12 +15,11 @@ from pydantic import BaseModel
 
 from lorafleet.cluster.errors import ModelNotFound
 from lorafleet.cluster.http.auth import Keys
-from lorafleet.cluster.http.bodies import read_body
 from lorafleet.cluster.http.description import Responses, bearer, body_of, error_responses, events_of, replies
 from lorafleet.cluster.http.request_ids import request_id_of
 from lorafleet.cluster.openai.answering import answer
 from lorafleet.cluster.openai.replies import ChatReply, CompletionReply
-from lorafleet.cluster.openai.requests import DEFAULT_MAX_TOKENS, ChatBody, CompletionBody, neutral_of, parse_body
+from lorafleet.cluster.openai.requests import DEFAULT_MAX_TOKENS, ChatBody, CompletionBody, neutral_of, parsed
 from lorafleet.cluster.openai.schemas import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -74,7 +73,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
         responses=_answers(Completion, CompletionChunk),
     )
     async def complete(request: Request) -> Response:
-        body = parse_body(CompletionBody, await read_body(request))
+        body = await parsed(CompletionBody, request, dispatcher.prompts.threads)
         caller = request.state.caller
         prepared = [
             await dispatcher.prepare(each, caller=caller, default_max_tokens=DEFAULT_MAX_TOKENS)
@@ -90,7 +89,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
         responses=_answers(ChatCompletion, ChatCompletionChunk),
     )
     async def chat(request: Request) -> Response:
-        body = parse_body(ChatBody, await read_body(request))
+        body = await parsed(ChatBody, request, dispatcher.prompts.threads)
         prepared = [await dispatcher.prepare(body.request(dispatcher.prompts.answers), caller=request.state.caller)]
         reply = ChatReply(body, prepared, dispatcher.prompts, request_id_of(request))
         return await answer(request, dispatcher, prepared, reply, is_stream=body.stream)

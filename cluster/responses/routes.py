@@ -8,10 +8,10 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from lorafleet.cluster.http.auth import Keys
-from lorafleet.cluster.http.bodies import ErrorBody, read_body
+from lorafleet.cluster.http.bodies import ErrorBody
 from lorafleet.cluster.http.description import bearer, body_of, error_responses, events_of, replies
 from lorafleet.cluster.openai.answering import answer
-from lorafleet.cluster.openai.requests import parse_body
+from lorafleet.cluster.openai.requests import parsed
 from lorafleet.cluster.openai.turns import Turn
 from lorafleet.cluster.responses.replies import ResponseReply
 from lorafleet.cluster.responses.requests import NEUTRAL, ResponsesBody
@@ -48,7 +48,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
         ),
     )
     async def respond(request: Request) -> Response:
-        body = parse_body(ResponsesBody, await read_body(request), NEUTRAL)
+        body = await parsed(ResponsesBody, request, dispatcher.prompts.threads, NEUTRAL)
         chat = body.chat()
         prepared = await dispatcher.prepare(chat.request(dispatcher.prompts.answers), caller=request.state.caller)
         reply = ResponseReply(body, Turn(chat, prepared, dispatcher.prompts))

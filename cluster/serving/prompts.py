@@ -18,7 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafleet.adapter_store.manifest import AdapterChat
 from lorafleet.cluster.errors import BadRequest, ContextLengthExceeded
+from lorafleet.cluster.http.auth import CALLER
+from lorafleet.cluster.http.incoming import MAX_BODY_BYTES, Bounds
 from lorafleet.cluster.serving.answer_formats import TEXT_ONLY, AnswerFormat
+from lorafleet.cluster.serving.fair_threads import FairThreads
 from lorafleet.cluster.serving.time_limit import within
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import GrammarRefused
@@ -30,7 +33,10 @@ from lorafleet.workers.request import GenerateRequest, StructuredOutputs, Templa
 TEMPLATE_S = 2.0
 """How long an adapter's chat template may take."""
 LONG_TEXT = 4096
-"""Characters above which tokenising leaves the event loop, so that other streams go on."""
+"""Characters above which rendering and tokenising leave the event loop, so that other streams go on."""
+NUM_THREADS = 4
+LEAST_BODY_BYTES = 2**20
+"""A body may have so many bytes beside the prompt."""
 
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -63,7 +69,9 @@ class Prompts:
         self.max_model_len = max_model_len
         self._grammars = Grammars(tokenizer, vocab_size=vocab_size)
         self._compiler = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammars")
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+        self.threads = FairThreads(NUM_THREADS, "prompts")
+        """Parse, render and tokenise what is long."""
+        self._longest_token = _longest_token(tokenizer)
         self._pieces: dict[int, TokenPiece] = {}
         self._decoder = _decoder_of(tokenizer)
         self._added: Mapping[int, Any] = {} if tokenizer is None else dict(tokenizer.added_tokens_decoder)
@@ -92,13 +100,16 @@ class Prompts:
         """
         if request.messages is not None:
             param = "messages"
+            text = await self.render(request.messages, request.template, chat)
+            self._check_text(text, request, param)
             token_ids = await self.encode(
-                await self.render(request.messages, request.template, chat),
+                text,
                 param,
                 add_special_tokens=bool(request.add_special_tokens),
             )
         elif isinstance(request.prompt, str):
             param = "prompt"
+            self._check_text(request.prompt, request, param)
             token_ids = await self.encode(
                 request.prompt, param, add_special_tokens=request.add_special_tokens is not False
             )
@@ -186,7 +197,10 @@ class Prompts:
         if not messages:
             raise BadRequest("messages is empty", "messages", "empty_prompt")
         if own is None or own == self.tokenizer.chat_template:
-            return self._render(messages, options, None)
+            num_letters = sum(len(str(message.get("content") or "")) for message in messages)
+            if num_letters <= LONG_TEXT and len(messages) <= LONG_TEXT // 64:
+                return self._render(messages, options, None)
+            return await self.threads.run(CALLER.get(), self._render, messages, options, None)
         try:
             return await within(TEMPLATE_S, partial(self._render, messages, options, own))
         except TimeoutError:
@@ -232,8 +246,7 @@ class Prompts:
             raise BadRequest(f"{param} is empty", param, "empty_prompt")
         if len(text) <= LONG_TEXT:
             return self._encode_now(text, param, add_special_tokens)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._encode_now, text, param, add_special_tokens)
+        return await self.threads.run(CALLER.get(), self._encode_now, text, param, add_special_tokens)
 
     def _encode_now(self, text: str, param: str, add_special_tokens: bool) -> tuple[int, ...]:
         if self.tokenizer is None:
@@ -258,6 +271,25 @@ class Prompts:
         assert self.tokenizer is not None
         return str(self.tokenizer.convert_ids_to_tokens(token_id))
 
+    @property
+    def bounds(self) -> Bounds:
+        """Of the bodies that this base has a use for: a prompt of its longest tokens, with each byte escaped."""
+        longest = 6 * self.max_model_len * self._longest_token
+        return Bounds(
+            max_bytes=min(MAX_BODY_BYTES, LEAST_BODY_BYTES + longest),
+            max_values=min(2**14 + 16 * self.max_model_len, 2**18 + self.max_model_len),
+        )
+
+    def _check_text(self, text: str, request: GenerateRequest, param: str) -> None:
+        """Refuse a text that cannot fit, before it is tokenised: no token is longer than the longest."""
+        most = self.max_model_len * self._longest_token
+        if request.truncate_prompt_tokens is None and len(text) > most:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.max_model_len} tokens, which is at most {most} "
+                f"characters; {param} has {len(text)}",
+                param,
+            )
+
     def _check_length(self, num_prompt_tokens: int, max_tokens: int | None, param: str) -> None:
         asked = 1 if max_tokens is None else max_tokens
         if num_prompt_tokens + asked > self.max_model_len:
@@ -266,6 +298,18 @@ class Prompts:
                 f"{param} has {num_prompt_tokens} and the answer asks for {asked}",
                 param,
             )
+
+
+def _longest_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Bytes of text that one token stands for at most.
+
+    A normalizer may make text shorter, and an unknown word may be one token however long: where there is a normalizer
+    other than of bytes it counts four times, and at least 64 bytes.
+    """
+    if tokenizer is None:
+        return 64
+    longest = max((len(token.encode()) for token in tokenizer.get_vocab()), default=1)
+    return longest if "ByteLevel" in _decoder_of(tokenizer) else 4 * max(longest, 16)
 
 
 def _decoder_of(tokenizer: PreTrainedTokenizerBase | None) -> str:

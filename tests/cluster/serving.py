@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from lorafleet.cluster.anthropic import routes as anthropic_routes
 from lorafleet.cluster.http.app import build_http_app
 from lorafleet.cluster.http.auth import Keys
+from lorafleet.cluster.http.incoming import BOUNDS, Bounds
 from lorafleet.cluster.http.probes import build_probes
 from lorafleet.cluster.metrics import RequestMetrics
 from lorafleet.cluster.openai.peer_routes import build_peer_router
@@ -49,6 +50,7 @@ class Service:
     store: FakeStore = field(default_factory=FakeStore)
     waits_for: str | None = None
     salts_prefixes: bool = False
+    bounds: Bounds = BOUNDS
     workers: Any = None
     """`FakeWorkers`, unless others are given."""
     counts: Callable[[], Awaitable[Sequence[WorkerCounts]]] = no_counts
@@ -77,7 +79,8 @@ class Service:
                 responses_routes.build_router(dispatcher, self.keys),
                 build_probes(not_ready),
                 build_peer_router(dispatcher, self.keys, not_ready, Exposition(BASE_ID, self.counts)),
-            ]
+            ],
+            bounds=self.bounds,
         )
 
     def client(self, **options: object) -> openai.OpenAI:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lorafleet.cluster.errors import NoWorker, Overloaded, WorkerGone
 from lorafleet.cluster.http.auth import Keys
-from lorafleet.cluster.http.bodies import MAX_BODY_BYTES
+from lorafleet.cluster.http.incoming import MAX_BODY_BYTES
 from lorafleet.cluster.openai.requests import ChatBody, CompletionBody
 from lorafleet.workers.errors import AdapterUnavailable, NoRoomError
 from tests.cluster.serving import BASE_ID, Service, serving
