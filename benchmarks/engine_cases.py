@@ -128,7 +128,7 @@ Case = Callable[[Lab], Named]
 
 def start(lab: Lab) -> Named:
     """Seconds from nothing to ready, by stage, with made-up weights."""
-    yield "start", lab.engine("lora").parts.stages_s
+    yield "start", lab.engine("lora").parts.startup_s
 
 
 def base(lab: Lab) -> Named:
@@ -331,7 +331,7 @@ def start_weights(lab: Lab) -> Named:
     os.environ["TRITON_CACHE_DIR"] = str(lab.folder / "triton")
     pool = PoolConfig(max_rank=64, max_slots=256)
     with running_engine(lab.base, lab.adapters, lab.config(), pool, load="weights") as engine:
-        yield "start_weights", engine.parts.stages_s
+        yield "start_weights", engine.parts.startup_s
 
 
 PROCESSES: dict[str, tuple[str, tuple[Case, ...]]] = {

@@ -21,6 +21,7 @@ from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, re
 from lorafleet.workers.model.loader import load_base, load_tokenizer, max_model_len
 from lorafleet.workers.model.rehearsal import rehearse
 from lorafleet.workers.model.runner import ModelRunner
+from lorafleet.workers.model.startup import start_runner
 from lorafleet.workers.sizing import memory_sizes
 from lorafleet.workers.step.forms import graph_forms
 
@@ -37,7 +38,7 @@ class WorkerParts:
     pool: AdapterPool
     residency: Residency
     loader: AdapterLoader
-    stages_s: dict[str, float]
+    startup_s: dict[str, float]
     """Seconds of the start: loading, and on a GPU compiling, warming up and capturing; `ready`: all of it."""
 
 
@@ -82,7 +83,7 @@ def assemble(
         shape.in_dim * shape.out_dim for shape in base.geometry.modules.values() if shape.kind == "linear"
     )
     forms = graph_forms(engine.max_running, engine.max_batch_tokens, max_pages, num_weights)
-    runner = ModelRunner(
+    runner = start_runner(
         base,
         cache,
         adapter_pool,
@@ -91,7 +92,7 @@ def assemble(
         max_batch_tokens=engine.max_batch_tokens,
         max_pass_rows=engine.logits_chunk_tokens,
     )
-    stages_s = {"load": load_s, **runner.stages_s, "ready": time.monotonic() - started_s}
+    startup_s = {"load": load_s, **runner.startup_s, "ready": time.monotonic() - started_s}
     parts = WorkerParts(
         engine=Engine(runner, loader, load_tokenizer(model.source), engine, deliver, worker_id=worker_id),
         runner=runner,
@@ -99,7 +100,7 @@ def assemble(
         pool=adapter_pool,
         residency=residency,
         loader=loader,
-        stages_s=stages_s,
+        startup_s=startup_s,
     )
     logger.info(
         "worker %s: %s on %s in %s, %d KV pages of %d tokens, %d adapter pages of %d bytes; seconds: %s",
@@ -111,7 +112,7 @@ def assemble(
         engine.kv_page_tokens,
         adapter_pool.num_pages_total,
         layout.page_bytes,
-        ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in stages_s.items()),
+        ", ".join(f"{part} {seconds:.1f}" for part, seconds in startup_s.items()),
     )
     if device.type == "cuda":
         free, total = (num_bytes / 2**30 for num_bytes in torch.cuda.mem_get_info(device))

@@ -18,7 +18,7 @@ from lorafleet.kernels.reference import EXACT_ROWS
 from lorafleet.workers.assembly import WorkerParts, assemble
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.engine import Delivery
-from lorafleet.workers.model import runner
+from lorafleet.workers.model import runner, startup
 from lorafleet.workers.model.logits import BodyOnce
 from lorafleet.workers.model.sampler import Sampler, with_logprobs
 from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams
@@ -183,7 +183,7 @@ async def test_a_body_that_cannot_be_kept_is_computed_for_each_pass(
     async with open_worker(llama, logits_chunk_tokens=5) as worker:
         expected = await ask(worker, random_prompt(30, 0), version, sampling)
     assert "computed anew" not in caplog.text
-    monkeypatch.setattr(runner, "BodyOnce", Spoiled)
+    monkeypatch.setattr(startup, "BodyOnce", Spoiled)
     with caplog.at_level(logging.INFO):
         async with open_worker(llama, logits_chunk_tokens=5) as worker:
             answer = await ask(worker, random_prompt(30, 0), version, sampling)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorafleet.workers import assembly
 from lorafleet.workers.model.runner import ModelRunner, StepInFlight
+from lorafleet.workers.model.startup import start_runner
 from lorafleet.workers.step import forms as step_forms
 from lorafleet.workers.step.batch import StepInputs
 from lorafleet.workers.step.forms import GraphForm, forms_with_extras
@@ -41,20 +43,21 @@ def replay(monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> lis
     if forms is BY_PROMPT:
         monkeypatch.setattr(step_forms, "FEW_KEYS", 0)
     headers: list[StepHeader] = []
-    init, launch = ModelRunner.__init__, ModelRunner.launch
+    launch = ModelRunner.launch
 
-    def start(runner: ModelRunner, *arguments: Any, **options: Any) -> None:
-        init(runner, *arguments, **options)
+    def start(*arguments: Any, **options: Any) -> ModelRunner:
+        runner = start_runner(*arguments, **options)
         runner.graph_forms = tuple(replace(form, num_pages=runner.max_pages) for form in forms)
         runner.extra_forms = forms_with_extras(runner.graph_forms)
         runner.null_pages = runner.cache.allocate(1)
+        return runner
 
     def step(runner: ModelRunner, message: StepMessage, previous: StepInFlight | None) -> StepInFlight:
         header = message.header
         if header.form is not None:
             headers.append(header)
             packed = torch.full((header.size,), -7, dtype=torch.int32)
-            graph: Any = Replayed(packed, message.view(packed), runner._forward)
+            graph: Any = Replayed(packed, message.view(packed), runner.forward)
             bounds = chunk_bounds(header.form.num_rows, runner.pool.num_slots)
             has_lora = header.graph_key[1] > 0
             captured = blank_batch(
@@ -67,10 +70,10 @@ def replay(monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> lis
             assert (header.graph_key[1] in bounds) == has_lora
             assert (captured.graph_key, captured.size) == (header.graph_key, header.size)
             assert captured.num_decodes == header.num_decodes
-            runner._graphs = {header.graph_key: graph}
+            runner.graphs = {header.graph_key: graph}
         return launch(runner, message, previous)
 
-    monkeypatch.setattr(ModelRunner, "__init__", start)
+    monkeypatch.setattr(assembly, "start_runner", start)
     monkeypatch.setattr(ModelRunner, "launch", step)
     return headers
 

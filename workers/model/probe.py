@@ -9,7 +9,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,12 +16,10 @@ from torch import Tensor
 
 from lorafleet.kernels.segments import BASE_SLOT
 from lorafleet.workers.errors import UnsupportedModel
+from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.step.layout import Layout
 from lorafleet.workers.step.message import StepMessage
 from lorafleet.workers.step.sampling import NO_SAMPLING
-
-if TYPE_CHECKING:
-    from lorafleet.workers.model.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 

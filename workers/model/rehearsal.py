@@ -35,7 +35,7 @@ from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel, base_of, refuse_recurrent
 from lorafleet.workers.model.module_trace import Trace, first_difference
 from lorafleet.workers.model.probe import Piece
-from lorafleet.workers.model.runner import ModelRunner
+from lorafleet.workers.model.startup import start_runner
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class _Rehearsal:
         self.adapters: list[dict[str, tuple[Tensor, Tensor]]] = [{}, *_publish(pool, base, generator)]
         self.prompts = torch.randint(base.vocab_size, (len(self.adapters), num_tokens), generator=generator).tolist()
         self.pages = [self.cache.allocate(self.cache.pages_for(num_tokens)) for _ in self.prompts]
-        self.runner = ModelRunner(
+        self.runner = start_runner(
             base, self.cache, pool, max_pages=self.cache.pages_for(max_model_len + 1), is_probed=False
         )
 
