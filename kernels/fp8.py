@@ -7,38 +7,15 @@ format, with all its bits for what is larger than 1/32768 of the largest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-DTYPE = torch.float8_e4m3fn
-LARGEST = 448.0
-"""Largest finite value of e4m3."""
+from lorafleet.kernels.fp8_values import DTYPE, LARGEST, Fp8Rows, Fp8Weight
+
 ALIGNMENT = 16
 """The product takes dimensions that are multiples of this."""
 FEW_ROWS = 1024
 """Up to so many rows, cuBLAS multiplies faster without a scale for each row."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Fp8Rows:
-    """Activations: values * scales[:, None]."""
-
-    values: Tensor
-    """(rows, width) e4m3, contiguous."""
-    scales: Tensor
-    """(rows,) float32."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Fp8Weight:
-    """A weight: values * scales[:, None]."""
-
-    values: Tensor
-    """(out_dim, in_dim) e4m3, contiguous."""
-    scales: Tensor
-    """(out_dim,) float32, all the same."""
 
 
 def fits(out_dim: int, in_dim: int) -> bool:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lorafleet.kernels.fp8 import DTYPE, LARGEST, Fp8Rows
+from lorafleet.kernels.fp8_values import DTYPE, LARGEST, Fp8Rows
 from lorafleet.kernels.launching import launch
 from lorafleet.kernels.tiling import dependent_launch
 

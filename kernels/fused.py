@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorafleet.kernels import fp8
-from lorafleet.kernels.fp8 import Fp8Rows
+from lorafleet.kernels.fp8_values import Fp8Rows
 from lorafleet.kernels.kv_place import HeadNorm, KVPlace
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -13,8 +13,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lorafleet.kernels import fp8_triton
-from lorafleet.kernels.fp8 import LARGEST, Fp8Rows
 from lorafleet.kernels.fp8_triton import round_row
+from lorafleet.kernels.fp8_values import LARGEST, Fp8Rows
 from lorafleet.kernels.kv_place import HeadNorm, KVPlace
 from lorafleet.kernels.launching import launch
 from lorafleet.kernels.tiling import dependent_launch

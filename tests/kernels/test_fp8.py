@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorafleet.kernels import fp8, fp8_triton, fused, fused_triton
-from lorafleet.kernels.fp8 import Fp8Rows
+from lorafleet.kernels.fp8_values import Fp8Rows
 from lorafleet.kernels.kv_place import KVPlace
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lorafleet.kernels import fused
-from lorafleet.kernels.fp8 import Fp8Rows
+from lorafleet.kernels.fp8_values import Fp8Rows
 from lorafleet.kernels.kv_place import HeadNorm, KVPlace
 from lorafleet.workers.model.lora_layers import FusedProjection, ProjectionSlice
 from lorafleet.workers.model.norm_layers import AdapterNorm

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafleet.adapter_store.manifest import appended_to
 from lorafleet.kernels import fp8, ops, reference
 from lorafleet.kernels.adjust import adjust
-from lorafleet.kernels.fp8 import Fp8Rows
+from lorafleet.kernels.fp8_values import Fp8Rows
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
 from lorafleet.workers.errors import UnsupportedModel

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lorafleet.adapter_store.manifest import BaseGeometry, Dtype
 from lorafleet.kernels import fp8
-from lorafleet.kernels.fp8 import Fp8Weight
+from lorafleet.kernels.fp8_values import Fp8Weight
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.model.geometry import projection_groups
 
