@@ -54,6 +54,7 @@ def run_rank(connection: Connection, base: Path, weights: dict[str, AdapterWeigh
         fetch=weights.__getitem__,
         deliver=lambda _: None,
     )
+    connection.send("ready")
     allocations: dict[str, Allocation] = {}
     previous: StepInFlight | None = None
     while (received := pickle.loads(connection.recv_bytes())) is not None:
@@ -95,32 +96,33 @@ def other_rank(monkeypatch: pytest.MonkeyPatch, shelf: Shelf) -> Iterator[Rank]:
     process = context.Process(target=run_rank, args=(theirs, shelf.base, shelf.weights), daemon=True)
     process.start()
     theirs.close()
-    rank = Rank(ours)
-    allocate, publish, launch = AdapterPool.allocate, AdapterPool.publish, ModelRunner.launch
-
-    def allocate_both(pool: AdapterPool, manifest: AdapterManifest) -> Allocation:
-        rank.send("allocate", manifest.version)
-        return allocate(pool, manifest)
-
-    def publish_both(pool: AdapterPool, uploaded: UploadedAdapter) -> None:
-        rank.send("publish", uploaded.allocation.manifest.version)
-        publish(pool, uploaded)
-
-    def launch_both(runner: ModelRunner, message: StepMessage, previous: StepInFlight | None) -> StepInFlight:
-        sent = rank.send("step", message)
-        rank.headers.append(message.header)
-        rank.named |= {str(value) for code, value, _ in pickletools.genops(sent) if "UNICODE" in code.name}
-        step = launch(runner, message, previous)
-        if pickle.dumps(("step", message)) != sent:
-            rank.changed.append(message.header)
-        rank.here.append((numbers_of(step.sampled), numbers_of(step.prompts)))
-        rank.there.append(ours.recv())
-        return step
-
-    monkeypatch.setattr(AdapterPool, "allocate", allocate_both)
-    monkeypatch.setattr(AdapterPool, "publish", publish_both)
-    monkeypatch.setattr(ModelRunner, "launch", launch_both)
     try:
+        assert ours.recv() == "ready"
+        rank = Rank(ours)
+        allocate, publish, launch = AdapterPool.allocate, AdapterPool.publish, ModelRunner.launch
+
+        def allocate_both(pool: AdapterPool, manifest: AdapterManifest) -> Allocation:
+            rank.send("allocate", manifest.version)
+            return allocate(pool, manifest)
+
+        def publish_both(pool: AdapterPool, uploaded: UploadedAdapter) -> None:
+            rank.send("publish", uploaded.allocation.manifest.version)
+            publish(pool, uploaded)
+
+        def launch_both(runner: ModelRunner, message: StepMessage, previous: StepInFlight | None) -> StepInFlight:
+            sent = rank.send("step", message)
+            rank.headers.append(message.header)
+            rank.named |= {str(value) for code, value, _ in pickletools.genops(sent) if "UNICODE" in code.name}
+            step = launch(runner, message, previous)
+            if pickle.dumps(("step", message)) != sent:
+                rank.changed.append(message.header)
+            rank.here.append((numbers_of(step.sampled), numbers_of(step.prompts)))
+            rank.there.append(ours.recv())
+            return step
+
+        monkeypatch.setattr(AdapterPool, "allocate", allocate_both)
+        monkeypatch.setattr(AdapterPool, "publish", publish_both)
+        monkeypatch.setattr(ModelRunner, "launch", launch_both)
         yield rank
         ours.send_bytes(pickle.dumps(None))
         process.join(30)
@@ -135,8 +137,8 @@ async def test_another_process_makes_the_same_tokens(llama: Shelf, monkeypatch: 
     monkeypatch.setattr(ModelRunner, "is_asynchronous", True)
     wanted = requests(llama)
     wanted.append((random_prompt(9, 1), llama.versions[2], greedy(20, structured_outputs=DIGITS)))
-    with other_rank(monkeypatch, llama) as rank:
-        async with open_worker(llama, model=model_of(llama.base), engine=SCARCE) as worker:
+    async with open_worker(llama, model=model_of(llama.base), engine=SCARCE) as worker:
+        with other_rank(monkeypatch, llama) as rank:
             answers = await asyncio.gather(*(ask(worker, *request) for request in wanted))
     assert all(answer.tokens for answer in answers)
     assert answers[-1].text.isdigit()
