@@ -66,7 +66,10 @@ def start_runner(
 
 def substitute(base: BaseModel, cache: KVCache, pool: AdapterPool) -> Substituted:
     """Replace the base's leaves by layers that know about adapters and pages. Raises UnsupportedModel."""
-    lora, attention = LoraContext(pool.extras, resident_vocabularies=pool.vocabularies), AttentionContext(cache, base.calls)
+    lora, attention = (
+        LoraContext(pool.extras, resident_vocabularies=pool.vocabularies),
+        AttentionContext(cache, base.calls),
+    )
     model, geometry = base.model, base.geometry
     counts: Counter[str] = Counter()
     linear = [name for name, shape in geometry.modules.items() if shape.kind == "linear"]
