@@ -55,7 +55,8 @@ types: setup
 
 # All that needs no GPU.
 unit: setup
-	$(BIN)/pytest -m "not gpu"
+	$(SPREAD) -m "not gpu and not ray"
+	$(RAY)
 
 # The three parts of `make unit`.
 quick: setup

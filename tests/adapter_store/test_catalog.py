@@ -111,6 +111,7 @@ CHANGES: dict[str, Callable[[Catalog], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_a_crash_leaves_the_old_state_or_the_new(change: Callable[[Catalog], object], tmp_path: Path) -> None:
     done = prepared(tmp_path / "done")

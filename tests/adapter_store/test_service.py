@@ -442,12 +442,12 @@ class TestResolve:
 
     async def test_refusals_are_told_and_remembered(self, store: AdapterStore, copy_of: CopyOf, clock: Clock) -> None:
         adapter = copy_of("rank4_qv")
-        adapter.set_config(use_dora=True)
+        adapter.set_config(use_qalora=True)
         for _ in range(2):
             with pytest.raises(AdapterRefused) as caught:
                 await store.resolve("a")
-            assert caught.value.param == "use_dora"
-        adapter.set_config(use_dora=False)
+            assert caught.value.param == "use_qalora"
+        adapter.set_config(use_qalora=False)
         with pytest.raises(AdapterRefused):
             await store.resolve("a")
         clock.now_s += resolution.ABSENT_S

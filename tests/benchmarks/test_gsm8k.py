@@ -38,7 +38,7 @@ class Pupils:
         self.num_busy = 0
         """How many calls are refused before one is answered."""
 
-    def generate(self, request: EngineRequest, excluded: frozenset[str]) -> Pupil:
+    def generate(self, request: EngineRequest, excluded: frozenset[str], *, only_resident: bool = False) -> Pupil:
         tokenizer = self._prompts.tokenizer
         assert tokenizer is not None
         prompt = tokenizer.decode(list(request.prompt_token_ids))

@@ -101,13 +101,17 @@ async def test_the_api_describes_itself() -> None:
     assert "num_prompt_tops" not in body["properties"]
     assert "$ref" not in str(body)
     assert set(paths) == {
+        "/v1/messages",
+        "/v1/messages/count_tokens",
         "/v1/models",
         "/v1/models/{model}",
+        "/v1/responses",
         "/v1/completions",
         "/v1/chat/completions",
         "/detokenize",
         "/health",
         "/healthz",
+        "/metrics",
         "/ping",
         "/readyz",
         "/tokenize",

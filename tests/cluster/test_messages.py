@@ -113,6 +113,7 @@ def test_input_comes_in_pieces(service: Service, monkeypatch: pytest.MonkeyPatch
     assert min(map(len, pieces.values())) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_calls_that_must_come_fit_their_schemas(worker_service: Service, stream: bool) -> None:
     """Over a base of random weights, which never called a tool."""

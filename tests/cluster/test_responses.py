@@ -109,6 +109,7 @@ def test_arguments_come_in_pieces(service: Service, monkeypatch: pytest.MonkeyPa
     assert min(map(len, pieces.values())) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_answers_that_must_fit_a_schema_do(worker_service: Service, stream: bool) -> None:
     """Over a base of random weights."""

@@ -226,6 +226,7 @@ def fit(calls: list[list[str]]) -> None:
         jsonschema.validate(json.loads(arguments), SCHEMAS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("parser", PARSERS)
 def test_calls_that_must_come_fit_their_schemas(worker_service: Service, parser: str, stream: bool) -> None:

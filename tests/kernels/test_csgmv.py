@@ -97,7 +97,9 @@ INTERPRETER_TILINGS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("tiling", INTERPRETER_TILINGS)
-@pytest.mark.parametrize(("rows", "popularity"), [(1, "identical"), (7, "base"), (19, "zipf")])
+@pytest.mark.parametrize(
+    ("rows", "popularity"), [(1, "identical"), pytest.param(7, "base", marks=pytest.mark.slow), (19, "zipf")]
+)
 def test_interpreted(interpreter: None, rows: int, popularity: str, tiling: str, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(rows)
     cpu = torch.device("cpu")
@@ -121,6 +123,7 @@ def test_interpreted_with_fewer_chunks_than_captured(interpreter: None, populari
     _check_both_forms(linear, row_slots, segments, *INTERPRETER_TILINGS["few"])
 
 
+@pytest.mark.slow
 def test_interpreted_ranks_beyond_a_block_in_parts(interpreter: None) -> None:
     rng = np.random.default_rng(5)
     cpu = torch.device("cpu")
@@ -216,6 +219,7 @@ def test_widths_do_not_share_a_compiled_kernel(cuda: torch.device) -> None:
     _check_widths_apart((4096, 32000), torch.bfloat16, cuda)
 
 
+@pytest.mark.slow
 def test_interpreted_widths_apart(interpreter: None) -> None:
     _check_widths_apart((64, 304, 80), torch.float32, torch.device("cpu"))
 
