@@ -153,7 +153,7 @@ def stream_one(lab: Lab) -> Named:
 
 
 def fp8_start(lab: Lab) -> Named:
-    yield "fp8_start", lab.engine("fp8").parts.stages_s
+    yield "fp8_start", lab.engine("fp8").parts.startup_s
 
 
 def fp8_base(lab: Lab) -> Named:
