@@ -80,6 +80,13 @@ def check_config(config: Any) -> Checked:
         names.append(application.name)
         warnings += _passed_over(ServeApplicationSchema, config["applications"][i], where)
         args = _valid(AppConfig, application.args, f"{where}args.")
+        counts = {deployment.name: deployment.num_replicas for deployment in application.deployments}
+        for name, given in (("worker", args.worker), ("ingress", args.ingress)):
+            if "num_replicas" in given.model_fields_set and not isinstance(counts.get(name), int):
+                warnings.append(
+                    f"{where}args.{name}.num_replicas: a change of args restarts every deployment; num_replicas of the "
+                    f"deployment {name!r} changes without that"
+                )
         for j, deployment in enumerate(application.deployments):
             if deployment.name not in DEPLOYMENTS:
                 raise InvalidConfig(

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.serve._private.deploy_utils import get_app_code_version
+from ray.serve.schema import ServeApplicationSchema
 
 from lorafleet.deploy.validate import InvalidConfig, check_config, check_file, main
 
@@ -32,6 +34,28 @@ def test_local_is_bound_to_loopback_and_needs_no_note() -> None:
     assert "LORAFLEET_ADMIN_TOKEN" in check_config(config).warnings[0]
 
 
+def test_replicas_and_user_config_change_without_a_restart_and_args_do_not() -> None:
+    """Serve restarts every deployment of an application whose code version changes."""
+
+    def version_of(**application: Any) -> str:
+        return str(get_app_code_version(ServeApplicationSchema.model_validate(local(**application)["applications"][0])))
+
+    def deployments(count: int, *adapters: dict[str, str]) -> list[dict[str, Any]]:
+        return [{"name": "worker", "num_replicas": count}, {"name": "ingress", "user_config": {"adapters": adapters}}]
+
+    before = version_of(deployments=deployments(2))
+    assert version_of(deployments=deployments(5)) == before
+    assert version_of(deployments=deployments(2, {"name": "a", "source": "demo", "key": "a"})) == before
+    args = local()["applications"][0]["args"]
+    args["worker"]["num_replicas"] = 5
+    assert version_of(deployments=deployments(2), args=args) != before
+
+
+def test_replicas_in_args_alone_get_a_note() -> None:
+    (note,) = check_config(local(deployments=[])).warnings
+    assert "args.worker.num_replicas: a change of args restarts every deployment" in note
+
+
 @pytest.mark.parametrize(
     ("application", "reason"),
     [
@@ -55,7 +79,7 @@ def test_keys_that_serve_passes_over_are_noted() -> None:
 def test_a_user_config_from_an_unknown_source_is_noted() -> None:
     wanted = {"adapters": [{"name": "a", "source": "nowhere", "key": "k"}]}
     config = local(deployments=[{"name": "ingress", "user_config": wanted}])
-    assert "'nowhere'" in check_config(config).warnings[0]
+    assert any("'nowhere'" in warning for warning in check_config(config).warnings)
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "[]", "kind: RayService\nspec: {}", "apiVersion: v1\nkind: Secret"])

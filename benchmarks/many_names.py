@@ -1,0 +1,159 @@
+"""What an adapter's load, a worker's question and a desired set cost with 10,000 adapters, against bars.
+
+    python benchmarks/many_names.py [--names 10000] [--out results.jsonl]
+
+In this process, without Ray: the store on disk, and the controller's judgement over workers of plain objects. `put` and
+`reconcile` are CPU seconds; `stall_s` is the longest time in which the store's event loop did not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lorafleet.adapter_store.manifest import AdapterManifest
+from lorafleet.adapter_store.names import NamedAdapter, NameRecord
+from lorafleet.adapter_store.service import AdapterStore
+from lorafleet.cluster.admin.desired import DesiredSet
+from lorafleet.cluster.admin.rollout import Rollout
+from lorafleet.workers.config import ModelConfig
+from lorafleet.workers.model.geometry import read_geometry
+from tests.cluster.fleets import DictFleet, DictStore
+from tests.support.bases import make_base
+
+NUM_WORKERS, NUM_HELD = 100, 1_000
+BARS = {"put_ratio": 1.5, "reconcile_cores": 0.1, "desired_s": 2.0, "stall_s": 0.05}
+
+
+def manifest_of(number: int) -> AdapterManifest:
+    return AdapterManifest(version=f"{number:064x}", rank=8, targets=("q_proj",), modules=(), num_bytes=1000)
+
+
+@contextmanager
+def cpu_s(into: dict[str, float], name: str, count: int = 1) -> Iterator[None]:
+    began = time.process_time()
+    yield
+    into[name] = (time.process_time() - began) / count
+
+
+class Stalls:
+    """The longest time in which the loop did not come round."""
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+
+    async def run(self) -> None:
+        while True:
+            began = time.perf_counter()
+            await asyncio.sleep(0.001)
+            self.longest_s = max(self.longest_s, time.perf_counter() - began - 0.001)
+
+
+def fill(store: AdapterStore, first: int, count: int) -> None:
+    """Give the catalogue versions and names without the work of reading adapters."""
+    catalog = store._catalog
+    for number in range(first, first + count):
+        manifest = manifest_of(number)
+        with catalog.staging_folder() as folder:
+            for name in ("adapter_config.json", "adapter_model.safetensors"):
+                (folder / name).touch()
+            catalog.publish(folder, manifest)
+        catalog.set_name(NameRecord(f"n{number}", manifest.version, "demo", "a", False, 1, "config"))
+
+
+async def put_cost(store: AdapterStore, figures: dict[str, float], name: str) -> None:
+    """What a PUT asks of the store beside reading the adapter: the name, the flip, and what an ingress is told then."""
+    generation = await store.generation()
+    count = 50
+    with cpu_s(figures, name, count):
+        for number in range(count):
+            adapter = await store.named("n0")
+            record = NameRecord(**{f: getattr(adapter, f) for f in NameRecord.__dataclass_fields__})
+            await store.flip(replace(record, key=f"k{number}"))
+            changes = await store.names_since(generation)
+            assert changes.is_complete
+            generation = changes.generation
+
+
+async def measure(num_names: int, folder: Path) -> dict[str, float]:
+    base = make_base(folder / "base", "llama")
+    geometry = read_geometry(ModelConfig(id="base", source=str(base)), "cpu")
+    store = AdapterStore(state_dir=folder / "state", sources=(), geometry=geometry, max_rank=64, host_cache_bytes=1)
+    figures: dict[str, float] = {}
+    await asyncio.to_thread(fill, store, 0, 10)
+    await put_cost(store, figures, "put_at_10_s")
+    await asyncio.to_thread(fill, store, 10, num_names - 10)
+    stalls = Stalls()
+    watching = asyncio.create_task(stalls.run())
+    await put_cost(store, figures, f"put_at_{num_names}_s")
+    figures["put_ratio"] = figures[f"put_at_{num_names}_s"] / figures["put_at_10_s"]
+    held = [tuple(f"{(97 * w + n) % num_names:064x}" for n in range(NUM_HELD)) for w in range(NUM_WORKERS)]
+    for worker, versions in enumerate(held):
+        await store.reconcile(f"w{worker}", versions)
+    generation = await store.generation()
+    rounds = 10
+    with cpu_s(figures, "reconcile_cores", rounds):
+        for _ in range(rounds):  # each is a second of the service
+            for worker in range(NUM_WORKERS):
+                await store.reconcile_again(f"w{worker}", generation)
+    await store.collect()
+    watching.cancel()
+    figures["stall_s"] = stalls.longest_s
+    figures["desired_s"] = await desired_cost(num_names)
+    store.close()
+    return figures
+
+
+async def desired_cost(num_names: int) -> float:
+    """Seconds from a `user_config` that is in place to the judgement that nothing is to be done."""
+    store = DictStore(keys={f"k{number}": manifest_of(number) for number in range(num_names)})
+    fleet = DictFleet(store, ["w0", "w1"])
+    adapters = []
+    for number in range(num_names):
+        await store_name(store, number)
+        fleet.workers["w0"].resident[manifest_of(number).version] = manifest_of(number)
+        adapters.append({"name": f"n{number}", "source": "demo", "key": f"k{number}"})
+    desired = DesiredSet(Rollout(store, fleet), (), store=store, num_workers=2)
+    began = time.perf_counter()
+    await desired.take_user_config(1, {"adapters": adapters})
+    await desired.apply()
+    assert not desired._problems
+    assert {call for call, _ in fleet.calls} == {"state"}
+    return time.perf_counter() - began
+
+
+async def store_name(store: DictStore, number: int) -> None:
+    manifest = store.keys[f"k{number}"]
+    record = NameRecord(f"n{number}", manifest.version, "demo", f"k{number}", False, 1, "config")
+    store.names[record.name] = NamedAdapter.of(record, manifest)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--names", type=int, default=10_000)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        figures = asyncio.run(measure(arguments.names, Path(folder)))
+    late = {name for name, bar in BARS.items() if figures[name] > bar}
+    for name, figure in figures.items():
+        bar = f"  bar {BARS[name]:g}{' MISSED' if name in late else ''}" if name in BARS else ""
+        print(f"{name:>16} {figure:.6f}{bar}")
+    if arguments.out is not None:
+        with arguments.out.open("a") as out:
+            out.write(json.dumps({"names": arguments.names, **figures}) + "\n")
+    return int(bool(late))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
