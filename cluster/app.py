@@ -5,6 +5,7 @@ Four deployments of plain classes: `ingress` (HTTP and names, as many replicas a
 else. No postponed annotations here: Serve reads the type of `build`'s argument at run time.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ def router_options(config: AppConfig) -> dict[str, Any]:
     worker = config.worker
     return {
         "max_load": worker.max_load,
-        "max_queued": worker.max_queued_requests,
+        # Each ingress has a router of its own; the bound is for all of them.
+        "max_queued": math.ceil(worker.max_queued_requests / config.ingress.num_replicas),
         "spill_gap": max(1, worker.max_running // 8),
         "memory_s": MEMORY_S,
     }

@@ -99,7 +99,8 @@ class WorkerConfig(EngineConfig):
     max_queued_requests: int = Field(
         default=256,
         ge=0,
-        description="Requests that may wait while every worker holds twice max_running; more are refused with 429.",
+        description="Requests that may wait while every worker holds twice max_running; more are refused with 429. "
+        "Each ingress takes an equal share of them.",
     )
     drain_s: float = Field(
         default=600.0, gt=0, description="How long a worker that is to stop may take to end the streams it has."
@@ -129,7 +130,7 @@ class IngressConfig(Settings):
     num_replicas: int = Field(
         default=1,
         ge=1,
-        description="Ingresses. Each keeps a queue of its own of `worker.max_queued_requests`; any takes admin calls.",
+        description="Ingresses, any of which takes every call. One for each one or two workers keeps up with GPUs.",
     )
 
 

@@ -23,7 +23,7 @@ from lorafleet.workers.request import GenerateDelta
 from lorafleet.workers.state import WorkerState
 from lorafleet.workers.stats import ServedCounts
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 """Grows with every change of a type that two builds may exchange during a rolling update."""
 VERSION_PREFIX = 16
 """Hex digits of a version that routers are told: enough to tell versions apart, short enough to broadcast."""
@@ -170,10 +170,8 @@ class RoutingReport:
     """Sorted prefixes (`VERSION_PREFIX`) of the versions in its pool, retired ones apart."""
     free_pages: int = 0
     """Free pages of its adapter pool."""
-    running: int = 0
-    """Sequences in its batch."""
-    waiting: int = 0
-    """Sequences that wait to be admitted."""
+    answering: tuple[tuple[str, int], ...] = ()
+    """Ids of outboxes, sorted, and how many answers the worker makes for each: running and waiting."""
 
     def packed(self) -> dict[str, Any]:
         """The form that Serve's controller carries: a plain dict."""
@@ -184,7 +182,8 @@ class RoutingReport:
         """The report in a dict of Serve's; an empty one where a worker of another build wrote it, or none did."""
         if not stats or stats.get("wire_version") != WIRE_VERSION:
             return cls()
-        return cls(tuple(stats["resident"]), stats["free_pages"], stats["running"], stats["waiting"])
+        answering = tuple((outbox_id, count) for outbox_id, count in stats["answering"])
+        return cls(tuple(stats["resident"]), stats["free_pages"], answering)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ loaded takes the request (power of two choices). Fallback: when that one is busi
 more than `spill_gap`, the other takes it and loads the adapter; so a hot adapter spreads and a cold one stays where it
 is. An adapter that is resident nowhere goes to the less loaded of two workers, at equal load to the one with more free
 pages; base-model requests likewise. While nobody can fetch adapters, a request waits for a worker that has its
-adapter rather than go to another. Bound: a worker holds at most `max_load` requests of this router; when all do,
-nobody is chosen and the request waits.
+adapter rather than go to another. Loads count the requests of other routers too, as workers report them. Bound: a
+worker holds at most `max_load` requests of this router; when all do, nobody is chosen and the request waits.
 """
 
 from __future__ import annotations
@@ -26,11 +26,18 @@ class Candidate:
     """A worker as the router sees it now."""
 
     worker_id: str
-    load: int
-    """Requests that it holds, running and waiting."""
+    held: int
+    """Requests of this router that it holds, running and waiting."""
     resident: Collection[str] = ()
     """Prefixes (`VERSION_PREFIX`) of the versions in its pool, as of its last report."""
     free_pages: int = 0
+    others: int = 0
+    """Requests of other routers that it holds, as of its last report."""
+
+    @property
+    def load(self) -> int:
+        """All requests that it holds, as far as is known."""
+        return self.held + self.others
 
 
 @dataclass(slots=True)
@@ -57,7 +64,7 @@ class Placement:
         if only_resident and version is not None:
             holding = [candidate for candidate in candidates if version[:VERSION_PREFIX] in candidate.resident]
             candidates = holding or candidates
-        open_ = [candidate for candidate in candidates if candidate.load < self.max_load]
+        open_ = [candidate for candidate in candidates if candidate.held < self.max_load]
         if not open_:
             return None
         if version is None:

@@ -49,6 +49,7 @@ class WorkerRouter(DirectRouter):
         self._in_flight: defaultdict[ReplicaID, int] = defaultdict(int)  # reserved or sent, and not completed
         self._listening: set[tuple[ReplicaID, str]] = set()  # calls that are no work, and last as long as the worker
         self._reports: dict[ReplicaID, RoutingReport] = {}
+        self._outbox_ids: set[str] = set()  # whose answers this router's calls ask for
         self._metrics = QueueMetrics()
         note_router(self)
 
@@ -85,7 +86,8 @@ class WorkerRouter(DirectRouter):
         # Serve keeps this object over retries, and a call that comes again was rejected where it went last.
         excluded: frozenset[str] = getattr(pending_request, "rejected_by", frozenset())
         excluded |= pending_request.kwargs.get("excluded", frozenset())
-        request = pending_request.args[0] if pending_request.args else None
+        request, *outbox_ids = pending_request.args or (None,)
+        self._outbox_ids.update(outbox_ids)
         waiter = Waiter(
             getattr(request, "version", None),
             getattr(request, "request_id", None),
@@ -134,7 +136,8 @@ class WorkerRouter(DirectRouter):
 
     def _candidate(self, replica_id: ReplicaID) -> Candidate:
         report = self._reports.get(replica_id, _NO_REPORT)
-        return Candidate(replica_id.unique_id, self._in_flight[replica_id], report.resident, report.free_pages)
+        others = sum(count for outbox_id, count in report.answering if outbox_id not in self._outbox_ids)
+        return Candidate(replica_id.unique_id, self._in_flight[replica_id], report.resident, report.free_pages, others)
 
     def _release(self, replica_id: ReplicaID) -> None:
         self._in_flight[replica_id] = max(0, self._in_flight[replica_id] - 1)

@@ -24,6 +24,7 @@ class Outbox:
     def __init__(self) -> None:
         self.num_users = 0
         """Answers that write into it, and readers."""
+        self.num_answers = 0
         self.used_s = 0.0
         """When the last of them left."""
         self._batch: Batch = []
@@ -72,6 +73,20 @@ class Outboxes:
             outbox.num_users -= 1
             outbox.used_s = self._clock()
             self._drop_unused()
+
+    @contextmanager
+    def answering(self, outbox_id: str) -> Iterator[Outbox]:
+        """The outbox, used by one more answer."""
+        with self.using(outbox_id) as outbox:
+            outbox.num_answers += 1
+            try:
+                yield outbox
+            finally:
+                outbox.num_answers -= 1
+
+    def loads(self) -> tuple[tuple[str, int], ...]:
+        """Ids of outboxes, sorted, and how many answers each has under way, if any."""
+        return tuple(sorted((key, outbox.num_answers) for key, outbox in self._outboxes.items() if outbox.num_answers))
 
     def _drop_unused(self) -> None:
         """An ingress may have died; one whose answers were all short may just not have begun to read."""

@@ -77,7 +77,7 @@ class WorkerReplica:
 
         `excluded` and `only_resident` are for the router.
         """
-        with self._outboxes.using(outbox_id) as outbox:
+        with self._outboxes.answering(outbox_id) as outbox:
             answer = self._worker.answer(request, partial(outbox.put, request.request_id))
             answering = asyncio.ensure_future(answer)
             try:
@@ -142,7 +142,7 @@ class WorkerReplica:
         held = (adapter.version[:VERSION_PREFIX] for adapter in state.adapters if adapter.state != "retired")
         pages = state.adapter_pages
         # Sorted: the pool lists adapters in LRU order, and Serve broadcasts every report that differs from the last.
-        return RoutingReport(tuple(sorted(held)), pages.total - pages.used, state.running, state.waiting).packed()
+        return RoutingReport(tuple(sorted(held)), pages.total - pages.used, self._outboxes.loads()).packed()
 
     def __del__(self) -> None:
         """Serve calls this when the replica has drained."""

@@ -39,13 +39,13 @@ class Workers:
 
 def test_goes_where_the_adapter_is_resident() -> None:
     placement = make()
-    candidates = [Candidate("w0", load=3, resident=prefix(SHOUT)), Candidate("w1", load=0)]
+    candidates = [Candidate("w0", held=3, resident=prefix(SHOUT)), Candidate("w1", held=0)]
     assert {placement.choose(SHOUT, candidates, now_s=i) for i in range(20)} == {"w0"}
     assert placement.choose(WHISPER, candidates, 0.0) == "w1"
 
 
 def test_takes_the_less_loaded_of_two_residents() -> None:
-    candidates = [Candidate(f"w{i}", load=i, resident=prefix(SHOUT)) for i in range(3)]
+    candidates = [Candidate(f"w{i}", held=i, resident=prefix(SHOUT)) for i in range(3)]
     chosen = Counter(make(seed=seed).choose(SHOUT, candidates, 0.0) for seed in range(300))
     # Of three pairs w0 wins two, w1 one, w2 none.
     assert chosen["w0"] == pytest.approx(200, abs=40)
@@ -55,10 +55,10 @@ def test_takes_the_less_loaded_of_two_residents() -> None:
 
 def test_while_nobody_can_fetch_it_goes_only_where_it_is() -> None:
     placement = make(max_load=40, spill_gap=8)
-    held, lacking = Candidate("w0", load=39, resident=prefix(SHOUT)), Candidate("w1", load=0)
+    held, lacking = Candidate("w0", held=39, resident=prefix(SHOUT)), Candidate("w1", held=0)
     assert placement.choose(SHOUT, [held, lacking], 0.0) == "w1"
     assert placement.choose(SHOUT, [held, lacking], 0.0, only_resident=True) == "w0"
-    full = Candidate("w0", load=40, resident=prefix(SHOUT))
+    full = Candidate("w0", held=40, resident=prefix(SHOUT))
     assert placement.choose(SHOUT, [full, lacking], 0.0, only_resident=True) is None
     assert placement.choose(WHISPER, [full, lacking], 0.0, only_resident=True) == "w1"
     assert placement.choose(None, [full, lacking], 0.0, only_resident=True) == "w1"
@@ -132,3 +132,12 @@ def test_memory_is_bounded() -> None:
     for i in range(MAX_REMEMBERED + 100):
         workers.send(f"{i:016x}" * 4, now_s=0.0)
     assert len(workers.placement._sent) == MAX_REMEMBERED
+
+
+def test_requests_of_other_routers_weigh_like_ones_own_and_do_not_count_as_room_taken() -> None:
+    busy, free = Candidate("w0", held=0, others=30), Candidate("w1", held=5)
+    assert make().choose(None, [busy, free], 0.0) == "w1"
+    spilled = Candidate("w0", held=1, resident=prefix(SHOUT), others=30), Candidate("w1", held=5)
+    assert make(spill_gap=8).choose(SHOUT, spilled, 0.0) == "w1"
+    assert make(max_load=2).choose(None, [Candidate("w0", held=1, others=30)], 0.0) == "w0"
+    assert make(max_load=2).choose(None, [Candidate("w0", held=2)], 0.0) is None

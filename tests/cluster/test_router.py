@@ -230,3 +230,24 @@ async def test_the_store_is_missed_at_once_but_waited_for_at_the_start() -> None
         await place(router, call())
     router.update_replicas(replicas("new"))
     assert await place(router, call()) == "new"
+
+
+async def test_what_other_routers_sent_counts_and_ones_own_does_not_count_twice() -> None:
+    router = worker_router(max_load=40)
+    mine, theirs = "a" * 32, "b" * 32
+
+    def report(worker_id: str, *answering: tuple[str, int]) -> FakeReplica:
+        return FakeReplica(worker_id, RoutingReport(answering=answering).packed())
+
+    def ask() -> PendingRequest:
+        request = call()
+        request.args.append(mine)
+        return request
+
+    router.update_replicas([report("w0"), report("w1", (theirs, 20))])
+    chosen = [await router.choose(ask(), is_retry=False) for _ in range(10)]
+    assert {replica.replica_id.unique_id for replica in chosen} == {"w0"}
+    router.update_replicas([report("w0", (mine, 10), (theirs, 20)), report("w1", (theirs, 15))])
+    assert (await router.choose(ask(), is_retry=False)).replica_id.unique_id == "w1"
+    router.update_replicas([report("w0", (mine, 10)), report("w1", (mine, 1), (theirs, 15))])
+    assert (await router.choose(ask(), is_retry=False)).replica_id.unique_id == "w0"

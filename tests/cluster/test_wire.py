@@ -7,7 +7,7 @@ import pickle
 
 from lorafleet.cluster.wire import Estimate, NamedVersion, RoutingReport
 
-REPORT = RoutingReport(("0a", "1b"), free_pages=7, running=3, waiting=1)
+REPORT = RoutingReport(("0a", "1b"), free_pages=7, answering=(("a" * 32, 3), ("b" * 32, 1)))
 
 
 def test_a_report_survives_serves_dict() -> None:

@@ -355,3 +355,11 @@ async def test_what_a_late_reader_has_not_taken_waits_in_the_outbox() -> None:
         assert num_frames < 200, "what waited came together"
         writer.close()
     server.close()
+
+
+async def test_a_worker_tells_how_many_answers_it_makes_for_whom() -> None:
+    boxes = Outboxes()
+    assert boxes.loads() == ()
+    with boxes.using("c"), boxes.answering("b"), boxes.answering("a"), boxes.answering("b"):
+        assert boxes.loads() == (("a", 1), ("b", 2))
+    assert boxes.loads() == ()
