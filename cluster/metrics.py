@@ -66,6 +66,12 @@ class RequestMetrics:
             _TOKEN_S,
             adapter,
         )
+        self._stage_s = Histogram(
+            "lorafleet_request_stage_seconds",
+            "Time of a request before it asks for a worker: `resolve` (its name) and `tokenize`.",
+            _LATENCY_S,
+            ("stage",),
+        )
         self._latency_s = Histogram(
             "lorafleet_e2e_request_latency_seconds", "From a request's arrival to its end.", _LATENCY_S, adapter
         )
@@ -85,6 +91,8 @@ class RequestMetrics:
         _inc(self._prompt_tokens, timer.num_prompt_tokens, tags)
         _inc(self._cached_tokens, timer.num_cached_tokens, tags)
         _inc(self._generation_tokens, timer.num_tokens, tags)
+        for stage, duration_s in timer.stages_s.items():
+            self._stage_s.observe(duration_s, {"stage": stage})
         self._latency_s.observe(now_s - timer.begun_s, tags)
         if timer.first_token_s is not None:
             self._first_token_s.observe(timer.first_token_s - timer.begun_s, tags)
@@ -100,6 +108,7 @@ class RequestTimer:
         "_clock",
         "_is_ended",
         "_metrics",
+        "_stage_began_s",
         "adapter",
         "begun_s",
         "first_token_s",
@@ -108,6 +117,7 @@ class RequestTimer:
         "num_first_tokens",
         "num_prompt_tokens",
         "num_tokens",
+        "stages_s",
     )
 
     def __init__(self, metrics: RequestMetrics, adapter: str, clock: Callable[[], float]) -> None:
@@ -116,12 +126,21 @@ class RequestTimer:
         self._is_ended = False
         self.adapter = adapter
         self.begun_s = clock()
+        self._stage_began_s = self.begun_s
+        self.stages_s: dict[str, float] = {}
+        """Stages that are over, and how long each took."""
         self.first_token_s: float | None = None
         self.last_token_s = self.begun_s
         self.num_first_tokens = 0
         self.num_tokens = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
+
+    def end_stage(self, stage: str) -> None:
+        """A stage, which began with the end of the one before it, is over. Only its first end counts."""
+        if stage not in self.stages_s:
+            now_s = self._clock()
+            self.stages_s[stage], self._stage_began_s = now_s - self._stage_began_s, now_s
 
     def note_tokens(self, num_tokens: int) -> None:
         """A message with this many tokens has arrived."""
@@ -155,6 +174,13 @@ class QueueMetrics:
     def __init__(self) -> None:
         self._queued = Gauge("lorafleet_num_requests_queued", "Requests that wait for a worker with room.")
         self._num_queued = 0
+        self._routing_s = Histogram(
+            "lorafleet_request_routing_seconds", "How long a request waited for a worker with room.", _LATENCY_S
+        )
+
+    def note_routed(self, duration_s: float) -> None:
+        """A request waited so long for its worker."""
+        self._routing_s.observe(duration_s)
 
     def publish(self, num_queued: int) -> None:
         """Set the gauge, if it has changed."""

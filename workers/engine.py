@@ -340,7 +340,10 @@ class Engine:
         is_first = num_made == 1
         if is_first:
             sequence.first_token_s = self._clock() - sequence.arrival_s
-            self.stats.served.note_first_token(sequence.first_token_s, sequence.num_prompt, sequence.num_cached)
+            assert sequence.queue_s is not None
+            self.stats.served.note_first_token(
+                sequence.first_token_s, sequence.queue_s, sequence.num_prompt, sequence.num_cached
+            )
         self.stats.served.num_generated_tokens += 1
         past_min = num_made >= sampling.min_tokens
         if token_id in sampling.stop_token_ids and past_min:

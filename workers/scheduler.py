@@ -163,6 +163,8 @@ class Scheduler:
         self._waiting.remove(sequence)
         self._running.append(sequence)
         sequence.is_admitted = True
+        if sequence.queue_s is None:
+            sequence.queue_s = self._clock() - sequence.arrival_s
         self._take(sequence, num_rows, scheduled, budget)
         return True
 

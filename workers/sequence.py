@@ -71,6 +71,8 @@ class Sequence:
     num_base: int = 0
     """First tokens that the base computes alone: those before the adapter's invocation, or all, if it is not there."""
     is_admitted: bool = False
+    queue_s: float | None = None
+    """From its arrival to its first admission."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_preemptions: int = 0
     first_token_s: float | None = None

@@ -52,14 +52,22 @@ class ServedCounts:
     """By finish reason."""
     first_token_s: Distribution = field(default_factory=lambda: Distribution(LATENCY_BOUNDS_S))
     """From a request's arrival at the engine to its first token."""
+    queue_s: Distribution = field(default_factory=lambda: Distribution(LATENCY_BOUNDS_S))
+    """From a request's arrival at the engine to its admission, the load of its adapter included."""
+    prefill_s: Distribution = field(default_factory=lambda: Distribution(LATENCY_BOUNDS_S))
+    """From its admission to its first token."""
     token_s: Distribution = field(default_factory=lambda: Distribution(TOKEN_BOUNDS_S))
     """Of each request, the mean time of its tokens after the first."""
     request_s: Distribution = field(default_factory=lambda: Distribution(LATENCY_BOUNDS_S))
     """From a request's arrival at the engine to its end."""
 
-    def note_first_token(self, duration_s: float, num_prompt_tokens: int, num_cached_tokens: int) -> None:
-        """A prompt is computed, and its first token made."""
+    def note_first_token(
+        self, duration_s: float, queue_s: float, num_prompt_tokens: int, num_cached_tokens: int
+    ) -> None:
+        """A prompt is computed, and its first token made, `duration_s` after the request's arrival."""
         self.first_token_s.note(duration_s)
+        self.queue_s.note(queue_s)
+        self.prefill_s.note(duration_s - queue_s)
         self.num_prompt_tokens += num_prompt_tokens
         self.num_cached_tokens += num_cached_tokens
 

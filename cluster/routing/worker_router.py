@@ -103,7 +103,9 @@ class WorkerRouter(DirectRouter):
             self._waiting.remove(waiter)
             raise Overloaded(f"all workers are full and {self._max_queued} requests wait already", retry_after_s=1.0)
         try:
+            began_s = time.monotonic()
             replica = await waiter.chosen
+            self._metrics.note_routed(time.monotonic() - began_s)
         except asyncio.CancelledError:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)

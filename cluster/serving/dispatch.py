@@ -124,10 +124,12 @@ class Dispatcher:
         timer = self._metrics.begin(self.adapter_name(model))
         try:
             adapter = await self.resolve(model)
+            timer.end_stage("resolve")
             chat = None if adapter is None else adapter.chat
             vocabulary = None if adapter is None else adapter.vocabulary
             prompt_token_ids = await self.prompts.tokenize(request, chat, vocabulary)
             await self.prompts.check_grammar(request.structured_outputs)
+            timer.end_stage("tokenize")
         except Exception as error:
             self._metrics.reject(_code_of(error))
             raise

@@ -45,6 +45,16 @@ HISTOGRAMS: Sequence[tuple[str, str, Callable[[WorkerCounts], Distribution]]] = 
         lambda counts: counts.served.first_token_s,
     ),
     (
+        "vllm:request_queue_time_seconds",
+        "From a sequence's arrival at its worker to its admission, the load of its adapter included.",
+        lambda counts: counts.served.queue_s,
+    ),
+    (
+        "vllm:request_prefill_time_seconds",
+        "From a sequence's admission to its first token.",
+        lambda counts: counts.served.prefill_s,
+    ),
+    (
         "vllm:request_time_per_output_token_seconds",
         "Mean time of a sequence's tokens after the first.",
         lambda counts: counts.served.token_s,

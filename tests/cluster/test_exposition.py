@@ -57,11 +57,15 @@ def test_counts_are_those_of_the_replies(worker_service: Service) -> None:
     assert found["vllm:request_success_total", (labels[0], ("finished_reason", "length"), labels[1])] == 3
     for name, count in (
         ("time_to_first_token_seconds", 3),
+        ("request_queue_time_seconds", 3),
+        ("request_prefill_time_seconds", 3),
         ("e2e_request_latency_seconds", 3),
         ("request_time_per_output_token_seconds", 2),
     ):
         assert found[f"vllm:{name}_count", labels] == count
         assert found[f"vllm:{name}_sum", labels] > 0
+    queued, computed = (found[f"vllm:request_{name}_time_seconds_sum", labels] for name in ("queue", "prefill"))
+    assert queued + computed == pytest.approx(found["vllm:time_to_first_token_seconds_sum", labels])
 
 
 def test_a_distribution_counts_as_a_loop_would() -> None:

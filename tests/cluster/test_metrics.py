@@ -36,6 +36,20 @@ def by_name(records: list[Any]) -> dict[str, float]:
     return {name.removeprefix("lorafleet_"): value for name, value, _ in records}
 
 
+def test_stages_follow_one_another_and_count_once(records: list[Any]) -> None:
+    clock = Clock(100.0)
+    timer = RequestMetrics(clock=clock).begin("shout")
+    clock.now_s = 100.25
+    timer.end_stage("resolve")
+    clock.now_s = 101.0
+    timer.end_stage("tokenize")
+    clock.now_s = 105.0
+    timer.end_stage("resolve")
+    timer.end("stop")
+    stages = {tags["stage"]: value for name, value, tags in records if name == "lorafleet_request_stage_seconds"}
+    assert stages == {"resolve": 0.25, "tokenize": 0.75}
+
+
 def test_a_request_is_timed_by_the_tokens_it_gets(records: list[Any]) -> None:
     clock = Clock(100.0)
     timer = RequestMetrics(clock=clock).begin("shout")

@@ -128,6 +128,8 @@ def test_everything_is_measured(live: LiveService) -> None:
         "prompt_tokens",
         "generation_tokens",
         "time_to_first_token_seconds",
+        "request_stage_seconds",
+        "request_routing_seconds",
         "time_per_output_token_seconds",
         "e2e_request_latency_seconds",
         "num_requests_running",
