@@ -9,11 +9,12 @@ import time
 from collections.abc import AsyncGenerator
 
 import pytest
-from starlette.types import Message
+import uvicorn
+from starlette.types import Message, Receive, Scope, Send
 
 from lorafleet.cluster.http.sse import ClientGone, EventStream, while_connected
 from tests.cluster.serving import BASE_ID, Service
-from tests.support.wait import eventually
+from tests.support.wait import eventually, until
 
 
 async def never() -> Message:
@@ -109,3 +110,39 @@ def test_many_clients_vanish_and_the_others_go_on(service: Service) -> None:
     for client in clients[80:]:
         client.close()
     eventually(lambda: service.workers.num_open == 0)
+
+
+async def test_a_client_that_reads_nothing_stops_its_own_stream_and_no_other() -> None:
+    """What is made ahead of it is bounded by the server's buffer and the sockets' alone."""
+    event, num_events = b"x" * 65_536, 4096
+    made = {"idle": 0, "eager": 0}
+
+    async def events(name: str) -> AsyncGenerator[bytes, None]:
+        for _ in range(num_events):
+            made[name] += 1
+            yield event
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await EventStream(events(scope["path"].strip("/")), {})(scope, receive, send)
+
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+    listener.bind(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
+    serving = asyncio.create_task(server.serve([listener]))
+    await until(lambda: server.started)
+    try:
+        writers = []
+        for name in made:
+            reader, writer = await asyncio.open_connection(*listener.getsockname(), limit=1024)
+            writer.write(f"GET /{name} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+            writers.append(writer)
+        while await reader.read(2**20) and made["eager"] < num_events:
+            pass
+        assert made["eager"] == num_events
+        assert made["idle"] < num_events / 4
+        for writer in writers:
+            writer.close()
+    finally:
+        server.should_exit = True
+        await serving
