@@ -97,6 +97,16 @@ def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
 
 
 _LONG = {"original_max_position_embeddings": 32, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+MULTIMODAL = {
+    "Gemma3nForConditionalGeneration": "gemma3n",
+    "InternVLForConditionalGeneration": "internvl",
+    "Llama4ForConditionalGeneration": "llama4",
+    "LlavaForConditionalGeneration": "llava",
+    "Mistral3ForConditionalGeneration": "mistral3",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl",
+}
+"""Classes whose text is served, beside those that transformers counts among the causal ones."""
 VARIANTS = (
     Case(
         "LlamaForCausalLM, Llama 3's RoPE",
@@ -117,14 +127,15 @@ VARIANTS = (
     Case("Qwen3ForCausalLM, window", "qwen3", {"use_sliding_window": True, "max_window_layers": 2}),
     Case("FalconForCausalLM, ALiBi", "falcon", {"alibi": True}),
     Case("FalconForCausalLM, new decoder", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    Case("Llama4ForCausalLM, chunks beyond its length", "llama4_text", {"attention_chunk_size": 128}),
+    Case("Llama4ForCausalLM, more tokens than a chunk", "llama4_text", {"attention_chunk_size": 64}),
 )
 """Settings of bases that people use and that compute something else than the class's defaults."""
 
 
 def cases() -> list[Case]:
     """Every class once, and the variants."""
-    return sorted([*(Case(name, kind) for name, kind in tiny_bases.kinds().items()), *VARIANTS], key=lambda c: c.name)
+    kinds = {**tiny_bases.kinds(), **MULTIMODAL}
+    return sorted([*(Case(name, kind) for name, kind in kinds.items()), *VARIANTS], key=lambda case: case.name)
 
 
 # --- one base ---
@@ -197,7 +208,11 @@ def _targets(model: PreTrainedModel) -> dict[str, list[str] | str]:
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     return {
-        "attention": [name for name in linear if "att" in name.lower() or ".self." in name],
+        "attention": [
+            name
+            for name in linear
+            if ("att" in name.lower() or ".self." in name) and not re.search("vision|visual|audio|projector", name)
+        ],
         "all-linear": "all-linear",
         "embedding": [names[embedding]] if embedding in names else [],
         "head": [names[head]] if head in names else [],

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -77,7 +84,7 @@ SIZES: dict[str, Any] = {
     "state_size": 8,
     "lru_width": 64,
     # Chunks and positions.
-    "attention_chunk_size": 64,
+    "attention_chunk_size": MAX_LENGTH,
     "local_attention": 12,
     "window_size": 12,
     "rotary_dim": 8,
@@ -155,12 +162,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v4": {"num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 8, "head_dim": 16},
     "dots1": {"n_shared_experts": 1},
     "falcon": {"head_dim": _NOT, "multi_query": False},
-    "gemma3n_text": {"num_kv_shared_layers": 0, "laurel_rank": 8},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "laurel_rank": 8,
+    },
     "gemma4_text": {
         "global_head_dim": 32,
         "num_global_key_value_heads": 1,
         "attention_k_eq_v": True,
-        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
     },
     "gemma4_unified_text": {"global_head_dim": 32, "num_global_key_value_heads": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -197,6 +209,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "add_cross_attention": False,
         "is_encoder_decoder": False,
     },
+    "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    "qwen3_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
@@ -259,8 +273,9 @@ def _arguments(cls: Any, sizes: Mapping[str, Any], settings: Mapping[str, Any]) 
         if name == "text_config":
             part = type(cls().text_config) if part is AutoConfig else part
             chosen[name] = {"model_type": part.model_type, **_arguments(part, sizes, {})}
-        elif part is not AutoConfig:
-            chosen[name] = _arguments(part, SENSES, {})
+        else:
+            part = type(getattr(cls(), name)) if part is AutoConfig else part
+            chosen[name] = {"model_type": part.model_type, **_arguments(part, SENSES, {})}
     chosen |= {**SPECIAL.get(cls.model_type, {}), **settings}
     return {name: value for name, value in chosen.items() if value is not _NOT}
 
@@ -272,7 +287,8 @@ def _fields(cls: Any) -> set[str]:
 def tiny_model(config: PretrainedConfig) -> PreTrainedModel:
     """A model with random weights that are loud, lest rounding hides what a wrong one does."""
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    auto = AutoModelForImageTextToText if "vision_config" in config.sub_configs else AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, LOUD * parameter.shape[-1] ** -0.5)

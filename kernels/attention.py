@@ -16,7 +16,7 @@ from lorafleet.kernels.attention_triton import decode_kernel, extend_kernel
 from lorafleet.kernels.launching import launch
 from lorafleet.kernels.tiling import dependent_launch
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 MAX_SPLITS = 32
 PROGRAMS_PER_PROCESSOR = 2
 """Decode splits contexts until this many programs a multiprocessor have work."""
@@ -88,17 +88,19 @@ def decode(
     *,
     scaling: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Compute out[s, h] = softmax(query[s, h] . K[s] * scaling) V[s] over the tokens of sequence s.
 
     query, out: (num_sequences, num_heads, head_dim), rows may be strided. keys, values: (num_pages, num_kv_heads,
     page_tokens, head_dim). block_tables: (num_sequences, max_pages) int32 or int64. context_lengths: (num_sequences,)
     int32 or int64, the query's own token included; where it is 0, zeros are written. `window`: only the last `window`
-    tokens. Raises ValueError for a wrong shape, stride, dtype or device. The caller guarantees that lengths fit the
-    tables and page ids the cache.
+    tokens. `softcap`, `sinks`: as in `Scores`. Raises ValueError for a wrong shape, stride, dtype or device. The caller
+    guarantees that lengths fit the tables and page ids the cache.
     """
     num_sequences = query.shape[0]
-    _check(query, keys, values, block_tables, context_lengths, out, num_sequences, window)
+    _check(query, keys, values, block_tables, context_lengths, out, num_sequences, window, softcap, sinks)
     if num_sequences == 0:
         return
     num_heads, head_dim = query.shape[1:]
@@ -122,6 +124,7 @@ def decode(
         block_tables,
         context_lengths,
         out,
+        query if sinks is None else sinks,
         workspace.partials,
         workspace.arrivals,
         query.stride(0),
@@ -131,9 +134,12 @@ def decode(
         block_tables.stride(0),
         keys.stride(0),
         keys.stride(1),
-        scaling * _LOG2_E,
+        scaling * _LOG2_E if softcap is None else scaling / softcap,
+        0.0 if softcap is None else softcap * _LOG2_E,
         window or 0,
         HAS_WINDOW=window is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_SINKS=sinks is not None,
         NUM_SPLITS=num_splits,
         BUSY_SPLITS=busy_splits,
         MIN_PART=MIN_PART_TOKENS,
@@ -164,6 +170,8 @@ def extend(
     *,
     scaling: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Compute causal attention of each sequence's last rows over all its tokens, which lie in the cache already.
 
@@ -172,7 +180,7 @@ def extend(
     first `context_length - n + i + 1` tokens, or the last `window` of those. The rest is as in `decode`.
     """
     num_sequences = query_indptr.shape[0] - 1
-    _check(query, keys, values, block_tables, context_lengths, out, num_sequences, window)
+    _check(query, keys, values, block_tables, context_lengths, out, num_sequences, window, softcap, sinks)
     _check_ints("query_indptr", query_indptr, 1, num_sequences + 1, query.device)
     num_rows, num_heads, head_dim = query.shape
     if num_sequences == 0 or num_rows == 0:
@@ -193,6 +201,7 @@ def extend(
         context_lengths,
         query_indptr,
         out,
+        query if sinks is None else sinks,
         query.stride(0),
         query.stride(1),
         out.stride(0),
@@ -200,10 +209,13 @@ def extend(
         block_tables.stride(0),
         keys.stride(0),
         keys.stride(1),
-        scaling * _LOG2_E,
+        scaling * _LOG2_E if softcap is None else scaling / softcap,
+        0.0 if softcap is None else softcap * _LOG2_E,
         window or 0,
         num_sequences,
         HAS_WINDOW=window is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_SINKS=sinks is not None,
         GROUP=group,
         TILE_ROWS=tile_rows,
         BLOCK_ROWS=block_rows,
@@ -237,6 +249,9 @@ def _extend_tiling(block_dim: int, element_size: int) -> tuple[int, int, int, in
     if element_size == 4:
         # No tensor cores for exact fp32: small tiles, which fit the registers.
         return 16, 32 if block_dim <= 128 else 16, 4, 1
+    if block_dim > 256:
+        # As many results as 128 registers a thread hold.
+        return 32, 16, 4, 2
     return 64, 64 if block_dim <= 128 else 32, 4, 3
 
 
@@ -249,6 +264,8 @@ def _check(
     out: Tensor,
     num_sequences: int,
     window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> None:
     if query.dim() != 3 or keys.dim() != 4:
         raise ValueError(
@@ -286,6 +303,13 @@ def _check(
     _check_ints("context_lengths", context_lengths, 1, num_sequences, query.device)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be more than 0, got {softcap}")
+    if sinks is not None and (sinks.shape != (num_heads,) or sinks.stride() != (1,) or sinks.device != query.device):
+        raise ValueError(
+            f"sinks must be ({num_heads},) and contiguous on {query.device}, as query is, got shape "
+            f"{tuple(sinks.shape)}, strides {sinks.stride()} on {sinks.device}"
+        )
 
 
 def _check_ints(name: str, tensor: Tensor, dims: int, length: int, device: torch.device) -> None:

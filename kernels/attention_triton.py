@@ -44,6 +44,24 @@ def _load_block(
     return tl.load(pointers, mask=(dims < HEAD_DIM)[None, :], other=0.0)
 
 
+@triton.jit
+def _scores(q, k, scaling, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Products of queries and keys in units of log 2: scaled, or scaled to units of the cap and capped."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+    if HAS_SOFTCAP:
+        scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores) + 1.0))  # tanh
+    return scores
+
+
+@triton.jit
+def _with_sinks(sinks, heads, is_head, maximum, total):
+    """(maximum, total, share of what came before) with the heads' sinks, which take weight and give nothing."""
+    sink = tl.load(sinks + heads, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
+    new_maximum = tl.maximum(maximum, sink)
+    share = tl.exp2(maximum - new_maximum)
+    return new_maximum, total * share + tl.exp2(sink - new_maximum), share
+
+
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=TABLES)
 def decode_kernel(
     query,
@@ -52,6 +70,7 @@ def decode_kernel(
     block_tables,
     context_lengths,
     out,
+    sinks,
     partials,
     arrivals,
     query_stride,
@@ -62,8 +81,11 @@ def decode_kernel(
     page_stride,
     head_stride,
     scaling,
+    softcap,
     window,
     HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BUSY_SPLITS: tl.constexpr,
     MIN_PART: tl.constexpr,
@@ -112,7 +134,7 @@ def decode_kernel(
         k = _load_block(
             keys, table, positions, end, kv_head_offset, page_stride, True, HEAD_DIM, BLOCK_DIM, PAGE_TOKENS
         )
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+        scores = _scores(q, k, scaling, softcap, HAS_SOFTCAP)
         scores = tl.where((positions < end)[None, :], scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         weights = tl.exp2(scores - new_maximum[:, None])
@@ -126,6 +148,9 @@ def decode_kernel(
 
     out_rows = out + sequence.to(tl.int64) * out_stride + kv_head * GROUP * out_head_stride
     if num_parts == 1:
+        if HAS_SINKS:
+            maximum, total, share = _with_sinks(sinks, kv_head * GROUP + heads, heads < GROUP, maximum, total)
+            result = result * share[:, None]
         total = tl.where(total > 0, total, 1.0)
         pointers = out_rows + (heads * out_head_stride)[:, None] + dims[None, :]
         tl.store(pointers, (result / total[:, None]).to(out.dtype.element_ty), mask=inside)
@@ -160,7 +185,13 @@ def decode_kernel(
                 some_maxima = tl.where(some < GROUP, tl.max(part_maxima, 1), 0.0)
                 shares = tl.exp2(part_maxima - some_maxima[:, None])
                 some_totals = tl.where(some < GROUP, tl.sum(part_totals * shares, 1), 1.0)
-                combined = tl.sum(part_results * shares[:, :, None], 1) / some_totals[:, None]
+                combined = tl.sum(part_results * shares[:, :, None], 1)
+                if HAS_SINKS:
+                    some_maxima, some_totals, share = _with_sinks(
+                        sinks, kv_head * GROUP + some, some < GROUP, some_maxima, some_totals
+                    )
+                    combined = combined * share[:, None]
+                combined = combined / some_totals[:, None]
                 tl.store(
                     out_rows + (some * out_head_stride)[:, None] + dims[None, :],
                     combined.to(out.dtype.element_ty),
@@ -181,19 +212,21 @@ def _extend_block(
     kv_head_offset,
     page_stride,
     scaling,
+    softcap,
     window,
     maximum,
     total,
     result,
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
 ):
     """Attend to one block of tokens; without `CAUSAL` every row sees all of them."""
     k = _load_block(keys, table, positions, end, kv_head_offset, page_stride, CAUSAL, HEAD_DIM, BLOCK_DIM, PAGE_TOKENS)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+    scores = _scores(q, k, scaling, softcap, HAS_SOFTCAP)
     if CAUSAL:
         scores = tl.where(positions[None, :] <= row_positions[:, None], scores, float("-inf"))
     if HAS_WINDOW:
@@ -220,6 +253,7 @@ def extend_kernel(
     context_lengths,
     query_indptr,
     out,
+    sinks,
     query_stride,
     query_head_stride,
     out_stride,
@@ -228,9 +262,12 @@ def extend_kernel(
     page_stride,
     head_stride,
     scaling,
+    softcap,
     window,
     num_sequences,
     HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     GROUP: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -283,13 +320,18 @@ def extend_kernel(
     for start in tl.range(begin, seen_by_all, BLOCK_TOKENS, num_stages=STAGES):
         maximum, total, result = _extend_block(
             q, keys, values, table, start + tl.arange(0, BLOCK_TOKENS), row_positions, length, kv_head_offset,
-            page_stride, scaling, window, maximum, total, result, False, HAS_WINDOW, HEAD_DIM, BLOCK_DIM, PAGE_TOKENS,
+            page_stride, scaling, softcap, window, maximum, total, result, False, HAS_WINDOW, HAS_SOFTCAP, HEAD_DIM,
+            BLOCK_DIM, PAGE_TOKENS,
         )  # fmt: skip
     for start in tl.range(seen_by_all, last_position + 1, BLOCK_TOKENS, num_stages=STAGES):
         maximum, total, result = _extend_block(
             q, keys, values, table, start + tl.arange(0, BLOCK_TOKENS), row_positions, length, kv_head_offset,
-            page_stride, scaling, window, maximum, total, result, True, HAS_WINDOW, HEAD_DIM, BLOCK_DIM, PAGE_TOKENS,
+            page_stride, scaling, softcap, window, maximum, total, result, True, HAS_WINDOW, HAS_SOFTCAP, HEAD_DIM,
+            BLOCK_DIM, PAGE_TOKENS,
         )  # fmt: skip
+    if HAS_SINKS:
+        maximum, total, share = _with_sinks(sinks, heads, inside, maximum, total)
+        result = result * share[:, None]
     total = tl.where(total > 0, total, 1.0)
     pointers = out + (rows * out_stride + heads * out_head_stride)[:, None] + dims[None, :]
     tl.store(pointers, (result / total[:, None]).to(out.dtype.element_ty), mask=mask)

@@ -33,7 +33,7 @@ def test_bases_that_are_served_and_one_that_is_refused(
     assert "3 of 4 served, 0 wrong" in capsys.readouterr().out
     for name in ("Gemma3ForCausalLM", "MixtralForCausalLM", "GPT2LMHeadModel"):
         assert rows[name]["status"] == "served"
-        assert rows[name]["targets"]["attention"] == "yes"
+        assert rows[name]["targets"]["attention"] == rows[name]["targets"]["embedding"] == "yes"
         assert 0 < rows[name]["difference"] < 1e-4
     assert rows["MambaForCausalLM"]["status"] == "refused"
     # What was tried is not tried again.

@@ -81,6 +81,21 @@ def launch_each() -> None:
     starts = torch.arange(5, dtype=torch.int32)
     attention.extend(query, keys, values, tables, lengths, starts, out, scaling=0.1)
 
+    sinks = torch.zeros(8, dtype=DTYPE)
+    for head_dim in (64, 512):
+        keys, values = torch.zeros(2, 8, 2, 16, head_dim, dtype=DTYPE)
+        query, out = torch.zeros(2, 4, 8, head_dim, dtype=DTYPE)
+        workspace = DecodeWorkspace.allocate(
+            num_heads=8, num_kv_heads=2, head_dim=head_dim, device=CPU, num_processors=132
+        )
+        attention.decode(
+            query, keys, values, tables, lengths, out, workspace, scaling=0.1, window=40, softcap=9.0, sinks=sinks
+        )
+        attention.extend(
+            query, keys, values, tables, lengths, starts, out, scaling=0.1, window=40, softcap=9.0, sinks=sinks
+        )
+
+    keys, values = torch.zeros(2, 8, 2, 16, 64, dtype=DTYPE)
     place = KVPlace(keys, values, *torch.zeros(2, 4, dtype=torch.int32))
     weight = torch.zeros(64, dtype=DTYPE)
     rotation = torch.zeros(4, 64, dtype=DTYPE)

@@ -20,6 +20,7 @@ SHAPES = {
     "dim96": (2, 1, 96, 16),
     "dim192": (4, 1, 192, 64),
     "dim256": (2, 1, 256, 16),
+    "dim512": (2, 1, 512, 16),
 }
 """Query heads, KV heads, head_dim, tokens a page."""
 
@@ -62,14 +63,28 @@ def make_cache(lengths: list[int], shape: tuple[int, int, int, int], dtype: torc
     )
 
 
-def attend(query: Tensor, tokens: tuple[Tensor, Tensor], scaling: float, window: int | None) -> Tensor:
+def attend(
+    query: Tensor,
+    tokens: tuple[Tensor, Tensor],
+    scaling: float,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """The oracle: (rows, heads, head_dim) of the last rows of one sequence, in float64."""
     k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in tokens)
     rows, length = query.shape[0], k.shape[0]
     distance = torch.arange(length - rows, length)[:, None] - torch.arange(length)
     hidden = (distance < 0) | (distance >= (window or length))
     scores = torch.einsum("rhd,thd->hrt", query.double().cpu(), k) * scaling
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1) if length else scores
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is not None:
+        columns = sinks.double().cpu()[:, None, None].expand(-1, rows, 1)
+        weights = torch.cat([scores, columns], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1) if length else scores
     return torch.einsum("hrt,thd->rhd", weights, v)
 
 
@@ -143,6 +158,38 @@ def test_extend_matches_float64(shape: str, window: int | None, dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("softcap", "has_sinks"), [(2.0, False), (None, True), (2.0, True)], ids=str)
+@pytest.mark.parametrize("shape", ["llama", "grouped7", "dim80"])
+def test_capped_scores_and_sinks_match_float64(
+    shape: str, softcap: float | None, has_sinks: bool, window: int | None, dtype: torch.dtype
+) -> None:
+    """Scores of several times the cap; sinks from hardly any weight to nearly all; decodes whole and in parts."""
+    rows, lengths = [5, 1, 0, 33], [5, 30, 0, 530]
+    cache = make_cache(lengths, SHAPES[shape], dtype)
+    num_heads = SHAPES[shape][0]
+    sinks = torch.linspace(-5, 9, num_heads).to(dtype).to(DEVICE) if has_sinks else None
+    query = random_query(sum(rows), SHAPES[shape], dtype)
+    out = poisoned(query)
+    starts = torch.tensor([0, *rows]).cumsum(0)
+    indptr = starts.to(torch.int32).to(DEVICE)
+    kv = cache.keys, cache.values, cache.tables, cache.lengths
+    extend(query, *kv, indptr, out, scaling=0.5, window=window, softcap=softcap, sinks=sinks)
+    for index, (start, count) in enumerate(zip(starts.tolist(), rows, strict=False)):
+        if count:
+            mine = slice(start, start + count)
+            assert_near(out[mine], attend(query[mine], cache.tokens[index], 0.5, window, softcap, sinks))
+    query = query[: len(lengths)]
+    for num_processors in (0, 8):
+        out = poisoned(query)
+        workspace = workspace_for(SHAPES[shape], num_processors)
+        decode(query, *kv, out, workspace, scaling=0.5, window=window, softcap=softcap, sinks=sinks)
+        expected = [attend(query[i : i + 1], cache.tokens[i], 0.5, window, softcap, sinks) for i in range(len(lengths))]
+        assert_near(out, torch.cat(expected))
+        assert not out[2].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 20])
 def test_lines_that_no_sequence_has_cost_nothing_and_padding_is_zero(window: int | None, dtype: torch.dtype) -> None:
     """As a graph has them: lines for decodes, then for prompts, and one with the padding rows, which attend to nothing.
@@ -209,6 +256,8 @@ def test_long_tables_are_int64_and_results_do_not_depend_on_their_width() -> Non
         ({"context_lengths": torch.zeros(3, dtype=torch.int32)}, "context_lengths must have"),
         ({"out": torch.zeros(2, 4, 32)}, "out must have shape"),
         ({"window": 0}, "window must be at least 1"),
+        ({"softcap": 0.0}, "softcap must be more than 0"),
+        ({"sinks": torch.zeros(2)}, "sinks must be .4,. and contiguous"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -21,14 +21,15 @@ NUM_TOKENS = 2
 """Of the recorded call."""
 
 UNSUPPORTED_FEATURES = {
-    "softcap": "caps its scores (soft-capping)",
-    "s_aux": "has attention sinks",
     "position_bias": "adds a bias by position to its scores",
 }
 """Arguments of transformers' attention functions that change the result and are not implemented -> what they do."""
 
-HARMLESS_TENSORS = frozenset({"cache_position", "position_ids"})
-"""Tensors among the arguments that say nothing new. Any other is refused by its name."""
+KNOWN_TENSORS = frozenset({"cache_position", "position_ids", "s_aux"})
+"""Tensors among the arguments that are known, or say nothing new. Any other is refused by its name."""
+
+MAX_HEAD_DIM = 512
+"""Of the kernels: `kernels/attention.py`."""
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query position, key position) -> whether the query attends to the key, as transformers has it."""
@@ -41,9 +42,15 @@ class AttentionCall:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    """Of queries, keys and values."""
+    """Of queries and keys."""
+    value_dim: int
     window: int | None
     """The last so many tokens, the row's own among them, are attended to; None: all that came before."""
+
+    @property
+    def width(self) -> int:
+        """Of a head's keys and values on pages, which are of one size."""
+        return max(self.head_dim, self.value_dim)
 
 
 @torch.inference_mode()
@@ -130,7 +137,7 @@ def _record(model: PreTrainedModel, *, with_masks: bool) -> dict[int, _Seen]:
             UNSUPPORTED_FEATURES.get(name, f"hands attention {name}")
             for name, given in features.items()
             if (given is not None and name in UNSUPPORTED_FEATURES)
-            or (isinstance(given, Tensor) and name not in HARMLESS_TENSORS)
+            or (isinstance(given, Tensor) and name not in KNOWN_TENSORS)
         )
         found[layer] = _Seen(query, key, value, mask_function, sliding_window, present)
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
@@ -150,15 +157,12 @@ def _checked(seen: _Seen, layer: int, window: int | None, model: PreTrainedModel
     if seen.features:
         raise UnsupportedModel(f"{place} {' and '.join(seen.features)}, which is not supported")
     _, num_heads, num_tokens, head_dim = seen.query.shape
-    value_dim = seen.value.shape[-1]
-    if value_dim != head_dim:
-        raise UnsupportedModel(
-            f"{place} has keys of {head_dim} and values of {value_dim} elements per head (latent attention), "
-            "which is not supported"
-        )
     if num_tokens != NUM_TOKENS or seen.key.shape[2] != NUM_TOKENS:
         raise UnsupportedModel(f"{place} attends to {seen.key.shape[2]} keys where {NUM_TOKENS} tokens came")
-    return AttentionCall(num_heads, seen.key.shape[1], head_dim, window)
+    call = AttentionCall(num_heads, seen.key.shape[1], head_dim, seen.value.shape[-1], window)
+    if model.device.type == "cuda" and call.width > MAX_HEAD_DIM:
+        raise UnsupportedModel(f"{place} has heads of {call.width} elements; on a GPU {MAX_HEAD_DIM} are supported")
+    return call
 
 
 def _window(mask_function: MaskFunction, layer: int, max_model_len: int, model: PreTrainedModel) -> int | None:

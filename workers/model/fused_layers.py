@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from lorafleet.kernels import fused
 from lorafleet.kernels.fp8_values import Fp8Rows
 from lorafleet.kernels.kv_place import HeadNorm, KVPlace
+from lorafleet.kernels.scores import Scores
 from lorafleet.workers.model.lora_layers import FusedProjection, ProjectionSlice
 from lorafleet.workers.model.norm_layers import AdapterNorm
 from lorafleet.workers.model.paged_attention import AttentionContext, attend
@@ -68,8 +69,7 @@ class FusedLayer(nn.Module):
             query_norm, key_norm = attention.q_norm, attention.k_norm
             self.head_norm = HeadNorm(query_norm.weight, key_norm.weight, _untouched(query_norm).variance_epsilon)
         self.index = index
-        self.window = window
-        self.scaling: float = attention.scaling
+        self.scores = Scores(attention.scaling, window)
         self.context = context
 
     def forward(self, x: Output, residual: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Output, Tensor]:
@@ -82,7 +82,7 @@ class FusedLayer(nn.Module):
         if residual is None:
             residual = x.values
         query = self._rotate_and_store(_project(qkv_proj, normed), cos, sin)
-        attended = attend(query, self.context, self.index, self.scaling, self.window)
+        attended = attend(query, self.context, self.index, self.scores)
         x = _project(o_proj, Input(attended.flatten(1)))
         normed = _norm(self.post_attention_layernorm, x, residual, gate_up_proj)
         x = _project(down_proj, _silu_mul(_project(gate_up_proj, normed), down_proj))

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafleet.adapter_store.manifest import BaseGeometry, Dtype, ModuleShape
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
+from lorafleet.workers.model.text_part import text_config
 
 TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -25,6 +26,9 @@ TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
 
 DEQUANTISED = ("fp8", "mxfp4")
 """Methods of quantisation that transformers undoes on load; what it leaves quantised is refused then."""
+
+WRONG = frozenset({"longcat_flash", "youtu"})
+"""`model_type` of bases that `make sweep` has shown to be wrong with adapters, and a rehearsal does not find."""
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules of one parent that are always applied to the same tensor, one after another; they are fused."""
@@ -62,8 +66,10 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
         raise UnsupportedModel(f"model.source {model.source!r} is no model that transformers loads: {error}") from error
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{config.model_type} is an encoder-decoder model; only decoder-only models are served")
+    if config.model_type in WRONG:
+        raise UnsupportedModel(f"{config.model_type} is not supported: with adapters it does not answer as PEFT does")
     _refuse_quantised(model, config)
-    return config.get_text_config(decoder=True) if "text_config" in config.sub_configs else config
+    return text_config(config)
 
 
 def _refuse_quantised(model: ModelConfig, config: PretrainedConfig) -> None:
@@ -105,12 +111,12 @@ def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:
     modules: dict[str, ModuleShape] = {}
     embedding = model.get_input_embeddings()
     for name, module in model.named_modules():
-        # Subclasses may compute something else (a scaled embedding, a quantised linear), so only the plain types count.
+        # Subclasses may compute something else (a quantised linear): only the plain types count, and scaled embeddings.
         if type(module) is nn.Linear:
             modules[name] = ModuleShape("linear", module.in_features, module.out_features)
         elif type(module) is Conv1D:
             modules[name] = ModuleShape("linear", module.nx, module.nf)
-        elif module is embedding and type(module) is nn.Embedding:
+        elif module is embedding and _is_plain_or_scaled(module):
             modules[name] = ModuleShape("embedding", module.num_embeddings, module.embedding_dim)
     return BaseGeometry(
         modules=modules,
@@ -120,6 +126,13 @@ def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:
         parameters=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
         kinds=(type(model).__name__, model.config.model_type),
     )
+
+
+def _is_plain_or_scaled(embedding: nn.Embedding) -> bool:
+    """Whether it is an embedding, or one times `embed_scale`, which PEFT knows; the rehearsal sees whether it is."""
+    scale = getattr(embedding, "embed_scale", None)
+    is_scaled = isinstance(scale, float) or (isinstance(scale, torch.Tensor) and scale.numel() == 1)
+    return type(embedding) is nn.Embedding or (isinstance(embedding, nn.Embedding) and is_scaled)
 
 
 def _norm_parameters(model: PreTrainedModel) -> dict[str, int]:

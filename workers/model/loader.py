@@ -23,6 +23,7 @@ from lorafleet.adapter_store.manifest import BaseGeometry, Dtype
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.kv_cache import LayerKV
+from lorafleet.workers.model import text_part
 from lorafleet.workers.model.attention_calls import AttentionCall, read_calls
 from lorafleet.workers.model.geometry import TORCH_DTYPES, empty_model, geometry_of, read_config, resolve_dtype
 from lorafleet.workers.model.quantisation import pack_weights, refuse_device, round_weights, rounding_inputs
@@ -59,7 +60,7 @@ class BaseModel:
     def layers(self) -> tuple[LayerKV, ...]:
         """What each layer keeps of a token on pages; those that do not attend keep nothing there."""
         calls = (self.calls.get(layer) for layer in range(max(self.calls) + 1))
-        return tuple(LayerKV(0, 0) if call is None else LayerKV(call.num_kv_heads, call.head_dim) for call in calls)
+        return tuple(LayerKV(0, 0) if call is None else LayerKV(call.num_kv_heads, call.width) for call in calls)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
@@ -144,6 +145,7 @@ def _load_weights(source: str, config: PretrainedConfig, dtype: torch.dtype, dev
             source,
             config=config,
             dtype=dtype,
+            key_mapping=dict(text_part.KEYS),
             use_safetensors=True,
             device_map=str(device),
             output_loading_info=True,

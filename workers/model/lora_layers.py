@@ -152,7 +152,7 @@ class FusedProjection(nn.Module):
         y, scales = self.unscaled(rows)
         if scales is not None:
             fp8.rescale(y, scales)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def unscaled(self, x: Tensor, in_fp8: Fp8Rows | None = None) -> tuple[Tensor, Tensor | None]:
         """x: (rows, in_dim), also in fp8 where the caller has it -> (rows, sum of the members' widths).
@@ -269,7 +269,10 @@ class ProjectionSlice(nn.Module):
 
 
 class LoraEmbedding(nn.Module):
-    """The token embedding, or the one that a row's adapter has in its place, plus each row's own B A[:, token]."""
+    """The token embedding, or the one that a row's adapter has in its place, plus each row's own B A[:, token].
+
+    What a subclass scales (Gemma) is the sum of both, as in PEFT.
+    """
 
     def __init__(self, name: str, base: nn.Embedding, weights: LoraEmbeddingWeights, context: LoraContext) -> None:
         super().__init__()
@@ -290,8 +293,9 @@ class LoraEmbedding(nn.Module):
         if self.context.has_extras:
             # Tokens that the base lacks are looked up below, in the rows of adapters that have them.
             known = token_ids.clamp(max=self.base.num_embeddings - 1)
-        y: Tensor = self.base(known)
         segments = self.context.segments_at("body", self.name, token_ids.numel())
+        scale = None if segments is None else getattr(self.base, "embed_scale", None)
+        y: Tensor = self.base(known) if scale is None else F.embedding(known, self.weight)
         if segments is not None:
             tokens, rows = known.reshape(-1), y.view(-1, y.shape[-1])
             if self.context.has_extras:
@@ -300,6 +304,8 @@ class LoraEmbedding(nn.Module):
             ops.embed(tokens, self.lora, segments, rows)
             if self.context.has_extras and self.lora.vectors is not None:
                 adjust(rows, self.lora.vectors, segments)
+        if scale is not None:
+            y = y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
         return y
 
     def _append(self, tokens: Tensor, y: Tensor, segments: Segments) -> None:

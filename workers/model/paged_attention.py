@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from lorafleet.kernels import fused
 from lorafleet.kernels.kv_place import KVPlace
+from lorafleet.kernels.scores import Scores
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.model.attention_calls import AttentionCall
@@ -64,10 +65,10 @@ def _workspaces(calls: Mapping[int, AttentionCall], device: torch.device) -> dic
     made: dict[tuple[int, int, int], DecodeWorkspace] = {}
     workspaces = {}
     for layer, call in calls.items():
-        shape = call.num_heads, call.num_kv_heads, call.head_dim
+        shape = call.num_heads, call.num_kv_heads, call.width
         if shape not in made:
             made[shape] = DecodeWorkspace.allocate(
-                num_heads=call.num_heads, num_kv_heads=call.num_kv_heads, head_dim=call.head_dim, device=device
+                num_heads=call.num_heads, num_kv_heads=call.num_kv_heads, head_dim=call.width, device=device
             )
         workspaces[layer] = made[shape]
     return workspaces
@@ -81,12 +82,15 @@ def paged_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Causal attention of one layer; the signature is that of transformers' attention functions.
 
-    query: (1, num_heads, num_rows, head_dim); key, value: (1, num_kv_heads, num_rows, head_dim).
-    Returns (1, num_rows, num_heads, head_dim). `attention_mask` is None: what a row attends to follows from the batch.
+    query: (1, num_heads, num_rows, head_dim); key: (1, num_kv_heads, num_rows, head_dim); value: the same with
+    value_dim. `s_aux`: what `Scores` calls sinks. `attention_mask` is None: what a row attends to follows from the
+    batch. Returns (1, num_rows, num_heads, value_dim).
     """
     context: AttentionContext = module.__dict__["attention_context"]
     layer = module.layer_idx
@@ -95,41 +99,48 @@ def paged_attention(
     if call is None:
         raise UnsupportedModel(f"layer {layer} attends, though it did not when the model was first called")
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
     _check_heads(query, key, value, call, layer)
+    if scaling is None:
+        scaling = call.head_dim**-0.5
+    if call.value_dim != call.head_dim:
+        # On pages both are as wide as the wider, with zeros that add nothing.
+        query, key, value = (F.pad(each, (0, call.width - each.shape[-1])) for each in (query, key, value))
     fused.store(key, value, context.place(layer))
-    return attend(query, context, layer, scaling, call.window).unsqueeze(0), None
+    attended = attend(query, context, layer, Scores(scaling, call.window, softcap, s_aux))
+    return attended[..., : call.value_dim].unsqueeze(0), None
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, layer: int) -> None:
     """Raise UnsupportedModel when the layer calls with other shapes than those that the cache was made for.
 
-    query: (num_rows, num_heads, head_dim); key, value: (num_rows, num_kv_heads, head_dim).
+    query: (num_rows, num_heads, head_dim); key: (num_rows, num_kv_heads, head_dim); value: with value_dim.
     """
-    kept = (query.shape[0], call.num_kv_heads, call.head_dim)
-    if key.shape != kept or value.shape != kept or query.shape[1] != call.num_heads:
+    kept = (query.shape[0], call.num_kv_heads)
+    if (
+        (*kept, call.head_dim) != key.shape
+        or (*kept, call.value_dim) != value.shape
+        or query.shape[1] != call.num_heads
+    ):
         raise UnsupportedModel(
             f"layer {layer} attends with {query.shape[1]} heads to keys of {tuple(key.shape)} for {query.shape[0]} "
             f"tokens, where it had {call.num_heads} heads and {call.num_kv_heads} of keys when it was first called"
         )
 
 
-def attend(query: Tensor, context: AttentionContext, layer: int, scaling: float, window: int | None) -> Tensor:
+def attend(query: Tensor, context: AttentionContext, layer: int, scores: Scores) -> Tensor:
     """Causal attention of the running pass's rows over `layer`'s pages, which hold the rows' keys and values already.
 
-    query: (num_rows, num_heads, head_dim), rows may be strided. `window`: only the last `window` tokens. Returns
-    (num_rows, num_heads, head_dim), contiguous.
+    query: (num_rows, num_heads, head_dim), rows may be strided. Returns (num_rows, num_heads, head_dim), contiguous.
     """
     batch = context.batch
     assert batch is not None, "a forward pass outside the runner"
     keys, values = context.cache.keys[layer], context.cache.values[layer]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if query.is_cuda:
-        _attend_cuda(query, keys, values, batch, context.workspaces[layer], scaling, window, out)
+        _attend_cuda(query, keys, values, batch, context.workspaces[layer], scores, out)
     else:
-        _decode(query, keys, values, batch, scaling, window, out)
-        _prefill(query, keys, values, batch, scaling, window, out)
+        _decode(query, keys, values, batch, scores, out)
+        _prefill(query, keys, values, batch, scores, out)
     return out
 
 
@@ -139,35 +150,26 @@ def _attend_cuda(
     values: Tensor,
     batch: AttentionBatch,
     workspace: DecodeWorkspace,
-    scaling: float,
-    window: int | None,
+    scores: Scores,
     out: Tensor,
 ) -> None:
     from lorafleet.kernels import attention as kernels
 
     num, lengths, tables = batch.num_decodes, batch.context_lengths, batch.block_tables
+    how: dict[str, Any] = {
+        "scaling": scores.scaling,
+        "window": scores.window,
+        "softcap": scores.softcap,
+        "sinks": scores.sinks,
+    }
     if num:
-        kernels.decode(
-            query[:num], keys, values, tables[:num], lengths[:num], out[:num], workspace, scaling=scaling, window=window
-        )
+        kernels.decode(query[:num], keys, values, tables[:num], lengths[:num], out[:num], workspace, **how)
     if num < lengths.shape[0]:
         # After the decodes, since a graph's empty lines write zeros where rows of prompts may be.
-        kernels.extend(
-            query,
-            keys,
-            values,
-            tables[num:],
-            lengths[num:],
-            batch.query_indptr[num:],
-            out,
-            scaling=scaling,
-            window=window,
-        )
+        kernels.extend(query, keys, values, tables[num:], lengths[num:], batch.query_indptr[num:], out, **how)
 
 
-def _decode(
-    query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, scaling: float, window: int | None, out: Tensor
-) -> None:
+def _decode(query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, scores: Scores, out: Tensor) -> None:
     """All one-row sequences in one call: the query heads of a KV head stand in the place of query positions."""
     num = batch.num_decodes
     if num == 0:
@@ -179,6 +181,7 @@ def _decode(
     table = batch.block_tables[:num, :num_pages]
     if (-1, keys.shape[1]) not in batch.gathers:
         table = _own_pages(table, batch.context_lengths[:num], keys.shape[2])
+    window = scores.window
     mask = batch.masks.get((-1, window))
     if mask is None:
         lengths = batch.context_lengths[:num, None]
@@ -189,18 +192,14 @@ def _decode(
         batch.masks[-1, window] = mask = mask[:, None, None, :]
     grouped = query[:num].reshape(num, keys.shape[1], -1, query.shape[-1])
     rows = _rows_to_gather(batch, -1, keys, table)
-    attended = F.scaled_dot_product_attention(
-        grouped, _gather(keys, rows, num), _gather(values, rows, num), attn_mask=mask, scale=scaling
-    )
+    attended = _weigh(grouped, _gather(keys, rows, num), _gather(values, rows, num), mask, scores)
     out[:num] = attended.reshape(num, query.shape[1], -1)
 
 
-def _prefill(
-    query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, scaling: float, window: int | None, out: Tensor
-) -> None:
+def _prefill(query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, scores: Scores, out: Tensor) -> None:
     """Sequences with several rows, one after another."""
     start = sum(batch.query_lengths[: batch.num_decodes])
-    page_tokens = keys.shape[2]
+    page_tokens, window = keys.shape[2], scores.window
     for index in range(batch.num_decodes, len(batch.query_lengths)):
         num_rows, length = batch.query_lengths[index], batch.host_context_lengths[index]
         if length == 0:
@@ -217,16 +216,41 @@ def _prefill(
                 mask &= positions > own - window
             batch.masks[index, window] = mask
         rows = _rows_to_gather(batch, index, keys, table)
-        attended = F.scaled_dot_product_attention(
+        attended = _weigh(
             query[None, start : start + num_rows].transpose(1, 2),
             _gather(keys, rows, 1)[:, :, :length],
             _gather(values, rows, 1)[:, :, :length],
-            attn_mask=mask,
-            scale=scaling,
-            enable_gqa=query.shape[1] != keys.shape[1],
+            mask,
+            scores,
         )
         out[start : start + num_rows] = attended[0].transpose(0, 1)
         start += num_rows
+
+
+def _weigh(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scores: Scores) -> Tensor:
+    """Attention in torch.
+
+    query: (sequences, heads, rows, head_dim); key, value: (sequences, KV heads, tokens, head_dim).
+    A query of as many heads as there are KV heads may have the heads of each in the place of rows. Returns the shape
+    of `query`.
+    """
+    is_grouped = query.shape[1] != key.shape[1]
+    if scores.softcap is None and scores.sinks is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scores.scaling, enable_gqa=is_grouped
+        )
+    if is_grouped:
+        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
+    products = (query @ key.transpose(-1, -2)).float() * scores.scaling
+    if scores.softcap is not None:
+        products = scores.softcap * torch.tanh(products / scores.softcap)
+    products = products.masked_fill(~mask, float("-inf"))
+    if scores.sinks is not None:
+        per_row = scores.sinks.numel() == query.shape[1]
+        sinks = scores.sinks.float().view((1, -1, 1, 1) if per_row else (1, query.shape[1], -1, 1))
+        products = torch.cat([products, sinks.expand(*products.shape[:-1], 1)], dim=-1)
+    weights = products.softmax(-1)[..., : key.shape[2]]
+    return weights.to(value.dtype) @ value
 
 
 def _own_pages(table: Tensor, lengths: Tensor, page_tokens: int) -> Tensor:

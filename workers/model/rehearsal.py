@@ -51,6 +51,7 @@ MIN_LAYERS = 4
 RANK = 2
 SMALL: dict[str, int] = {
     "vocab_size": 320,
+    "vocab_size_per_layer_input": 320,
     "intermediate_size": 64,
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
@@ -126,6 +127,11 @@ def small_config(config: PretrainedConfig, sizes: dict[str, int], max_model_len:
     kinds = {name: value for name, value in vars(small).items() if isinstance(value, list) and len(value) == num_layers}
     kind_of = [tuple(repr(value[layer]) for value in kinds.values()) for layer in range(num_layers)]
     count = min(num_layers, max(MIN_LAYERS, 1 + max((kind_of.index(kind) for kind in set(kind_of)), default=0)))
+    num_sharing = getattr(small, "num_kv_shared_layers", None) or 0
+    if num_sharing:  # the last layers use the KV of earlier ones, of which each kind must be there
+        num_sharing = min(num_sharing, count)
+        count = min(num_layers, count + num_sharing)
+        small.num_kv_shared_layers = num_sharing
     for name, value in kinds.items():
         setattr(small, name, value[:count])
     small.num_hidden_layers = count
@@ -134,17 +140,30 @@ def small_config(config: PretrainedConfig, sizes: dict[str, int], max_model_len:
         for name, value in list(fields.items()):
             if LIMITS.fullmatch(name) and type(value) is int and LIMIT < value < max_model_len:
                 fields[name] = LIMIT
-    is_grouped = getattr(small, "num_key_value_heads", None) != getattr(small, "num_attention_heads", None)
+    num_heads, num_kv_heads = (_field(small, name) for name in ("num_attention_heads", "num_key_value_heads"))
+    if num_kv_heads == num_heads:
+        sizes = {name: sizes["num_attention_heads"] if "key_value" in name else most for name, most in sizes.items()}
     for name, most in sizes.items():
-        if isinstance(getattr(small, name, None), int):
-            most = sizes["num_attention_heads"] if name == "num_key_value_heads" and not is_grouped else most
-            setattr(small, name, min(getattr(small, name), most))
+        if type(_field(small, name)) is int:
+            setattr(small, name, min(_field(small, name), most))
+    own_fields = getattr(vars(small).get("_heterogeneity_spec"), "per_layer_overrides", {})
+    if own_fields:  # of layers that differ from the others
+        small.per_layer_config = {
+            layer: {name: min(value, sizes[name]) if name in sizes else value for name, value in fields.items()}
+            for layer, fields in own_fields.items()
+            if layer < count
+        }
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(small, name, None) is not None:
             setattr(small, name, 0)
     if hasattr(small, "quantization_config"):
         del small.quantization_config
     return small
+
+
+def _field(config: PretrainedConfig, name: str) -> Any:
+    """A field by any of its names, whatever single layers have in its place."""
+    return vars(config).get(config.attribute_map.get(name, name))
 
 
 def _copy(config: PretrainedConfig, sizes: dict[str, int], max_model_len: int) -> PreTrainedModel | None:
@@ -330,7 +349,7 @@ def _adding(a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Te
 
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         h: Tensor = a[args[0]] if isinstance(module, nn.Embedding) else args[0] @ a.T
-        summed: Tensor = output + h @ b
+        summed: Tensor = output + h @ b * getattr(module, "embed_scale", 1.0)
         return summed
 
     return add

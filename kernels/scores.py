@@ -1,0 +1,21 @@
+"""How an attention layer makes weights of its scores, beside that no token sees what comes after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """Scores are products of queries and keys; their softmax weighs the values."""
+
+    scaling: float
+    """What products are multiplied with."""
+    window: int | None = None
+    """Only the last so many tokens, the row's own among them; None: all that came before."""
+    softcap: float | None = None
+    """Scores s become softcap * tanh(s / softcap)."""
+    sinks: Tensor | None = None
+    """(num_heads,): a score more for each head, which takes weight and gives nothing."""
