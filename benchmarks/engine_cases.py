@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from random_models import GEOMETRIES, RandomAdapters, kv_bytes, write_base, write_weights
+from random_models import GEOMETRIES, RandomAdapters, kv_bytes, write_base, write_tokenizer, write_weights
 from running_engine import Figures, RunningEngine, running_engine
 
 from lorafleet.workers.config import EngineConfig, PoolConfig
+from lorafleet.workers.request import StructuredOutputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +326,49 @@ def gsm8k(lab: Lab) -> Named:
                 yield "gsm8k", figures
 
 
+ENDLESS = {
+    "type": "array",
+    "minItems": 500,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "pattern": "^[A-Z][a-z]{2,12}$"},
+            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+            "kind": {"enum": ["cat", "dog", "bird"]},
+        },
+        "required": ["name", "age", "kind"],
+        "additionalProperties": False,
+    },
+}
+"""A schema whose documents are longer than any answer here."""
+
+
+def structured(lab: Lab) -> Named:
+    """64 streams, of which a quarter keeps to a JSON schema, against 64 that are free, in turn."""
+    work, count = lab.work, min(64, lab.work.adapters)
+    write_tokenizer(lab.base, lab.geometry)
+    engine = lab.engine("lora")
+    prompts = [prompt[: work.short_prompt] for prompt in (lab.prompts * count)[:count]]
+    versions = [f"a{i}-r16" for i in range(count)]
+    outputs = [StructuredOutputs(json_schema=ENDLESS)] * max(1, count // 4)
+    for asked in ((), outputs):
+        engine.run(prompts, versions, min(16, work.decode_output), outputs=asked)
+    for _ in range(lab.repeats + 1):
+        free = engine.run(prompts, versions, work.decode_output)
+        mixed = engine.run(prompts, versions, work.decode_output, outputs=outputs)
+        yield (
+            "structured",
+            {
+                "free_tokens_per_s": free["output_tokens_per_s"],
+                "mixed_tokens_per_s": mixed["output_tokens_per_s"],
+                "of_free": mixed["output_tokens_per_s"] / free["output_tokens_per_s"],
+                "gap_ms_p50": free["gap_ms_p50"],
+                "free_gap_ms_p50": mixed["free_gap_ms_p50"],
+                "mixed_steps": mixed["steps"],
+            },
+        )
+
+
 def start_weights(lab: Lab) -> Named:
     """Seconds from nothing to ready, by stage: weights from the page cache, and no kernel compiled before."""
     write_weights(lab.base)
@@ -357,6 +401,7 @@ PROCESSES: dict[str, tuple[str, tuple[Case, ...]]] = {
     "gsm8k": ("llama-7b", (gsm8k,)),
     "zipf_pool64": ("llama-8b", (zipf_pool64,)),
     "zipf_resident": ("llama-8b", (zipf_resident,)),
+    "structured": ("llama-8b", (structured,)),
     "start_weights": ("llama-8b", (start_weights,)),
 }
 """Cases that can share a process, and the geometry of their base."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, ModuleManifest, ModuleShape
 from lorafleet.workers.config import ModelConfig
@@ -76,6 +78,20 @@ def write_base(folder: Path, geometry: str) -> Path:
     )
     config.save_pretrained(folder)
     return folder
+
+
+def write_tokenizer(base: Path, geometry: str) -> None:
+    """A tokenizer beside the configuration in `base`: all bytes, then made-up words, as many as the vocabulary has."""
+    vocab_size, rng = GEOMETRIES[geometry]["vocab_size"], random.Random(0)
+    words = dict.fromkeys(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    while len(words) < vocab_size - 1:
+        word = "".join(rng.choices('abcdefghijklmnopqrstuvwxyzABCDEFGH0123456789{}[]":,. ', k=rng.randint(2, 8)))
+        words[word.replace(" ", "Ġ")] = None
+    vocab = {word: number for number, word in enumerate([*words, "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(base)
 
 
 def write_weights(base: Path) -> None:

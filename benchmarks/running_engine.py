@@ -17,7 +17,7 @@ from random_models import MAX_MODEL_LEN, RandomAdapters
 from lorafleet.workers.assembly import WorkerParts, assemble
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
 from lorafleet.workers.engine import Delivery
-from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams
+from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams, StructuredOutputs
 
 Figures = dict[str, float]
 MAX_SECONDS = 300.0
@@ -66,9 +66,16 @@ class RunningEngine:
     inbox: Inbox
     adapters: RandomAdapters
 
-    def submit(self, request_id: str, prompt: Sequence[int], version: str | None, num_output: int) -> None:
-        """One request, greedy, of exactly so many tokens."""
-        sampling = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True)
+    def submit(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        version: str | None,
+        num_output: int,
+        outputs: StructuredOutputs | None = None,
+    ) -> None:
+        """One request, greedy, of exactly so many tokens, if `outputs` allows so many."""
+        sampling = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True, structured_outputs=outputs)
         self.parts.engine.submit(EngineRequest(request_id, version, tuple(prompt), sampling))
 
     def run(
@@ -77,8 +84,12 @@ class RunningEngine:
         versions: Sequence[str | None],
         num_output: int,
         per_second: float | None = None,
+        outputs: Sequence[StructuredOutputs | None] = (),
     ) -> Figures:
-        """Submit everything at once, or `per_second` requests a second, and wait for the last token."""
+        """Submit everything at once, or `per_second` requests a second, and wait for the last token.
+
+        outputs: what the first answers must be; the others are free. `free_gap_ms_p50` is of those.
+        """
         ids = [f"{i}-{time.monotonic_ns()}" for i in range(len(prompts))]
         self.inbox.expect(ids)
         steps, loads = self.parts.engine.stats.num_steps, self.parts.residency.snapshot().loads
@@ -90,7 +101,7 @@ class RunningEngine:
             if per_second is not None:
                 time.sleep(max(0.0, start + i / per_second - time.perf_counter()))
             sent_s[request_id] = time.perf_counter() if per_second is not None else start
-            self.submit(request_id, prompt, version, num_output)
+            self.submit(request_id, prompt, version, num_output, outputs[i] if i < len(outputs) else None)
         if not self.inbox.is_done.wait(MAX_SECONDS):
             raise TimeoutError(f"{len(self.inbox.open_ids)} requests never ended; {self.inbox.errors[:3]}")
         seconds = time.perf_counter() - start
@@ -98,6 +109,7 @@ class RunningEngine:
             raise RuntimeError(f"{len(self.inbox.errors)} requests failed: {self.inbox.errors[:3]}")
         first_ms = np.array([self.inbox.times_s[request_id][0] - sent_s[request_id] for request_id in ids]) * 1e3
         gaps_ms = np.concatenate([np.diff(self.inbox.times_s[request_id]) for request_id in ids]) * 1e3
+        free_ms = np.concatenate([np.diff(self.inbox.times_s[request_id]) for request_id in ids[len(outputs) :]]) * 1e3
         loads = self.parts.residency.snapshot().loads - loads
         return {
             "seconds": seconds,
@@ -111,6 +123,7 @@ class RunningEngine:
             "first_token_ms_p99": float(np.quantile(first_ms, 0.99)),
             "gap_ms_p50": float(np.median(gaps_ms)) if gaps_ms.size else 0.0,
             "gap_ms_p99": float(np.quantile(gaps_ms, 0.99)) if gaps_ms.size else 0.0,
+            "free_gap_ms_p50": float(np.median(free_ms)) if free_ms.size else 0.0,
         }
 
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -36,7 +37,7 @@ from lorafleet.workers.request import EngineRequest, FinishReason, GenerateDelta
 from lorafleet.workers.scheduler import Scheduler
 from lorafleet.workers.sequence import PromptRows, ScheduledRows, Sequence, pending_token
 from lorafleet.workers.stats import EngineStats, ServedCounts
-from lorafleet.workers.step.builder import BatchBuilder
+from lorafleet.workers.step.builder import BatchBuilder, BuiltStep
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class _LaunchedRows:
     """The sequence's at launch: pages it has after another preemption are not this step's."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _LaunchedStep:
     step: StepInFlight
     num_rows: int
@@ -79,6 +80,8 @@ class _LaunchedStep:
     """(sequence, place of the token among its tokens), a pair a token that the step chooses."""
     prompts: tuple[PromptRows, ...]
     started_s: float
+    is_followed: bool = False
+    """Whether the grammars have taken the step's tokens."""
 
 
 class Engine:
@@ -261,7 +264,8 @@ class Engine:
             return None
         started_s = self._clock()
         built = self._batches.build(scheduled)
-        step = self._runner.launch(built.message, None if self._in_flight is None else self._in_flight.step)
+        previous = None if self._in_flight is None else self._in_flight.step
+        step = self._runner.launch(built.message, previous, partial(self._fill_masks, built))
         for item in built.rows:
             item.sequence.num_computed += item.num_rows
         rows = tuple(
@@ -273,8 +277,32 @@ class Engine:
             sequence.token_ids.append(pending_token(index))
         return _LaunchedStep(step, sum(item.num_rows for item in built.rows), rows, sampled, built.prompts, started_s)
 
-    def _collect(self, launched: _LaunchedStep) -> None:
+    def _fill_masks(self, built: BuiltStep) -> None:
+        """Ask the grammars which tokens may come, once they have those of the step in flight.
+
+        The forward pass of `built` stands behind that step on the device, which so has work meanwhile.
+        """
+        if not built.message.sampling.masked.size:
+            return
+        if self._in_flight is not None:
+            self._follow(self._in_flight)
+        built.fill_masks()
+
+    def _follow(self, launched: _LaunchedStep) -> None:
+        """Wait for a step, and let the grammars take its tokens."""
         launched.step.wait()
+        if launched.is_followed:
+            return
+        launched.is_followed = True
+        token_ids: list[int] = []
+        for index, (sequence, _) in enumerate(launched.sampled):
+            if sequence.matcher is not None and not sequence.is_over:
+                assert launched.step.sampled is not None
+                token_ids = token_ids or launched.step.sampled.token_ids.tolist()
+                sequence.matcher.take(token_ids[index])
+
+    def _collect(self, launched: _LaunchedStep) -> None:
+        self._follow(launched)
         for row in launched.rows:
             self._share_pages(row)
         self._note_prompt_logprobs(launched)
@@ -290,11 +318,9 @@ class Engine:
                 if not is_finite[index]:
                     self._end_unusable(sequence)
                     continue
-                if sequence.matcher is not None:
-                    sequence.matcher.take(token_ids[index])
-                    if sequence.matcher.error is not None:
-                        self._end_with(sequence, GrammarRefused(sequence.matcher.error))
-                        continue
+                if sequence.matcher is not None and sequence.matcher.error is not None:
+                    self._end_with(sequence, GrammarRefused(sequence.matcher.error))
+                    continue
                 token_logprobs = None
                 num_top = sequence.request.sampling.logprobs
                 if num_top is not None:

@@ -5,26 +5,32 @@ The ingress checks what a client asks for, a worker follows it; both bound its s
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
+from collections.abc import Sequence as Several
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lorafleet.workers.errors import GrammarRefused
 from lorafleet.workers.request import StructuredOutputs
 
-Words = npt.NDArray[np.int32]
-"""(ceil(vocab / 32),): a bit a token, set where it may come; the lowest bit of a word is its first token."""
+Masks = npt.NDArray[np.int32]
+"""(rows, ceil(vocab / 32)): a bit a token, set where it may come; the lowest bit of a word is its first token."""
 
 MAX_GRAMMAR_BYTES = 128 << 10
 """Longest grammar. It takes llguidance at most some 0.2 s to compile."""
+MASK_THREADS = 8
+"""Most threads that fill the masks of a step."""
 MAX_CACHED = 128
 """Grammars that are kept compiled; those of the demo's size take some 100 KB each."""
 LIMITS = LLParserLimits(
@@ -41,13 +47,6 @@ class Matcher:
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
-    def fill(self, words: Words) -> None:
-        """Write which tokens may come next: all of them once the grammar has become too costly (see `error`)."""
-        try:
-            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        except ValueError:
-            words.fill(-1)
-
     def take(self, token_id: int) -> None:
         """The token that came."""
         self._matcher.consume_token(token_id)
@@ -61,6 +60,30 @@ class Matcher:
     def error(self) -> str | None:
         """Why the grammar can be followed no further; None: it can."""
         return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
+
+
+def fill_masks(matchers: Several[Matcher], masks: Masks) -> None:
+    """Write which tokens may come next after each matcher's last one, several at once on llguidance's own threads.
+
+    All tokens may, where the grammar is over or has become too costly (see `Matcher.error`).
+    """
+    going = [(each._matcher, row) for row, each in enumerate(matchers) if not (each.is_over or each.error)]
+    masks.fill(-1)
+    if len(going) == 1:
+        ((only, row),) = going
+        with contextlib.suppress(ValueError):  # it has become too costly, and says so itself
+            only.unsafe_compute_mask_ptr(masks[row].ctypes.data, masks[row].nbytes)
+    elif going:
+        _executor().unsafe_compute_mask_ptr(going, masks.ctypes.data, masks.shape[1] * masks.itemsize, len(masks))
+    for row, each in enumerate(matchers):
+        if each.error is not None:
+            masks[row] = -1
+
+
+@cache
+def _executor() -> LLExecutor:
+    """Threads that this process keeps for masks."""
+    return LLExecutor(min(MASK_THREADS, os.cpu_count() or 1))
 
 
 class Grammars:
@@ -95,7 +118,7 @@ class Grammars:
     def _compile(self, source: str) -> LLMatcher:
         matcher = LLMatcher(self._llguidance_vocabulary(), source, log_level=0, limits=LIMITS)
         if not matcher.is_error():
-            Matcher(matcher).fill(np.zeros(-(-self._vocab_size // 32), dtype=np.int32))
+            fill_masks([Matcher(matcher)], np.zeros((1, -(-self._vocab_size // 32)), dtype=np.int32))
         if matcher.is_error():
             raise GrammarRefused(_first_line(matcher.get_error()))
         return matcher

@@ -94,8 +94,7 @@ class Scheduler:
         """The next step's work; empty when nothing can run now."""
         scheduled: dict[Sequence, int] = {}
         budget = _Budget(self._max_batch_tokens)
-        # A constrained sequence sits out the step after each of its own on a GPU: its mask follows from its last token.
-        active = [seq for seq in self._running if not (seq.is_complete or seq.waits_for_token)]
+        active = [sequence for sequence in self._running if not sequence.is_complete]
         decoding = [sequence for sequence in active if sequence.num_uncomputed == 1]
         prefilling = [sequence for sequence in active if sequence.num_uncomputed > 1]
         for sequence in (*decoding, *prefilling):

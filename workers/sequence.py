@@ -55,7 +55,7 @@ class Sequence:
     token_ids: list[int]
     """The prompt, then what was made. A token that is being computed is a placeholder, `pending_token(index)`."""
     matcher: Matcher | None = None
-    """Follows the answer's grammar, up to the last token that was collected; None: it has none."""
+    """Follows the answer's grammar, up to the last token that the host knows; None: it has none."""
     num_computed: int = 0
     """Tokens whose KV is in `kv_pages`, or will be when the steps in flight are done."""
     num_cached: int = 0
@@ -103,11 +103,6 @@ class Sequence:
     def has_pending(self) -> bool:
         """Whether its last token is still a placeholder."""
         return self.token_ids[-1] < 0
-
-    @property
-    def waits_for_token(self) -> bool:
-        """Whether what may come next depends on a token that is still a placeholder."""
-        return self.matcher is not None and self.has_pending
 
     @property
     def num_uncomputed(self) -> int:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-PROCESSES = ("main", "fp8", "small", "gsm8k", "zipf_pool64", "zipf_resident", "start_weights")
+PROCESSES = ("main", "fp8", "small", "gsm8k", "zipf_pool64", "zipf_resident", "structured", "start_weights")
 LINES = {"no_lora": {"base_no_lora", "base_enabled"}}
 """Lines of cases that are not one of their own name."""
 
@@ -45,6 +45,7 @@ def test_every_case_leaves_its_lines(engine: ModuleType, results: Path) -> None:
     assert by_case["zipf_pool64"]["bytes_moved"] > 0
     for case in ("zipf_pool64", "zipf_resident"):
         assert [line["per_second"] for line in lines if line["case"] == case] == [60.0, 40.0]
+    assert by_case["structured"]["mixed_tokens_per_s"] > 0 < by_case["structured"]["free_gap_ms_p50"]
     assert by_case["start_weights"]["ready"] >= by_case["start_weights"]["load"] > 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -106,23 +106,32 @@ class ModelRunner:
             return [self.logits_of(inputs, each) for each in inputs.passes]
 
     @torch.inference_mode()
-    def launch(self, message: StepMessage, previous: StepInFlight | None) -> StepInFlight:
-        """Begin one step. Placeholder tokens of the message are taken from `previous`, which may be in flight."""
+    def launch(
+        self, message: StepMessage, previous: StepInFlight | None, fill_masks: Callable[[], None] = lambda: None
+    ) -> StepInFlight:
+        """Begin one step. Placeholder tokens of the message are taken from `previous`, which may be in flight.
+
+        fill_masks: fills in the masks of `message.sampling`. It is called behind the launch of the forward pass, which
+        needs none, so it may wait for `previous` while the device goes on.
+        """
         header = message.header
         packed = torch.from_numpy(message.packed)
         if header.form is None:
             inputs = message.view(self._own(packed))
             self._fill_pending(inputs, header, previous)
             with self.step(inputs):
-                parts = [
-                    self._choose(self.logits_of(inputs, each), message, shape.first_own, inputs.targets)
-                    for shape, each in zip(header.passes, inputs.passes, strict=True)
-                ]
+                parts = []
+                for number, (shape, each) in enumerate(zip(header.passes, inputs.passes, strict=True)):
+                    logits = self.logits_of(inputs, each)
+                    if number == 0:
+                        fill_masks()
+                    parts.append(self._choose(logits, message, shape.first_own, inputs.targets))
         else:
             graph = self.graphs[header.graph_key]
             graph.packed.copy_(self._pinned(packed), non_blocking=True)
             self._fill_pending(graph.inputs, header, previous)
             logits = graph.replay()
+            fill_masks()
             parts = [self._choose(logits, message, 0, graph.inputs.targets)]
         prompts = Chosen.joined([part for part, _ in parts if part is not None])
         sampled = Chosen.joined([part for _, part in parts if part is not None])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lorafleet.kernels.segments import BASE_SLOT
+from lorafleet.workers.grammars import fill_masks
 from lorafleet.workers.sequence import PromptRows, ScheduledRows, Sequence
 from lorafleet.workers.step.forms import GraphForm, choose_form
 from lorafleet.workers.step.layout import Layout, chunk_bounds, most_chunks
@@ -24,6 +25,13 @@ class BuiltStep:
     """In the message's order: sequences with one row come first."""
     prompts: tuple[PromptRows, ...]
     """In the order of the message's rows for logprobs of prompts."""
+
+    def fill_masks(self) -> None:
+        """Ask the grammars of the rows that have one which tokens may come. They must have taken all tokens before."""
+        sampling = self.message.sampling
+        sampled = [item.sequence.matcher for item in self.rows for _ in range(item.num_sampled)]
+        found = [matcher for row in sampling.masked.tolist() if (matcher := sampled[row]) is not None]
+        fill_masks(found, sampling.masks)
 
 
 class BatchBuilder:

@@ -39,7 +39,8 @@ class SamplingBatch:
     masked: npt.NDArray[np.int64]
     """The rows that have a mask."""
     masks: npt.NDArray[np.int32]
-    """(len(masked), ceil(vocab / 32)): a bit a token, set where it may come; a word's lowest bit is its first token."""
+    """(len(masked), ceil(vocab / 32)): a bit a token, set where it may come; a word's lowest bit is its first token.
+    Filled in when the tokens before are known, which may be after the forward pass was launched."""
     num_logprobs: int
     """Alternatives wanted by the row that wants most; -1: no row wants logprobs."""
 

@@ -98,10 +98,6 @@ class SamplingTable:
         for dependent in (penalised, masked):
             assert np.diff(lines[dependent]).all(), "a sequence has several such rows: see ScheduledRows.num_sampled"
         masks = np.zeros((len(masked), self._num_mask_words), dtype=np.int32)
-        for words, row in zip(masks, masked.tolist(), strict=True):
-            matcher = sampled[row].matcher
-            assert matcher is not None
-            matcher.fill(words)
         return SamplingBatch(
             draws=draws,
             biases=biases,
