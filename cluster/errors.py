@@ -50,6 +50,7 @@ from lorafleet.workers.errors import (
     InvalidTokenId,
     NonFiniteOutput,
     NoRoomError,
+    PoolingUnsupported,
     PromptTooLong,
     WorkerError,
 )
@@ -297,6 +298,7 @@ _WORKER_STATUS: Mapping[type[WorkerError], int] = {
     PromptTooLong: 400,
     InvalidTokenId: 400,
     GrammarRefused: 400,
+    PoolingUnsupported: 400,
     NoRoomError: 409,
     NonFiniteOutput: 500,
     AdapterUnavailable: 503,

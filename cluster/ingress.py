@@ -24,6 +24,7 @@ from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.http.app import build_http_app
 from lorafleet.cluster.http.probes import build_probes
 from lorafleet.cluster.metrics import RequestMetrics
+from lorafleet.cluster.openai import embeddings
 from lorafleet.cluster.openai import routes as openai
 from lorafleet.cluster.openai.peer_routes import build_peer_router
 from lorafleet.cluster.ray_internals import has_token, http_hosts
@@ -77,6 +78,7 @@ class Ingress:
             build_http_app(
                 [
                     openai.build_router(self._dispatcher, keys, started=config.model_created_s),
+                    embeddings.build_router(self._dispatcher, keys),
                     anthropic.build_router(self._dispatcher, keys),
                     responses.build_router(self._dispatcher, keys),
                     build_probes(self._readiness.not_ready, self._readiness.problems),

@@ -28,6 +28,7 @@ from lorafleet.cluster.http.app import build_http_app
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.description import NEUTRAL_DESCRIPTION
 from lorafleet.cluster.http.probes import build_probes
+from lorafleet.cluster.openai import embeddings
 from lorafleet.cluster.openai import requests as openai_requests
 from lorafleet.cluster.openai import routes as openai_routes
 from lorafleet.cluster.openai.peer_routes import build_peer_router
@@ -166,6 +167,7 @@ def routes() -> str:
         [
             openai_routes.build_router(cast(Any, None), Keys(), started=0),
             build_probes(cast(Any, None)),
+            embeddings.build_router(cast(Any, None), Keys()),
             responses_routes.build_router(cast(Any, None), Keys()),
             anthropic_routes.build_router(cast(Any, None), Keys()),
             build_peer_router(cast(Any, None), Keys(), cast(Any, None), cast(Any, None)),

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +29,7 @@ from lorafleet.workers.errors import (
     GrammarRefused,
     InvalidTokenId,
     NonFiniteOutput,
+    PoolingUnsupported,
     PromptTooLong,
     WorkerError,
 )
@@ -79,6 +81,8 @@ class _LaunchedStep:
     sampled: tuple[tuple[Sequence, int], ...]
     """(sequence, place of the token among its tokens), a pair a token that the step chooses."""
     prompts: tuple[PromptRows, ...]
+    pooled: tuple[tuple[_LaunchedRows, int], ...]
+    """With the number of its rows, each sequence that the step pools hidden states of."""
     started_s: float
     is_followed: bool = False
     """Whether the grammars have taken the step's tokens."""
@@ -266,16 +270,19 @@ class Engine:
         built = self._batches.build(scheduled)
         previous = None if self._in_flight is None else self._in_flight.step
         step = self._runner.launch(built.message, previous, partial(self._fill_masks, built))
+        num_pooled = [item.num_pooled for item in built.rows]
         for item in built.rows:
             item.sequence.num_computed += item.num_rows
         rows = tuple(
             _LaunchedRows(item.sequence, item.sequence.num_computed, item.sequence.num_preemptions)
             for item in built.rows
         )
+        pooled = tuple((row, count) for row, count in zip(rows, num_pooled, strict=True) if count)
         sampled = tuple((item.sequence, len(item.sequence.token_ids)) for item in built.rows if item.num_sampled)
         for index, (sequence, _) in enumerate(sampled):
             sequence.token_ids.append(pending_token(index))
-        return _LaunchedStep(step, sum(item.num_rows for item in built.rows), rows, sampled, built.prompts, started_s)
+        num_rows = sum(item.num_rows for item in built.rows)
+        return _LaunchedStep(step, num_rows, rows, sampled, built.prompts, pooled, started_s)
 
     def _fill_masks(self, built: BuiltStep) -> None:
         """Ask the grammars which tokens may come, once they have those of the step in flight.
@@ -327,6 +334,7 @@ class Engine:
                     assert logprobs is not None
                     token_logprobs = (TokenLogprobs(token_ids[index], logprobs[index], chosen.top(index, num_top)),)
                 self._deliver_token(sequence, place, token_logprobs)
+        self._pool(launched)
         self.stats.note_step(len(launched.rows), launched.num_rows, self._clock() - launched.started_s)
 
     def _share_pages(self, row: _LaunchedRows) -> None:
@@ -358,6 +366,41 @@ class Engine:
                     found = TokenLogprobs(sequence.token_ids[position], logprobs[row], chosen.top(row, num_top))
                     sequence.prompt_logprobs.append(found)
                 row += 1
+
+    def _pool(self, launched: _LaunchedStep) -> None:
+        """Add what a step left of prompts to their embeddings, and deliver those that are whole."""
+        for index, (row, num_rows) in enumerate(launched.pooled):
+            sequence = row.sequence
+            if sequence.is_over or row.num_preemptions != sequence.num_preemptions:
+                continue
+            assert launched.step.pooled is not None
+            found = launched.step.pooled[index].numpy()
+            is_first = sequence.pooled is None or row.num_computed == num_rows
+            sequence.pooled = found if is_first else sequence.pooled + found
+            if row.num_computed == sequence.num_prompt:
+                self._deliver_embedding(sequence)
+
+    def _deliver_embedding(self, sequence: Sequence) -> None:
+        assert sequence.pooled is not None
+        vector = sequence.pooled / (sequence.num_prompt if sequence.request.pooling == "mean" else 1)
+        if not np.isfinite(vector).all():
+            self._end_unusable(sequence)
+            return
+        delta = GenerateDelta(
+            index=0,
+            token_ids=(),
+            text="",
+            logprobs=None,
+            finish_reason="stop",
+            num_prompt_tokens=sequence.num_prompt,
+            num_cached_tokens=sequence.num_cached,
+            worker_id=self._worker_id,
+            version=sequence.version,
+            embedding=vector.astype("<f4").tobytes(),
+        )
+        self._outbox.append((sequence.request.request_id, delta))
+        self.stats.served.note_prompt(sequence.num_prompt, sequence.num_cached)
+        self._finish(sequence, "stop", 0)
 
     def _deliver_token(self, sequence: Sequence, place: int, logprobs: tuple[TokenLogprobs, ...] | None) -> None:
         sampling = sequence.request.sampling
@@ -451,6 +494,9 @@ class Engine:
                 error = InvalidTokenId(f"token id {token_id} is not in the vocabulary of {vocab_size}")
                 self._outbox.append((request.request_id, error))
                 return
+        if request.pooling is not None and not self._runner.can_pool:
+            self._outbox.append((request.request_id, PoolingUnsupported("the base keeps its hidden states to itself")))
+            return
         assert request.request_id not in self._sequences, f"request id {request.request_id} is in use"
         sampling = request.sampling
         sequence = Sequence(

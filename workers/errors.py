@@ -7,6 +7,7 @@ WorkerError
 |-- AdapterUnavailable      an adapter's weights cannot be fetched now
 |-- PromptTooLong           a prompt that leaves no room for an answer
 |-- InvalidTokenId          a token id that the base does not have
+|-- PoolingUnsupported      a base whose hidden states cannot be had
 |-- GrammarRefused          a grammar that cannot be followed, or costs too much
 |-- NonFiniteOutput         logits that are no numbers
 `-- EngineFailed            the step loop ended or stands still
@@ -84,6 +85,12 @@ class InvalidTokenId(WorkerError):  # noqa: N818
     """A request names a token id outside the base's vocabulary."""
 
     code: ClassVar[str] = "invalid_token_id"
+
+
+class PoolingUnsupported(WorkerError):  # noqa: N818
+    """The base gives logits only, so prompts cannot be embedded."""
+
+    code: ClassVar[str] = "pooling_unsupported"
 
 
 class NonFiniteOutput(WorkerError):  # noqa: N818

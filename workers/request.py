@@ -38,6 +38,10 @@ TokenIdKey = Annotated[int, BeforeValidator(_token_id), Field(ge=0)]
 GrammarKind = Literal["json", "regex", "choice", "grammar", "lark"]
 
 
+Pooling = Literal["last", "mean"]
+"""Which hidden states of a prompt become its embedding: the last token's, or the mean of all."""
+
+
 class StructuredOutputs(BaseModel):
     """What an answer must be. Exactly one of the fields says it."""
 
@@ -186,10 +190,18 @@ class GenerateRequest(SamplingParams):
         description="Keep only so many tokens of the prompt, the last ones; -1: as many as leave room for the answer.",
     )
 
+    pooling: Pooling | None = Field(
+        default=None,
+        description="Answer with the prompt's embedding in place of text: the hidden state of its last token, or the "
+        "mean of all, as the base's body leaves it.",
+    )
+
     @model_validator(mode="after")
     def _one_prompt(self) -> GenerateRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("exactly one of prompt and messages must be given")
+        if self.pooling is not None and (self.n > 1 or self.structured_outputs is not None):
+            raise ValueError(f"pooling={self.pooling} makes no text: leave n and structured_outputs out")
         return self
 
 
@@ -208,6 +220,8 @@ class EngineRequest:
     """Tokens that end its answer as the base's own do: those of the adapter."""
     vocabulary: int | None = None
     """How many tokens the adapter knows; None: those of the base."""
+    pooling: Pooling | None = None
+    """Embed the prompt; None: generate."""
 
 
 class TokenLogprobs(Struct, frozen=True, array_like=True, gc=False):
@@ -242,6 +256,8 @@ class GenerateDelta(Struct, frozen=True, array_like=True, gc=False):
     """The stop string or stop token id that ended it."""
     worker_id: str = ""
     version: str | None = None
+    embedding: bytes | None = None
+    """Of the prompt, where `pooling` was asked for: little-endian float32."""
 
     def then(self, later: GenerateDelta) -> GenerateDelta:
         """Join with the delta that came next."""

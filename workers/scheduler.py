@@ -141,9 +141,8 @@ class Scheduler:
                 return
 
     def _try_admit(self, sequence: Sequence, scheduled: dict[Sequence, int], budget: _Budget) -> bool:
-        # Logprobs of the prompt need every one of its positions computed.
         sequence.find_invocation()
-        use_prefix = not sequence.wants_prompt_logprobs
+        use_prefix = not sequence.needs_all_rows
         if use_prefix:
             sequence.kv_pages = self._cache.acquire_prefix(
                 sequence.version, sequence.token_ids, sequence.request.cache_salt, sequence.num_base

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 import numpy as np
+import numpy.typing as npt
 
 from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.grammars import Matcher
@@ -17,6 +18,8 @@ def pending_token(index: int) -> int:
     """The placeholder of the token that the step in flight chooses for its sampled row `index`."""
     return -1 - index
 
+
+Vector = npt.NDArray[np.float32]
 
 NEVER = 1 << 62
 """`Sequence.num_base` where the prompt does not have the adapter's invocation."""
@@ -81,6 +84,8 @@ class Sequence:
     is_over: bool = False
     """Finished or aborted; steps in flight may still compute rows of it, which are dropped."""
     stop_reason: str | int | None = None
+    pooled: Vector | None = None
+    """Sum of the hidden states so far that its embedding is made of."""
 
     @property
     def version(self) -> str | None:
@@ -97,6 +102,8 @@ class Sequence:
     @property
     def is_complete(self) -> bool:
         """Whether its last token is made or in flight, so that no further step is for it."""
+        if self.request.pooling is not None:
+            return self.num_uncomputed == 0
         return self.num_made >= self.max_tokens
 
     @property
@@ -117,6 +124,11 @@ class Sequence:
             self.num_base = NEVER if start is None else start
 
     @property
+    def needs_all_rows(self) -> bool:
+        """Whether each position of its prompt must be computed, even where the prefix cache has its KV."""
+        return self.wants_prompt_logprobs or self.request.pooling == "mean"
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         return self.request.sampling.prompt_logprobs and self.num_made == 0
 
@@ -135,8 +147,17 @@ class ScheduledRows:
 
     @classmethod
     def of(cls, sequence: Sequence, num_rows: int) -> ScheduledRows:
-        """Rows that choose one token if they reach the sequence's last."""
-        return cls(sequence, num_rows, int(num_rows == sequence.num_uncomputed))
+        """Rows that choose one token if they reach the sequence's last; none where the prompt is to be embedded."""
+        is_sampled = num_rows == sequence.num_uncomputed and sequence.request.pooling is None
+        return cls(sequence, num_rows, int(is_sampled))
+
+    @property
+    def num_pooled(self) -> int:
+        """How many of these rows, the last ones, are part of the embedding of the sequence's prompt."""
+        pooling = self.sequence.request.pooling
+        if pooling == "last":
+            return int(self.num_rows == self.sequence.num_uncomputed)
+        return 0 if pooling is None else self.num_rows
 
 
 @dataclass(frozen=True, slots=True)

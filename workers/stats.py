@@ -68,6 +68,10 @@ class ServedCounts:
         self.first_token_s.note(duration_s)
         self.queue_s.note(queue_s)
         self.prefill_s.note(duration_s - queue_s)
+        self.note_prompt(num_prompt_tokens, num_cached_tokens)
+
+    def note_prompt(self, num_prompt_tokens: int, num_cached_tokens: int) -> None:
+        """A prompt is computed."""
         self.num_prompt_tokens += num_prompt_tokens
         self.num_cached_tokens += num_cached_tokens
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 from pydantic_core import from_json
 
 from lorafleet.cluster.errors import BadRequest
@@ -64,6 +64,8 @@ _Item = TypeVar("_Item")
 _Text = Annotated[str, Field(min_length=1)]
 _TokenId = Annotated[int, Field(ge=0)]
 _NotEmpty = Annotated[list[_Item], Field(min_length=1)]
+PromptShapes = _Text | _NotEmpty[_Text] | _NotEmpty[_TokenId] | _NotEmpty[_NotEmpty[_TokenId]]
+"""Of a prompt, or of several, as JSON has them."""
 
 _SHARED_FIELDS = frozenset(
     {*SamplingParams.model_fields, "add_special_tokens", "lora_path", "truncate_prompt_tokens"}
@@ -78,13 +80,13 @@ def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _prompts(value: object) -> object:
+def prompts_of(value: object, info: ValidationInfo) -> object:
     """All four shapes of a prompt as a tuple of texts or token ids."""
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list):
         if not value:
-            raise BadRequest("prompt is empty", "prompt", "empty_prompt")
+            raise BadRequest(f"{info.field_name} is empty", info.field_name, "empty_prompt")
         if all(type(item) is int for item in value):
             return (tuple(value),)
         if all(isinstance(item, str) for item in value):
@@ -259,8 +261,8 @@ class CompletionBody(SharedBody):
     prompt: Annotated[
         tuple[str | tuple[int, ...], ...],
         BeforeValidator(
-            _prompts,
-            json_schema_input_type=_Text | _NotEmpty[_Text] | _NotEmpty[_TokenId] | _NotEmpty[_NotEmpty[_TokenId]],
+            prompts_of,
+            json_schema_input_type=PromptShapes,
         ),
     ] = Field(description="A text, a list of texts, a list of token ids, or a list of lists of token ids.")
     max_tokens: int | None = Field(
@@ -291,7 +293,7 @@ class CompletionBody(SharedBody):
         if self.echo and self.logprobs is not None:
             sampling["prompt_logprobs"] = True
             sampling["num_prompt_tops"] = max(self.logprobs, self.prompt_logprobs or 0)
-        return [_request(model=self.model, n=self.n, prompt=prompt, **sampling) for prompt in self.prompt]
+        return [request_of(model=self.model, n=self.n, prompt=prompt, **sampling) for prompt in self.prompt]
 
 
 class ChatBody(SharedBody):
@@ -364,7 +366,7 @@ class ChatBody(SharedBody):
         if answers.shows_special_tokens:
             sampling["skip_special_tokens"] = False
         sampling["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
-        return _request(
+        return request_of(
             model=self.model, n=self.n, messages=rendered(self.messages), template=self._template(), **sampling
         )
 
@@ -431,7 +433,8 @@ async def parsed(
     return await threads.run(CALLER.get(), parse_body, kind, raw, neutral)
 
 
-def _request(**values: Any) -> GenerateRequest:
+def request_of(**values: Any) -> GenerateRequest:
+    """The request of these values. Raises BadRequest."""
     try:
         return GenerateRequest(**values)
     except ValidationError as error:

@@ -113,11 +113,17 @@ class Dispatcher:
                 yield delta
 
     async def prepare(
-        self, request: GenerateRequest, *, caller: str, default_max_tokens: int | None = None
+        self,
+        request: GenerateRequest,
+        *,
+        caller: str,
+        default_max_tokens: int | None = None,
+        param: str | None = None,
     ) -> PreparedRequest:
         """Resolve and check a request. Raises a ClusterError, or what the store raises on a first use.
 
         caller: tells those that send requests apart; empty for Python handles, and where no key is needed.
+        param: what the client calls its prompt, where that is not `prompt` or `messages`.
         default_max_tokens: bound of the answer where the request names none; it need not fit the model's length.
         """
         model = self.model_of(request)
@@ -127,7 +133,7 @@ class Dispatcher:
             timer.end_stage("resolve")
             chat = None if adapter is None else adapter.chat
             vocabulary = None if adapter is None else adapter.vocabulary
-            prompt_token_ids = await self.prompts.tokenize(request, chat, vocabulary)
+            prompt_token_ids = await self.prompts.tokenize(request, chat, vocabulary, param)
             await self.prompts.check_grammar(request.structured_outputs)
             timer.end_stage("tokenize")
         except Exception as error:
@@ -148,6 +154,7 @@ class Dispatcher:
                 sampling=sampling if i == 0 else _reseeded(sampling, i),
                 end_token_ids=ends,
                 vocabulary=vocabulary,
+                pooling=request.pooling,
                 cache_salt=caller if self._salts_prefixes else "",
             )
             for i in range(request.n)

@@ -89,17 +89,22 @@ class Prompts:
         )
 
     async def tokenize(
-        self, request: GenerateRequest, chat: AdapterChat | None = None, vocabulary: int | None = None
+        self,
+        request: GenerateRequest,
+        chat: AdapterChat | None = None,
+        vocabulary: int | None = None,
+        param: str | None = None,
     ) -> tuple[int, ...]:
         """Token ids of the request's prompt, checked against the vocabulary and the model's length.
 
         chat: how the adapter's conversations are written. vocabulary: how many tokens it knows, if not the base's.
+        param: the field of the prompt, for errors.
 
         Raises BadRequest (`empty_prompt`, `invalid_token_id`, `no_tokenizer`, `no_chat_template`,
         `chat_template_failed`) or ContextLengthExceeded.
         """
         if request.messages is not None:
-            param = "messages"
+            param = param or "messages"
             text = await self.render(request.messages, request.template, chat)
             self._check_text(text, request, param)
             token_ids = await self.encode(
@@ -108,14 +113,14 @@ class Prompts:
                 add_special_tokens=bool(request.add_special_tokens),
             )
         elif isinstance(request.prompt, str):
-            param = "prompt"
+            param = param or "prompt"
             self._check_text(request.prompt, request, param)
             token_ids = await self.encode(
                 request.prompt, param, add_special_tokens=request.add_special_tokens is not False
             )
         else:
             assert request.prompt is not None
-            param = "prompt"
+            param = param or "prompt"
             token_ids = request.prompt
             self.check_token_ids(token_ids, param, vocabulary)
         if not token_ids:

@@ -21,6 +21,7 @@ from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.incoming import BOUNDS, Bounds
 from lorafleet.cluster.http.probes import build_probes
 from lorafleet.cluster.metrics import RequestMetrics
+from lorafleet.cluster.openai import embeddings
 from lorafleet.cluster.openai.peer_routes import build_peer_router
 from lorafleet.cluster.openai.routes import build_router
 from lorafleet.cluster.responses import routes as responses_routes
@@ -75,6 +76,7 @@ class Service:
         return build_http_app(
             [
                 build_router(dispatcher, self.keys, started=STARTED),
+                embeddings.build_router(dispatcher, self.keys),
                 anthropic_routes.build_router(dispatcher, self.keys),
                 responses_routes.build_router(dispatcher, self.keys),
                 build_probes(not_ready),

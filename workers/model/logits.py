@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 
@@ -30,6 +31,13 @@ class BodyOnce:
         self.may_keep = body is not model
         """Whether what a call left may stand for the next call."""
         body.forward = self._forward
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """(rows, width) that the body left in this step: what the head reads."""
+        assert self._left is not None, "a pass of the step comes first, and the body may be kept"
+        hidden: Tensor = self._left[0]
+        return hidden[0]
 
     @contextmanager
     def once(self) -> Iterator[None]:

@@ -33,6 +33,8 @@ class StepInFlight:
     """(num_sampled_rows,) int64 on the device: what the following step takes for its placeholders."""
     sampled: Chosen | None
     """On the host once `wait` returns; one row for each row of the message that is to be sampled."""
+    pooled: torch.Tensor | None
+    """(len(header.pooled), width) float32, on the host likewise: sums of hidden states."""
     prompts: Chosen | None
     """The same for its rows that give logprobs of prompts."""
     is_done: torch.cuda.Event | None
@@ -94,6 +96,11 @@ class ModelRunner:
         """Fewest and most rows of a pass over the head. On a CPU a row's bits do not depend on the passes."""
 
     @property
+    def can_pool(self) -> bool:
+        """Whether hidden states can be had beside logits."""
+        return self._body.may_keep
+
+    @property
     def is_asynchronous(self) -> bool:
         """Whether `launch` returns before the step is computed."""
         return self.base.device.type == "cuda"
@@ -116,6 +123,7 @@ class ModelRunner:
         """
         header = message.header
         packed = torch.from_numpy(message.packed)
+        pooled: torch.Tensor | None = None
         if header.form is None:
             inputs = message.view(self._own(packed))
             self._fill_pending(inputs, header, previous)
@@ -126,6 +134,10 @@ class ModelRunner:
                     if number == 0:
                         fill_masks()
                     parts.append(self._choose(logits, message, shape.first_own, inputs.targets))
+                if header.pooled:
+                    hidden = self._body.hidden_states
+                    sums = [hidden[first:end].sum(dim=0, dtype=torch.float32) for first, end in header.pooled]
+                    pooled = torch.stack(sums)
         else:
             graph = self.graphs[header.graph_key]
             graph.packed.copy_(self._pinned(packed), non_blocking=True)
@@ -138,6 +150,7 @@ class ModelRunner:
         step = StepInFlight(
             next_token_ids=None if sampled is None else sampled.token_ids,
             sampled=None if sampled is None else sampled.to_host(),
+            pooled=None if pooled is None else pooled.to("cpu", non_blocking=True),
             prompts=None if prompts is None else prompts.to_host(),
             is_done=torch.cuda.Event() if self.base.device.type == "cuda" else None,  # type: ignore[no-untyped-call]
         )

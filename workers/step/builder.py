@@ -107,6 +107,12 @@ class BatchBuilder:
             # Layers that do not find all of it in tables are told on the host which rows have what, one after another.
             graph_forms = self._extra_forms if all(lease.is_tabled for lease in leases) else ()
 
+        ends_of_rows = row_ends.tolist()
+        pooled = tuple((end - item.num_pooled, end) for item, end in zip(rows, ends_of_rows, strict=True))
+        pooled = tuple((first, end) for first, end in pooled if first < end)
+        if pooled:
+            graph_forms = ()  # a graph gives logits only
+
         extended = lengths > 1
         keys = int((lengths[extended] * ends[extended]).sum())
         form, max_chunks = None, None
@@ -148,6 +154,7 @@ class BatchBuilder:
             pass_rows=self._pass_rows,
             has_extras=bool(leases),
             num_sampled=num_sampled,
+            pooled=pooled,
             num_prompt_tops=max((one.sequence.request.sampling.prompt_tops for _, one in prompts), default=0),
             sampling=self._sampling.batch(
                 [sequences[index] for index in sampled.tolist()], lines[sampled], positions[sampled_rows]

@@ -100,10 +100,11 @@ class Layout:
         num_prompt_tops: int,
         sampling: SamplingBatch,
         has_extras: bool = False,
+        pooled: tuple[tuple[int, int], ...] = (),
     ) -> StepMessage:
         """The message of these arrays. `chunk_length`, `max_chunks`: of its segments, as in `plan_segments`.
 
-        `pass_rows`: fewest and most of a pass over the head. `num_sampled`, `num_prompt_tops`: as in `StepHeader`.
+        `pass_rows`: fewest and most of a pass over the head. The others: as in `StepHeader`.
         """
         segments = plan_segments(self.row_slots, chunk_length=chunk_length, max_chunks=max_chunks)
         min_rows, max_rows = pass_rows
@@ -128,6 +129,7 @@ class Layout:
             segments=segments.shape,
             passes=tuple(shape for shape, _ in passes),
             has_extras=has_extras,
+            pooled=pooled,
         )
         packed = np.empty(header.size, dtype=np.int32)
         parts = header.split(packed)

@@ -72,6 +72,8 @@ class StepHeader:
     passes: tuple[PassShape, ...]
     has_extras: bool = False
     """Whether any adapter has more than low-rank factors."""
+    pooled: tuple[tuple[int, int], ...] = ()
+    """(first row, row after the last) of each run of rows whose hidden states are to be summed."""
 
     @property
     def num_rows(self) -> int:
