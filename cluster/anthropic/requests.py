@@ -121,7 +121,7 @@ class Message(BaseModel):
                     yield {"role": "user", "content": said}
                 said = []
                 yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": _parts(block.content)}
-        if said or not self.content:
+        if said or not any(isinstance(block, ToolResultBlock) for block in self.content):
             yield {"role": "user", "content": said}
 
     @property
@@ -148,7 +148,7 @@ class ToolChoice(BaseModel):
     model_config = _PASSED_OVER
 
     type: Literal["auto", "any", "none", "tool"]
-    name: str | None = Field(default=None, description="For `tool`.")
+    name: str | None = Field(default=None, min_length=1, description="For `tool`.")
     disable_parallel_tool_use: bool = False
 
 

@@ -102,7 +102,7 @@ def build_peer_router(
         else:
             assert body.prompt is not None
             text, param, adds_special = body.prompt, "prompt", body.add_special_tokens is not False
-        token_ids = await prompts.encode(text, param, add_special_tokens=adds_special)
+        token_ids = await prompts.encode(text, param, add_special_tokens=adds_special, may_be_empty=True)
         token_strs = [prompts.token_of(token_id) for token_id in token_ids] if body.return_token_strs else None
         return JSONResponse(
             {

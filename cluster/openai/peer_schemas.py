@@ -18,7 +18,7 @@ class TokenizeBody(BaseModel):
 
     model: str | None = Field(default=None, min_length=1, description="A base id, an adapter name, or base:adapter.")
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[dict[str, Any]] | None = Field(default=None, min_length=1)
     add_special_tokens: bool | None = Field(default=None, description="Default: for a prompt only.")
     return_token_strs: bool = False
 

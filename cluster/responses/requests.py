@@ -117,7 +117,7 @@ class ChosenFunction(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["function"]
-    name: str
+    name: str = Field(min_length=1)
 
 
 class TextFormat(BaseModel):

@@ -245,9 +245,11 @@ class Prompts:
         room = self.max_model_len - (request.max_tokens or 1)
         return token_ids[-max(1, room if limit == -1 else limit) :]
 
-    async def encode(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+    async def encode(
+        self, text: str, param: str, *, add_special_tokens: bool, may_be_empty: bool = False
+    ) -> tuple[int, ...]:
         """Token ids of a text. Raises BadRequest."""
-        if not text:
+        if not (text or may_be_empty):
             raise BadRequest(f"{param} is empty", param, "empty_prompt")
         if len(text) <= LONG_TEXT:
             return self._encode_now(text, param, add_special_tokens)

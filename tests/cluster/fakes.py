@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from lorafleet.adapter_store.errors import UnknownAdapter
 from lorafleet.adapter_store.manifest import AdapterChat
 from lorafleet.cluster.errors import StoreUnavailable, WorkerGone
@@ -100,6 +102,20 @@ class FakeStream:
         """One delta a token, text withheld while a character is unfinished, as a worker does."""
         sampling = request.sampling
         prompts = self._workers.prompts
+        if request.pooling is not None:
+            yield GenerateDelta(
+                index=0,
+                token_ids=(),
+                text="",
+                logprobs=None,
+                finish_reason="stop",
+                num_prompt_tokens=len(request.prompt_token_ids),
+                num_cached_tokens=0,
+                worker_id=self._worker_id,
+                version=request.version,
+                embedding=np.arange(1, 9, dtype="<f4").tobytes(),
+            )
+            return
         token_ids = answer_token_ids(request, prompts)
         if sampling.max_tokens is not None:
             token_ids = token_ids[: sampling.max_tokens]

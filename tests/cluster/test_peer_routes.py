@@ -34,7 +34,9 @@ def test_tokenize_is_the_tokenizers(shared_service: Service) -> None:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert chat == tokenizer(text, add_special_tokens=False)["input_ids"]
         assert http.post("/tokenize", json={"model": "nobody", "prompt": "a"}).status_code == 404
-        for wrong in ({}, {"prompt": "a", "messages": messages}):
+        empty = http.post("/tokenize", json={"prompt": "", "add_special_tokens": False}).json()
+        assert (empty["tokens"], empty["count"]) == ([], 0)
+        for wrong in ({}, {"messages": list[str]()}, {"prompt": "a", "messages": messages}):
             assert http.post("/tokenize", json=wrong).status_code == 400
         assert http.post("/detokenize", json={"tokens": [10**9]}).json()["error"]["code"] == "invalid_token_id"
         assert all(card["max_model_len"] == 512 for card in http.get("/v1/models").json()["data"])

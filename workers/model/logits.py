@@ -30,6 +30,8 @@ class BodyOnce:
         self._left: Any = None
         self.may_keep = body is not model
         """Whether what a call left may stand for the next call."""
+        self.was_called = False
+        """Whether the model's forward has come through here: some call another module."""
         body.forward = self._forward
 
     @property
@@ -49,6 +51,7 @@ class BodyOnce:
             self._is_open, self._left = False, None
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.was_called = True
         if not self._is_open:
             return self._compute(*args, **kwargs)
         if self._left is None:

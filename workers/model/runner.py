@@ -98,7 +98,7 @@ class ModelRunner:
     @property
     def can_pool(self) -> bool:
         """Whether hidden states can be had beside logits."""
-        return self._body.may_keep
+        return self.body.may_keep and self.body.was_called
 
     @property
     def is_asynchronous(self) -> bool:
@@ -135,7 +135,7 @@ class ModelRunner:
                         fill_masks()
                     parts.append(self._choose(logits, message, shape.first_own, inputs.targets))
                 if header.pooled:
-                    hidden = self._body.hidden_states
+                    hidden = self.body.hidden_states
                     sums = [hidden[first:end].sum(dim=0, dtype=torch.float32) for first, end in header.pooled]
                     pooled = torch.stack(sums)
         else:
