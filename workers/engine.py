@@ -47,6 +47,8 @@ Result = TypeVar("Result")
 Delivery = tuple[str, GenerateDelta | Exception]
 """A request id and what came of it. After an error or a finish reason nothing more comes."""
 
+COMPILERS = 8
+"""Threads that compile grammars, which the ingress has compiled before: one that is slow keeps no other waiting."""
 IDLE_WAIT_S = 0.2
 """How long an idle loop sleeps before it shows that it lives."""
 
@@ -135,7 +137,7 @@ class Engine:
         self._grammars = Grammars(
             tokenizer, vocab_size=runner.base.vocab_size, stop_token_ids=runner.base.stop_token_ids
         )
-        self._compilers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammars")
+        self._compilers = ThreadPoolExecutor(max_workers=COMPILERS, thread_name_prefix="grammars")
         self._compiling: set[str] = set()
         """Requests whose grammar is being compiled, which nobody has aborted."""
         self._sequences: dict[str, Sequence] = {}

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Collection
 from collections.abc import Sequence as Several
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -147,7 +147,16 @@ def _source_of(asked: StructuredOutputs) -> str:
             source = grammar_from(kind, text)
     except (ValueError, RecursionError) as error:
         raise GrammarRefused(_first_line(str(error))) from None
-    return source
+    return source if asked.thought is None else _after_thought(source, asked.thought)
+
+
+def _after_thought(source: str, thought: Literal["may_come", "begun"]) -> str:
+    """The grammar of a thought in tags and then of `source`, a grammar in Lark or a list of grammars in JSON."""
+    rest = json.loads(source)["grammars"] if source.startswith("{") else [{"lark_grammar": source}]
+    rest[0]["name"] = "answer"
+    first = "thought GAP @answer" if thought == "begun" else '("<think>" thought GAP)? @answer'
+    lines = ["%llguidance {}", f"start: {first}", "THOUGHT: /(.|\\n)*/", 'thought[lazy]: THOUGHT "</think>"']
+    return json.dumps({"grammars": [{"lark_grammar": "\n".join([*lines, "GAP: /\\s{0,4}/"])}, *rest]})
 
 
 def _options() -> Any:

@@ -54,10 +54,16 @@ class StructuredOutputs(BaseModel):
     regex: str | None = Field(default=None, description="A text that this regular expression matches as a whole.")
     choice: tuple[str, ...] | None = Field(default=None, min_length=1, description="One of these texts.")
     grammar: str | None = Field(default=None, description="A text of this grammar, in Lark's form or in GBNF.")
+    thought: Literal["may_come", "begun"] | None = Field(
+        default=None,
+        description="What must be comes after a thought in `<think>` tags, which may come, or which the prompt has "
+        "begun. Chats set it where the base thinks.",
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> StructuredOutputs:
-        given = [name for name in type(self).model_fields if getattr(self, name) not in (None, False)]
+        names = type(self).model_fields.keys() - {"thought"}
+        given = [name for name in names if getattr(self, name) not in (None, False)]
         if len(given) + (self.json_schema is False) != 1:
             raise ValueError("needs exactly one of json, json_object, regex, choice and grammar")
         return self

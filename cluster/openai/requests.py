@@ -352,17 +352,20 @@ class ChatBody(SharedBody):
         check_tools(self.tools, self.choice, answers)
         sampling = self.sampling()
         thinks = answers.thinks and self.chat_template_kwargs.get("enable_thinking") is not False
+        thinks = thinks and self.reasoning_effort != "none" and self.add_generation_prompt
         outputs = outputs_of(
             self.tools,
             self.choice,
             answers,
             many=self.parallel_tool_calls,
-            thinking=False if thinks and self.reasoning_effort != "none" else None,
+            thinks=thinks,
         )
         if outputs is not None:
             if "structured_outputs" in sampling:
                 raise BadRequest("response_format and calls that must fit their schemas exclude each other", "tools")
             sampling["structured_outputs"] = outputs
+        elif thinks and "structured_outputs" in sampling and sampling["structured_outputs"].thought is None:
+            sampling["structured_outputs"] = sampling["structured_outputs"].model_copy(update={"thought": "may_come"})
         if answers.shows_special_tokens:
             sampling["skip_special_tokens"] = False
         sampling["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None

@@ -74,9 +74,9 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice, answers: AnswerFormat
 
 
 def outputs_of(
-    tools: Sequence[Tool], choice: ToolChoice, answers: AnswerFormat, *, many: bool, thinking: bool | None
+    tools: Sequence[Tool], choice: ToolChoice, answers: AnswerFormat, *, many: bool, thinks: bool
 ) -> StructuredOutputs | None:
-    """What holds an answer to the tools; None: nothing does. Raises BadRequest."""
+    """What holds an answer to the tools; None: nothing does. thinks: a thought may come first. Raises BadRequest."""
     must = choice == "required" or isinstance(choice, ChosenTool)
     if choice == "none" or not tools or not (must or any(tool.function.strict for tool in tools)):
         return None
@@ -96,5 +96,6 @@ def outputs_of(
     ]
     if must:
         many = many and not isinstance(choice, ChosenTool)
-        return StructuredOutputs(grammar=calls_grammar(answers.tools, schemas, many=many, thinking=thinking))
+        grammar = calls_grammar(answers.tools, schemas, many=many)
+        return StructuredOutputs(grammar=grammar, thought="may_come" if thinks else None)
     return StructuredOutputs(grammar=talk_grammar(answers.tools, schemas))

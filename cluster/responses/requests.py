@@ -162,9 +162,10 @@ class ResponsesBody(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(min_length=1, description="A base id, an adapter name, or base:adapter.")
-    input: Annotated[tuple[Item, ...], BeforeValidator(_typed, json_schema_input_type=str | tuple[Item, ...])] = Field(
-        min_length=1, description="A text, or the items of the conversation so far."
-    )
+    input: Annotated[
+        tuple[Item, ...],
+        BeforeValidator(_typed, json_schema_input_type=str | Annotated[tuple[Item, ...], Field(min_length=1)]),
+    ] = Field(min_length=1, description="A text, or the items of the conversation so far.")
     instructions: str | None = Field(default=None, description="The system's message, before the input.")
     max_output_tokens: int | None = Field(default=None, ge=1, description="Most tokens to make.")
     temperature: float = Field(default=1.0, ge=0.0, le=2.0, description="0 takes the likeliest token.")

@@ -208,21 +208,14 @@ Functions = Sequence[tuple[str, Mapping[str, Any]]]
 """Names, and the schemas of their arguments."""
 
 
-def calls_grammar(tools: ToolFormat, functions: Functions, *, many: bool, thinking: bool | None) -> str:
-    """A grammar in llguidance's Lark of an answer that calls one of the functions, or several.
-
-    thinking: whether the prompt has begun a thought; None: the model does not think.
-    """
+def calls_grammar(tools: ToolFormat, functions: Functions, *, many: bool) -> str:
+    """A grammar in llguidance's Lark of an answer that calls one of the functions, or several."""
     lines = ["one: " + " | ".join(f"call_{i}" for i in range(len(functions)))]
     for i, (name, schema) in enumerate(functions):
         lines.append(f"call_{i}: {_text(_before(tools, name))} {_arguments(schema)} {_text(tools.after)}")
     more = f"({_text(tools.between)} one)*" if many else ""
     lines.append(f"calls: {_text(tools.begin)} one {more} {_text(tools.end)}")
-    first = "calls"
-    if thinking is not None:
-        lines += ["THOUGHT: /(.|\\n)*/", 'thought[lazy]: THOUGHT "</think>"', "GAP: /\\s{0,4}/"]
-        first = "thought GAP calls" if thinking else '("<think>" thought GAP)? calls'
-    return "\n".join(["%llguidance {}", f"start: {first}", *lines])
+    return "\n".join(["%llguidance {}", "start: calls", *lines])
 
 
 def talk_grammar(tools: ToolFormat, functions: Functions) -> str:
@@ -239,7 +232,7 @@ def talk_grammar(tools: ToolFormat, functions: Functions) -> str:
             for name, schema in functions
         ]
         return str(StructTag.to_grammar(tags, assume_special=False))
-    return calls_grammar(tools, functions, many=True, thinking=None).replace(
+    return calls_grammar(tools, functions, many=True).replace(
         "start: calls", "start: calls | TALK\nTALK: /([^{ \\n\\t](.|\\n)*)?/"
     )
 

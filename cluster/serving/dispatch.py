@@ -134,6 +134,7 @@ class Dispatcher:
             chat = None if adapter is None else adapter.chat
             vocabulary = None if adapter is None else adapter.vocabulary
             prompt_token_ids = await self.prompts.tokenize(request, chat, vocabulary, param)
+            request = self._with_thought(request, prompt_token_ids)
             await self.prompts.check_grammar(request.structured_outputs)
             timer.end_stage("tokenize")
         except Exception as error:
@@ -166,6 +167,13 @@ class Dispatcher:
         if model == self.base_id:
             return None
         return await self.names.resolve(self.adapter_name(model))
+
+    def _with_thought(self, request: GenerateRequest, prompt_token_ids: Sequence[int]) -> GenerateRequest:
+        """Some chat templates end a prompt with the tag that begins a thought."""
+        outputs = request.structured_outputs
+        if outputs is None or outputs.thought is None or not self.prompts.begins_thought(prompt_token_ids):
+            return request
+        return request.model_copy(update={"structured_outputs": outputs.model_copy(update={"thought": "begun"})})
 
     def model_of(self, request: GenerateRequest) -> str:
         """What a request names in `model`, or in `lora_path` beside the base. Raises BadRequest where they differ."""

@@ -9,7 +9,6 @@ import asyncio
 import json
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +31,12 @@ from lorafleet.workers.request import GenerateRequest, StructuredOutputs, Templa
 
 TEMPLATE_S = 2.0
 """How long an adapter's chat template may take."""
+COMPILE_S = 5.0
+"""How long a grammar may take to compile; llguidance's own bounds end what goes on in its thread after that."""
+MAX_COMPILING = 16
+"""Grammars that are compiled at once, each on a thread of its own."""
+_TAG_TOKENS = 12
+"""Tokens at a prompt's end that have any tag in them."""
 LONG_TEXT = 4096
 """Characters above which rendering and tokenising leave the event loop, so that other streams go on."""
 NUM_THREADS = 4
@@ -68,7 +73,7 @@ class Prompts:
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self._grammars = Grammars(tokenizer, vocab_size=vocab_size)
-        self._compiler = ThreadPoolExecutor(max_workers=2, thread_name_prefix="grammars")
+        self._compiling = asyncio.Semaphore(MAX_COMPILING)
         self.threads = FairThreads(NUM_THREADS, "prompts")
         """Parse, render and tokenise what is long."""
         self._longest_token = _longest_token(tokenizer)
@@ -135,10 +140,14 @@ class Prompts:
         """Compile what an answer must be, on a thread. Raises BadRequest `grammar_refused`, which says why."""
         if asked is None:
             return
+        kind, _ = asked.kind_and_value()
         try:
-            await asyncio.get_running_loop().run_in_executor(self._compiler, self._grammars.matcher, asked)
+            async with self._compiling:
+                await within(COMPILE_S, partial(self._grammars.matcher, asked))
+        except TimeoutError:
+            message = f"this {kind} takes over {COMPILE_S:g} s to compile"
+            raise BadRequest(message, "structured_outputs", GrammarRefused.code) from None
         except GrammarRefused as error:
-            kind, _ = asked.kind_and_value()
             raise BadRequest(f"this {kind} cannot be followed: {error}", "structured_outputs", error.code) from error
 
     def check_token_ids(self, token_ids: Sequence[int], param: str, vocabulary: int | None = None) -> None:
@@ -151,6 +160,10 @@ class Prompts:
                 param,
                 "invalid_token_id",
             )
+
+    def begins_thought(self, token_ids: Sequence[int]) -> bool:
+        """Whether a prompt ends with the tag that begins a thought."""
+        return self.decode(token_ids[-_TAG_TOKENS:]).rstrip().endswith("<think>")
 
     def room_for(self, num_prompt_tokens: int) -> int:
         """Most tokens that an answer to such a prompt may have."""

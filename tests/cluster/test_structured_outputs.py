@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +13,8 @@ import jsonschema
 import pytest
 from pydantic import BaseModel, ConfigDict
 
+from lorafleet.workers.grammars import Grammars, Matcher
+from lorafleet.workers.request import StructuredOutputs
 from tests.cluster.engines import engine_service
 from tests.cluster.serving import BASE_ID, Service
 from tests.support.adapters import make_adapter
@@ -85,3 +89,31 @@ def test_fields_of_vllm(service: Service, fields: dict[str, Any], expected: tupl
     assert chat.choices[0].message.content in expected
     assert completion.choices[0].text in expected
     assert chat.choices[0].finish_reason == "stop"
+
+
+def test_a_schema_that_takes_too_long_is_refused_and_keeps_nobody_waiting(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_soon, may_end = Grammars.matcher, threading.Event()
+
+    def matcher(self: Grammars, asked: StructuredOutputs) -> Matcher:
+        if asked.regex == "slow":
+            may_end.wait(30)
+        return compile_soon(self, asked)
+
+    monkeypatch.setattr(Grammars, "matcher", matcher)
+    monkeypatch.setattr("lorafleet.cluster.serving.prompts.COMPILE_S", 3.0)
+    body = {"model": BASE_ID, "prompt": "Go", "max_tokens": 4}
+    with service.http() as http, ThreadPoolExecutor(8) as pool:
+        slow = [
+            pool.submit(http.post, "/v1/completions", json={**body, "structured_outputs": {"regex": "slow"}})
+            for _ in range(8)
+        ]
+        for outputs in ({"regex": "ab?c"}, {"choice": ["x", "y"]}):
+            assert http.post("/v1/completions", json={**body, "structured_outputs": outputs}).status_code == 200
+        assert not any(each.done() for each in slow)
+        for each in slow:
+            error = each.result().json()["error"]
+            assert (error["code"], error["param"]) == ("grammar_refused", "structured_outputs")
+            assert error["message"] == "this regex takes over 3 s to compile"
+    may_end.set()

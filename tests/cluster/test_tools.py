@@ -180,6 +180,30 @@ def test_reasoning(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     assert answer == with_tools == {"content": "Fine.", "thought": "Hm, <b>.", "calls": [], "reason": "stop"}
 
 
+@pytest.mark.parametrize(
+    ("fields", "thought"),
+    [
+        ({}, "may_come"),
+        ({"tools": TOOLS, "tool_choice": "required", "response_format": None}, "may_come"),
+        ({"chat_template_kwargs": {"begun": True}}, "begun"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, None),
+        ({"reasoning_effort": "none"}, None),
+    ],
+    ids=["format", "calls", "begun", "switched-off", "no-effort"],
+)
+def test_what_must_come_comes_after_the_thought(fields: dict[str, Any], thought: str | None) -> None:
+    service = Service()
+    service.prompts.answers = answers_of("hermes", "think_tags")
+    assert service.prompts.tokenizer is not None
+    service.prompts.tokenizer.chat_template = "{{ messages[0].content }}{% if begun %}<think>\n{% endif %}"
+    format_ = {"type": "json_schema", "json_schema": {"name": "x", "schema": PARAMETERS}}
+    body = {"model": BASE_ID, "messages": MESSAGES, "max_tokens": 9, "response_format": format_, **fields}
+    with serving(service), service.http() as http:
+        assert http.post("/v1/chat/completions", json=body).status_code == 200
+    outputs = service.workers.started[-1][1].sampling.structured_outputs
+    assert outputs.thought == thought
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_what_is_no_call_is_content(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     service = Service()

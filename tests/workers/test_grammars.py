@@ -22,6 +22,7 @@ from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model.sampler import Chosen, Sampler
 from lorafleet.workers.request import SamplingParams, StructuredOutputs
 from lorafleet.workers.step.sampling import DRAW, NO_SAMPLING
+from tests.support.bases import VOCAB_SIZE, make_tokenizer
 from tests.workers.harness import Answer, Shelf, ask, open_worker, random_prompt
 
 Schema = dict[str, Any]
@@ -70,10 +71,10 @@ def _union(rng: random.Random, depth: int) -> Schema:
     return {"anyOf": [random_schema(rng, depth + 1) for _ in range(2)]}
 
 
-@pytest.mark.slow
-async def test_random_schemas(llama: Shelf) -> None:
+@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
+async def test_random_schemas(llama: Shelf, count: int) -> None:
     rng = random.Random(0)
-    schemas = [random_schema(rng) for _ in range(150)]
+    schemas = [random_schema(rng) for _ in range(count)]
     versions = [None, *llama.versions]
     async with open_worker(llama) as worker:
         answers = await asyncio.gather(
@@ -87,7 +88,40 @@ async def test_random_schemas(llama: Shelf) -> None:
         if answer.last.finish_reason == "stop":
             ended += 1
             jsonschema.validate(json.loads(answer.text), schema, jsonschema.Draft202012Validator)
-    assert ended > 140
+    assert ended > 0.9 * count
+
+
+@pytest.mark.parametrize("thought", ["may_come", "begun"])
+@pytest.mark.parametrize(
+    ("outputs", "good"),
+    [
+        ({"json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}, '{"a": 3}'),
+        ({"json_object": True}, "{}"),
+        ({"regex": "[ab]{3}-[0-9]"}, "aba-3"),
+        ({"choice": ["red", "green"]}, "green"),
+        ({"grammar": 'start: "<" WORD ">"\nWORD: /[a-z]{1,5}/'}, "<abc>"),
+        ({"grammar": 'root ::= ("yes" | "no") "!"'}, "no!"),
+    ],
+    ids=["json", "object", "regex", "choice", "lark", "gbnf"],
+)
+def test_a_grammar_begins_after_the_thought(outputs: dict[str, Any], good: str, thought: str) -> None:
+    tokenizer = make_tokenizer()
+    compiled = grammars.Grammars(tokenizer, vocab_size=VOCAB_SIZE)
+    asked = StructuredOutputs.model_validate({**outputs, "thought": thought})
+
+    def is_whole(text: str) -> bool:
+        matcher = compiled.matcher(asked)
+        for token_id in tokenizer(text)["input_ids"]:
+            matcher.take(token_id)
+        return matcher.error is None and bool(matcher._matcher.is_accepting())
+
+    tag = "<think>" if thought == "may_come" else ""
+    assert is_whole(f"{tag}Hm, {{ <b> or so?\n</think>\n\n{good}")
+    assert is_whole(f"{tag}</think>{good}")
+    assert is_whole(good) == (thought == "may_come")
+    assert not is_whole(f"{tag}Hm.</think>\n~{good}")
+    assert not is_whole(f"{tag}Hm.</think>")
+    assert not is_whole(f"{tag}Hm. {good}")
 
 
 @pytest.mark.parametrize(
