@@ -100,6 +100,7 @@ async def measure(num_names: int, folder: Path) -> dict[str, float]:
     held = [tuple(f"{(97 * w + n) % num_names:064x}" for n in range(NUM_HELD)) for w in range(NUM_WORKERS)]
     for worker, versions in enumerate(held):
         await store.reconcile(f"w{worker}", versions)
+        await asyncio.sleep(0)  # each is a call of its own
     generation = await store.generation()
     rounds = 10
     with cpu_s(figures, "reconcile_cores", rounds):

@@ -35,6 +35,7 @@ from lorafleet.cluster.serving.exposition import Exposition
 from lorafleet.cluster.serving.names import Names
 from lorafleet.cluster.serving.prompts import Prompts
 from lorafleet.cluster.store.client import StoreClient
+from lorafleet.cluster.watchdog import Watchdog
 from lorafleet.cluster.worker.client import WorkersClient
 from lorafleet.workers.request import GenerateDelta, GenerateRequest
 
@@ -114,7 +115,11 @@ class Ingress:
         """Serve replaces the replica when this is not answered: the event loop stands still."""
         # Serve asks for the first time after it has given the replica its user_config.
         if not self._tasks:
-            self._tasks = [asyncio.create_task(self._relay.run()), asyncio.create_task(self._readiness.run())]
+            self._tasks = [
+                asyncio.create_task(self._relay.run()),
+                asyncio.create_task(self._readiness.run()),
+                asyncio.create_task(Watchdog().run()),
+            ]
 
     def __del__(self) -> None:
         """Serve calls this when the replica has drained."""

@@ -143,7 +143,7 @@ class Placed:
     pages: int | None
     """Pages of a worker's pool that it takes; None where that is not known."""
     workers: Mapping[str, str]
-    """Worker id -> `resident`, `loading`, `retired` or `absent`."""
+    """Worker id -> `resident`, `loading`, `retired` or `absent`; `unknown` if it did not answer in time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -209,11 +209,13 @@ class Engine:
             raise EngineFailed(f"the step loop ended: {type(self._failure).__name__}: {self._failure}")
         if not self._thread.is_alive():
             raise EngineFailed("the step loop has ended")
-        stalled_s = self._clock() - self._loop_alive_s
-        if stalled_s > self._config.stall_s:
-            raise EngineFailed(
-                f"the step loop has stood still for {stalled_s:.0f} s, more than {self._config.stall_s} s"
-            )
+        if self.is_stalled:
+            raise EngineFailed(f"the step loop has stood still for more than {self._config.stall_s} s")
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the step loop lives and has stood still for longer than `stall_s`."""
+        return self._thread.is_alive() and self._clock() - self._loop_alive_s > self._config.stall_s
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._commands.lock:

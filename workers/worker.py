@@ -220,6 +220,11 @@ class Worker:
         """Raises EngineFailed when the step loop has ended or stands still."""
         self._engine.check_health()
 
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the step loop stands still; only the end of the process helps then."""
+        return self._engine.is_stalled
+
     def close(self) -> None:
         """End the engine and its threads."""
         self._engine.close()

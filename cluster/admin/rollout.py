@@ -183,9 +183,9 @@ class Rollout:
 
     async def adapters(self, after: str = "", limit: int | None = None) -> list[Placed]:
         """Adapters in order of their names: at most `limit`, those that come after `after`. Raises StoreUnavailable."""
-        page, states = await asyncio.gather(self._store.page(after, limit), self._states())
+        page, (states, silent) = await asyncio.gather(self._store.page(after, limit), self._ask())
         copies = _copies(states)
-        return [_placed(adapter, states, copies.get(adapter.version, {})) for adapter in page]
+        return [_placed(adapter, states, copies.get(adapter.version, {}), silent) for adapter in page]
 
     async def problems(self) -> tuple[StoreProblem, ...]:
         """What is wrong with the store's state folder. Raises StoreUnavailable."""
@@ -281,25 +281,30 @@ class Rollout:
             return None
 
     async def _placed(self, adapter: NamedAdapter) -> Placed:
-        states = await self._states()
-        placed = _placed(adapter, states, _copies(states).get(adapter.version, {}))
-        if placed.pages is None and placed.workers:
-            estimate = await self._estimate(next(iter(placed.workers)), adapter.manifest)
+        states, silent = await self._ask()
+        placed = _placed(adapter, states, _copies(states).get(adapter.version, {}), silent)
+        if placed.pages is None and states:
+            estimate = await self._estimate(states[0].worker_id, adapter.manifest)
             if estimate is not None:
                 placed = replace(placed, pages=estimate.pages)
         return placed
 
     async def _states(self) -> list[WorkerState]:
         """The states of all workers that answer, by id."""
+        return (await self._ask())[0]
+
+    async def _ask(self) -> tuple[list[WorkerState], list[str]]:
+        """The states of all workers that answer, by id, and the ids of those that live and do not."""
         worker_ids = sorted(await self._fleet.worker_ids())
         results = await asyncio.gather(*(self._fleet.state(w) for w in worker_ids), return_exceptions=True)
-        states = []
+        states, silent = [], []
         for worker_id, result in zip(worker_ids, results, strict=True):
             if isinstance(result, WorkerState):
                 states.append(result)
             elif not isinstance(result, WorkerGone):
+                silent.append(worker_id)
                 logger.warning("worker %s does not say what it holds: %s", worker_id, result)
-        return states
+        return states, silent
 
     async def _living(self) -> list[WorkerState]:
         """The states of all workers that are alive. Raises NoWorker, and ServiceUnavailable for one that is silent."""
@@ -354,9 +359,15 @@ def _copies(states: Sequence[WorkerState]) -> dict[str, dict[str, ResidentAdapte
     return copies
 
 
-def _placed(adapter: NamedAdapter, states: Sequence[WorkerState], held: Mapping[str, ResidentAdapter]) -> Placed:
+def _placed(
+    adapter: NamedAdapter,
+    states: Sequence[WorkerState],
+    held: Mapping[str, ResidentAdapter],
+    silent: Collection[str] = (),
+) -> Placed:
     pages = next((copy.pages for copy in held.values()), None)
-    workers = {s.worker_id: held[s.worker_id].state if s.worker_id in held else "absent" for s in states}
+    workers: dict[str, str] = dict.fromkeys(silent, "unknown")
+    workers |= {s.worker_id: held[s.worker_id].state if s.worker_id in held else "absent" for s in states}
     return Placed(adapter, pages, workers)
 
 

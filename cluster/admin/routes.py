@@ -79,8 +79,8 @@ class AdapterReply(Settings):
     pages: int | None = Field(description="Pages of a worker's pool that it takes; null where that is not known.")
     pinned: bool
     state: Literal["resident", "loading", "stored"] = Field(description="The best that any worker has.")
-    workers: dict[str, Literal["resident", "loading", "retired", "absent"]] = Field(
-        description="What each worker has of this version."
+    workers: dict[str, Literal["resident", "loading", "retired", "absent", "unknown"]] = Field(
+        description="What each worker has of this version; `unknown` where it did not answer in time."
     )
 
 

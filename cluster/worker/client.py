@@ -42,8 +42,12 @@ CALL_S = 10.0
 """How long a worker may take to answer what needs no loading."""
 COUNTS_S = 3.0
 """How long a worker may take to report its counts: a scrape does not wait for long."""
+STATE_S = 3.0
+"""How long a worker may take to say what it holds: a listing goes on without one that is silent."""
 LOAD_S = 600.0
 """How long a worker may take to make an adapter resident."""
+SILENCE_S = 10.0
+"""How long a worker that lives may say nothing, which it else does every `outbox.BEAT_S`. Then its streams are lost."""
 SWEEP_S = 0.5
 """How often it is looked for workers that take no more requests, whose outbox must not keep them."""
 
@@ -80,7 +84,7 @@ class WorkersClient:
         return live_workers(self._handle.deployment_id)
 
     async def state(self, worker_id: str) -> WorkerState:
-        state: WorkerState = await self._call(worker_id, "state", CALL_S)
+        state: WorkerState = await self._call(worker_id, "state", STATE_S)
         return state
 
     async def counts(self) -> list[WorkerCounts]:
@@ -153,6 +157,9 @@ class WorkersClient:
                 reading.cancel()
                 ending.cancel()
                 await asyncio.gather(reading, ending, return_exceptions=True)
+        except TimeoutError:
+            reason = "the worker has fallen silent"
+            logger.warning("worker %s has fallen silent", worker_id)
         except asyncio.CancelledError:
             reason = "the worker is left alone"
             raise
@@ -177,7 +184,9 @@ class WorkersClient:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             writer.write(address.key + self._outbox_id.encode())
             while True:
-                turns.add(self._distribute(await read_batch(reader)))
+                async with asyncio.timeout(SILENCE_S):
+                    batch = await read_batch(reader)
+                turns.add(self._distribute(batch))
         finally:
             writer.close()
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager
 
 from lorafleet.cluster.wire import Batch
 from lorafleet.workers.request import GenerateDelta
 
+BEAT_S = 1.0
+"""How often a reader hears of a worker that has nothing to say."""
 KEEP_S = 60.0
 """How long what nobody has fetched is kept for a reader that may be on its way."""
 
@@ -21,7 +23,9 @@ KEEP_S = 60.0
 class Outbox:
     """Deltas for one ingress, kept until they are fetched."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_alive: Callable[[], bool] = lambda: True) -> None:
+        """is_alive: whether readers are to hear that the worker lives when it has nothing to say."""
+        self._is_alive = is_alive
         self.num_users = 0
         """Answers that write into it, and readers."""
         self.num_answers = 0
@@ -40,13 +44,22 @@ class Outbox:
         self._batch.append((request_id, delta))
         self._changed.set()
 
-    async def batches(self) -> AsyncIterator[Batch]:
-        """Everything that is put, as often as there is something. A later reader takes over, and ends this one."""
+    async def batches(self) -> AsyncGenerator[Batch, None]:
+        """Everything that is put, as often as there is something, and nothing every `BEAT_S` otherwise.
+
+        A later reader takes over, and ends this one.
+        """
         self._last_reader += 1
         reader = self._last_reader
         self._changed.set()
         while True:
-            await self._changed.wait()
+            try:
+                async with asyncio.timeout(BEAT_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                if self._is_alive():
+                    yield []
+                continue
             if reader != self._last_reader:
                 return
             self._changed.clear()
@@ -58,14 +71,18 @@ class Outbox:
 class Outboxes:
     """The outboxes of one worker, one for each ingress; there while they are used, and until they are fetched."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, *, is_alive: Callable[[], bool] = lambda: True
+    ) -> None:
+        """is_alive: see `Outbox`."""
         self._clock = clock
+        self._is_alive = is_alive
         self._outboxes: dict[str, Outbox] = {}
 
     @contextmanager
     def using(self, outbox_id: str) -> Iterator[Outbox]:
         """The outbox of that id, which is made if need be."""
-        outbox = self._outboxes.setdefault(outbox_id, Outbox())
+        outbox = self._outboxes.setdefault(outbox_id, Outbox(self._is_alive))
         outbox.num_users += 1
         try:
             yield outbox

@@ -23,6 +23,7 @@ from lorafleet.adapter_store.names import VersionsToKeep
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.metrics import WorkerMetrics
 from lorafleet.cluster.store.client import StoreClient
+from lorafleet.cluster.watchdog import Watchdog
 from lorafleet.cluster.wire import (
     EXPECTED,
     VERSION_PREFIX,
@@ -60,11 +61,16 @@ class WorkerReplica:
             fetch=self._store.fetch,
             node_id=ray.get_runtime_context().get_node_id(),
         )
-        self._outboxes = Outboxes()
+        self._outboxes = Outboxes(is_alive=lambda: not self._worker.is_stalled)
         self._delta_server = DeltaServer(self._outboxes, ray.util.get_node_ip_address())
         self._reconciler = Reconciler(self._worker, self._ask_store)
         self._metrics = WorkerMetrics(self.worker_id)
-        self._tasks = [asyncio.create_task(self._reconciler.run()), asyncio.create_task(self._report())]
+        self._watchdog = Watchdog(lambda: self._worker.is_stalled)
+        self._tasks = [
+            asyncio.create_task(self._reconciler.run()),
+            asyncio.create_task(self._report()),
+            asyncio.create_task(self._watchdog.run()),
+        ]
 
     async def generate(
         self,

@@ -9,8 +9,15 @@ import pytest
 
 from lorafleet.adapter_store.errors import InvalidName, UnknownAdapter, UnknownKey
 from lorafleet.cluster.admin.rollout import Rollout
-from lorafleet.cluster.errors import AdapterDoesNotFit, NoWorker, RolloutFailed, StoreUnavailable
+from lorafleet.cluster.errors import (
+    AdapterDoesNotFit,
+    NoWorker,
+    RolloutFailed,
+    ServiceUnavailable,
+    StoreUnavailable,
+)
 from lorafleet.workers.errors import AdapterUnavailable
+from lorafleet.workers.state import WorkerState
 from tests.cluster.fleets import DictFleet, DictStore, manifest_of
 
 OLD, NEW, BIG = manifest_of("old"), manifest_of("new"), manifest_of("big", rank=60)
@@ -257,6 +264,22 @@ async def test_tables_show_names_and_the_dead_are_left_out(world: World) -> None
     (placed,) = await world.rollout.adapters()
     assert placed.workers == {"w1": "resident", "w2": "resident"}
     assert placed.pages == OLD.rank
+
+
+async def test_a_silent_worker_is_listed_as_unknown(world: World) -> None:
+    await world.put("shout", "old", warm="all")
+    ask = world.fleet.state
+
+    async def state(worker_id: str) -> WorkerState:
+        if worker_id == "w1":
+            raise ServiceUnavailable("worker w1 does not answer")
+        return await ask(worker_id)
+
+    world.fleet.state = state  # type: ignore[method-assign]
+    expected = {"w0": "resident", "w1": "unknown", "w2": "resident"}
+    (placed,) = await world.rollout.adapters()
+    assert placed.workers == expected
+    assert (await world.rollout.adapter("shout")).workers == expected
 
 
 async def test_warm_makes_resident_what_has_a_name(world: World) -> None:

@@ -20,6 +20,7 @@ from lorafleet.cluster.errors import Overloaded, WorkerGone
 from lorafleet.cluster.routing.whereabouts import note_request
 from lorafleet.cluster.wire import OUTBOX_KEY_BYTES, Failure, read_batch
 from lorafleet.cluster.worker import client
+from lorafleet.cluster.worker import outbox as outbox_module
 from lorafleet.cluster.worker.client import ServeStream, WorkersClient
 from lorafleet.cluster.worker.delta_server import DeltaServer
 from lorafleet.cluster.worker.outbox import KEEP_S, Outboxes
@@ -167,6 +168,21 @@ async def test_deltas_of_many_come_by_one_stream_whatever_comes_first() -> None:
     assert len({call[1] for call in handle.calls}) == 1
     assert {call[2] for call in handle.calls} == {frozenset({"w0"})}
     unknown.cancel()
+
+
+async def test_a_worker_that_falls_silent_loses_its_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "SILENCE_S", 1.0)
+    monkeypatch.setattr(outbox_module, "BEAT_S", 0.05)
+    handle = Handle([Response(["w1"])])
+    (stream,) = start(handle, "r")
+    await settle()
+    await asyncio.sleep(1.5)  # it lives, and has nothing to say
+    handle.boxes["w1"].put(("r", DELTA))
+    assert await stream.next() == DELTA
+    monkeypatch.setattr(outbox_module, "BEAT_S", 60.0)
+    with pytest.raises(WorkerGone, match="silent"):
+        await asyncio.wait_for(stream.next(), 10)
+    stream.cancel()
 
 
 async def test_what_comes_while_the_reader_is_late_is_one_delta() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +90,24 @@ def test_a_killed_store_is_missed_by_cold_adapters_only(live: LiveService) -> No
                 del adapter[volatile]
     assert after == before
     assert live.put("hot", "two").status_code == 200
+
+
+def test_a_stopped_worker_is_ended_and_replaced(live: LiveService) -> None:
+    """Its streams end within seconds, with an error event or whole; listings do not wait for it."""
+    victim = next(worker for worker in live.workers() if worker["worker_id"])
+    with ThreadPoolExecutor(24) as pool:
+        streams = [pool.submit(live.stream, "tiny", max_tokens=400) for _ in range(24)]
+        eventually(lambda: all(worker["running"] >= 4 for worker in live.workers()))
+        os.kill(victim["pid"], signal.SIGSTOP)
+        began_s = time.monotonic()
+        response = live.http.get("/admin/v1/adapters")
+        assert response.status_code == 200
+        assert time.monotonic() - began_s < 8
+        ended = [stream.result() for stream in streams]
+    assert time.monotonic() - began_s < 60
+    for events in ended:
+        assert sum("error" in event for event in events) == ("error" in events[-1])
+    eventually(lambda: len(live.worker_ids()) == 2 and victim["worker_id"] not in live.worker_ids(), 60.0)
 
 
 def test_too_many_requests_are_refused_at_once_and_the_admitted_finish(live: LiveService) -> None:
