@@ -31,7 +31,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("doge", "its own mask"),
         ("falcon_h1", "recurrent state"),
-        ("deepseek_v3", "keys of 192 and values of 128 elements"),
+        ("deepseek_v32", "hands attention indices"),
         ("lfm3", r"layers\.0\.conv \(Lfm3ShortConv\) .* when a prompt comes in parts"),
     ],
 )
