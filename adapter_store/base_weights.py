@@ -1,8 +1,7 @@
 """The base's own weights, read from its checkpoint.
 
-PEFT stores a base's embedding matrices beside an adapter that targets them; this is what they are compared with, so
-that they are dropped where they are the base's own, and refused where they differ. And trained biases and tokens are
-kept as what they add to the base's.
+PEFT stores a base's embedding matrices beside an adapter that targets them. They are compared with the base's own:
+equal ones are dropped, others are refused. Trained biases and tokens are kept as differences from the base's.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _WEIGHTS = "model.safetensors"
 
 
 class BaseWeights(Protocol):
-    """Where a weight of the base can be read."""
+    """Reads weights of the base."""
 
     def read(self, module: str, leaf: str, rows: Sequence[int] | None = None) -> Tensor | None:
         """`read("lm_head", "weight")`, or None if the base stores no such weight (it may be tied to another).

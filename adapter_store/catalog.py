@@ -162,7 +162,7 @@ class Catalog:
             return NameChanges(self.generation, tuple(records), tuple(deleted), is_complete)
 
     def is_named(self, version: str) -> bool:
-        """Whether a name points at the version."""
+        """Return True if a name points at the version."""
         return version in self._named
 
     def versions_to_keep(self, held: Iterable[str]) -> VersionsToKeep:
@@ -201,7 +201,9 @@ class Catalog:
             if record.name in self.records:
                 return self.records[record.name]
             if self.is_deleted(record.name):
-                raise UnknownAdapter("adapter_not_found", f"adapter {record.name} was deleted", "model")
+                raise UnknownAdapter(
+                    "adapter_not_found", f"adapter {record.name} was deleted; load it again to use it", "model"
+                )
             return self._set_name(record)
 
     def pin_name(self, name: str, pinned: bool) -> NameRecord:
@@ -222,7 +224,7 @@ class Catalog:
             return record
 
     def is_deleted(self, name: str) -> bool:
-        """Whether somebody deleted this name and nobody has loaded it since; a damaged entry may have said so."""
+        """Return True if the name was deleted and not loaded since. A damaged entry counts as deleted."""
         return name in self._damaged_names or (name in self.tombstones and self.tombstones[name].explicit)
 
     @contextmanager
@@ -267,7 +269,7 @@ class Catalog:
             raise unwritable(error) from error
 
     def folder(self, version: str) -> Path:
-        """Where a published version lies."""
+        """Return the folder of a published version."""
         return self._versions / version
 
     def remove(self, version: str, is_unwanted: Callable[[], bool]) -> bool:
@@ -489,7 +491,10 @@ def _lock(path: Path) -> int:
         except BlockingIOError as error:
             if time.monotonic() > deadline:
                 os.close(descriptor)
-                raise StoreUnusable("store_locked", "another adapter store uses the same state folder") from error
+                raise StoreUnusable(
+                    "store_locked",
+                    "another adapter store uses this state folder; stop it or set another adapters.state_dir",
+                ) from error
             time.sleep(0.05)
         else:
             return descriptor

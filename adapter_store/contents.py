@@ -80,7 +80,7 @@ class Contents:
 
 
 def is_pefts_name(name: str, geometry: BaseGeometry) -> bool:
-    """Whether a name without PEFT's prefix is of a module or a parameter of this base."""
+    """Return True if a name without PEFT's prefix belongs to a module or a parameter of this base."""
     if name in geometry.parameters or name in geometry.vectors:
         return True
     ends = _ENDS_OF_MODULES.search(name)
@@ -262,7 +262,7 @@ class _Matching:
         raise AdapterRefused("unmatched_tensor", message, tensor[:200])
 
     def _what(self, name: str) -> str:
-        """What a tensor with no place is of, for a refusal."""
+        """Describe a tensor that has no place, for a refusal."""
         match = _ENDS_OF_MODULES.search(name)
         owner = name[: match.start()] if match else name
         if owner in self._geometry.modules:

@@ -1,4 +1,4 @@
-"""What an adapter's folder says of conversations: its chat template and end tokens, as trainers save them.
+"""Reads an adapter's chat template and end tokens, as trainers save them in its folder.
 
 Its tokenizer is not kept, since it must map tokens as the base's does.
 """
@@ -48,7 +48,7 @@ class BaseTokens:
 
 
 def read_chat(folder: Path, base: BaseTokens | None) -> AdapterChat | None:
-    """What the folder says of conversations; None: nothing, or nobody knows the base's tokens.
+    """Read the folder's chat template and end tokens. None: it has none, or the base's tokens are not known.
 
     Rules `broken_chat_file`, `tokenizer_differs`.
     """
@@ -118,7 +118,7 @@ def _end_token(config: Mapping[str, Any], base: BaseTokens) -> Iterator[int]:
     if content is None:
         return
     if not isinstance(content, str) or content not in base.ids:
-        message = f"eos_token in {TOKENIZER_CONFIG_FILE} is {str(content)[:80]!r}, which is no token of the base"
+        message = f"eos_token in {TOKENIZER_CONFIG_FILE} is {str(content)[:80]!r}, which is not a token of the base"
         raise AdapterRefused("tokenizer_differs", message, TOKENIZER_CONFIG_FILE)
     yield base.ids[content]
 
@@ -127,7 +127,7 @@ def _end_ids(folder: Path) -> Iterator[int]:
     found = _object(folder / GENERATION_CONFIG_FILE).get("eos_token_id")
     for token_id in found if isinstance(found, list) else [] if found is None else [found]:
         if type(token_id) is not int or not 0 <= token_id < 2**31:
-            message = f"eos_token_id in {GENERATION_CONFIG_FILE} has {str(token_id)[:80]}, which is no token id"
+            message = f"eos_token_id in {GENERATION_CONFIG_FILE} has {str(token_id)[:80]}, which is not a token id"
             raise AdapterRefused("broken_chat_file", message, GENERATION_CONFIG_FILE)
         yield token_id
 
@@ -189,5 +189,5 @@ def _parsed(raw: bytes, name: str) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise AdapterRefused("broken_chat_file", f"{name} is no JSON object", name)
+        raise AdapterRefused("broken_chat_file", f"{name} is not a JSON object", name)
     return found

@@ -60,7 +60,7 @@ class DamagedDatabaseError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Salvage:
-    """What could be read of a damaged database."""
+    """Entries that could be read from a damaged database."""
 
     rows: tuple[Row, ...]
     """Rows whose checksum holds; the latest of each entry."""

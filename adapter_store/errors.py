@@ -1,4 +1,4 @@
-"""What the adapter store raises. The ingress alone turns a `kind` into an HTTP status.
+"""Errors of the adapter store. Only the ingress turns a `kind` into an HTTP status.
 
 AdapterStoreError
 ├── InvalidName         kind invalid       a name outside the grammar

@@ -1,4 +1,4 @@
-"""What an adapter brings beside low-rank factors: parameters in the base's place, magnitudes, and biases to add."""
+"""Extras of an adapter, beside low-rank factors: parameters in the base's place, magnitudes, and biases to add."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Extra:
 
     @property
     def head(self) -> bytes:
-        """What a digest must cover beside the array."""
+        """Properties that a digest must cover beside the array."""
         m = self.manifest
         return json.dumps([m.name, m.kind, m.num_rows, m.width, self.tensor.tag]).encode()
 
@@ -64,7 +64,7 @@ def _replaced(file: TensorFile, contents: Contents) -> Iterator[Extra]:
 def _resized(
     file: TensorFile, contents: Contents, saved: Collection[str], base: BaseWeights | None, geometry: BaseGeometry
 ) -> Iterator[Extra]:
-    """What matrices of another vocabulary have beside the base's own: added rows, and others in the base's place."""
+    """Return the extras of matrices of another vocabulary: added rows, and others in the base's place."""
     for module, name in contents.resized.items():
         tensor, own = file.read(name), own_weight(base, geometry, module, "weight")
         if own is None:

@@ -17,7 +17,9 @@ def unwritable(error: OSError | None = None, *, is_full: bool = False) -> StoreU
     """`store_full` if the disk has no room, else `store_not_writable`."""
     if is_full or (error is not None and error.errno in _FULL):
         return StoreUnusable("store_full", "the disk of the store's state folder is full: make room on it")
-    return StoreUnusable("store_not_writable", "the store's state folder cannot be written")
+    return StoreUnusable(
+        "store_not_writable", "the store's state folder cannot be written; check its permissions and its disk"
+    )
 
 
 def sync(path: Path) -> None:

@@ -37,7 +37,7 @@ class HostCache(Generic[Value]):
         return len(self._entries)
 
     def get(self, version: str) -> Value | None:
-        """What is kept for `version`, which becomes the most recently used; None if nothing is."""
+        """Return the value of `version` and make it the most recently used; None if there is none."""
         entry = self._entries.get(version)
         if entry is None:
             return None

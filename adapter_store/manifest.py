@@ -1,4 +1,4 @@
-"""What an adapter version is: its identity, what it targets and what it takes, and its weights in host memory."""
+"""An adapter version: its identity, its targets, its size, and its weights in host memory."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ ExtraKind = Literal["replaced", "added", "magnitude", "appended"]
 
 @dataclass(frozen=True, slots=True)
 class ExtraManifest:
-    """What an adapter version brings beside low-rank factors: `num_rows` rows of `width` elements.
+    """An extra of an adapter version, beside low-rank factors: `num_rows` rows of `width` elements.
 
-    `replaced`: a parameter that takes the place of the base's for the adapter's rows, `name` is the parameter's: a
-    norm's (`model.norm.weight`, one row), or the matrix of the embedding or of the head (a row a token). `added`: one
-    row that is added to the output of the linear module `name`, a trained bias less the base's. `magnitude`: one row,
-    DoRA's; the worker divides it by the norms of the base's weight with scaling * B @ A; `name` is as `magnitude_of`.
-    `appended`: rows after the base's of an embedding or a head, of tokens that the base lacks; `name` is as
+    `replaced`: a parameter that replaces the base's parameter `name` for the adapter's rows. It is a norm's
+    (`model.norm.weight`, one row), or the matrix of the embedding or of the head (a row a token). `added`: one row that
+    is added to the output of the linear module `name`: a trained bias less the base's. `magnitude`: one row, DoRA's.
+    The worker divides it by the norms of the base's weight with scaling * B @ A. Its `name` is as `magnitude_of`.
+    `appended`: rows after the base's of an embedding or a head, of tokens that the base lacks. Its `name` is as
     `appended_to`.
     """
 
@@ -109,7 +109,7 @@ def appended_to(module: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AdapterChat:
-    """How an adapter's own conversations are written, where its folder says so."""
+    """An adapter's own form of conversations, if its folder has one."""
 
     template: str | None
     """Its chat template; None: the base's."""
@@ -155,8 +155,8 @@ Array = npt.NDArray[np.generic]
 class AdapterWeights:
     """The weights of one version in host memory: one read-only array of all tensors, in the served dtype.
 
-    This is where B is transposed against PEFT's files, once: for a linear module `a` is (rank, in_dim) and `b`
-    (rank, out_dim); for an embedding `a` is token-major, (num_embeddings, rank), and `b` (rank, embedding_dim).
+    B is transposed here against PEFT's files, and nowhere else. For a linear module `a` is (rank, in_dim) and `b`
+    (rank, out_dim). For an embedding `a` is token-major, (num_embeddings, rank), and `b` (rank, embedding_dim).
     """
 
     manifest: AdapterManifest

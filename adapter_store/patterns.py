@@ -1,7 +1,7 @@
 """Regular expressions that come with an adapter, matched against module names within a time limit.
 
-A hostile pattern can keep Python's matcher, and with it the interpreter, busy for as long as it wants; so whatever is
-more than a plain name is matched in a child process, which can be ended.
+A hostile pattern can keep Python's matcher, and so the interpreter, busy without end. So a pattern that is more than a
+plain name is matched in a child process, which can be ended.
 """
 
 from __future__ import annotations
@@ -109,6 +109,6 @@ def _match_here(pattern: Pattern, names: Sequence[str]) -> list[str | None]:
 
 def _checked(hits: list[str | None] | None, pattern: Pattern) -> list[str | None]:
     if hits is None:
-        message = f"{pattern.field}: {pattern.regex[:200]!r} is no regular expression"
+        message = f"{pattern.field}: {pattern.regex[:200]!r} is not a regular expression"
         raise AdapterRefused("invalid_pattern", message, pattern.field)
     return hits

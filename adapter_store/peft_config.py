@@ -1,7 +1,7 @@
 """`adapter_config.json` of PEFT: every field of LoraConfig is served, harmless, or refused by its name.
 
-Written against the fields of PEFT 0.21 and open to older and newer ones: a field that is not known here is ignored, as
-PEFT ignores it, and a warning says so. It is refused if its name and value say that it changes what LoRA computes.
+The fields are those of PEFT 0.21. A field of another version, which is not known here, is ignored as PEFT ignores it,
+and a warning says so. It is refused if its name and value say that it changes what LoRA computes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_WARNINGS = 32
 
 @dataclass(frozen=True, slots=True)
 class FieldRule:
-    """What becomes of a field of LoraConfig."""
+    """The rule for a field of LoraConfig."""
 
     verdict: Literal["served", "harmless", "refused"]
     note: str
@@ -180,9 +180,9 @@ def read_config(path: Path, *, strict: bool = False) -> LoraSpec:
     try:
         fields = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise AdapterRefused("broken_config", "adapter_config.json is no valid JSON", path.name) from error
+        raise AdapterRefused("broken_config", "adapter_config.json is not valid JSON", path.name) from error
     if not isinstance(fields, dict):
-        raise AdapterRefused("broken_config", "adapter_config.json is no JSON object", path.name)
+        raise AdapterRefused("broken_config", "adapter_config.json is not a JSON object", path.name)
     _refuse_unsupported(fields)
     ignored = dict(_ignored(fields))
     for field, warning in ignored.items():
@@ -214,7 +214,7 @@ def _refuse_unsupported(fields: Mapping[str, object]) -> None:
         _unsupported("peft_type", f"peft_type {_shown(fields.get('peft_type'))} (only LORA is served)")
     task = fields.get("task_type")
     if task is not None and not (isinstance(task, str) and task in _TASKS):
-        _unsupported("task_type", f"task_type {_shown(task)} is none of PEFT's: {', '.join(sorted(_TASKS))}")
+        _unsupported("task_type", f"task_type is {_shown(task)}; it must be one of {', '.join(sorted(_TASKS))}")
     init = fields.get("init_lora_weights", True)
     if not (init is None or isinstance(init, bool) or init in _INIT_LEAVES_BASE):
         _unsupported(
@@ -233,7 +233,7 @@ def _refuse_unsupported(fields: Mapping[str, object]) -> None:
 
 
 def _ignored(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """What PEFT ignores, with the warning that says so."""
+    """Fields that PEFT ignores, each with its warning."""
     task = fields.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         yield "task_type", f"task_type is {task}: the adapter is served for CAUSAL_LM, without a head of that task"

@@ -144,7 +144,7 @@ class AdapterReader:
         return elements * np.dtype(NUMPY_DTYPES[self.geometry.dtype]).itemsize
 
     def _plan(self, folder: Path, *, strict: bool = False) -> _Plan:
-        """What is in the folder, and what for; no tensor is read yet."""
+        """Contents of the folder and their use. No tensor is read yet."""
         self._check_files(folder)
         spec = with_loaded_names(read_config(folder / CONFIG_FILE, strict=strict), self.geometry)
         file = TensorFile.open(folder / WEIGHTS_FILE)
@@ -216,7 +216,9 @@ class AdapterReader:
         if not present & {CONFIG_FILE, WEIGHTS_FILE, *OTHER_WEIGHTS_FILES}:
             raise AdapterRefused("empty_folder", f"there is neither {CONFIG_FILE} nor {WEIGHTS_FILE}", CONFIG_FILE)
         if CONFIG_FILE not in present:
-            raise AdapterRefused("missing_config", f"there is no {CONFIG_FILE}", CONFIG_FILE)
+            raise AdapterRefused(
+                "missing_config", f"there is no {CONFIG_FILE}; PEFT's save_pretrained writes one", CONFIG_FILE
+            )
         if WEIGHTS_FILE in present:
             return
         for name in sorted(present.intersection(INDEX_FILES)):
@@ -224,7 +226,9 @@ class AdapterReader:
             raise AdapterRefused("sharded_weights", message, name)
         if PICKLE_FILE in present:
             raise AdapterRefused("pickle_weights", f"{PICKLE_FILE} is a pickle: save as {WEIGHTS_FILE}", PICKLE_FILE)
-        raise AdapterRefused("missing_weights", f"there is no {WEIGHTS_FILE}", WEIGHTS_FILE)
+        raise AdapterRefused(
+            "missing_weights", f"there is no {WEIGHTS_FILE}; PEFT's save_pretrained writes one", WEIGHTS_FILE
+        )
 
     def _check_base_copy(self, file: TensorFile, copy: BaseCopy) -> None:
         if tag_of(file.entries[copy.tensor]) is None:

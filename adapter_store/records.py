@@ -16,7 +16,7 @@ EntryKind = Literal["name", "version", "desired", "counter", "lost"]
 
 @dataclass(frozen=True, slots=True)
 class Tombstone:
-    """What is kept of a name that was deleted."""
+    """Record of a name that was deleted."""
 
     name: str
     explicit: bool

@@ -1,4 +1,4 @@
-"""Names that were never loaded: which source offers one, and for how long the answer that none does is remembered."""
+"""Resolves names that were never loaded: asks the sources, and remembers for a while that none has a name."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def unknown_adapter(name: str) -> UnknownAdapter:
 async def first_offer(
     name: str, asks: Mapping[str, Callable[[], Coroutine[Any, Any, AdapterManifest]]]
 ) -> tuple[str, AdapterManifest]:
-    """Ask all sources at once; return the first, in their order, that has the name, and what it has.
+    """Ask all sources at once. Return the first, in their order, that has the name, and its adapter.
 
-    A source that is slow to answer is waited for only `PATIENCE_S` once a later one offers the name. Raises what the
-    first source that has the name raises for it (AdapterRefused), SourceUnavailable if none has it and not all could
-    be asked, else UnknownAdapter.
+    Once a later source offers the name, a slow source is waited for `PATIENCE_S` only. Raises AdapterRefused if the
+    first source that has the name has no adapter that can be served. Raises SourceUnavailable if no source has it and
+    not all could be asked, else UnknownAdapter.
     """
     tasks = [(source, asyncio.create_task(ask())) for source, ask in asks.items()]
     pending, is_patient = {task for _, task in tasks}, True

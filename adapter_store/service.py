@@ -89,7 +89,7 @@ class _OpenSource:
 
 @dataclass(frozen=True, slots=True)
 class _Holding:
-    """What a worker said it holds, and when."""
+    """Versions that a worker reported, and the time of its report."""
 
     at: float
     versions: frozenset[str]
@@ -97,7 +97,7 @@ class _Holding:
 
 @dataclass(frozen=True, slots=True)
 class StoreUsage:
-    """How much the store keeps."""
+    """Number and size of the versions that the store keeps."""
 
     num_versions: int
     """Versions on disk."""
@@ -108,7 +108,7 @@ class StoreUsage:
 
 @dataclass(frozen=True, slots=True)
 class TableChanges:
-    """What became of the names after a generation."""
+    """Changes of names after a generation."""
 
     generation: int
     adapters: tuple[NamedAdapter, ...]
@@ -171,7 +171,7 @@ class AdapterStore:
 
     @property
     def usage(self) -> StoreUsage:
-        """How much is kept now."""
+        """Number and size of the versions kept now."""
         return StoreUsage(len(self._catalog.manifests), len(self._cache), self._cache.num_bytes)
 
     def close(self) -> None:
@@ -285,7 +285,7 @@ class AdapterStore:
         return manifest
 
     async def fetch(self, version: str) -> Any:
-        """What `put` returned for the version's weights, from host memory or else from disk.
+        """Return a version's weights, as `put` returned them, from host memory or else from disk.
 
         Raises UnknownVersion, AdapterRefused if the limits have become narrower, StoreUnusable if the disk's copy is
         damaged.
@@ -343,7 +343,7 @@ class AdapterStore:
         return tuple(removed)
 
     async def problems(self) -> tuple[Damage | StoreUnusable, ...]:
-        """What is wrong with the state folder now: all that is damaged, and why the last write failed."""
+        """Return the state folder's faults: all damaged entries, and why the last write failed."""
         damaged = await self.damaged()
         return (*damaged, *filter(None, (self._failure,)))
 
@@ -353,7 +353,8 @@ class AdapterStore:
 
     def _opened(self, source: str) -> _OpenSource:
         if source not in self._sources:
-            raise UnknownSource("unknown_source", f"there is no source {source[:128]!r}", "source")
+            choices = f"choose one of {', '.join(self._sources)}" if self._sources else "none is configured"
+            raise UnknownSource("unknown_source", f"there is no source {source[:128]!r}; {choices}", "source")
         return self._sources[source]
 
     def _named(self, record: NameRecord) -> NamedAdapter:

@@ -1,4 +1,4 @@
-"""Where adapters come from: folders, the Hugging Face hub, object stores. Callers name a configured source and a key.
+"""Sources of adapters: folders, the Hugging Face hub, object stores. Callers name a configured source and a key.
 
 A source only copies the few files of an adapter into a staging folder and looks at none of them; all calls block.
 """
@@ -129,7 +129,7 @@ def checked_key(key: str) -> PurePosixPath:
         or any(part in ("", ".", "..") or part.startswith("~") or len(part.encode()) > 255 for part in parts)
         or re.search(r"[\\:?#%*\[\]]", key)
     ):
-        raise InvalidKey("invalid_key", f"key {key[:100]!r} is no plain relative path without '..'", "key")
+        raise InvalidKey("invalid_key", f"key {key[:100]!r} must be a plain relative path without '..'", "key")
     return PurePosixPath(key)
 
 
@@ -244,7 +244,7 @@ class HubSource:
         except EntryNotFoundError:
             return None
         except HFValidationError as error:
-            raise InvalidKey("invalid_key", f"{repository!r} is no repository's name", "key") from error
+            raise InvalidKey("invalid_key", f"{repository!r} is not a valid repository name", "key") from error
         except RevisionNotFoundError as error:
             raise UnknownKey("key_not_found", f"{repository} has no revision {revision}", "key") from error
         except RepositoryNotFoundError as error:
@@ -344,7 +344,7 @@ def _open_below(root: Path, path: Path) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(opened).st_mode):
         os.close(opened)
         raise AdapterRefused(
-            "missing_weights" if name == WEIGHTS_FILE else "missing_config", f"{name} is no file", name
+            "missing_weights" if name == WEIGHTS_FILE else "missing_config", f"{name} must be a regular file", name
         )
     return os.fdopen(opened, "rb")
 

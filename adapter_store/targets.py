@@ -1,4 +1,4 @@
-"""Which modules of the base an adapter targets, with what rank and scaling: PEFT's rules over module names."""
+"""Finds the modules of the base that an adapter targets, with rank and scaling: PEFT's rules over module names."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def effective_modules(
 ) -> tuple[ModuleManifest, ...]:
     """The modules of the base that PEFT would wrap for this config, sorted by name.
 
-    `present` are the modules that the weights file has factors for; with `ensure_weight_tying` PEFT wraps the output
-    too if the base ties it, and then its factors are there.
+    present: modules for which the weights file has factors. With `ensure_weight_tying`, PEFT wraps the output too if
+    the base ties it; then its factors are there.
     Raises AdapterRefused `unknown_target`, `no_module` and what `match_patterns` raises.
     """
     targets = _targeted(spec, geometry)
@@ -69,7 +69,7 @@ def tied_outputs(names: Collection[str], geometry: BaseGeometry) -> set[str]:
 
 
 def is_output(name: str, shape: ModuleShape, geometry: BaseGeometry) -> bool:
-    """Whether it is the base's output embedding: a linear module in no layer whose outputs are the vocabulary."""
+    """Return True for the base's output embedding: a linear module in no layer, with the vocabulary as outputs."""
     if shape.kind != "linear" or any(part.isdigit() for part in name.split(".")):
         return False
     return any(other.kind == "embedding" and other.in_dim == shape.out_dim for other in geometry.modules.values())

@@ -123,9 +123,9 @@ def _parse_header(text: bytes, file_name: str) -> dict[str, object]:
     try:
         header = json.loads(text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise AdapterRefused("broken_safetensors", "the weights file's header is no valid JSON", file_name) from error
+        raise AdapterRefused("broken_safetensors", "the weights file's header is not valid JSON", file_name) from error
     if not isinstance(header, dict):
-        raise AdapterRefused("broken_safetensors", "the weights file's header is no JSON object", file_name)
+        raise AdapterRefused("broken_safetensors", "the weights file's header is not a JSON object", file_name)
     header.pop("__metadata__", None)
     return header
 
@@ -159,7 +159,7 @@ def _entry(name: str, fields: object, data_start: int) -> TensorEntry:
         return AdapterRefused("broken_safetensors", f"tensor {name[:200]}: {what}", name)
 
     if not isinstance(fields, dict):
-        raise broken("its entry is no object")
+        raise broken("its entry is not an object")
     tag, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not isinstance(tag, str) or tag not in _ITEM_BITS:
         raise broken(f"unknown dtype {str(tag)[:40]}")

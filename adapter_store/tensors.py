@@ -47,16 +47,16 @@ class Tensor:
         return self.array.shape
 
     def is_finite(self) -> bool:
-        """Whether no element is NaN or infinite."""
+        """Return True if no element is NaN or infinite."""
         unsigned, exponent = _EXPONENT[self.tag]
         return int((self._bits() & unsigned(exponent)).max(initial=0)) != exponent
 
     def is_zero(self) -> bool:
-        """Whether every element is zero."""
+        """Return True if every element is zero."""
         return not np.any(self._bits() << 1)
 
     def has_bits_of(self, other: Tensor) -> bool:
-        """Whether both hold the same bits; they must be of one type and shape."""
+        """Return True if both hold the same bits. They must be of one type and shape."""
         return np.array_equal(self._bits(), other._bits())
 
     def _bits(self) -> npt.NDArray[np.unsignedinteger]:

@@ -21,7 +21,7 @@ from lorafleet.adapter_store.validation import check_values
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """What is added to rows of one module's weight."""
+    """Differences that are added to rows of one module's weight."""
 
     module: str
     tensor: str
@@ -32,7 +32,7 @@ class TokenRows:
 
     @property
     def head(self) -> bytes:
-        """What a digest must cover beside the difference."""
+        """Properties that a digest must cover beside the difference."""
         return json.dumps([self.module, "tokens", self.tokens, self.difference.shape]).encode()
 
     def factors(self, scaling: float, shape: ModuleShape, served: FloatTag) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Which of the base's own modules and tokens an adapter brings anew: PEFT's rules over module names."""
+"""Finds the base's modules and tokens that an adapter replaces: PEFT's rules over module names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head"})
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a config asks for beside LoRA. No module is both in `modules` and in `tokens`."""
+    """Modules and tokens that a config trains beside LoRA. No module is both in `modules` and in `tokens`."""
 
     modules: frozenset[str]
     """Embeddings, outputs and norms that were trained as a whole."""
@@ -84,7 +84,7 @@ def _ending_in(end: str, known: Collection[str]) -> list[str]:
 
 
 def _has_tokens(module: str, geometry: BaseGeometry) -> bool:
-    """Whether its rows are the vocabulary's: an embedding or an output."""
+    """Return True if the module's rows are the vocabulary's: an embedding or an output."""
     shape = geometry.modules.get(module)
     return shape is not None and (shape.kind == "embedding" or is_output(module, shape, geometry))
 

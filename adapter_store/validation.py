@@ -24,10 +24,10 @@ RULES: Final[Mapping[str, str]] = {
     "pickle_weights": "The weights are a pickle, which can run code; only safetensors is read.",
     "config_too_large": "adapter_config.json, or a file of its tokenizer, is larger than any such file.",
     "weights_too_large": "The weights file is larger than any adapter of this base can be.",
-    "broken_config": "adapter_config.json is no JSON object.",
+    "broken_config": "adapter_config.json is not a JSON object.",
     "invalid_field": "A field of the config has a wrong type or value.",
     "unsupported_field": "A field of the config asks for something that is not served.",
-    "invalid_pattern": "A pattern of the config is no regular expression.",
+    "invalid_pattern": "A pattern of the config is not a regular expression.",
     "pattern_too_slow": "A pattern of the config takes too long to match.",
     "unknown_target": "target_modules names no module of the base, or one that LoRA cannot be on here.",
     "no_module": "The adapter changes no module of the base.",
@@ -88,7 +88,7 @@ def check_products(module: ModuleManifest, a: Tensor, b: Tensor, served: FloatTa
 
 
 def is_replaceable(copy: BaseCopy, geometry: BaseGeometry) -> bool:
-    """Whether an adapter may bring another one in the place of this parameter of the base."""
+    """Return True if an adapter may replace this parameter of the base."""
     shape = geometry.modules.get(copy.module)
     if shape is None:
         return f"{copy.module}.{copy.leaf}" in geometry.vectors
@@ -96,7 +96,7 @@ def is_replaceable(copy: BaseCopy, geometry: BaseGeometry) -> bool:
 
 
 def is_copy(saved: Tensor, own: Tensor) -> bool:
-    """Whether a tensor of a file is the base's own, perhaps rounded.
+    """Return True if a tensor of a file is the base's own, perhaps rounded.
 
     Training may have held the base in a narrower type than its checkpoint, and saved it in a wider one.
     """

@@ -59,7 +59,7 @@ def nearest(wanted: str, names: Collection[str]) -> str:
 
 
 def prefix_of(names: Collection[str]) -> str:
-    """What stands before the base's names in a file: PEFT's own prefix, or nothing.
+    """Return the prefix of the base's names in a file: PEFT's own, or none.
 
     Raises AdapterRefused `unmatched_tensor` for a file that has names of both kinds.
     """

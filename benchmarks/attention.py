@@ -47,7 +47,7 @@ class Case:
 
     @property
     def is_even(self) -> bool:
-        """Whether torch's attention can run it: one length, and no tokens before the rows of a prefill."""
+        """Return True if torch's attention can run it: one length, and no tokens before the rows of a prefill."""
         return len(set(self.lengths)) == 1 and (self.is_decode or self.rows == self.lengths)
 
     @property
@@ -214,7 +214,7 @@ def ceilings() -> tuple[float, float]:
 
 
 def versions() -> dict[str, str]:
-    """Where the numbers come from."""
+    """Machine and versions behind the numbers."""
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,

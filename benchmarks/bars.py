@@ -93,7 +93,7 @@ def median(lines: Iterable[Line] | None, name: str) -> float | None:
 
 
 def commit() -> str:
-    """What is checked out here."""
+    """Return the commit that is checked out."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

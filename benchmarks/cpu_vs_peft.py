@@ -67,7 +67,7 @@ Answers = list[tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is asked of everyone."""
+    """The work that each contestant does."""
 
     prompts: Sequence[tuple[int, ...]]
     adapters: Sequence[str]

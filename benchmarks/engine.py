@@ -1,13 +1,16 @@
-"""The engine on a GPU: what many adapters cost against none, in one run.
+"""Measures the engine on a GPU: the cost of many adapters against none, in one run.
 
     python benchmarks/engine.py --out benchmarks/results/engine.jsonl [--cases base,lora64] [--seconds 500]
     python benchmarks/engine.py --out benchmarks/results/engine.jsonl --report
 
 Random weights and random token ids, so nothing is downloaded: 256 requests of 512 prompt and 128 output tokens;
 adapters of rank 16 on all seven projections. Each engine shape has a process of its own. Every case runs after a
-warm-up of itself and writes its lines of JSON at once. `--report` holds the last run against the bars, with what
-`fidelity.py` found on a GPU and what other servers did with the same work, a file each in results/peers:
-`{"engine": ..., "version": ..., "base": {"out_tok_s": ...}, "lora64": ...}`; and draws it.
+warm-up of itself and writes its lines of JSON at once.
+
+`--report` holds the last run against the bars and draws it, with the results of `fidelity.py` on a GPU. It also reads
+other servers' results of the same work, a file each in results/peers:
+
+    {"engine": ..., "version": ..., "base": {"out_tok_s": ...}, "lora64": ...}
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from running_engine import Figures
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Where the lines go, what they say of the run, and how long it may take."""
+    """Output of a run: the file of its lines, their common fields, and the time limit."""
 
     out: Path
     meta: dict[str, str]
@@ -81,7 +84,7 @@ def run_cases(
 
 
 def _profile(case: Case, lab: Lab, folder: Path) -> None:
-    """Where the device's time goes in a case, a text file each."""
+    """Write the device's time by kernel, a text file a case."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.profiler.profile() as profiler:
         for _ in case(lab):

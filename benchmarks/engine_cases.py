@@ -22,7 +22,7 @@ from lorafleet.workers.request import StructuredOutputs
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """How much of everything."""
+    """Amounts of work in a case."""
 
     requests: int = 256
     prompt: int = 512
@@ -78,7 +78,7 @@ Kind = Literal["lora", "no_lora", "fp8"]
 
 @dataclass(slots=True)
 class Lab:
-    """What the cases of one process share."""
+    """Engine, adapters and memory that the cases of one process share."""
 
     work: Work
     geometry: str

@@ -1,4 +1,4 @@
-"""What `engine.py` measured, against the bars that an engine on an H200 is held to, and drawn."""
+"""Holds the results of `engine.py` against the bars for an engine on an H200, and draws them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def differences(fidelity: Path) -> dict[str, float]:
 
 
 def peer_files() -> list[Path]:
-    """What other servers did with the same work, beside our own results."""
+    """Other servers' results of the same work, beside our own."""
     return sorted((Path(__file__).with_name("results") / "peers").glob("*.json"))
 
 

@@ -130,7 +130,7 @@ def make_questions(lengths: Sequence[int], vocab_size: int, seed: int) -> list[Q
 
 @dataclass(slots=True)
 class Answer:
-    """What came of a question."""
+    """Result of a question."""
 
     tokens: tuple[int, ...] = ()
     entries: tuple[TokenLogprobs, ...] = ()
@@ -206,7 +206,7 @@ class Ours:
 
     @property
     def is_fused(self) -> bool:
-        """Whether fused layers compute the base."""
+        """Return True if fused layers compute the base."""
         return self._parts.runner.is_fused
 
     def close(self) -> None:
@@ -264,7 +264,7 @@ class Report:
         return max(float(each.max()) for each in (*self.prefill, *self.decode))
 
     def figures(self) -> dict[str, Any]:
-        """What the report shows of each phase, and how many answers are the oracle's."""
+        """Summary of each phase, and the number of answers that are the oracle's."""
         return {
             **{phase: _summary(getattr(self, phase)) for phase in ("prefill", "decode")},
             "strings_equal": self.num_equal,
@@ -295,7 +295,7 @@ def compare(
 
 
 def num_parted(oracle: Oracle, questions: Sequence[Question], ours: Sequence[Answer], others: Sequence[Answer]) -> int:
-    """How many answers part where the oracle sees no tie: where its logprobs of the two tokens are a bar apart."""
+    """Count the answers that differ without a tie: the oracle's logprobs of the two tokens are a bar apart."""
     count = 0
     for question, one, other in zip(questions, ours, others, strict=True):
         place = next(

@@ -48,7 +48,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the server said to one problem."""
+    """The server's answer to one problem."""
 
     text: str
     is_right: bool
@@ -80,7 +80,7 @@ class Score:
             )
 
     def figures(self) -> dict[str, Any]:
-        """What is recorded."""
+        """The record of a run."""
         seconds, done = time.perf_counter() - self.started_s, len(self.answers)
         num_tokens = sum(answer.num_tokens for answer in self.answers)
         return {
@@ -118,7 +118,7 @@ def _after_mark(answer: str) -> Decimal:
 
 
 def number_in(text: str) -> Decimal | None:
-    """What an answer comes to; None if it has no number."""
+    """Return the number that an answer ends with; None if it has none."""
     _, _, result = text.partition(MARK)
     marked = NUMBER.search(result)
     found = [marked[0]] if marked is not None else NUMBER.findall(text)

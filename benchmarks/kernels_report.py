@@ -1,4 +1,4 @@
-"""What `csgmv.py` measured, against the bars that the kernels on an H200 are held to, and drawn."""
+"""Holds the results of `csgmv.py` against the bars for the kernels on an H200, and draws them."""
 
 from __future__ import annotations
 

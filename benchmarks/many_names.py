@@ -1,4 +1,4 @@
-"""What an adapter's load, a worker's question and a desired set cost with 10,000 adapters, against bars.
+"""Measures a load, a worker's question and a desired set with 10,000 adapters, against bars.
 
     python benchmarks/many_names.py [--names 10000] [--out results.jsonl]
 
@@ -72,7 +72,7 @@ def fill(store: AdapterStore, first: int, count: int) -> None:
 
 
 async def put_cost(store: AdapterStore, figures: dict[str, float], name: str) -> None:
-    """What a PUT asks of the store beside reading the adapter: the name, the flip, and what an ingress is told then."""
+    """Time a PUT's calls of the store, without reading the adapter: the name, the flip, and the ingress's question."""
     generation = await store.generation()
     count = 50
     with cpu_s(figures, name, count):

@@ -62,7 +62,7 @@ Pair = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 def device() -> str:
-    """Where random weights are made: a GPU is much faster."""
+    """Return the device that makes random weights: a GPU is much faster."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

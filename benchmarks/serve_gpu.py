@@ -1,13 +1,17 @@
-"""What HTTP streaming through Ray Serve makes of a GPU, against the same engines called in their own processes.
+"""Measures HTTP streaming through Ray Serve on a GPU, against the same engines called in their own processes.
 
     python benchmarks/serve_gpu.py --out benchmarks/results/serve_gpu.jsonl [--workers 2] [--seconds 400]
 
 Llama-3.1-8B geometry with random weights, 64 adapters of rank 16 all resident, 64 clients that each send one request
-after another: 512 prompt tokens, 128 output tokens. Three ways, each in processes of its own: `engine`, one engine on
-the whole GPU; `engines`, as many as there are workers, side by side on it, each with its share of the clients; `http`,
-the service, whose workers take an equal share of the GPU. Processes on one GPU take turns, unless CUDA's Multi-Process
-Service lets them run at once: start `nvidia-cuda-mps-control -d` with CUDA_MPS_PIPE_DIRECTORY set, here too. A line of
-JSON a way; the bars last.
+after another: 512 prompt tokens, 128 output tokens. Three ways are measured, each in processes of its own:
+
+- `engine`: one engine on the whole GPU;
+- `engines`: one for each worker, side by side on the GPU, each with its share of the clients;
+- `http`: the service, whose workers take equal shares of the GPU.
+
+Processes on one GPU take turns, unless CUDA's Multi-Process Service lets them run at once. To have it, start
+`nvidia-cuda-mps-control -d` with CUDA_MPS_PIPE_DIRECTORY set, and set that here too. Each way prints a line of JSON;
+the bars come last.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ BAR = 0.85
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """How much, and of what."""
+    """Amounts of work."""
 
     geometry: str = "llama-8b"
     adapters: int = 64
@@ -94,7 +98,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What the clients of one process got. Times are of the machine's monotonic clock."""
+    """Results of the clients of one process. Times are of the machine's monotonic clock."""
 
     began_s: float
     ended_s: float

@@ -1,4 +1,4 @@
-"""What the way through HTTP costs: proxy, ingress, router and worker, against the same engine called in this process.
+"""Measures the cost of HTTP, proxy, ingress, router and worker, against the same engine called in this process.
 
     python benchmarks/serve_overhead.py [--streams 16] [--rounds 9] [--threads 1]
     python benchmarks/serve_overhead.py --beats 20 --streams 64 [--workers 1] [--ingresses 1]
@@ -197,7 +197,7 @@ def service(
 
 
 def over_http(port: int, max_tokens: int) -> Ask:
-    """How to ask the service: HTTP on a bare socket, for a stock client spends more than what is measured here."""
+    """Client of the service: HTTP on a bare socket, because a stock client spends more than the measured cost."""
 
     async def ask(model: str, prompt: Prompt) -> AsyncIterator[Sequence[int]]:
         sampling = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
@@ -268,7 +268,7 @@ async def engine_steps() -> int:
 
 
 def machine() -> dict[str, str]:
-    """Where this runs, and with what."""
+    """Machine and versions of this run."""
     return {
         "machine": f"{bars.cpu_name()}, {len(os.sched_getaffinity(0))} cores",
         "python": platform.python_version(),

@@ -76,7 +76,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What came of a case."""
+    """Result of a case."""
 
     name: str
     kind: str
@@ -203,7 +203,7 @@ def _serve(case: Case, model: PreTrainedModel, folder: Path) -> Row:
 
 
 def _targets(model: PreTrainedModel) -> dict[str, list[str] | str]:
-    """What adapters of each of `TARGETS` are put on, as `target_modules` has it."""
+    """Modules that adapters of each of `TARGETS` are put on, in the form of `target_modules`."""
     names = {module: name for name, module in model.named_modules()}
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

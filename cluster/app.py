@@ -117,7 +117,7 @@ def _ingress(config: AppConfig, workers: Application, store: Application, contro
 
 
 def router_options(config: AppConfig) -> dict[str, Any]:
-    """What `WorkerRouter` is told."""
+    """Settings of `WorkerRouter`."""
     worker = config.worker
     return {
         "max_load": worker.max_load,

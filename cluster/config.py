@@ -42,7 +42,7 @@ class DesiredAdapter(Settings):
 def _no_name_twice(named: tuple[Any, ...]) -> tuple[Any, ...]:
     for name, count in Counter(item.name for item in named).items():
         if count > 1:
-            raise ValueError(f"the name {name!r} is given twice")
+            raise ValueError(f"the name {name!r} is given twice; names must differ")
     return named
 
 
@@ -60,7 +60,7 @@ class UserConfig(Settings):
 
 
 class AdaptersConfig(PoolConfig):
-    """Where adapters come from and how much room they get."""
+    """Sources of adapters, and the memory that adapters may take."""
 
     sources: Annotated[tuple[SourceConfig, ...], AfterValidator(_no_name_twice)] = Field(
         default=(), description="Where adapters may be fetched from."
@@ -135,7 +135,7 @@ class IngressConfig(Settings):
 
 
 class AuthConfig(Settings):
-    """Which environment variables hold the secrets; the secrets themselves are never configuration."""
+    """Names of the environment variables that hold the secrets. The secrets themselves are never configuration."""
 
     api_keys_env: str = Field(
         default="LORAFLEET_API_KEYS",
@@ -158,7 +158,7 @@ class AuthConfig(Settings):
 
 
 class HttpConfig(Settings):
-    """Who may call over HTTP from where."""
+    """Origins that may call over HTTP."""
 
     cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|[A-Za-z][A-Za-z0-9+.-]*://[^/\s]+)$")], ...] = Field(
         default=(),
@@ -211,7 +211,7 @@ class AppConfig(Settings):
 
     @property
     def model_created_s(self) -> int:
-        """When the base was written, in Unix seconds: the same at every ingress; 0 for one that lies at a hub."""
+        """Unix time at which the base was written, the same at every ingress; 0 for one that lies at a hub."""
         config = Path(self.model.source) / "config.json"
         return int(config.stat().st_mtime) if config.is_file() else 0
 
@@ -239,7 +239,7 @@ def read_serve_args(path: Path) -> dict[str, Any]:
     document = yaml.safe_load(path.read_text())
     applications = document.get("applications") if isinstance(document, dict) else None
     if not isinstance(applications, list) or len(applications) != 1:
-        raise ValueError(f"{path} is no Serve config with one application")
+        raise ValueError(f"{path} must be a Serve config with exactly one entry in `applications`")
     args = applications[0].get("args", {})
     return dict(args)
 

@@ -244,7 +244,7 @@ class EmptySecret(ClusterError):
 
 @dataclass(frozen=True, slots=True)
 class ErrorReply:
-    """What a client is told of an error: status, OpenAI's body and headers."""
+    """An error as a client gets it: status, OpenAI's body and headers."""
 
     status: int
     type: str
@@ -267,7 +267,7 @@ def unwrap(error: BaseException) -> BaseException:
 
 
 def describe(error: BaseException) -> ErrorReply:
-    """What a client is told of `error`. What is none of ours is logged under an id, and the client gets the id."""
+    """Turn `error` into a reply. An error of another package is logged under an id, and the client gets the id."""
     error = unwrap(error)
     if isinstance(error, ClusterError):
         headers = {} if error.retry_after_s is None else {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}

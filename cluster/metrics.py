@@ -1,4 +1,4 @@
-"""What the service measures, through `ray.util.metrics`: names in vLLM's style, `lorafleet_...`.
+"""Metrics of the service, through `ray.util.metrics`. Names are in vLLM's style: `lorafleet_...`.
 
 The ingress measures requests, each worker itself and its adapters, the store what it keeps. A request is recorded when
 it ends, not token by token. Adapter labels are bounded: the first `MAX_ADAPTER_LABELS` adapters that are used have one.
@@ -157,7 +157,7 @@ class RequestTimer:
         self.num_tokens -= num_tokens
 
     def note_prompt(self, num_prompt_tokens: int, num_cached_tokens: int) -> None:
-        """How long the prompt was, and how much of it was cached."""
+        """Count the prompt's tokens, and those that were cached."""
         self.num_prompt_tokens = num_prompt_tokens
         self.num_cached_tokens = num_cached_tokens
 
@@ -253,7 +253,7 @@ class WorkerMetrics:
 
 
 class StoreMetrics:
-    """What the adapter store keeps."""
+    """Metrics of the adapter store."""
 
     def __init__(self) -> None:
         self._adapters = Gauge("lorafleet_adapters", "Adapters by tier: device, host or disk.", ("worker", "tier"))

@@ -70,7 +70,7 @@ def by_reference(handle: DeploymentHandle[Any], **options: Any) -> DeploymentHan
 
 
 def http_hosts() -> tuple[str, ...]:
-    """Where the proxies of the Ray Serve instance that this process runs in listen; none if there is no HTTP."""
+    """Return the hosts that this Serve instance's proxies bind; none if there is no HTTP."""
     client = _get_global_client()
     details = client.get_serve_details()
     host = client.http_config.host
@@ -80,6 +80,6 @@ def http_hosts() -> tuple[str, ...]:
 
 
 def has_token() -> bool:
-    """Whether Ray lets only those in who have its token."""
+    """Return True if Ray admits only callers that have its token."""
     mode: Any = _raylet.get_authentication_mode()  # type: ignore[attr-defined]
     return bool(mode == _raylet.AuthenticationMode.TOKEN)  # type: ignore[attr-defined]

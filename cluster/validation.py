@@ -33,7 +33,7 @@ def refusal_of(found: Sequence[Mapping[str, Any]], fields: Mapping[str, FieldInf
     place = list(error["loc"])
     param = ".".join(str(part) for part in place)
     if error["type"] == "extra_forbidden":
-        return BadRequest(f"{param} is no known field", param, "unknown_parameter")
+        return BadRequest(f"{param} is not a known field", param, "unknown_parameter")
     if error["type"] == "missing":
         return BadRequest(f"{param} is missing", param, "missing_parameter")
     if not param:
@@ -50,7 +50,7 @@ def refusal_of(found: Sequence[Mapping[str, Any]], fields: Mapping[str, FieldInf
 
 
 def _rule_of(error: Mapping[str, Any]) -> str:
-    """What the value must be, in our words."""
+    """Say in plain words what the value must be."""
     rule = _RULES.get(error["type"])
     if rule is None:
         return "is not valid"

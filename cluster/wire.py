@@ -47,7 +47,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class OutboxAddress:
-    """Where a worker's deltas are read: whoever connects sends the key and the id of its outbox, then gets frames."""
+    """Address at which a worker's deltas are read. A client sends key and outbox id, then gets frames."""
 
     host: str
     port: int
@@ -125,7 +125,7 @@ class StoreProblem:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What an adapter would take on one worker now."""
+    """Pages that an adapter would take on one worker now."""
 
     worker_id: str
     pages: int | None
@@ -148,7 +148,7 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What came of a dry run."""
+    """Result of a dry run."""
 
     manifest: AdapterManifest
     estimates: tuple[Estimate, ...]
@@ -207,7 +207,7 @@ def replying(method: Callable[Params, Awaitable[Result]]) -> Callable[Params, Aw
 
 
 def result_of(reply: Result | Failure) -> Result:
-    """What a method returned; raises what it would have raised."""
+    """Return a method's result, or raise its error."""
     if isinstance(reply, Failure):
         raise reply.error
     return reply

@@ -1,7 +1,7 @@
 """Checks Serve configs without starting anything: `python -m lorafleet.deploy.validate FILE...`.
 
-Reads Serve YAMLs, and Kubernetes manifests that hold one in a RayService; checks Serve's own keys, `args` and the
-`user_config` of the ingress, and warns of what will only fail later.
+Reads Serve YAMLs, and Kubernetes manifests that hold one in a RayService. Checks Serve's own keys, `args` and the
+ingress's `user_config`. Warns of settings that would fail only later.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check_file(path: Path) -> Checked:
         raise InvalidConfig(f"{path}: {error}") from error
     configs = [config for document in documents for config in _serve_configs(document)]
     if not configs:
-        raise InvalidConfig(f"{path}: no Serve config and no RayService in it")
+        raise InvalidConfig(f"{path}: the file must have a Serve config (`applications`) or a RayService")
     checked = [check_config(config) for config in configs]
     return Checked(
         applications=tuple(name for each in checked for name in each.applications),
@@ -61,7 +61,7 @@ def _serve_configs(document: object) -> Iterator[object]:
         spec = document.get("spec")
         text = spec.get("serveConfigV2") if isinstance(spec, Mapping) else None
         if not isinstance(text, str):
-            raise InvalidConfig("RayService: spec.serveConfigV2 is not there")
+            raise InvalidConfig("RayService: spec.serveConfigV2 is missing")
         yield yaml.safe_load(text)
     elif "apiVersion" not in document:
         yield document
@@ -90,14 +90,14 @@ def check_config(config: Any) -> Checked:
         for j, deployment in enumerate(application.deployments):
             if deployment.name not in DEPLOYMENTS:
                 raise InvalidConfig(
-                    f"{where}deployments.{j}.name: {deployment.name!r} is none of {', '.join(DEPLOYMENTS)}"
+                    f"{where}deployments.{j}.name must be one of {', '.join(DEPLOYMENTS)}; got {deployment.name!r}"
                 )
             user_config = deployment.model_dump(exclude_unset=True).get("user_config")
             if deployment.name == "ingress" and user_config is not None:
                 desired = _valid(UserConfig, user_config, f"{where}deployments.{j}.user_config.")
                 known = {source.name for source in args.adapters.sources}
                 warnings += [
-                    f"user_config wants {adapter.name!r} from {adapter.source!r}, which is no configured source"
+                    f"user_config wants {adapter.name!r} from {adapter.source!r}, which is not in adapters.sources"
                     for adapter in desired.adapters
                     if adapter.source not in known
                 ]
@@ -113,7 +113,7 @@ def check_config(config: Any) -> Checked:
 def _passed_over(model: type[BaseModel], values: Mapping[str, object], where: str) -> list[str]:
     """Serve says nothing of keys that it does not know."""
     return [
-        f"{where}{key} is no key of Serve's, which passes over it" for key in values if key not in model.model_fields
+        f"{where}{key} is not a key of Serve's, and Serve ignores it" for key in values if key not in model.model_fields
     ]
 
 

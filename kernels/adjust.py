@@ -17,8 +17,8 @@ from lorafleet.kernels.weights import ROW_ALIGN, OutputVectors
 def adjust(y: Tensor, vectors: OutputVectors, segments: Segments, bias: Tensor | None = None) -> None:
     """Compute y += scale * (y - bias) + added in place, each row with its own adapter's, in float32.
 
-    y: (rows, out_dim) in the pool's dtype, unit stride along out_dim; it has the base's bias and the adapter's delta.
-    bias: the base's (out_dim,), which no scale reaches; None: it has none. Rows whose adapter has neither keep their
+    y: (rows, out_dim) in the pool's dtype, unit stride along out_dim. It has the base's bias and the adapter's delta.
+    bias: (out_dim,), the base's, which is not scaled; None if it has none. Rows whose adapter has neither keep their
     bits. Raises ValueError.
     """
     if y.dim() != 2 or y.shape[0] != segments.num_rows or y.shape[1] < vectors.out_dim or y.stride(1) != 1:

@@ -1,6 +1,6 @@
 """Attention over paged keys and values, in Triton: one row a sequence (decode) and several rows a sequence (extend).
 
-Both read lengths on the device, so one captured launch serves any lengths up to the block tables' width, and neither
+Both read lengths on the device, so one captured launch serves any lengths up to the block tables' width. Neither
 synchronises with the host. fp32 accumulation. The CPU path of `workers/model/paged_attention.py` is the torch twin.
 """
 
@@ -93,11 +93,15 @@ def decode(
 ) -> None:
     """Compute out[s, h] = softmax(query[s, h] . K[s] * scaling) V[s] over the tokens of sequence s.
 
-    query, out: (num_sequences, num_heads, head_dim), rows may be strided. keys, values: (num_pages, num_kv_heads,
-    page_tokens, head_dim). block_tables: (num_sequences, max_pages) int32 or int64. context_lengths: (num_sequences,)
-    int32 or int64, the query's own token included; where it is 0, zeros are written. `window`: only the last `window`
-    tokens. `softcap`, `sinks`: as in `Scores`. Raises ValueError for a wrong shape, stride, dtype or device. The caller
-    guarantees that lengths fit the tables and page ids the cache.
+    query, out: (num_sequences, num_heads, head_dim), rows may be strided.
+    keys, values: (num_pages, num_kv_heads, page_tokens, head_dim).
+    block_tables: (num_sequences, max_pages) int32 or int64.
+    context_lengths: (num_sequences,) int32 or int64, the query's own token included. Zeros are written where it is 0.
+    window: only the last `window` tokens are read.
+    softcap, sinks: as in `Scores`.
+
+    Raises ValueError for a wrong shape, stride, dtype or device. The caller guarantees that lengths fit the tables and
+    page ids the cache.
     """
     num_sequences = query.shape[0]
     _check(query, keys, values, block_tables, context_lengths, out, num_sequences, window, softcap, sinks)
@@ -279,7 +283,7 @@ def _check(
             f"head_dim must be that of the cache ({cached_dim}) and at most {MAX_HEAD_DIM}, got {head_dim}"
         )
     if num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} query heads are no multiple of {num_kv_heads} KV heads")
+        raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads")
     if keys.shape != values.shape or keys.stride() != values.stride():
         raise ValueError(
             f"keys and values must have one shape and strides, got {tuple(keys.shape)} {keys.stride()} "

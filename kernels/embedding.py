@@ -19,9 +19,8 @@ from lorafleet.kernels.weights import LoraEmbeddingWeights
 def embed(token_ids: Tensor, weights: LoraEmbeddingWeights, segments: Segments, y: Tensor) -> None:
     """Compute y += A[:, token_ids]^T @ B * scaling in place: the delta of an embedding.
 
-    token_ids: (rows,) int32 or int64, each below `num_embeddings`; the caller guarantees it on CUDA, where the base
-    embedding reads them too, and that they were written before the kernel ahead of this call began. y: as in `expand`.
-    Raises ValueError.
+    token_ids: (rows,) int32 or int64, each below `num_embeddings`. On CUDA the caller guarantees that, and that they
+    were written before the kernel ahead of this call began. y: as in `expand`. Raises ValueError.
     """
     if token_ids.dim() != 1 or token_ids.shape[0] != segments.num_rows:
         raise ValueError(f"token_ids must have shape ({segments.num_rows},), got {tuple(token_ids.shape)}")

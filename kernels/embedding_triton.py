@@ -24,8 +24,8 @@ def lookup(token_ids: Tensor, weights: LoraEmbeddingWeights, segments: Segments)
     """h[0, i, 0, r] = A[slot(i)][r, token_ids[row(i)]], for r below the adapter's rank.
 
     token_ids: (rows,) int32 or int64, written before the kernel ahead began. Returns (1, rows, 1, max_rank) fp32 as
-    `expand` takes it, rows in the order of `segments.permutation`; what lies at base rows and beyond an adapter's rank
-    is unspecified.
+    `expand` takes it, rows in the order of `segments.permutation`. Values at base rows and beyond an adapter's rank are
+    unspecified.
     """
     num_rows, max_rank = segments.num_rows, weights.max_rank
     h = torch.empty((1, num_rows, 1, max_rank), dtype=torch.float32, device=token_ids.device)

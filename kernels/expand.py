@@ -1,8 +1,8 @@
 """Expand: y += h B with the adapter's scaling, each row with its own adapter's B.
 
 Checks the arguments, then runs the Triton kernel of `expand_triton` on CUDA and plain torch elsewhere. Two forms give
-the same sum: add onto the base output (`accumulate=True`), or write the delta first, with zeros or the bias elsewhere,
-and let the base product accumulate onto it (`accumulate=False`), which moves half the bytes.
+the same sum. `accumulate=True` adds onto the base output. `accumulate=False` writes the delta first, with zeros or the
+bias elsewhere, and the base product accumulates onto it; this moves half the bytes.
 """
 
 from __future__ import annotations

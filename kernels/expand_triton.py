@@ -1,7 +1,7 @@
 """Expand: y (+)= h @ B * scaling over the paged pool, each row with its own adapter's B.
 
-One launch for all slices, however wide each is: a program owns a tile of rows and a span of one part's columns, keeps
-h there and walks the span. B rows lie along the wide side, so every load and store is a long run of one row.
+One launch covers all slices, however wide each is. A program owns a tile of rows and a span of one part's columns,
+keeps h and walks the span. B rows lie along the wide side, so every load and store is a long run of one row.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def expand(
     """y[row, part] (+)= (sum over splits of h[split, row, slice of part]) @ B[slot, part] * scaling[slot, slice].
 
     h: (splits, rows, num_slices, max_rank) fp32 as `shrink` leaves it. y: (rows, out_dim), rows may be strided. With
-    `accumulate`, rows and slices without an adapter are not touched; without it every element of y is written: the
-    delta, zero where there is none, plus `bias` (out_dim,) if given. With `scales` (rows,) every element becomes
+    `accumulate`, rows and slices without an adapter are not touched. Without it, every element of y is written: the
+    delta or zero, plus `bias` (out_dim,) if given. With `scales` (rows,) every element becomes
     y * scales[:, None] plus the delta and the bias.
     """
     if tiling is None:
@@ -286,7 +286,7 @@ def _walk_span(
 
 @triton.jit
 def _locate(table, r, max_rank, ROW_ALIGN: tl.constexpr):
-    """Where in the pool the B row of each rank starts."""
+    """Return the pool offset at which the B row of each rank starts."""
     return tl.load(table + r, mask=r < max_rank, other=0).to(tl.int64) * ROW_ALIGN
 
 
@@ -321,7 +321,7 @@ def _product(h, b, sums, SPLIT_H: tl.constexpr):
 
 @triton.jit
 def _base(y_part, rows, y_stride, bias_part, factors, row_mask, n, column_end, ACCUMULATE: tl.constexpr):
-    """What the delta of rows and columns n is added to, in float32."""
+    """Return the values that the delta of rows and columns n is added to, in float32."""
     sums = tl.zeros((rows.shape[0], n.shape[0]), dtype=tl.float32)
     if ACCUMULATE:
         mask = row_mask[:, None] & (n < column_end)[None, :]

@@ -1,4 +1,4 @@
-"""What lies between a decoder layer's products, one launch each: residual and norm, rotary and KV write, SiLU and up.
+"""Operations between a decoder layer's products, one launch each: residual and norm, rotary and KV write, SiLU and up.
 
 Entry points: CUDA runs the Triton kernels of `fused_triton`, other devices the plain torch here, which is also their
 oracle. All round where transformers' Llama modules round, so that a layer keeps its values. Nothing synchronises.
@@ -62,8 +62,8 @@ def rotate_and_store(
 ) -> Tensor:
     """Rotate the queries in place, and write the rotated keys and the values to their pages.
 
-    qkv: (rows, (num_heads + 2 num_kv_heads) * head_dim), a row's query heads, then key heads, then value heads; rows
-    may be strided. cos, sin: (rows, head_dim) in qkv's dtype, halves rotated against each other. Returns a view of the
+    qkv: (rows, (num_heads + 2 num_kv_heads) * head_dim): query heads, then key heads, then value heads. Rows may be
+    strided. cos, sin: (rows, head_dim) in qkv's dtype, halves rotated against each other. Returns a view of the
     queries, (rows, num_heads, head_dim). Raises ValueError.
     """
     num_kv_heads, head_dim = place.keys.shape[1], place.keys.shape[3]

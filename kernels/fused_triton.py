@@ -1,7 +1,7 @@
 """The Triton kernels of `fused`, which checks their arguments and documents them.
 
-With `PDL` a kernel comes up while the one ahead of it still runs, and waits for that one's end before it reads what
-others write.
+With `PDL` a kernel starts while the one ahead of it still runs. It waits for that one's end before it reads any data
+that others write.
 """
 
 from __future__ import annotations

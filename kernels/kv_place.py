@@ -1,4 +1,4 @@
-"""What rotary embedding needs beside its rows: where keys and values go, and the norms ahead of it."""
+"""Arguments of rotary embedding beside its rows: the place of keys and values, and the norms ahead of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class HeadNorm:
 
 @dataclass(frozen=True, slots=True)
 class KVPlace:
-    """Where one layer keeps the keys and values of the running pass's rows."""
+    """Place in one layer's cache of the keys and values of the running pass's rows."""
 
     keys: Tensor
     """(num_pages, num_kv_heads, page_tokens, head_dim): the layer's cache."""

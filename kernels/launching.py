@@ -1,4 +1,4 @@
-"""How every Triton kernel is launched; and how a process that starts has its kernels compiled, many at a time, first.
+"""Launches every Triton kernel, and compiles a starting process' kernels, many at a time.
 
 Triton's own launch binds, hashes and checks its arguments anew each time, which takes the host several times as long as
 the launch itself. Here the compiled kernel is looked up by what Triton would specialise it for, and launched as it is.
@@ -26,7 +26,7 @@ _seen: ContextVar[set[Hashable] | None] = ContextVar("lorafleet_compiled_ahead",
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., object]:
-    """Return what takes a kernel's arguments and options and launches it over `grid`, as Triton's `kernel[grid]` does.
+    """Return a function that launches the kernel over `grid`, called like Triton's `kernel[grid]`.
 
     Constexprs and options are given by keyword, all other arguments by position.
     """
@@ -100,7 +100,7 @@ def _compile(kernel: Any, grid: tuple[int, ...], seen: set[Hashable], *arguments
 
 
 def _kind(argument: object) -> Hashable:
-    """What Triton makes kernels differ by, or more. Should it be less, a kernel is compiled later than it could be."""
+    """Return the properties by which Triton specialises kernels, or more. A missing one delays a compilation."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, int):

@@ -1,10 +1,12 @@
 """csgmv in plain torch, over the same pages and the same segments as the Triton kernels: the CPU backend.
 
 The adapters' rows are taken in *groups*: one adapter with many rows, or several with few each. A group's A rows are
-gathered into one matrix for all its adapters, so that h is one product, in which each row keeps only its own adapter's
-columns; B likewise. The few operations a group take as long with one adapter as with eight. fp32 accumulation (float64
-for a float64 pool, which makes an oracle of it). Where segments are to be exact, each adapter is a group of its own and
-no product is smaller than what BLAS multiplies row by row alike: a row's bits are the same beside any others.
+gathered into one matrix for all its adapters. So h is one product, in which each row keeps only its own adapter's
+columns; B likewise. The few operations a group take as long with one adapter as with eight. Accumulation is in fp32, or
+in float64 for a float64 pool, which makes an oracle of it.
+
+If segments are to be exact, each adapter is a group of its own. No product is then smaller than BLAS needs to multiply
+each row alike, so a row's bits do not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -96,7 +98,7 @@ class _PartPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What one module's tables say about a group."""
+    """One module's tables for a group."""
 
     used: BoolArray
     """(num_slices, adapters, ranks): which entries of the row tables are in use; h's columns, in this order."""
@@ -119,7 +121,7 @@ class _GroupHidden:
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """What shrink leaves for expand."""
+    """Intermediate values that shrink leaves for expand."""
 
     groups: tuple[_GroupHidden, ...]
 

@@ -1,4 +1,4 @@
-"""Rows of a flat array to their places in a pool: what brings an adapter's weights into its pages.
+"""Copies rows of a flat array to their places in a pool, and so an adapter's weights into its pages.
 
 Checks the arguments, then runs the Triton kernel of `row_copy_triton` on CUDA and numpy elsewhere. Nothing
 synchronises.
@@ -21,11 +21,13 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def place_rows(source: Tensor, pool: Tensor, moves: Tensor, *, is_aligned: bool = False) -> None:
     """Copy pool[place : place + width] = source[start : start + width] for every row, and zeros up to its pitch.
 
-    source, pool: flat and contiguous, of one dtype and device. moves: (3, num_rows) int64 on that device, unit stride
-    along num_rows: the rows' starts, widths and places, these multiples of ROW_ALIGN. A row's pitch is its width,
-    rounded up to ROW_ALIGN; pitches do not overlap, and what none of them covers keeps its bits. The caller guarantees
-    on CUDA that rows lie within source and pool. is_aligned: starts and widths are multiples of LOAD_ALIGN. Raises
-    ValueError.
+    source, pool: flat and contiguous, of one dtype and device.
+    moves: (3, num_rows) int64 on that device, unit stride along num_rows: starts, widths and places of the rows. Places
+    are multiples of ROW_ALIGN.
+    is_aligned: starts and widths are multiples of LOAD_ALIGN.
+
+    A row's pitch is its width, rounded up to ROW_ALIGN. Pitches do not overlap, and elements outside them keep their
+    bits. The caller guarantees on CUDA that rows lie within source and pool. Raises ValueError.
     """
     for name, tensor in (("source", source), ("pool", pool)):
         if tensor.dim() != 1 or not tensor.is_contiguous():

@@ -1,4 +1,4 @@
-"""How an attention layer makes weights of its scores, beside that no token sees what comes after it."""
+"""The rules by which an attention layer makes weights of its scores, beside causality."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def chunk_length_for(num_rows: int, largest_segment: int, mean_segment: float) -
 
 @dataclass(frozen=True, slots=True)
 class SegmentShape:
-    """What is known of segments without their arrays: plain numbers, from which the arrays' places follow."""
+    """Sizes of segments as plain numbers, from which the places of their arrays follow."""
 
     num_rows: int
     max_chunks: int

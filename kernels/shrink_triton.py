@@ -32,8 +32,8 @@ MAX_SLICES = 4
 MAX_COLUMNS = 256
 """Columns of h, over all slices, that a program accumulates at once."""
 FEW_RANKS = 16
-"""Ranks of a block where rows are few: programs are small then, whatever ranks the tables have room for, and many have
-their loads in flight. x is so small that reading it for each block costs nothing."""
+"""Ranks of a block where rows are few. Programs are small then, so many have their loads in flight, whatever ranks the
+tables have room for. x is so small that reading it for each block costs nothing."""
 RANK_PROGRAMS = 8
 """Programs that share an adapter's rank blocks: those that a low rank leaves without one end at once."""
 SPLIT_RANKS = 1024
@@ -232,7 +232,7 @@ def _locate(
     NUM_SLICES: tl.constexpr,
     BLOCK_RANKS: tl.constexpr,
 ):
-    """Where A's row starts and what rank its slice has, for columns (slice, rank) with the ranks from `first` on."""
+    """Return the start of A's row and its slice's rank, for columns (slice, rank) with the ranks from `first` on."""
     slice_ = column // BLOCK_RANKS
     r = first + column % BLOCK_RANKS
     row_start = tl.load(table + slice_ * a_slice_stride + r, mask=(slice_ < NUM_SLICES) & (r < max_rank), other=0)

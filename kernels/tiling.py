@@ -1,4 +1,4 @@
-"""How each launch is cut into programs: measured tables for known GPUs, a rule for everything else.
+"""Cuts each launch into programs: measured tables for known GPUs, a rule for everything else.
 
 `kernels/tuned/<GPU>.json` holds what `lorafleet.kernels.tune` found best at sample points; a launch takes the nearest
 point of its kind, or the rule when none is near. A tiling is made of sizes that fit any width, so that a point serves
@@ -30,7 +30,7 @@ VIEWS = ("ranks", "scalings", "row_slots", "permutation", "chunk_indptr", "chunk
 
 @dataclass(frozen=True, slots=True)
 class ShrinkTiling:
-    """How shrink is cut: see `kernels/shrink_triton.py`."""
+    """Tiling of shrink: see `kernels/shrink_triton.py`."""
 
     block_rows: int
     block_k: int
@@ -44,7 +44,7 @@ class ShrinkTiling:
 
 @dataclass(frozen=True, slots=True)
 class ExpandTiling:
-    """How expand is cut: see `kernels/expand_triton.py`."""
+    """Tiling of expand: see `kernels/expand_triton.py`."""
 
     block_rows: int
     block_columns: int
@@ -61,7 +61,7 @@ class ExpandTiling:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a tiling depends on: all of it known on the host, none of it the adapters' own ranks."""
+    """Key of a tiling. All of it is known on the host; the adapters' own ranks are no part of it."""
 
     num_slices: int
     width: int
@@ -90,7 +90,7 @@ def expand_tiling(shape: Shape) -> ExpandTiling:
 
 
 def dependent_launch(tensor: Tensor) -> bool:
-    """Whether kernels on the tensor's device may come up while the kernel ahead still runs."""
+    """Return True if kernels on the tensor's device may start while the kernel ahead still runs."""
     return tensor.is_cuda and _capability(tensor.device)[0] >= 9
 
 
@@ -99,10 +99,10 @@ _MOST_STAGES = 4
 
 
 def stages(wanted: int, steps: int, tile_bytes: int, tensor: Tensor) -> int:
-    """As many of the wanted stages as the shared memory of a program holds, each with its tiles in flight.
+    """Return as many of the wanted stages as a program's shared memory holds, each with its tiles in flight.
 
-    A tiling of one stage was found for a program of one step; where the ranks or the width make several of it, they
-    would wait for each other's loads.
+    A tiling of one stage was measured for a program of one step. If the ranks or the width make several steps of it,
+    they would wait for each other's loads.
     """
     if wanted == 1:
         wanted = min(steps, _MOST_STAGES)
@@ -162,7 +162,7 @@ class Table:
 
 
 def table_path(device_name: str) -> Path:
-    """Where the table of a GPU lies."""
+    """Return the path of a GPU's table."""
     return Path(__file__).parent / "tuned" / f"{device_name.replace(' ', '_')}.json"
 
 

@@ -1,8 +1,8 @@
 """Measures candidate tilings on this GPU and writes its table: `python -m lorafleet.kernels.tune`.
 
-Every time is a CUDA-graph replay over several weight sets in turn, so that L2 holds none of them. The best few
-of shrink and of expand are then timed together, few rows between a norm and the base product as in a decoding step,
-and the best pair is kept.
+Every time is a CUDA-graph replay over several weight sets in turn, so that L2 holds none of them. The best few of
+shrink and of expand are then timed together, and the best pair is kept. Few rows are timed between a norm and the base
+product, as in a decoding step.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The paged adapter weights of one module, as the kernels see them.
 
-A pool is one flat tensor; a *row* is one LoRA rank of one module, contiguous along the wide side: an `A` row has
-`in_dim` elements, a `B` row `out_dim` (B is stored transposed against PEFT's files). Rows lie anywhere in the pool and
-row tables say where, in units of `ROW_ALIGN` elements, so an adapter pays for the ranks and modules that it has.
-`workers/memory/adapter_pool.py` owns the pool and hands out these views; they stay valid for the life of the pool, and
+A pool is one flat tensor. A *row* is one LoRA rank of one module, contiguous along the wide side. An `A` row has
+`in_dim` elements and a `B` row `out_dim`: B is stored transposed against PEFT's files. Rows lie anywhere in the pool.
+Row tables have their places, in units of `ROW_ALIGN` elements, so an adapter pays only for its own ranks and modules.
+`workers/memory/adapter_pool.py` owns the pool and hands out these views. They stay valid for the life of the pool, and
 loading an adapter changes only their contents.
 """
 
@@ -50,7 +50,7 @@ class VectorPart:
 
 @dataclass(frozen=True, slots=True)
 class OutputVectors:
-    """What adapters have over the output of a module, or of several that share their input, beside low-rank factors."""
+    """Extras of adapters over the output of a module, or of several that share their input."""
 
     pool: Tensor
     """(pool_elements,) model dtype: the whole pool."""
@@ -104,8 +104,8 @@ class OwnMatrix:
 class LoraWeights:
     """Weights of a linear module, or of several that share their input (q/k/v, gate/up): `num_slices` of them.
 
-    Slice `i` has its own A and B. A *part* is a run of output columns that one B row covers; there is one part a slice,
-    but an output too wide for a page (lm_head) has several parts that share the slice's h.
+    Slice `i` has its own A and B. A *part* is a run of output columns that one B row covers. Most slices have one part.
+    An output too wide for a page (lm_head) has several parts, which share the slice's h.
     """
 
     pool: Tensor
@@ -156,9 +156,8 @@ class LoraWeights:
 class LoraEmbeddingWeights:
     """Weights of an embedding: A is stored token-major, so the `rank` values of one token are contiguous.
 
-    The values of token `t` in slot `s`, of rank `r`, start at element
-    `a_pages[s, t // tokens] * ROW_ALIGN + (t % tokens) * r` of the pool, where `tokens = page_elements // r` tokens lie
-    in one page.
+    One page has `tokens = page_elements // r` tokens of rank `r`. The values of token `t` in slot `s` start at element
+    `a_pages[s, t // tokens] * ROW_ALIGN + (t % tokens) * r` of the pool.
     """
 
     pool: Tensor

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WorkerParts:
-    """What one worker is made of. The engine is not started."""
+    """Parts of one worker. The engine is not started."""
 
     engine: Engine
     runner: ModelRunner

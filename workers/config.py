@@ -27,7 +27,7 @@ def parse_bytes(value: object) -> object:
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
     if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{value!r} is no size: write a number of bytes or, say, 512MiB")
+        raise ValueError(f"{value!r} is not a size: write a number of bytes or, say, 512MiB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -60,7 +60,7 @@ class Detokenizer:
         return self._release(text, check_stop) if text else ""
 
     def flush(self) -> str:
-        """What was withheld, once nothing more will come."""
+        """Return the withheld text at the end of the answer."""
         if self.tokenizer is None or self.matched_stop is not None:
             return ""
         text, self._withheld = self._withheld, ""

@@ -55,7 +55,7 @@ IDLE_WAIT_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class _Commands:
-    """What other threads have asked for, in order."""
+    """Calls of other threads, in order."""
 
     queue: deque[Callable[[], None]]
     wake: threading.Event
@@ -65,7 +65,7 @@ class _Commands:
 
 @dataclass(frozen=True, slots=True)
 class _LaunchedRows:
-    """What a step in flight does for one sequence."""
+    """One sequence's part of a step in flight."""
 
     sequence: Sequence
     num_computed: int
@@ -191,7 +191,7 @@ class Engine:
         return future
 
     def served(self) -> ServedCounts:
-        """What was served so far. On the engine's thread."""
+        """Return the counts of served work. On the engine's thread."""
         self.stats.served.num_preemptions = self._scheduler.num_preemptions
         return self.stats.served.copy()
 
@@ -214,7 +214,7 @@ class Engine:
 
     @property
     def is_stalled(self) -> bool:
-        """Whether the step loop lives and has stood still for longer than `stall_s`."""
+        """True if the step loop lives and has stood still for longer than `stall_s`."""
         return self._thread.is_alive() and self._clock() - self._loop_alive_s > self._config.stall_s
 
     def _post(self, command: Callable[[], None]) -> None:

@@ -1,16 +1,16 @@
-"""What can go wrong in a worker, each with a stable `code`. The ingress alone turns codes into HTTP.
+"""Errors of a worker, each with a stable `code`. Only the ingress turns codes into HTTP.
 
 WorkerError
-|-- WorkerConfigError       a setting that this worker cannot honour
-|   `-- UnsupportedModel    the base cannot be served right
-|-- NoRoomError             an adapter does not fit beside those that must stay
-|-- AdapterUnavailable      an adapter's weights cannot be fetched now
-|-- PromptTooLong           a prompt that leaves no room for an answer
-|-- InvalidTokenId          a token id that the base does not have
-|-- PoolingUnsupported      a base whose hidden states cannot be had
-|-- GrammarRefused          a grammar that cannot be followed, or costs too much
-|-- NonFiniteOutput         logits that are no numbers
-`-- EngineFailed            the step loop ended or stands still
+├── WorkerConfigError       a setting that this worker cannot honour
+│   └── UnsupportedModel    the base cannot be served right
+├── NoRoomError             an adapter does not fit beside those that must stay
+├── AdapterUnavailable      an adapter's weights cannot be fetched now
+├── PromptTooLong           a prompt that leaves no room for an answer
+├── InvalidTokenId          a token id that the base does not have
+├── PoolingUnsupported      a base whose hidden states cannot be had
+├── GrammarRefused          a grammar that cannot be followed, or costs too much
+├── NonFiniteOutput         logits that are not finite
+└── EngineFailed            the step loop ended or stands still
 """
 
 from __future__ import annotations

@@ -53,12 +53,12 @@ class Matcher:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more may come."""
+        """True if the answer is complete and nothing may follow."""
         return bool(self._matcher.is_stopped())
 
     @property
     def error(self) -> str | None:
-        """Why the grammar can be followed no further; None: it can."""
+        """Return why the grammar cannot be followed further; None if it can."""
         return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
 
 

@@ -43,7 +43,7 @@ Pooling = Literal["last", "mean"]
 
 
 class StructuredOutputs(BaseModel):
-    """What an answer must be. Exactly one of the fields says it."""
+    """The form that an answer must have. Exactly one of the fields is given."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
 
@@ -69,7 +69,7 @@ class StructuredOutputs(BaseModel):
         return self
 
     def kind_and_value(self) -> tuple[GrammarKind, object]:
-        """Which one is given, and what it is."""
+        """Return the name and the value of the field that is given."""
         if self.json_object:
             return "json", {"type": "object"}
         if self.json_schema is not None:
@@ -82,7 +82,7 @@ class StructuredOutputs(BaseModel):
 
 
 class SamplingParams(BaseModel):
-    """How tokens are chosen and when to stop. Defaults are greedy-free OpenAI defaults."""
+    """Settings of sampling and of the answer's end. Defaults are OpenAI's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -159,7 +159,7 @@ class SamplingParams(BaseModel):
 
 
 class TemplateOptions(BaseModel):
-    """How a chat template writes a conversation."""
+    """Settings of the chat template."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -170,7 +170,7 @@ class TemplateOptions(BaseModel):
 
 
 class GenerateRequest(SamplingParams):
-    """What a caller asks of the service: `handle.generate.remote(GenerateRequest(model="shout", prompt="Hi"))`.
+    """A caller's request to the service: `handle.generate.remote(GenerateRequest(model="shout", prompt="Hi"))`.
 
     Exactly one of `prompt` (text or token ids) and `messages` (rendered by the chat template).
     """
@@ -241,7 +241,7 @@ class TokenLogprobs(Struct, frozen=True, array_like=True, gc=False):
 
 
 class GenerateDelta(Struct, frozen=True, array_like=True, gc=False):
-    """What a step added to one sequence, or a few steps whose reader was late. The last one has a finish reason.
+    """Text and tokens that one step, or several, added to a sequence. The last one has a finish reason.
 
     A Struct, for one is made, written and read a token: a dataclass costs some fifty times as much.
     """

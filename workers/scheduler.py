@@ -1,8 +1,8 @@
 """Decides which sequences compute how many tokens in the next step.
 
 Continuous batching with chunked prefill: decodes come first, then prefills in chunks, all under one token budget. A
-waiting sequence is admitted only when its KV pages and its adapter are there; one that does not fit is looked past, but
-not for longer than `max_wait_s`: then nothing behind it takes what it waits for, nor keeps it from being given back.
+waiting sequence is admitted only when its KV pages and its adapter are there. One that does not fit is passed over, for
+at most `max_wait_s`. Later sequences may then not take the pages or the adapter room that it waits for.
 When KV runs out, the sequence admitted last gives its pages back and is computed anew. Pure logic over page counts: no
 tensors, no threads, and a clock passed in.
 """
@@ -19,18 +19,18 @@ from lorafleet.workers.sequence import AdapterReadiness, ScheduledRows, Sequence
 
 
 class AdapterGate(Protocol):
-    """Who makes adapters resident."""
+    """Makes adapters resident."""
 
     def try_ready(self, sequence: Sequence) -> AdapterReadiness:
         """Take the lease of the sequence's version if need be and possible, and say whether it is resident."""
 
     def is_coming(self, version: str) -> bool:
-        """Whether the version has its pages and is being written into them."""
+        """Return True if the version has its pages and is being written into them."""
 
 
 @dataclass(slots=True)
 class _Budget:
-    """What is left of one step."""
+    """The room that is left in one step."""
 
     tokens: int
 

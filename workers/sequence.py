@@ -26,7 +26,7 @@ NEVER = 1 << 62
 
 
 def last_occurrence(part: tuple[int, ...], whole: tuple[int, ...]) -> int | None:
-    """Where `part` begins for the last time in `whole`; None: nowhere."""
+    """Return the last index at which `part` begins in `whole`; None if there is none."""
     wanted, tokens = np.array(part), np.array(whole)
     if len(wanted) > len(tokens):
         return None
@@ -36,7 +36,7 @@ def last_occurrence(part: tuple[int, ...], whole: tuple[int, ...]) -> int | None
 
 
 class AdapterReadiness(Enum):
-    """Whether a sequence's adapter is there."""
+    """State of a sequence's adapter."""
 
     READY = auto()
     LOADING = auto()
@@ -101,14 +101,14 @@ class Sequence:
 
     @property
     def is_complete(self) -> bool:
-        """Whether its last token is made or in flight, so that no further step is for it."""
+        """True if its last token is made or in flight, so that it needs no further step."""
         if self.request.pooling is not None:
             return self.num_uncomputed == 0
         return self.num_made >= self.max_tokens
 
     @property
     def has_pending(self) -> bool:
-        """Whether its last token is still a placeholder."""
+        """True if its last token is still a placeholder."""
         return self.token_ids[-1] < 0
 
     @property
@@ -125,7 +125,7 @@ class Sequence:
 
     @property
     def needs_all_rows(self) -> bool:
-        """Whether each position of its prompt must be computed, even where the prefix cache has its KV."""
+        """True if each position of its prompt must be computed, even where the prefix cache has its KV."""
         return self.wants_prompt_logprobs or self.request.pooling == "mean"
 
     @property
@@ -153,7 +153,7 @@ class ScheduledRows:
 
     @property
     def num_pooled(self) -> int:
-        """How many of these rows, the last ones, are part of the embedding of the sequence's prompt."""
+        """Number of these rows, the last ones, that are part of the embedding of the sequence's prompt."""
         pooling = self.sequence.request.pooling
         if pooling == "last":
             return int(self.num_rows == self.sequence.num_uncomputed)

@@ -1,4 +1,4 @@
-"""How much memory KV pages and adapter pages get, from the settings and what the device has left."""
+"""Divides a device's free memory between KV pages and adapter pages, by the settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GPU_POOL_SHARE = 0.35
 
 @dataclass(frozen=True, slots=True)
 class MemorySizes:
-    """What a worker allocates."""
+    """Sizes of a worker's memories."""
 
     num_kv_pages: int
     pool_bytes: int

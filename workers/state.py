@@ -1,4 +1,4 @@
-"""What a worker says of itself: the entries of `GET /admin/v1/workers`."""
+"""State of a worker: the entries of `GET /admin/v1/workers`."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def _observations() -> deque[float]:
 
 @dataclass(slots=True)
 class Distribution:
-    """How many observations lie at or below each bound, and above the one before it."""
+    """Counts of observations at or below each bound, and above the one before it."""
 
     bounds: tuple[float, ...]
     """Rising."""
@@ -41,7 +41,7 @@ class Distribution:
 
 @dataclass(slots=True)
 class ServedCounts:
-    """What an engine has served since it started. Tokens count when they are computed, sequences when they end."""
+    """Counts of an engine's work since it started. Tokens count when they are computed, sequences when they end."""
 
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0

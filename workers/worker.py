@@ -175,7 +175,7 @@ class Worker:
         return await self._on_engine(self._parts.residency.snapshot)
 
     async def state(self) -> WorkerState:
-        """What the worker holds and does now."""
+        """Return the worker's residents, memory and load now."""
         return await self._on_engine(self._state)
 
     def _state(self) -> WorkerState:
@@ -205,11 +205,11 @@ class Worker:
         )
 
     async def served(self) -> ServedCounts:
-        """What the worker has served since it started."""
+        """Return the worker's counts of work since it started."""
         return await self._on_engine(self._engine.served)
 
     def routing_stats(self) -> dict[str, object]:
-        """What a router needs: resident versions and load. Cheap, and safe from any thread."""
+        """Return the state that a router needs: resident versions and load. Cheap, and safe from any thread."""
         return {
             "resident": self._loader.resident_versions,
             "running": self._engine.num_running,
@@ -222,7 +222,7 @@ class Worker:
 
     @property
     def is_stalled(self) -> bool:
-        """Whether the step loop stands still; only the end of the process helps then."""
+        """True if the step loop stands still; only the end of the process helps then."""
         return self._engine.is_stalled
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ CHANGE_S = 1260.0
 
 
 class ControlPlane(Protocol):
-    """What the admin routes ask. `Rollout` is one; `ControllerClient` is one in another process."""
+    """The calls that the admin routes make. `Rollout` takes them; `ControllerClient` sends them to another process."""
 
     async def put(
         self, name: str, *, source: str, key: str, pinned: bool = False, warm: Warm = 1, replace: bool = True
@@ -109,7 +109,7 @@ class ControllerClient:
         return workers
 
     async def not_ready(self) -> str | None:
-        """Why the service is not ready; None: it is."""
+        """Return why the service is not ready; None if it is."""
         reason: str | None = await self._call("not_ready", CALL_S)
         return reason
 

@@ -1,8 +1,8 @@
 """The deployment of the control plane: roll-outs, their holds, and what configuration wants.
 
-One replica. It keeps nothing that must outlive it: names and the desired state are the store's, and holds on workers
-expire. So one that dies in the midst of a roll-out leaves the old version or the new one, and its successor goes on
-from the store.
+One replica, which keeps nothing that must outlive it: the store has the names and the desired state, and holds
+on workers expire. If it dies during a roll-out, the old version or the new one is served. Its successor continues from
+the store.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ class Controller:
 
     @replying
     async def problems(self) -> tuple[StoreProblem, ...]:
-        """What is wrong with the store's state folder."""
+        """Return the faults of the store's state folder."""
         return await self._rollout.problems()
 
     @replying
     async def has(self, name: str) -> bool:
-        """Whether an adapter has this name."""
+        """Return True if an adapter has this name."""
         return await self._rollout.has(name)
 
     @replying
@@ -95,7 +95,7 @@ class Controller:
         return await self._rollout.workers()
 
     async def not_ready(self) -> str | None:
-        """Why the service is not ready; None: it is."""
+        """Return why the service is not ready; None if it is."""
         return await self._desired.not_ready()
 
     async def user_config_stamp(self) -> int:

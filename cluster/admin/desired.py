@@ -1,10 +1,11 @@
 """Brings the names of the store in line with configuration: `adapters.preload`, and the ingress's `user_config`.
 
-The `user_config` lies in the store, with a generation: an ingress that is on its way out cannot bring back an older
-one, and a controller that takes over goes on from it. It is applied in the background, again until it holds. Names that
-came from configuration and are no longer in it are deleted; what the admin plane or a request brought is left alone,
-also where configuration names it too, until the `user_config` of a running service says something new of it. A
-`user_config` that is refused changes nothing.
+The `user_config` lies in the store, with a generation. So an ingress that shuts down cannot bring back an older
+one, and a new controller continues from it. Changes are applied in the background and retried until they hold.
+
+A name that came from configuration and is no longer in it is deleted. A name that the admin plane or a request brought
+is left alone, even where configuration has it too. Exception: a `user_config` that changes a name in a running service
+replaces it. A refused one changes nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ MAX_AT_ONCE = 4
 
 
 class DesiredStore(Protocol):
-    """Where the desired state lies. Every method raises StoreUnavailable."""
+    """The store of the desired state. Every method raises StoreUnavailable."""
 
     async def desired(self) -> DesiredState: ...
 
@@ -47,7 +48,7 @@ class DesiredStore(Protocol):
 
 
 class DesiredSet:
-    """What configuration wants, and how far it has come."""
+    """The adapters that the configuration asks for, and how many of them are in place."""
 
     def __init__(
         self,
@@ -90,8 +91,7 @@ class DesiredSet:
     async def take_user_config(self, generation: int, user_config: object) -> None:
         """Take a `user_config` of this generation, unless there is a newer one. Raises StoreUnavailable.
 
-        One that is refused is logged, and what was wanted before stays: Serve would take the service down for an error,
-        and requests have no part in it.
+        A refused one is logged, and the former one stays in force: Serve would take the service down for an error.
         """
         if generation <= self.generation:
             return
@@ -124,7 +124,7 @@ class DesiredSet:
         self._changed.set()
 
     async def not_ready(self) -> str | None:
-        """Why the service is not ready yet; None: it is."""
+        """Return why the service is not ready yet; None if it is."""
         if not await self._rollout.worker_ids():
             return "no worker is up"
         if self._is_at_a_loss:
@@ -136,7 +136,7 @@ class DesiredSet:
 
     @property
     def _is_at_a_loss(self) -> bool:
-        """Whether the service started with a `user_config` that says nothing."""
+        """True if the service started with a `user_config` that was refused."""
         return self._refusal is not None and not self._has_user_config
 
     async def run(self) -> None:

@@ -16,7 +16,7 @@ class Fleet(Protocol):
         ...
 
     async def state(self, worker_id: str) -> WorkerState:
-        """What a worker holds and does."""
+        """Return a worker's residents, memory and load."""
         ...
 
     async def make_resident(self, worker_id: str, version: str, *, hold_s: float, pinned: bool) -> None:

@@ -13,7 +13,7 @@ _Required = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]
 
 
 class LoadAdapter(BaseModel):
-    """What both servers take to load; fields of theirs that say nothing here are passed over."""
+    """Body of a load request, as vLLM and SGLang take it. Their fields without an effect here are ignored."""
 
     model_config = ConfigDict(
         use_attribute_docstrings=True, strict=True, json_schema_extra={"required": ["lora_name", "lora_path"]}
@@ -29,7 +29,7 @@ class LoadAdapter(BaseModel):
 
 
 class UnloadAdapter(BaseModel):
-    """What both servers take to unload."""
+    """Body of an unload request, as vLLM and SGLang take it."""
 
     model_config = ConfigDict(strict=True, json_schema_extra={"required": ["lora_name"]})
 

@@ -1,7 +1,7 @@
 """Load and unload routes of vLLM (`/v1/load_lora_adapter`) and SGLang (`/load_lora_adapter`), for drop-in use.
 
-Requests, status codes and replies are theirs; what happens is ours: a path must lie in a configured source, and loading
-is a roll-out over all workers.
+Requests, status codes and replies are theirs. The effect is ours: a path must lie in a configured source, and a load is
+a roll-out over all workers.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def _sglang_router(control: ControlPlane) -> APIRouter:
     async def load(body: LoadAdapter) -> Response:
         try:
             if await control.has(body.lora_name):
-                raise NameTaken(f"an adapter is named {body.lora_name!r} already", "lora_name")
+                raise NameTaken(
+                    f"an adapter is named {body.lora_name!r} already; unload it first, or replace it", "lora_name"
+                )
             source, key = await control.locate(body.lora_path)
             await control.put(body.lora_name, source=source, key=key, pinned=body.pinned, replace=False)
         except NameTaken:

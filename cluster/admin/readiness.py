@@ -1,4 +1,4 @@
-"""Whether the service is ready, as an ingress tells it: the controller's word, and its last one while it is away."""
+"""Readiness of the service as an ingress reports it: the controller's answer, or its last one while it is away."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Judge(Protocol):
     """The controller."""
 
     async def not_ready(self) -> str | None:
-        """Why the service is not ready; None: it is. Raises ControllerUnavailable."""
+        """Return why the service is not ready; None if it is. Raises ControllerUnavailable."""
         ...
 
     async def problems(self) -> tuple[StoreProblem, ...]:
-        """What is wrong with the store's state folder. Raises ServiceUnavailable."""
+        """Return the faults of the store's state folder. Raises ServiceUnavailable."""
         ...
 
 
@@ -47,7 +47,7 @@ class Readiness:
             await asyncio.sleep(POLL_S)
 
     async def not_ready(self) -> str | None:
-        """Why the service is not ready; None: it is. Generating needs no controller, so its absence changes nothing."""
+        """Return why the service is not ready; None if it is. A lost controller changes nothing."""
         try:
             reason = await self._controller.not_ready()
         except ControllerUnavailable:

@@ -1,9 +1,9 @@
 """Publishes, replaces, pins and deletes adapters over the whole cluster, all or nothing.
 
-A replacement is loaded where the old version is resident, and on as many other workers as `warm` says, before the name
-flips at the store; requests ask the store for the version, so none sees the old one afterwards, on whatever worker. If
-a worker that must have it cannot, what was loaded is let go and nothing flips. Changes of one name come one after
-another, and what has begun is finished even if the client that asked for it goes away.
+A replacement is first loaded where the old version is resident, and on as many other workers as `warm` says. Then the
+name flips at the store. Every request asks the store for the version, so none gets the old one after the flip. If a
+worker that must have the new version cannot load it, the holds are released and nothing flips. Changes of one name run
+one after another. A change that has begun is finished even if its client goes away.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Rollout:
         async with self._lock(name):
             # Asked under the lock: of two loads at the same time the second one finds what the first one made.
             if not replace and await self._find(name) is not None:
-                raise NameTaken(f"an adapter is named {name!r} already", "name")
+                raise NameTaken(f"an adapter is named {name!r} already; delete it first, or replace it", "name")
             manifest = await self._store.publish(source, key)
             before, states = await asyncio.gather(self._find(name), self._living())
             async with self._holding(name, manifest.version, states, pinned) as holds:
@@ -188,11 +188,11 @@ class Rollout:
         return [_placed(adapter, states, copies.get(adapter.version, {}), silent) for adapter in page]
 
     async def problems(self) -> tuple[StoreProblem, ...]:
-        """What is wrong with the store's state folder. Raises StoreUnavailable."""
+        """Return the faults of the store's state folder. Raises StoreUnavailable."""
         return await self._store.problems()
 
     async def has(self, name: str) -> bool:
-        """Whether an adapter has this name. Raises StoreUnavailable."""
+        """Return True if an adapter has this name. Raises StoreUnavailable."""
         return await self._find(name) is not None
 
     async def records(self) -> tuple[NameRecord, ...]:
@@ -232,7 +232,7 @@ class Rollout:
         if re.fullmatch(NAME_PATTERN, name) is None:
             raise InvalidName("invalid_name", f"name {name[:140]!a} is refused: {NAME_RULE}", "name")
         if name in self._reserved:
-            raise InvalidName("name_reserved", f"{name!r} is the base model's name", "name")
+            raise InvalidName("name_reserved", f"{name!r} is the base model's name; choose another one", "name")
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._locks.setdefault(name, asyncio.Lock())

@@ -29,7 +29,7 @@ Name = Annotated[str, Path(description="The adapter's name.", json_schema_extra=
 
 
 class PutAdapter(Settings):
-    """What a name is to stand for."""
+    """Body of a load: the adapter that a name is to stand for."""
 
     model_config = ConfigDict(strict=True)
 
@@ -47,7 +47,7 @@ class PutAdapter(Settings):
 
 
 class ValidateAdapter(Settings):
-    """What to try without loading it."""
+    """Body of a dry run: the adapter to check without loading it."""
 
     model_config = ConfigDict(strict=True)
 
@@ -56,7 +56,7 @@ class ValidateAdapter(Settings):
 
 
 class ChatReply(Settings):
-    """How an adapter's own conversations are written."""
+    """An adapter's own form of conversations."""
 
     template: str | None = Field(description="Its chat template; null: the base's.")
     end_token_ids: tuple[int, ...] = Field(description="Tokens that end its answers, beside the base's own.")
@@ -108,7 +108,7 @@ class DeletedReply(Settings):
 
 
 class EstimateReply(Settings):
-    """What an adapter would take on one worker now."""
+    """Pages that an adapter would take on one worker now."""
 
     fits: bool
     pages: int | None
@@ -117,7 +117,7 @@ class EstimateReply(Settings):
 
 
 class ValidationReply(Settings):
-    """What came of a dry run: the adapter can be served, and what it would take on each worker."""
+    """Result of a dry run: the adapter can be served, and takes these pages on each worker."""
 
     version: str
     rank: int
@@ -177,7 +177,8 @@ def build_router(control: ControlPlane, keys: Keys, *, hubs: Collection[str] = (
         if body.revision is not None:
             if body.source not in hubs:
                 raise BadRequest(
-                    f"revision={body.revision[:64]!a} is for hub sources; {body.source[:128]!a} is none", "revision"
+                    f"revision={body.revision[:64]!a} is for hub sources only; {body.source[:128]!a} is not one",
+                    "revision",
                 )
             key = f"{key}@{body.revision}"
         return adapter_reply(await control.put(name, source=body.source, key=key, pinned=body.pinned, warm=body.warm))

@@ -94,7 +94,7 @@ class MessageReply:
         return _event("error", error=error_of(error))
 
     def headers(self) -> Mapping[str, str]:
-        """Which worker answers, with which version of the adapter."""
+        """Headers that name the answering worker and the adapter's version."""
         return self._turn.headers()
 
     def _message(self, blocks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ _Texts = Annotated[tuple[TextBlock, ...], BeforeValidator(_blocks, json_schema_i
 
 
 class ToolResultBlock(BaseModel):
-    """What a tool answered."""
+    """The answer of a tool."""
 
     model_config = _PASSED_OVER
 
@@ -66,7 +66,7 @@ class ToolResultBlock(BaseModel):
 
 
 class ThinkingBlock(BaseModel):
-    """What an earlier answer thought, for templates that show it."""
+    """The reasoning of an earlier answer, for templates that show it."""
 
     model_config = _PASSED_OVER
 
@@ -126,7 +126,7 @@ class Message(BaseModel):
 
     @property
     def calls(self) -> bool:
-        """Whether it makes calls."""
+        """True if the message makes calls."""
         return any(isinstance(block, ToolUseBlock) for block in self.content)
 
 
@@ -143,7 +143,7 @@ class Tool(BaseModel):
 
 
 class ToolChoice(BaseModel):
-    """Which tools must be called."""
+    """The tools that must be called."""
 
     model_config = _PASSED_OVER
 
@@ -153,7 +153,7 @@ class ToolChoice(BaseModel):
 
 
 class Thinking(BaseModel):
-    """Whether the model thinks; `enabled` and `adaptive` set the chat template's `enable_thinking`."""
+    """Switches reasoning: `enabled` and `adaptive` set the chat template's `enable_thinking`."""
 
     model_config = _PASSED_OVER
 
@@ -170,7 +170,7 @@ class OutputFormat(BaseModel):
 
 
 class OutputConfig(BaseModel):
-    """How to answer."""
+    """The form of the answer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

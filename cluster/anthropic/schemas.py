@@ -1,4 +1,4 @@
-"""What Anthropic's routes answer, for the API's description. The replies themselves are written without these."""
+"""Replies of Anthropic's routes, for the OpenAPI document only. The replies themselves are written without these."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ class MessageEvent(Settings):
 
 
 class TokenCount(Settings):
-    """How long a prompt is."""
+    """Length of a prompt."""
 
     input_tokens: int
 
 
 class AnthropicErrorDetail(Settings):
-    """What went wrong."""
+    """An error."""
 
     type: str
     message: str = Field(description="For people; carries no paths of the server.")

@@ -91,7 +91,7 @@ def _response(reply: ErrorReply) -> Response:
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    """What routing and FastAPI raise."""
+    """Answer errors of routing and of FastAPI."""
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path[:256]}"
     if isinstance(error.__cause__, ClusterError):
@@ -110,18 +110,18 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 def _methods_of(request: Request) -> list[str]:
-    """What the URL takes. Starlette's own reply has the methods of the first route of that path only."""
+    """Return the methods of a URL. Starlette's own reply names those of the path's first route only."""
     scopes = {method: {**request.scope, "method": method} for method in METHODS}
     routes = request.app.routes
     return [method for method in METHODS if any(route.matches(scopes[method])[0] is Match.FULL for route in routes)]
 
 
 async def _on_invalid_request(request: Request, error: Exception) -> Response:
-    """What FastAPI finds wrong in the bodies and parameters of typed routes."""
+    """Answer what FastAPI refuses in bodies and parameters of typed routes."""
     assert isinstance(error, RequestValidationError)
     found = [dict(each, loc=tuple(each["loc"])[1:]) for each in error.errors()]  # without "body" or "query"
     if found[0]["type"] == "json_invalid":
-        return _response(describe(BadRequest("the body is no valid JSON", None, "invalid_json")))
+        return _response(describe(BadRequest("the body is not valid JSON", None, "invalid_json")))
     if not found[0]["loc"] and found[0]["type"] in ("missing", "model_attributes_type"):
         message = "the body must be a JSON object, sent with content-type: application/json"
         return _response(describe(BadRequest(message, None, "invalid_json")))

@@ -1,4 +1,4 @@
-"""Who may do what: keys of the data plane, the token of the admin plane, and where HTTP may be bound without one."""
+"""Authentication: keys of the data plane, the token of the admin plane, and where HTTP may be bound without one."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ class Keys:
     admin_token_env: str = "LORAFLEET_ADMIN_TOKEN"
 
     def check_client(self, authorization: str | None) -> str:
-        """Let a request of the data plane pass; a digest of its key, which tells callers apart: empty where none is
-        needed. Raises Unauthenticated.
+        """Check the key of a request to the data plane. Raises Unauthenticated.
+
+        Returns a digest of the key, which identifies the caller; empty where no key is needed.
         """
         CALLER.set("")
         if not self.api_keys:
@@ -43,14 +44,14 @@ class Keys:
         return caller
 
     def check_admin(self, authorization: str | None) -> None:
-        """Let a request of the admin plane pass. Raises Unauthenticated, or Forbidden for a key of the data plane."""
+        """Check the token of a request to the admin plane. Raises Unauthenticated; Forbidden for a data-plane key."""
         if self.admin_token is None and not self.api_keys:
             return
         token = _bearer(authorization)
         if self.admin_token is not None and _is_same(token, self.admin_token):
             return
         if self._is_client(token):
-            raise Forbidden("an API key of the data plane does not open the admin plane")
+            raise Forbidden("an API key of the data plane does not open the admin plane; send the admin token")
         if self.admin_token is None:
             raise Forbidden(f"the admin plane is closed: no token is set in {self.admin_token_env}")
         raise Unauthenticated("the admin token is needed: Authorization: Bearer <token>")
@@ -61,7 +62,7 @@ class Keys:
 
     @property
     def are_none(self) -> bool:
-        """Whether everybody who reaches HTTP may do everything."""
+        """True if everybody who reaches HTTP may do everything."""
         return self.admin_token is None and not self.api_keys
 
     def check_exposure(self, hosts: Iterable[str], *, ray_has_token: bool) -> None:
@@ -87,7 +88,7 @@ class Keys:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name that a server binds is reachable from this machine only."""
+    """True if an address or name that a server binds is reachable from this machine only."""
     if host == "localhost":
         return True
     try:

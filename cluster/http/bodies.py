@@ -8,7 +8,7 @@ from lorafleet.workers.config import Settings
 
 
 class ErrorDetail(Settings):
-    """What went wrong."""
+    """The error."""
 
     message: str = Field(description="For people; carries no paths of the server.")
     type: str

@@ -1,4 +1,4 @@
-"""What GET /openapi.json says beyond what FastAPI sees by itself: bodies parsed by hand, errors, who may call."""
+"""Completes GET /openapi.json with what FastAPI cannot see: bodies parsed by hand, errors, authentication."""
 
 from __future__ import annotations
 

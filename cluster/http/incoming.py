@@ -21,7 +21,7 @@ _REST_OF_STRING = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What one body may be."""
+    """Bounds of one body."""
 
     max_bytes: int = MAX_BODY_BYTES
     max_values: int = 1 << 20

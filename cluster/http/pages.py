@@ -45,7 +45,7 @@ class Pages:
 
 
 def _is_admin(path: str) -> bool:
-    """Whether a path is of the admin plane, vLLM's and SGLang's routes for adapters among it."""
+    """Return True for a path of the admin plane, which includes vLLM's and SGLang's routes for adapters."""
     return path.startswith("/admin/") or "lora_adapter" in path
 
 

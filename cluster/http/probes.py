@@ -20,7 +20,7 @@ class Health(Settings):
 
 
 class Readiness(Settings):
-    """Whether requests are served."""
+    """Reply of the readiness probe."""
 
     status: Literal["ready", "starting"]
     reason: str | None = Field(default=None, description="What is waited for.")

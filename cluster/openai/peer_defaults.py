@@ -74,7 +74,7 @@ _NUMBER = TypeAdapter(float)
 
 
 def is_among(value: object, neutral: Sequence[object]) -> bool:
-    """Whether a JSON value is one of these, as lax as the fields with an effect are: 1.0 is 1, and "true" is true."""
+    """True if a JSON value is one of these. Lax, as fields with an effect are: 1.0 is 1, and "true" is true."""
     return any(_is_same(value, each) for each in neutral)
 
 

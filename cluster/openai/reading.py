@@ -18,7 +18,7 @@ from lorafleet.cluster.serving.prompts import Prompts
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a text brought to one part of an answer."""
+    """Text that was added to one part of an answer."""
 
     kind: Literal["content", "reasoning", "call", "arguments"]
     text: str
@@ -40,7 +40,7 @@ class AnswerReader:
         self._is_first = True
 
     def feed(self, text: str, *, is_last: bool) -> list[Piece]:
-        """What the next text of the answer brings, in its order."""
+        """Split the next text of the answer into its parts, in order."""
         events = [] if self._format.is_the_tokenizers or not self._is_first else self._parser.initial_events
         first = [event for event in events if event["type"] == "region_chunk" and event["field"] != "reasoning_content"]
         pieces = [Piece("content", event["text"]) for event in first]
@@ -79,7 +79,7 @@ class TextReader:
     """Reads answers that are nothing but content."""
 
     def feed(self, text: str, *, is_last: bool) -> list[Piece]:
-        """What the next text of the answer brings."""
+        """Split the next text of the answer into its parts."""
         return [Piece("content", text)] if text else []
 
 
@@ -99,7 +99,7 @@ class CallReader:
         self._in_string = self._is_escaped = False
 
     def feed(self, text: str) -> Iterator[Piece]:
-        """What the next text of the region brings."""
+        """Split the next text of the region into its parts."""
         self.body += text
         while self._tools is not None:
             if not self._depth:
@@ -115,7 +115,7 @@ class CallReader:
                 return
 
     def _end_of_arguments(self) -> int:
-        """Where the arguments end, or the text so far."""
+        """Return the end of the arguments, or of the text so far."""
         for at in range(self._at, len(self.body)):
             letter = self.body[at]
             if self._is_escaped:
@@ -147,7 +147,7 @@ class CallReader:
 
 
 def reader_of(body: ChatBody, prepared: PreparedRequest, prompts: Prompts) -> AnswerReader | TextReader:
-    """What reads an answer to a conversation."""
+    """Make the reader of an answer to a conversation."""
     calls = bool(body.tools) and body.choice != "none"
     if not calls and not prompts.answers.thinks:
         return TextReader()

@@ -35,7 +35,7 @@ to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 @dataclass(slots=True)
 class Answer:
-    """What is known of one answer so far."""
+    """One answer as far as it has come."""
 
     prepared: PreparedRequest
     last: GenerateDelta | None = None
@@ -53,13 +53,13 @@ class Answer:
     """Of its events that have nothing but text and token ids to say."""
 
     def served_by(self) -> dict[str, str | None]:
-        """Which worker answered, with which version of the adapter (None: the base)."""
+        """The worker that answered, and its version of the adapter (None: the base)."""
         assert self.last is not None
         return {"worker_id": self.last.worker_id, "version": self.last.version}
 
 
 class Reply(ABC):
-    """What completions and chats share: the frame, the usage, and who served it."""
+    """The parts that replies of completions and chats share: the frame, the usage, and who served it."""
 
     id_prefix: ClassVar[str]
     kind: ClassVar[str]
@@ -97,7 +97,7 @@ class Reply(ABC):
         return self._event(answer, delta)
 
     def _is_plain(self, answer: Answer, delta: GenerateDelta) -> bool:
-        """Whether a delta's event has text, and nothing beside it but token ids."""
+        """Return True if a delta's event has text, and nothing else but token ids."""
         is_amid = answer.last is not None and delta.finish_reason is None
         return is_amid and bool(delta.text) and delta.logprobs is None and not self._wants_every_usage
 
@@ -132,11 +132,11 @@ class Reply(ABC):
         return f'{self._head}{extra_fields}"choices":[{to_json(choice)}]{tail}'.encode()
 
     def _has_news(self, delta: GenerateDelta) -> bool:
-        """Whether there is something to show of a delta's text."""
+        """True if a delta has text to show."""
         return bool(delta.text)
 
     def _finish_reason(self, index: int, delta: GenerateDelta) -> str | None:
-        """Why an answer ended, as the client is told."""
+        """Return the reason why an answer ended, in the client's terms."""
         return delta.finish_reason
 
     def end(self) -> bytes:
@@ -180,7 +180,7 @@ class Reply(ABC):
         return to_json(reply).encode()
 
     def headers(self) -> Mapping[str, str]:
-        """Which workers served the answers that have begun, and the adapter's version."""
+        """Return the workers that serve the answers begun so far, and the adapter's version."""
         begun = [answer.last for answer in self._answers if answer.last is not None]
         workers = dict.fromkeys(delta.worker_id for delta in begun if delta.worker_id)
         versions = dict.fromkeys(delta.version for delta in begun if delta.version)
@@ -242,7 +242,7 @@ class Reply(ABC):
         }
 
     def _echoed(self, answer: Answer) -> str:
-        """What the text begins with."""
+        """Return the text that the answer begins with."""
         return ""
 
     @abstractmethod
@@ -377,7 +377,7 @@ class ChatReply(Reply):
         return events + last if last is not None else events or None
 
     def _message_delta(self, index: int, piece: Piece) -> dict[str, Any]:
-        """What a piece adds to its answer's message: a call's name first, then its arguments."""
+        """Return the piece's part of its answer's message: a call's name first, then its arguments."""
         if piece.kind in ("content", "reasoning"):
             return {"content" if piece.kind == "content" else "reasoning_content": piece.text}
         if piece.kind == "call":

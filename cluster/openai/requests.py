@@ -86,7 +86,7 @@ def prompts_of(value: object, info: ValidationInfo) -> object:
         return (value,)
     if isinstance(value, list):
         if not value:
-            raise BadRequest(f"{info.field_name} is empty", info.field_name, "empty_prompt")
+            raise BadRequest(f"{info.field_name} must not be empty", info.field_name, "empty_prompt")
         if all(type(item) is int for item in value):
             return (tuple(value),)
         if all(isinstance(item, str) for item in value):
@@ -97,7 +97,7 @@ def prompts_of(value: object, info: ValidationInfo) -> object:
 
 
 class StreamOptions(BaseModel):
-    """What a stream carries beside the answers."""
+    """Options of a stream."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -127,7 +127,7 @@ class JsonSchemaFormat(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """What the answer must be."""
+    """The form that the answer must have."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -148,7 +148,7 @@ class ResponseFormat(BaseModel):
 
 
 class SharedBody(SamplingParams):
-    """What both routes accept: the sampling parameters, how to answer, and fields without an effect."""
+    """Fields that both routes take: sampling parameters, the form of the answer, and fields without an effect."""
 
     # Numbers and switches are as lax as vLLM's: "1", 1.0 and true for 1, and 0, "off" and their like for false.
     model_config = ConfigDict(
@@ -220,9 +220,11 @@ class SharedBody(SamplingParams):
     @model_validator(mode="after")
     def _fields_agree(self) -> SharedBody:
         if self.stream_options.include_usage and not self.stream:
-            raise ValueError("stream_options=include_usage is for streams only")
+            raise ValueError("stream_options=include_usage needs stream=true")
         if self.prompt_logprobs and self.stream:
-            raise ValueError(f"prompt_logprobs={self.prompt_logprobs} is for whole replies; leave it or stream out")
+            raise ValueError(
+                f"prompt_logprobs={self.prompt_logprobs} cannot be streamed; leave out prompt_logprobs or stream"
+            )
         if self.max_completion_tokens is not None and self.min_tokens > self.max_completion_tokens:
             raise ValueError(
                 f"min_tokens={self.min_tokens} is more than max_completion_tokens={self.max_completion_tokens}"
@@ -244,7 +246,7 @@ class SharedBody(SamplingParams):
         return sampling
 
     def _structured_outputs(self) -> Iterator[tuple[str, StructuredOutputs]]:
-        """What the answer must be, with the field that says so."""
+        """The form that the answer must have, with the field that asks for it."""
         if self.structured_outputs is not None:
             yield "structured_outputs", self.structured_outputs
         if self.response_format is not None and self.response_format.type != "text":
@@ -275,14 +277,14 @@ class CompletionBody(SharedBody):
     @model_validator(mode="after")
     def _nothing_to_make(self) -> CompletionBody:
         if self.is_prompt_only and not self.echo:
-            raise ValueError("max_tokens=0 makes nothing; it is for echo only")
+            raise ValueError("max_tokens=0 needs echo=true; without echo it must be at least 1")
         if len(self.prompt) * self.n > MAX_ANSWERS:
-            raise ValueError(f"prompt={len(self.prompt)} prompts times n={self.n} is over {MAX_ANSWERS} answers")
+            raise ValueError(f"prompt={len(self.prompt)} prompts times n={self.n} is more than {MAX_ANSWERS} answers")
         return self
 
     @property
     def is_prompt_only(self) -> bool:
-        """Whether nothing is to be made: the prompt is scored."""
+        """True if no token is to be made: the prompt is only scored."""
         return self.max_tokens == 0 and self.max_completion_tokens is None
 
     def requests(self) -> list[GenerateRequest]:
@@ -332,7 +334,7 @@ class ChatBody(SharedBody):
 
     @property
     def choice(self) -> ToolChoice:
-        """What is chosen of the tools."""
+        """Return the choice among the tools."""
         return self.tool_choice or ("auto" if self.tools else "none")
 
     @model_validator(mode="after")
@@ -344,7 +346,7 @@ class ChatBody(SharedBody):
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"top_logprobs={self.top_logprobs} needs logprobs")
+            raise ValueError(f"top_logprobs={self.top_logprobs} needs logprobs=true")
         return self
 
     def request(self, answers: AnswerFormat = TEXT_ONLY) -> GenerateRequest:
@@ -403,7 +405,7 @@ def parse_body(kind: type[Body], raw: bytes, neutral: Mapping[str, Sequence[obje
     try:
         body = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
-        raise BadRequest(f"the body is no valid JSON: {error}", None, "invalid_json") from None
+        raise BadRequest(f"the body is not valid JSON: {error}", None, "invalid_json") from None
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object", None, "invalid_json")
     fields = {}

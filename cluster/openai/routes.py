@@ -63,7 +63,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
             return JSONResponse(_base_card(dispatcher, started))
         entry = await dispatcher.names.entry(dispatcher.adapter_name(model))
         if entry is None:
-            raise ModelNotFound(f"no model or adapter is named {model[:128]!r}", "model")
+            raise ModelNotFound(f"no model or adapter is named {model[:128]!r}; GET /v1/models lists them", "model")
         return JSONResponse(_adapter_card(dispatcher, entry))
 
     @router.post(
@@ -123,7 +123,7 @@ def _adapter_card(dispatcher: Dispatcher, entry: NamedVersion) -> dict[str, Any]
 
 
 def _answers(whole: type[BaseModel], chunk: type[BaseModel]) -> Responses:
-    """What the two routes that generate may answer."""
+    """Replies of the two routes that generate."""
     return replies(whole, 200, content=events_of(chunk)) | error_responses(
         HTTPStatus.BAD_REQUEST,
         HTTPStatus.NOT_FOUND,

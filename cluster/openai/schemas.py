@@ -1,4 +1,4 @@
-"""What OpenAI's routes answer, for the API's description. The replies themselves are written without these models.
+"""Replies of OpenAI's routes, for the OpenAPI document only. The replies themselves are written without these models.
 
 A field with a default is left out of a reply where it says nothing.
 """
@@ -13,14 +13,14 @@ from lorafleet.workers.config import Settings
 
 
 class ServedBy(Settings):
-    """Who answered, with what."""
+    """The worker that answered, and the adapter's version."""
 
     worker_id: str
     version: str | None = Field(description="Of the adapter; null for the base.")
 
 
 class ModelVersion(Settings):
-    """What an adapter's name stands for."""
+    """The adapter behind a name."""
 
     version: str
 
@@ -111,7 +111,7 @@ class Completion(Settings):
 
 
 class CompletionPiece(Settings):
-    """What a step added to one answer."""
+    """Text and tokens that a step added to one answer."""
 
     index: int
     text: str
@@ -216,7 +216,7 @@ class FunctionPiece(Settings):
 
 
 class CallPiece(Settings):
-    """What a step added to one call."""
+    """Part of one call that a step added."""
 
     index: int
     id: str | None = Field(default=None, description="With the first piece.")
@@ -225,7 +225,7 @@ class CallPiece(Settings):
 
 
 class AnswerDelta(Settings):
-    """What a step added to the message."""
+    """Part of the message that a step added."""
 
     role: Literal["assistant"] | None = Field(default=None, description="With the first piece.")
     content: str | None = None
@@ -234,7 +234,7 @@ class AnswerDelta(Settings):
 
 
 class ChatPiece(Settings):
-    """What a step added to one answer."""
+    """Text and tokens that a step added to one answer."""
 
     index: int
     delta: AnswerDelta

@@ -68,7 +68,7 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice, answers: AnswerFormat
             "unsupported_parameter",
         )
     if choice in ("required",) and not tools:
-        raise BadRequest(f"tool_choice={choice} needs tools", "tool_choice")
+        raise BadRequest(f"tool_choice={choice} needs tools; send tools or leave tool_choice out", "tool_choice")
     if isinstance(choice, ChosenTool) and choice.function.name not in {tool.function.name for tool in tools}:
         raise BadRequest(f"tool_choice names {choice.function.name!r}, which is not in tools", "tool_choice")
 
@@ -76,7 +76,10 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice, answers: AnswerFormat
 def outputs_of(
     tools: Sequence[Tool], choice: ToolChoice, answers: AnswerFormat, *, many: bool, thinks: bool
 ) -> StructuredOutputs | None:
-    """What holds an answer to the tools; None: nothing does. thinks: a thought may come first. Raises BadRequest."""
+    """Return the grammar that holds an answer to the tools; None if there is none.
+
+    thinks: a thought may come first. Raises BadRequest.
+    """
     must = choice == "required" or isinstance(choice, ChosenTool)
     if choice == "none" or not tools or not (must or any(tool.function.strict for tool in tools)):
         return None

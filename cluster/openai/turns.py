@@ -38,7 +38,7 @@ class Turn:
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether the bound on tokens ended it."""
+        """True if the bound on tokens ended it."""
         return self.last is not None and self.last.finish_reason == "length"
 
     def keep(self, delta: GenerateDelta) -> None:
@@ -59,7 +59,7 @@ class Turn:
         return pieces
 
     def headers(self) -> Mapping[str, str]:
-        """Which worker answers, with which version of the adapter."""
+        """The answering worker, and its version of the adapter."""
         if self.last is None:
             return {}
         headers = {"x-lorafleet-worker": self.last.worker_id, "x-lorafleet-version": self.last.version or ""}

@@ -93,7 +93,7 @@ class ResponseReply:
         return self._event("error", code=error.code, message=error.message, param=error.param)
 
     def headers(self) -> Mapping[str, str]:
-        """Which worker answers, with which version of the adapter."""
+        """Headers that name the answering worker and the adapter's version."""
         return self._turn.headers()
 
     def _take(self, piece: Piece) -> bytes:

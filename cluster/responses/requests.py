@@ -37,7 +37,7 @@ _Texts = Annotated[tuple[TextPart, ...], BeforeValidator(_parts, json_schema_inp
 
 
 class MessageItem(BaseModel):
-    """What somebody said."""
+    """A message of the conversation."""
 
     model_config = _PASSED_OVER
 
@@ -58,7 +58,7 @@ class FunctionCallItem(BaseModel):
 
 
 class FunctionOutputItem(BaseModel):
-    """What a function answered."""
+    """The answer of a function."""
 
     model_config = _PASSED_OVER
 
@@ -76,7 +76,7 @@ class ReasoningText(BaseModel):
 
 
 class ReasoningItem(BaseModel):
-    """What an earlier answer thought, for templates that show it."""
+    """The reasoning of an earlier answer, for templates that show it."""
 
     model_config = _PASSED_OVER
 
@@ -121,7 +121,7 @@ class ChosenFunction(BaseModel):
 
 
 class TextFormat(BaseModel):
-    """What the answer must be."""
+    """The form that the answer must have."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True)
 
@@ -139,7 +139,7 @@ class TextFormat(BaseModel):
 
 
 class TextConfig(BaseModel):
-    """How the text is to be."""
+    """The form of the text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -148,7 +148,7 @@ class TextConfig(BaseModel):
 
 
 class Reasoning(BaseModel):
-    """How to think."""
+    """Settings of the reasoning."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", json_schema_extra={"additionalProperties": True})
 

@@ -1,4 +1,4 @@
-"""What POST /v1/responses answers, for the API's description. The replies themselves are written without these."""
+"""Replies of POST /v1/responses, for the OpenAPI document only. The replies themselves are written without these."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class ResponseUsage(Settings):
 
 
 class Incomplete(Settings):
-    """Why an answer is not whole."""
+    """The reason why an answer is incomplete."""
 
     reason: Literal["max_output_tokens"]
 

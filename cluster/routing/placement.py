@@ -1,12 +1,19 @@
-"""Which worker takes a request. Pure: no Ray, no clock of its own, no I/O.
+"""Chooses the worker for a request. Pure: no Ray, no clock of its own, no I/O.
 
-Policy: of the workers where the adapter is resident, or where it was sent a moment ago, two are drawn and the less
-loaded takes the request (power of two choices). Fallback: when that one is busier than the less loaded of two others by
-more than `spill_gap`, the other takes it and loads the adapter; so a hot adapter spreads and a cold one stays where it
-is. An adapter that is resident nowhere goes to the less loaded of two workers, at equal load to the one with more free
-pages; base-model requests likewise. While nobody can fetch adapters, a request waits for a worker that has its
-adapter rather than go to another. Loads count the requests of other routers too, as workers report them. Bound: a
-worker holds at most `max_load` requests of this router; when all do, nobody is chosen and the request waits.
+Policy: power of two choices. Two workers are drawn of those where the adapter is resident or was sent a moment ago. The
+less loaded one takes the request.
+
+Fallback: if that one is busier than the less loaded of two other workers by more than `spill_gap`, the other takes the
+request and loads the adapter. So a hot adapter spreads and a cold one stays where it is.
+
+An adapter that is resident nowhere goes to the less loaded of two workers; at equal load, to the one with more free
+pages. Requests for the base do the same. While no worker can fetch adapters, a request waits for one that has its
+adapter.
+
+Loads count the requests of other routers too, as workers report them.
+
+Bound: a worker holds at most `max_load` requests of this router. If all workers are full, none is chosen and the
+request waits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which workers the request routers of this process can reach, and which worker they sent a request to.
+"""Remembers the workers that this process's request routers reach, and the worker that each request was sent to.
 
 A module of its own because Serve pickles a router's module by value: what lives there is not what others import.
 """

@@ -101,7 +101,10 @@ class WorkerRouter(DirectRouter):
         self._place_waiting()
         if not waiter.chosen.done() and len(self._waiting) > self._max_queued and not is_retry:
             self._waiting.remove(waiter)
-            raise Overloaded(f"all workers are full and {self._max_queued} requests wait already", retry_after_s=1.0)
+            raise Overloaded(
+                f"all workers are full and {self._max_queued} requests wait, which is the most; try again later",
+                retry_after_s=1.0,
+            )
         try:
             began_s = time.monotonic()
             replica = await waiter.chosen

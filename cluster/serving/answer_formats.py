@@ -1,7 +1,7 @@
-"""How models write tool calls and reasoning: by name, for models whose tokenizer brings no response template.
+"""Formats of tool calls and reasoning, by name, for models whose tokenizer brings no response template.
 
-A format says how transformers' ResponseParser splits an answer, how the body of a call reads, and what
-it must look like where a grammar holds the model to it.
+A format has the settings of transformers' ResponseParser, the reader of a call's body, and the grammar that holds a
+model to the format.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a model writes calls."""
+    """A model's format of tool calls."""
 
     field: Mapping[str, Any]
     """Of the response template: where the body of one call, or of all of them, begins and ends."""
@@ -159,7 +159,7 @@ TOOL_FORMATS = {**TOOL_FORMATS, "qwen": TOOL_FORMATS["hermes"]}
 
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """How one base's answers are split into text, reasoning and calls."""
+    """Splits one base's answers into text, reasoning and calls."""
 
     template: Mapping[str, Any] | None
     """The response template; None: answers are text only."""
@@ -175,7 +175,7 @@ class AnswerFormat:
 
     @classmethod
     def of(cls, model: ModelConfig, own: Mapping[str, Any] | None) -> AnswerFormat:
-        """What the configuration names; else `own`, the tokenizer's response template."""
+        """Return the formats that the configuration names, else `own`: the tokenizer's response template."""
         if model.tool_parser is None and model.reasoning_parser is None:
             if not own:
                 return cls(None)
@@ -195,7 +195,7 @@ class AnswerFormat:
         return cls(template, tools, model.reasoning_parser is not None, tools is not None)
 
     def prefix_of(self, prompt: str) -> str:
-        """What of the prompt the parser is to read: the answer's own beginning."""
+        """Return the part of the prompt that the parser reads: the answer's own beginning."""
         if self.is_the_tokenizers:
             return prompt
         return "<think>\n" if self.thinks and prompt.rstrip().endswith("<think>") else ""

@@ -44,7 +44,7 @@ class WorkerStream(Protocol):
 
     @property
     def worker_id(self) -> str | None:
-        """Which worker took it, as soon as that is known."""
+        """The worker that took it; None until that is known."""
         ...
 
 
@@ -122,9 +122,9 @@ class Dispatcher:
     ) -> PreparedRequest:
         """Resolve and check a request. Raises a ClusterError, or what the store raises on a first use.
 
-        caller: tells those that send requests apart; empty for Python handles, and where no key is needed.
-        param: what the client calls its prompt, where that is not `prompt` or `messages`.
-        default_max_tokens: bound of the answer where the request names none; it need not fit the model's length.
+        caller: identifies the client. It is empty for Python handles, and where no key is needed.
+        param: the client's name for its prompt.
+        default_max_tokens: bound of the answer of a request without one. It need not fit the model's length.
         """
         model = self.model_of(request)
         timer = self._metrics.begin(self.adapter_name(model))
@@ -176,7 +176,7 @@ class Dispatcher:
         return request.model_copy(update={"structured_outputs": outputs.model_copy(update={"thought": "begun"})})
 
     def model_of(self, request: GenerateRequest) -> str:
-        """What a request names in `model`, or in `lora_path` beside the base. Raises BadRequest where they differ."""
+        """Return the model or adapter that a request names. Raises BadRequest where `model` and `lora_path` differ."""
         path = request.lora_path
         if not path or self.adapter_name(request.model) == path:
             return request.model
@@ -193,11 +193,11 @@ class Dispatcher:
     async def stream(
         self, prepared: Sequence[PreparedRequest], *, is_whole: bool = False
     ) -> AsyncGenerator[GenerateDelta, None]:
-        """Deltas of all answers of all requests, merged; `index` counts the answers through.
+        """Yield the deltas of all answers of all requests, merged; `index` numbers all answers.
 
-        is_whole: nobody sees an answer before its end, so its deltas come all at its end, and a worker that is lost
-        before is made up for by another. Raises Overloaded, NoWorker, StreamBroken, or a worker's own error. Whatever
-        ends it ends every answer.
+        is_whole: the client sees an answer only at its end. So all its deltas come then, and an answer whose worker is
+        lost starts again on another. Raises Overloaded, NoWorker, StreamBroken, or a worker's own error. An error ends
+        every answer.
         """
         pairs = ((sequence, request.timer) for request in prepared for sequence in request.sequences)
         answers = [_Answer(i, sequence, timer, is_whole) for i, (sequence, timer) in enumerate(pairs)]

@@ -1,4 +1,4 @@
-"""What all workers have served, as Prometheus' text, under vLLM's names where they mean the same.
+"""Counts of all workers as Prometheus' text, under vLLM's names where they mean the same.
 
 Any ingress gives the same answer: the counts are the workers', and `engine` names the worker.
 """

@@ -1,8 +1,7 @@
 """Names of adapters and the versions they stand for, asked of the adapter store on every request.
 
-The store alone decides. While it is away the last table that was seen answers instead, so that what workers hold goes
-on being served. That the store is gone shows at once on a call that always waits at it; nobody has to run into a
-timeout for it, and no request waits while it is away.
+The store alone decides. While it is away, the last table answers instead, so adapters on workers are served on. One
+call always waits at the store, and its failure shows at once that the store is gone. So no request waits for a timeout.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ T = TypeVar("T")
 
 
 class NameStore(Protocol):
-    """What is asked of the adapter store. Every call raises StoreUnavailable when the store is away."""
+    """The calls that are made to the adapter store. Each raises StoreUnavailable while the store is away."""
 
     async def resolve(self, name: str) -> NamedVersion:
-        """What `name` stands for; fetches on first use where a source allows it. Raises UnknownAdapter."""
+        """Return the version of `name`; fetch it on first use where a source allows that. Raises UnknownAdapter."""
         ...
 
     async def names(self, since: int) -> NamesAt:
-        """What changed of the names after this generation, or all of them; -1: all."""
+        """Return the names that changed after this generation, or all of them; -1: all."""
         ...
 
     async def watch(self, generation: int) -> int:
@@ -58,7 +57,7 @@ class Names:
 
     @property
     def is_away(self) -> bool:
-        """Whether the store is away, as far as is known."""
+        """True if the store was away at the last call."""
         return self._gone.is_set()
 
     def start(self) -> None:
@@ -72,13 +71,13 @@ class Names:
             self._watcher.cancel()
 
     async def resolve(self, name: str) -> NamedVersion:
-        """What `name` stands for now.
+        """Return the entry of `name` now.
 
         Raises ModelNotFound, StoreUnavailable (the store is away and never told of this name), or what the store
         raises when a first use fails.
         """
         if not NAME_PATTERN.fullmatch(name):
-            raise ModelNotFound(f"no model or adapter is named {name[:128]!r}", "model")
+            raise ModelNotFound(f"no model or adapter is named {name[:128]!r}; GET /v1/models lists them", "model")
         self.start()
         if not self.is_away:
             is_known = name in self._names
@@ -89,12 +88,16 @@ class Names:
                 )
             except UnknownAdapter:
                 self._names.pop(name, None)
-                raise ModelNotFound(f"no model or adapter is named {name!r}", "model") from None
+                raise ModelNotFound(
+                    f"no model or adapter is named {name!r}; GET /v1/models lists them", "model"
+                ) from None
             except StoreUnavailable:
                 self._gone.set()
             except TimeoutError:
                 if not is_known:
-                    raise StoreUnavailable(f"{name!r} is still being fetched", "model", RETRY_AFTER_S) from None
+                    raise StoreUnavailable(
+                        f"adapter {name!r} is still being fetched; try again", "model", RETRY_AFTER_S
+                    ) from None
                 self._gone.set()
             else:
                 if self._num_observed == before and entry != self._names.get(name):

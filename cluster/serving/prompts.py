@@ -129,7 +129,7 @@ class Prompts:
             token_ids = request.prompt
             self.check_token_ids(token_ids, param, vocabulary)
         if not token_ids:
-            raise BadRequest(f"{param} is empty: it has no tokens", param, "empty_prompt")
+            raise BadRequest(f"{param} has no tokens; it must have at least one", param, "empty_prompt")
         token_ids = self._truncated(token_ids, request)
         self._check_length(len(token_ids), request.max_tokens, param)
         self.check_token_ids(request.stop_token_ids, "stop_token_ids", vocabulary)
@@ -148,7 +148,7 @@ class Prompts:
             message = f"this {kind} takes over {COMPILE_S:g} s to compile"
             raise BadRequest(message, "structured_outputs", GrammarRefused.code) from None
         except GrammarRefused as error:
-            raise BadRequest(f"this {kind} cannot be followed: {error}", "structured_outputs", error.code) from error
+            raise BadRequest(f"this {kind} cannot be compiled: {error}", "structured_outputs", error.code) from error
 
     def check_token_ids(self, token_ids: Sequence[int], param: str, vocabulary: int | None = None) -> None:
         """Raise BadRequest when a token id is outside the vocabulary, which is the base's if none is given."""
@@ -162,7 +162,7 @@ class Prompts:
             )
 
     def begins_thought(self, token_ids: Sequence[int]) -> bool:
-        """Whether a prompt ends with the tag that begins a thought."""
+        """True if a prompt ends with the tag that begins a thought."""
         return self.decode(token_ids[-_TAG_TOKENS:]).rstrip().endswith("<think>")
 
     def room_for(self, num_prompt_tokens: int) -> int:
@@ -213,7 +213,7 @@ class Prompts:
                 "the base has no chat template; use completions with a prompt", "messages", "no_chat_template"
             )
         if not messages:
-            raise BadRequest("messages is empty", "messages", "empty_prompt")
+            raise BadRequest("messages must not be empty", "messages", "empty_prompt")
         if own is None or own == self.tokenizer.chat_template:
             num_letters = sum(len(str(message.get("content") or "")) for message in messages)
             if num_letters <= LONG_TEXT and len(messages) <= LONG_TEXT // 64:
@@ -263,7 +263,7 @@ class Prompts:
     ) -> tuple[int, ...]:
         """Token ids of a text. Raises BadRequest."""
         if not (text or may_be_empty):
-            raise BadRequest(f"{param} is empty", param, "empty_prompt")
+            raise BadRequest(f"{param} must not be empty", param, "empty_prompt")
         if len(text) <= LONG_TEXT:
             return self._encode_now(text, param, add_special_tokens)
         return await self.threads.run(CALLER.get(), self._encode_now, text, param, add_special_tokens)
@@ -274,7 +274,9 @@ class Prompts:
         try:
             encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         except UnicodeEncodeError as error:
-            raise BadRequest(f"{param} has a lone surrogate, which is no character", param) from error
+            raise BadRequest(
+                f"{param} has a lone surrogate, which is not a character; send valid Unicode", param
+            ) from error
         return tuple(encoded["input_ids"])
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -351,7 +353,7 @@ def _bytes_of(token: str, decoder: str) -> bytes:
 
 
 def _bytes_of_letters() -> dict[str, int]:
-    """How byte-level tokenizers spell bytes: printable ones as themselves, the others from U+0100 up."""
+    """Map the letters of byte-level tokenizers to bytes: printable bytes are themselves, others follow U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -17,7 +17,7 @@ class _Over(BaseException):
 
 
 async def within(limit_s: float, function: Callable[[], Result]) -> Result:
-    """What `function` returns or raises. Raises TimeoutError after `limit_s`, and ends its Python code then."""
+    """Return or raise what `function` does. After `limit_s`, end its Python code and raise TimeoutError."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Result] = loop.create_future()
 

@@ -53,7 +53,7 @@ class StoreClient:
         await self._call("set_pinned", CALL_S, name, pinned)
 
     async def resolve(self, name: str) -> NamedVersion:
-        """What `name` stands for, without the manifest; looked for at the sources if it has no version yet."""
+        """Return the version of `name` without its manifest. A name without a version is looked up in the sources."""
         entry: NamedVersion = await self._await(self._light_handle.options(method_name="resolve").remote(name), FETCH_S)
         return entry
 
@@ -73,7 +73,7 @@ class StoreClient:
         return page
 
     async def problems(self) -> tuple[StoreProblem, ...]:
-        """What of the state folder is not used, and why it cannot be written."""
+        """Return the unused parts of the state folder, and why it cannot be written."""
         problems: tuple[StoreProblem, ...] = await self._call("problems", CALL_S)
         return problems
 
@@ -88,7 +88,7 @@ class StoreClient:
         return state
 
     async def names(self, since: int) -> NamesAt:
-        """What changed of the names after a generation; -1: all names."""
+        """Return the names that changed after a generation; -1: all names."""
         names: NamesAt = await self._call("names", CALL_S, since)
         return names
 
@@ -98,7 +98,10 @@ class StoreClient:
         return current
 
     async def reconcile(self, worker_id: str, held: tuple[str, ...] | None, generation: int) -> VersionsToKeep | None:
-        """What the worker is to keep; None: as before. Raises UnknownWorker if `held` is None and must be told."""
+        """Return the versions that the worker is to keep; None: as before.
+
+        Raises UnknownWorker if `held` is None and must be told.
+        """
         keep: VersionsToKeep | None = await self._call("reconcile", CALL_S, worker_id, held, generation)
         return keep
 

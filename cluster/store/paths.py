@@ -17,14 +17,14 @@ def locate(path: str, sources: Sequence[SourceConfig]) -> tuple[str, str]:
     try:
         return _locate(path, sources)
     except (OSError, RuntimeError, ValueError) as error:  # too long, of an unknown user, with a null byte
-        raise InvalidKey("invalid_key", "lora_path is no path", "lora_path") from error
+        raise InvalidKey("invalid_key", "lora_path is not a valid path", "lora_path") from error
 
 
 def _locate(path: str, sources: Sequence[SourceConfig]) -> tuple[str, str]:
     """The source and key that a path stands for.
 
-    An absolute path, or one from the working directory, that lies in the folder of a source; else a key of the first
-    source that has a folder of it; else a hub repository if there is a hub source. Raises InvalidKey for a path outside
+    Tried in order: an absolute or relative path inside a source's folder; a key in the first source that has such a
+    folder; a repository of the hub, if there is a hub source. Raises InvalidKey for a path outside
     all sources, UnknownKey for one that no source has.
     """
     folders = [source for source in sources if isinstance(source, DirectoryConfig)]
@@ -34,11 +34,13 @@ def _locate(path: str, sources: Sequence[SourceConfig]) -> tuple[str, str]:
         if resolved.is_relative_to(root) and resolved != root:
             return source.name, resolved.relative_to(root).as_posix()
     if Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts or not path:
-        raise InvalidKey("key_outside_root", "lora_path lies in no configured source", "lora_path")
+        raise InvalidKey(
+            "key_outside_root", "lora_path must lie in the folder of a source of adapters.sources", "lora_path"
+        )
     for source in folders:
         if (source.root / path).is_dir():
             return source.name, path
     for hub in sources:
         if isinstance(hub, HubConfig) and (hub.namespace is None) == ("/" in path.partition("@")[0]):
             return hub.name, path
-    raise UnknownKey("key_not_found", "no configured source has what lora_path names", "lora_path")
+    raise UnknownKey("key_not_found", "no source of adapters.sources has an adapter at lora_path", "lora_path")

@@ -88,11 +88,11 @@ class StoreReplica:
 
     @replying
     async def resolve(self, name: str) -> NamedVersion:
-        """What a request needs of a name: every request asks, and a manifest is thousands of times as long."""
+        """Return the version of a name, for one request. The manifest is left out: it is thousands of times as long."""
         return self._named_version(await self._store.resolve(name))
 
     async def names(self, since: int = -1) -> NamesAt:
-        """What changed of the names after a generation, as `resolve` gives them; all names where that is not known."""
+        """Return the names that changed after a generation, as `resolve` does; all names where that is not known."""
         if since >= 0:
             changes = await self._store.names_since(since)
             if changes.is_complete:
@@ -112,7 +112,7 @@ class StoreReplica:
         return await self._store.page(after, limit)
 
     async def problems(self) -> tuple[StoreProblem, ...]:
-        """What of the state folder is not used, and why it cannot be written."""
+        """Return the unused parts of the state folder, and why it cannot be written."""
         return tuple(
             StoreProblem("store_damaged", found.kind, found.entry, found.reason)
             if isinstance(found, Damage)

@@ -130,7 +130,7 @@ class WorkersClient:
     def read_outbox(self, worker_id: str, stream: ServeStream) -> None:
         """A stream's deltas come from this worker. Raises WorkerGone if some were lost already."""
         if self._lost.get(worker_id, -1) > stream.serial:
-            raise WorkerGone("the worker could not be heard")
+            raise WorkerGone("the worker's answer was lost on its way")
         if worker_id not in self._readers:
             # In a context of its own: Serve ends the calls that a request made with the request.
             context = contextvars.Context()
@@ -237,7 +237,10 @@ class ServeStream:
         return self.runs_on or worker_of(self.request_id)
 
     def put(self, item: GenerateDelta | Exception) -> None:
-        """What `next` is to return or raise: after `wake`, but at once what ends the stream or begins it."""
+        """Queue a delta or an error for `next`.
+
+        The first and the last item wake the reader at once; others wait for `wake`.
+        """
         last = self._items[-1] if self._items else None
         if isinstance(last, GenerateDelta) and isinstance(item, GenerateDelta):
             # Not read yet: all on the way to the client get one message for several steps.
@@ -287,7 +290,7 @@ class ServeStream:
             self.put(error)
 
     async def _next_word(self) -> Any:
-        """What the call yields next. Raises what `next` is to raise."""
+        """Return the call's next item. Raises the errors of `next`."""
         try:
             word: Any = result_of(await self._response.__anext__())
         except StopAsyncIteration:
@@ -299,7 +302,7 @@ class ServeStream:
                 raise
             raise WorkerGone("the worker dropped the request") from None
         except BackPressureError as error:
-            raise Overloaded("too many requests wait for a worker", None, 1.0) from error
+            raise Overloaded("too many requests wait for a worker; try again later", None, 1.0) from error
         except DeploymentUnavailableError as error:
             raise NoWorker("the workers cannot be started", None, 5.0) from error
         except _GONE as error:

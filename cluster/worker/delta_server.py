@@ -29,7 +29,7 @@ class DeltaServer:
         self._starting = asyncio.Lock()
 
     async def address(self) -> OutboxAddress:
-        """Where an ingress reads its outbox."""
+        """Return the address at which an ingress reads its outbox."""
         async with self._starting:
             if self._server is None:
                 self._server = await asyncio.start_server(self._serve, self._host, 0)
@@ -66,7 +66,7 @@ class DeltaServer:
 
     @staticmethod
     async def _send(outbox: Outbox, writer: asyncio.StreamWriter) -> None:
-        """What an ingress is too slow for stays in the outbox, where it becomes one frame."""
+        """Send an outbox's frames. Deltas for a slow ingress stay in the outbox, where they become one frame."""
         async for batch in outbox.batches():
             writer.write(batch_frame(batch))
             await writer.drain()

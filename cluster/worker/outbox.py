@@ -1,7 +1,7 @@
-"""What a worker's answers say, on its way to an ingress: one message a step, however many answers are under way.
+"""Collects a worker's deltas for each ingress: one message a step, however many answers run.
 
-Ray Serve takes half a millisecond and more for each message between processes, which is more than a token is worth; so
-the answers that one ingress asked for share one stream of batches.
+Ray Serve takes half a millisecond and more for each message between processes, which is too long for one token. So all
+answers for one ingress share one stream of batches.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How often an ingress wakes the streams that run on a worker, so that its core and its proxy's have time for them.
+"""Bounds how often an ingress wakes a worker's streams, so that its core and its proxy's keep up.
 
-Ingress and proxy each spend 0.1 to 0.3 ms of CPU on an event. While a step of the workers leaves them that time, each
-of its tokens is an event; when it does not, streams are woken less often, and what several steps made is one event.
+Ingress and proxy each spend 0.1 to 0.3 ms of CPU on an event. If the workers' steps leave them that time, each token is
+an event. If not, streams are woken less often, and one event has the tokens of several steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EVENT_S = 0.00025
 """CPU that an event takes, before it was measured."""
 MEASURED_EVENTS = 512
 MEASURED_S = 1.0
-"""Measured are this many events that come within this time: with fewer the process's idle ticking would count."""
+"""Update only if this many events arrive within this time. With fewer, the process's idle work would count."""
 
 
 class Sleeper(Protocol):
@@ -31,7 +31,7 @@ class Sleeper(Protocol):
 
 
 class Pace:
-    """What an event costs this process, measured as it runs; a proxy, which only hands events on, spends no more."""
+    """Measures the CPU time of an event in this process. A proxy only passes events on and spends no more."""
 
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, cpu_clock: Callable[[], float] = time.process_time

@@ -25,7 +25,7 @@ StoreUnavailable.
 
 
 class Reconciled(Protocol):
-    """What follows the store: a worker."""
+    """A worker, as the reconciler sees it."""
 
     async def held_versions(self) -> tuple[str, ...]: ...
 

@@ -96,7 +96,7 @@ class WorkerReplica:
                 answering.cancel()
 
     async def deltas(self, outbox_id: str, worker_id: str) -> AsyncIterator[OutboxAddress]:
-        """Where an outbox is read, a message a step. The call stays open as long as its ingress reads."""
+        """Yield the address at which an outbox is read. The call stays open as long as its ingress reads."""
         self._check(worker_id)
         with self._outboxes.using(outbox_id):
             yield await self._delta_server.address()
@@ -104,13 +104,13 @@ class WorkerReplica:
 
     @replying
     async def state(self, worker_id: str) -> WorkerState:
-        """What this worker holds and does."""
+        """Return this worker's residents, memory and load."""
         self._check(worker_id)
         return await self._worker.state()
 
     @replying
     async def counts(self, worker_id: str) -> WorkerCounts:
-        """What this worker holds, does, and has served."""
+        """Return this worker's state and its counts of work done."""
         self._check(worker_id)
         return WorkerCounts(await self._worker.state(), await self._worker.served())
 

@@ -100,7 +100,7 @@ async def ask_all(client: openai.AsyncOpenAI, base_id: str, question: str) -> li
 
 
 def expected(answer: Answer, base_id: str) -> str:
-    """What the answer must be, to the letter."""
+    """The answer that is expected, to the letter."""
     asked = [*PROMPTS["questions"], PROMPTS["story"]]
     answers = next(question["answers"] for question in asked if question["prompt"] == answer.question)
     text: str = answers["base" if answer.model == base_id else answer.model]
@@ -217,7 +217,7 @@ async def try_service(service: Service, loaded: dict[str, Loaded]) -> None:
 
 
 def print_ways_in(service: Service) -> None:
-    """What to type at a service that is left running."""
+    """Commands to try on a service that is left running."""
     question = PROMPTS["questions"][0]["prompt"]
     chat = json.dumps({"model": "pirate", "messages": [{"role": "user", "content": question}], "temperature": 0})
     keys = service.config.auth.read_keys()

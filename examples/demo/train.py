@@ -1,7 +1,7 @@
 """Makes the demo's base model and adapters again from nothing, on a CPU in minutes: `python examples/demo/train.py`.
 
-The base learns the facts of `corpus.py` in plain English, and reads them in other styles too; each adapter, made by
-PEFT, makes it answer in one of those.
+The base learns the facts of `corpus.py` in plain English, and reads them in other styles too. Each adapter, made by
+PEFT, makes it answer in one of these styles.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, style: str, facts: 
 
 
 def write_prompts(path: Path) -> None:
-    """What the demo asks, and what the base and each adapter must answer, to the letter."""
+    """The demo's questions, and the exact answers of the base and of each adapter."""
     by_key = {fact.key: fact for fact in FACTS}
     asked = [
         {"prompt": by_key[key].questions[0], "answers": {name: tell(by_key[key]) for name, tell in STYLES.items()}}

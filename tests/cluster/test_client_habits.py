@@ -156,11 +156,11 @@ def test_numbers_are_as_lax_as_vllms(shared_service: Service, value: object) -> 
         ({"logit_bias": [5]}, "logit_bias must be an object; got [5]"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5 must be at most 100; got 101"),
         ({"stop_token_ids": 5}, "stop_token_ids must be a list; got 5"),
-        ({"stream_options": {"x": 1}}, "stream_options.x is no known field"),
+        ({"stream_options": {"x": 1}}, "stream_options.x is not a known field"),
         ({"min_tokens": 5, "max_completion_tokens": 4}, "min_tokens=5 is more than max_completion_tokens=4"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be -1, or at least 1; got 0"),
         ({"lora_path": "shout", "model": "whisper"}, "lora_path names 'shout' and model another adapter, 'whisper'"),
-        ({"prompt_logprobs": 2, "stream": True}, "prompt_logprobs=2 is for whole replies"),
+        ({"prompt_logprobs": 2, "stream": True}, "prompt_logprobs=2 cannot be streamed"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
 )

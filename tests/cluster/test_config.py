@@ -58,7 +58,7 @@ def test_unknown_keys_are_errors_that_name_the_key(part: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("adapters.host_cache_bytes", "1 elephant", "is no size"),
+        ("adapters.host_cache_bytes", "1 elephant", "is not a size"),
         ("adapters.max_rank", 0, "adapters.max_rank"),
         ("adapters.preload", [{"name": "a//b", "source": "demo", "key": "k"}], "pattern"),
         ("adapters.preload", [{"name": "a", "source": "nowhere", "key": "k"}], "source 'nowhere'"),
@@ -103,7 +103,7 @@ def test_command_lines_override_a_serve_yaml(tmp_path: Path) -> None:
         contract(model={**contract()["model"], "dtype": "float32"}, worker={**contract()["worker"], "num_replicas": 1})
     )
     path.write_text("applications: []")
-    with pytest.raises(ValidationError, match="one application"):
+    with pytest.raises(ValidationError, match="exactly one entry"):
         from_command_line(f"config={path}")
 
 

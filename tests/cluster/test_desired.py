@@ -174,7 +174,7 @@ async def test_a_service_that_starts_with_a_refused_user_config_says_so_and_dele
     await desired.take_user_config(40, {"adapters": [{"name": "x", "source": "demo", "key": "a", "pined": True}]})
     await desired.apply()
     assert world.names == {"x": "a", "y": "b"}
-    assert await desired.not_ready() == "user_config is refused: adapters.0.pined is no known field"
+    assert await desired.not_ready() == "user_config is refused: adapters.0.pined is not a known field"
     await desired.take_user_config(50, {"adapters": []})
     await desired.apply()
     assert world.names == {"y": "b"}

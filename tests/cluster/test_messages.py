@@ -195,7 +195,7 @@ def test_an_answer_goes_on_with_the_last_message(service: Service) -> None:
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "other"}}, "not in tools"),
         ({"tool_choice": {"type": "any"}}, "needs tools"),
         ({"extra_body": {"mcp_servers": [{"name": "a"}]}}, "mcp_servers is not supported"),
-        ({"extra_body": {"wings": 2}}, "wings is no known field"),
+        ({"extra_body": {"wings": 2}}, "wings is not a known field"),
         (
             {"messages": [USER, {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b"}]}]},
             "tool_result",

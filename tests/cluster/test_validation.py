@@ -93,7 +93,7 @@ class Everything(BaseModel):
         ({"pet": {"kind": "cow"}}, "pet must have as 'kind' one of 'cat', 'dog'; got {\"kind\": \"cow\"}", "pet"),
         ({"pet": {}}, "pet must have a field 'kind'; got {}", "pet"),
         ({"odd": 2}, "odd must be odd; got 2", "odd"),
-        ({"other": 2}, "other is no known field", "other"),
+        ({"other": 2}, "other is not a known field", "other"),
         ({"count": 9, "flag": True}, "count=9 needs no flag", "count"),
         ({"text": "x" * 100}, 'text must have at most 4 characters; got "' + "x" * 76 + "...", "text"),
     ],

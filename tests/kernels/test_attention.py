@@ -246,7 +246,7 @@ def test_long_tables_are_int64_and_results_do_not_depend_on_their_width() -> Non
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"query": torch.zeros(2, 3, 64)}, "no multiple of 2 KV heads"),
+        ({"query": torch.zeros(2, 3, 64)}, "not a multiple of 2 KV heads"),
         ({"query": torch.zeros(2, 4, 32)}, "head_dim must be that of the cache"),
         ({"query": torch.zeros(2, 4, 64, dtype=torch.float16)}, "keys must be torch.float16"),
         ({"query": torch.zeros(2, 4, 128, device=DEVICE)[..., ::2]}, "unit stride"),

@@ -86,9 +86,11 @@ class AdapterPool:
         """
         num_pages = pool_bytes // layout.page_bytes
         if num_pages == 0 and max_slots > 0:
-            raise WorkerConfigError(f"pool_bytes={pool_bytes} is less than one adapter page, {layout.page_bytes} bytes")
+            raise WorkerConfigError(
+                f"adapters.pool_bytes must be at least one page of {layout.page_bytes} bytes; got {pool_bytes}"
+            )
         if pool_bytes > layout.max_pool_bytes:
-            raise WorkerConfigError(f"pool_bytes={pool_bytes} is more than {layout.max_pool_bytes}")
+            raise WorkerConfigError(f"adapters.pool_bytes must be at most {layout.max_pool_bytes}; got {pool_bytes}")
         self.layout = layout
         self.device = device
         # An adapter has a page at least, so more slots than pages would never be used.

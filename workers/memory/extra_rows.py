@@ -1,4 +1,4 @@
-"""What resident adapters bring beside low-rank factors, where it lies in the pool's pages.
+"""Views of resident adapters' extras in the pool's pages.
 
 `AdapterPool` makes these, the layers of `workers/model` read them. They live as long as their adapter is resident.
 """

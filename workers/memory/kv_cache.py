@@ -17,7 +17,7 @@ from lorafleet.workers.memory.prefix_cache import PrefixCache, Tokens
 
 @dataclass(frozen=True, slots=True)
 class LayerKV:
-    """What one attention layer keeps of each token."""
+    """Keys and values that one attention layer keeps of each token."""
 
     num_kv_heads: int
     head_dim: int
@@ -66,7 +66,7 @@ class KVCache:
         return torch.zeros(shape, dtype=dtype, device=device)
 
     def pages_for(self, num_tokens: int) -> int:
-        """How many pages so many tokens of a sequence take."""
+        """Return the number of pages that a sequence's tokens take."""
         return -(-num_tokens // self.page_tokens)
 
     @staticmethod

@@ -12,7 +12,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Where rows lie in an image of `num_pages` pages."""
+    """Places of rows in an image of `num_pages` pages."""
 
     num_pages: int
     offsets: Ints

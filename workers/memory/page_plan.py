@@ -1,4 +1,4 @@
-"""Where every row of one adapter lies in its pages, and where in `AdapterWeights.flat`: `pack` plans.
+"""Plans the place of each of an adapter's rows, in its pages and in `AdapterWeights.flat`.
 
 The plan knows the adapter's pages as `0 .. num_pages - 1`; the pool maps them to the pages that it allocated.
 """

@@ -1,4 +1,4 @@
-"""Who holds which page of a paged memory. Knows ids only; the memory itself belongs to the callers."""
+"""Owners of the pages of a paged memory. Knows ids only; the memory itself belongs to the callers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How adapters of one base lie in a pool: page size, rows of each module, and where a module is in the slot tables."""
+"""Layout of a pool for adapters of one base: page size, rows of each module, and its place in the slot tables."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class ModulePlace:
 
 @dataclass(frozen=True, slots=True)
 class VectorPlace:
-    """Where a row of an adapter's own (a norm's, a bias, a scale) is in the table of a slot: an entry a part."""
+    """Place in a slot's table of a row of an adapter's own (a norm's, a bias, a scale): an entry a part."""
 
     entry: int
     num_parts: int
@@ -111,7 +111,7 @@ class VectorPlace:
 
 @dataclass(frozen=True, slots=True)
 class PoolLayout:
-    """What the pool must know about the base. Make it with `PoolLayout.of`."""
+    """Properties of the base that the pool needs. Made by `PoolLayout.of`."""
 
     dtype: Dtype
     max_rank: int

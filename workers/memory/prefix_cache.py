@@ -1,4 +1,4 @@
-"""Which KV pages hold which tokens, so that prompts that start alike share them. Knows ids only; `KVCache` calls it.
+"""Finds KV pages by their tokens, so that prompts that start alike share them. Knows ids only; `KVCache` calls it.
 
 Full pages form a tree: a page is keyed by the page before it and by its own tokens, and the first page of a prompt by
 the adapter version and by who shares it. Where the first tokens are the base's, their pages are shared with the base's
@@ -114,7 +114,7 @@ class PrefixCache:
         return kept
 
     def _parent(self, serial: int | None, index: int, version: str | None, salt: str, num_base: int) -> Parent:
-        """What the page at `index` is keyed by beside its tokens. `serial`: of the page before it."""
+        """Return the key of the page at `index`, beside its tokens. `serial`: of the page before it."""
         if num_base == 0:
             return (version, salt) if serial is None else serial
         before: int | Root = (None, salt) if serial is None else serial

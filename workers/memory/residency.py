@@ -1,4 +1,4 @@
-"""Which adapter versions are in a worker's pool, who uses them, and which must go when another needs room.
+"""Tracks the adapter versions in a worker's pool: their users, and the next to evict when another needs room.
 
 A version is `loading` (its pages are reserved, its weights on their way), `resident`, or `retired` (replaced or
 deleted: it goes when its last lease does). Leased, pinned, held and loading versions stay; of the others the one used
@@ -96,7 +96,7 @@ class AdapterLease:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the version is resident, so that `slot` may be used."""
+        """Return True if the version is resident, so that `slot` may be used."""
         assert self._entry is not None, f"lease on {self.version} is used after its release"
         return self._entry.is_loaded
 
@@ -129,11 +129,11 @@ class Residency:
         self._num_reloads = 0
 
     def is_tabled(self, manifest: AdapterManifest) -> bool:
-        """Whether a captured graph can find all that the adapter has beside low-rank factors."""
+        """Return True if a captured graph can find all extras of the adapter."""
         return manifest.vocabulary is None and self._pool.untabled.isdisjoint(extra.name for extra in manifest.extras)
 
     def __contains__(self, version: str) -> bool:
-        """Whether the version has pages, be it loading, resident or retired."""
+        """Return True if the version has pages: it is loading, resident or retired."""
         return version in self._entries
 
     def __len__(self) -> int:
@@ -150,7 +150,7 @@ class Residency:
         return self.victims(manifest) is not None
 
     def fits_beside_pinned(self, manifest: AdapterManifest) -> bool:
-        """Whether the version would fit if only the pinned ones stayed; if not, waiting for room is in vain."""
+        """Return True if the version would fit beside the pinned ones alone. If not, waiting for room is in vain."""
         room = self._pool.num_pages_total - self._pinned_pages
         return self._num_pinned < self._pool.num_slots and self._pool.num_pages(manifest) <= room
 

@@ -65,7 +65,7 @@ class Uploader:
                 self._buffers.put(_Buffer(torch.empty(block_elements, dtype=pool.dtype, pin_memory=True)))
 
     def on_stream(self) -> AbstractContextManager[object]:
-        """What is launched within goes on `stream`. On a CPU nothing does, and CUDA is not touched."""
+        """Run launches within the block on `stream`. On a CPU it does nothing, and CUDA is not touched."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def warm_up(self) -> None:

@@ -1,4 +1,4 @@
-"""What each layer asks of attention, seen in one call of transformers' own model before it is substituted.
+"""Records each layer's call of attention, in one pass of transformers' own model before it is substituted.
 
 Heads and their sizes come from the tensors that a layer hands over, so no configuration need say them. Windows come
 from the masks that transformers would make, since some models say them in the mask alone and paged attention is given
@@ -37,7 +37,7 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """How one layer calls attention."""
+    """Arguments with which one layer calls attention."""
 
     num_heads: int
     num_kv_heads: int

@@ -1,4 +1,4 @@
-"""Which modules of a base an adapter may target, their shapes, and which of them share their input.
+"""Finds the modules of a base that an adapter may target, their shapes, and those that share an input.
 
 Read from the configuration alone (meta tensors), so the adapter store can validate without loading the base.
 """
@@ -41,7 +41,7 @@ def resolve_device(device: str) -> torch.device:
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
-        raise WorkerConfigError(f"worker.device: {device!r} is none of auto, cpu, cuda and cuda:N") from error
+        raise WorkerConfigError(f"worker.device must be auto, cpu, cuda or cuda:N; got {device!r}") from error
     num_gpus = torch.cuda.device_count() if resolved.type == "cuda" else 0
     if resolved.type != "cpu" and (resolved.index or 0) >= num_gpus:
         raise WorkerConfigError(f"worker.device: there is no {device!r} here; {num_gpus} GPUs can be seen")
@@ -63,7 +63,7 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(model.source)
     except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"model.source {model.source!r} is no model that transformers loads: {error}") from error
+        raise UnsupportedModel(f"model.source {model.source!r} cannot be loaded by transformers: {error}") from error
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{config.model_type} is an encoder-decoder model; only decoder-only models are served")
     if config.model_type in WRONG:
@@ -107,7 +107,7 @@ def read_geometry(model: ModelConfig, device: str = "auto") -> BaseGeometry:
 
 
 def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:
-    """What an adapter may target, every linear module and the token embedding, and the norms that it may replace."""
+    """Return the linear modules and the embedding that an adapter may target, and the norms that it may replace."""
     modules: dict[str, ModuleShape] = {}
     embedding = model.get_input_embeddings()
     for name, module in model.named_modules():
@@ -129,7 +129,7 @@ def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:
 
 
 def _is_plain_or_scaled(embedding: nn.Embedding) -> bool:
-    """Whether it is an embedding, or one times `embed_scale`, which PEFT knows; the rehearsal sees whether it is."""
+    """Return True for an embedding, also one times `embed_scale`, which PEFT knows."""
     scale = getattr(embedding, "embed_scale", None)
     is_scaled = isinstance(scale, float) or (isinstance(scale, torch.Tensor) and scale.numel() == 1)
     return type(embedding) is nn.Embedding or (isinstance(embedding, nn.Embedding) and is_scaled)

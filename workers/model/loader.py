@@ -58,7 +58,7 @@ class BaseModel:
 
     @property
     def layers(self) -> tuple[LayerKV, ...]:
-        """What each layer keeps of a token on pages; those that do not attend keep nothing there."""
+        """KV heads and head width that each layer keeps on pages; zeros for layers that do not attend."""
         calls = (self.calls.get(layer) for layer in range(max(self.calls) + 1))
         return tuple(LayerKV(0, 0) if call is None else LayerKV(call.num_kv_heads, call.width) for call in calls)
 

@@ -45,7 +45,7 @@ class Owner:
 
 @dataclass(slots=True)
 class LoraContext:
-    """Whose adapter each row of the running forward pass uses. The runner sets it; every substituted layer reads it."""
+    """The adapter of each row of the running forward pass. The runner sets it; every substituted layer reads it."""
 
     resident_extras: Mapping[int, Mapping[str, Extra]] = field(default_factory=dict)
     """`AdapterPool.extras`."""
@@ -331,7 +331,7 @@ class LoraEmbedding(nn.Module):
 
 
 def place_of(model: PreTrainedModel, name: str) -> Place:
-    """Where the module `name` of the model stands."""
+    """Return the part of the model that has the module `name`: its body or its logits."""
     if model.get_submodule(name) is model.get_output_embeddings():
         return "logits"
     body = next(name for name, module in model.named_modules() if module is model.base_model)

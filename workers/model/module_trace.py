@@ -1,4 +1,4 @@
-"""What each module of a model was given and gave, so that two models can be compared module by module."""
+"""Records the inputs and outputs of each module, so that two models can be compared module by module."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _rows(tensors: Sequence[Tensor | None], num_rows: int) -> Tensor | None:
 
 
 def _differ(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether both are known and are not the same."""
+    """Return True if both are known and differ."""
     if one is None or other is None or one.shape != other.shape or not one.is_floating_point():
         return False
     scale = float(one.abs().amax()) + 1e-6

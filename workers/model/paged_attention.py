@@ -42,7 +42,7 @@ class AttentionContext:
     """Of each layer, on CUDA; layers of one shape share theirs, since a stream runs them in turn."""
 
     def place(self, layer: int) -> KVPlace:
-        """Where `layer` keeps the running pass's keys and values."""
+        """Place in `layer`'s cache of the running pass's keys and values."""
         batch = self.batch
         assert batch is not None, "a forward pass outside the runner"
         return KVPlace(self.cache.keys[layer], self.cache.values[layer], batch.row_pages, batch.row_offsets)

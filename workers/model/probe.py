@@ -91,7 +91,7 @@ def answer(runner: ModelRunner, steps: Sequence[Sequence[Piece]]) -> list[Tensor
 
 
 def difference(logits: Tensor, wanted: Tensor) -> float:
-    """How far logprobs are off the wanted ones, both (rows, vocab) logits, in the mean over the likeliest tokens."""
+    """Return the mean distance of logprobs over the likeliest tokens. Both arguments are (rows, vocab) logits."""
     expected, got = wanted.float().log_softmax(-1), logits.float().log_softmax(-1)
     likely = expected.topk(min(TOP, expected.shape[-1]), dim=-1).indices
     return float((got - expected).abs().gather(-1, likely).mean())

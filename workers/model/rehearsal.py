@@ -261,7 +261,7 @@ class _Rehearsal:
         return Piece(self.prompts[index], start, end, self.pages[index], slot=index - 1)
 
     def _is_right(self, steps: Steps, index: int | None = None) -> bool:
-        """Whether the answers of the steps, or only to one of the prompts, are transformers' own."""
+        """Return True if the answers of the steps, or only to one of the prompts, are transformers' own."""
         answers = probe.answer(self.runner, steps)
         indices = {piece.slot + 1 for pieces in steps for piece in pieces}
         for one in indices if index is None else indices & {index}:

@@ -47,7 +47,7 @@ class StepInFlight:
 
 @dataclass(frozen=True, slots=True)
 class Substituted:
-    """What a base's substituted layers share, and the runner sets for each step."""
+    """State that a base's substituted layers share. The runner sets it for each step."""
 
     lora: LoraContext
     attention: AttentionContext
@@ -97,12 +97,12 @@ class ModelRunner:
 
     @property
     def can_pool(self) -> bool:
-        """Whether hidden states can be had beside logits."""
+        """True if hidden states can be had beside logits."""
         return self.body.may_keep and self.body.was_called
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether `launch` returns before the step is computed."""
+        """True if `launch` returns before the step is computed."""
         return self.base.device.type == "cuda"
 
     @torch.inference_mode()
@@ -161,7 +161,7 @@ class ModelRunner:
     def _choose(
         self, logits: torch.Tensor, message: StepMessage, first: int, targets: torch.Tensor
     ) -> tuple[Chosen | None, Chosen | None]:
-        """What the logits of a pass say, of prompts and of rows to sample.
+        """Choose from the logits of a pass, for prompts and for rows to sample.
 
         logits: (rows, vocab), of the step's logits rows from `first` on; padding may follow the last. targets: as in
         `StepInputs`.

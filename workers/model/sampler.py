@@ -44,7 +44,7 @@ class Chosen:
 
     @staticmethod
     def joined(parts: list[Chosen]) -> Chosen | None:
-        """What was chosen in several passes, as if it had been in one; None when nothing was."""
+        """Join the choices of several passes into one; None if there are none."""
         if len(parts) < 2:
             return parts[0] if parts else None
 

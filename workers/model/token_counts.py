@@ -1,4 +1,4 @@
-"""How often each penalised sequence has made each token, on the device.
+"""Counts each token of each penalised sequence, on the device.
 
 A token is counted in the step that chooses it, so the next step knows it before the host does. A sequence keeps its
 line from its first token to its end, preempted or not, and leaves it as it is for the next one to start anew.

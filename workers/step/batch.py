@@ -12,7 +12,7 @@ from lorafleet.workers.step.passes import LogitsPass
 
 @dataclass(slots=True)
 class AttentionBatch:
-    """Where the rows of one forward pass lie in the KV cache, and what each sequence attends to."""
+    """Places of a forward pass's rows in the KV cache, and the keys that each sequence attends to."""
 
     row_pages: Tensor
     """(num_rows,) int32: KV page that takes each row's key and value."""
@@ -38,7 +38,7 @@ class AttentionBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """What the model reads in one forward pass, on the device."""
+    """Inputs of the model in one forward pass, on the device."""
 
     token_ids: Tensor
     """(num_rows,) int32; negative for the tokens that the step in flight chooses."""

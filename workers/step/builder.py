@@ -51,9 +51,9 @@ class BatchBuilder:
         null_page: int = 0,
     ) -> None:
         """`max_pages`: KV pages of the longest sequence. `num_slots`: most adapters in a batch. `pass_rows`: fewest and
-        most of a pass over the head. `graph_forms`, rising: batches that fit one, with one pass, are padded to it, and
-        to one of `extra_forms`, if any of their adapters has more than low-rank factors;
-        padding rows write their keys and values to `null_page`.
+        most of a pass over the head. `graph_forms`, rising: a batch of one pass that fits one is padded to it.
+        `extra_forms`: the same for batches of which an adapter has extras. `null_page` takes the keys and values of
+        padding rows.
         """
         self._page_tokens = page_tokens
         self._sampling = SamplingTable(stop_token_ids, vocab_size)
@@ -186,7 +186,7 @@ class BatchBuilder:
 
 
 def _prompt_rows(item: ScheduledRows) -> PromptRows | None:
-    """Which of a sequence's rows give logprobs of its prompt; None: none do."""
+    """Return the rows of a sequence that give logprobs of its prompt; None if none do."""
     sequence = item.sequence
     if not sequence.wants_prompt_logprobs:
         return None

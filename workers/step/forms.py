@@ -1,4 +1,4 @@
-"""Which batches are captured as CUDA graphs: how many rows they have, and what their attention takes for a sequence.
+"""Chooses the batches that are captured as CUDA graphs: their rows, and the sequences of their attention.
 
 Pure logic. Forms are dense where padding would cost most.
 """
@@ -33,8 +33,8 @@ class GraphForm:
     """A captured batch: smaller ones are padded to it.
 
     Attention takes decodes, which are one row each, and then prompts, whose rows share their keys. Without lines for
-    prompts every row is a sequence of its own: all keys of a layer are written before it attends, so a prompt's token
-    finds those before it in the pages, as a decode does.
+    prompts every row is a sequence of its own. All keys of a layer are written before it attends, so a prompt's token
+    finds earlier keys in the pages, as a decode does.
     """
 
     num_rows: int

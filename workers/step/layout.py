@@ -29,8 +29,8 @@ def most_chunks(num_rows: int, num_slots: int, chunk_length: int = GRAPH_CHUNK_L
 def chunk_bounds(num_rows: int, num_slots: int, chunk_length: int = GRAPH_CHUNK_LENGTH) -> tuple[int, ...]:
     """Rising bounds of the chunks of captured batches of so many rows, each worth a graph of its own.
 
-    They hold a 64th, a quarter and all as many adapters as there are rows: a kernel's programs for chunks that a batch
-    does not have end at once, but where few adapters share many rows they would be most of the launch.
+    They hold a 64th, a quarter and all as many adapters as there are rows: a kernel's programs for absent chunks
+    end at once. But if few adapters share many rows, they would be most of the launch.
     """
     adapters = (num_rows // 64, num_rows // 4, num_rows) if num_rows >= 32 else (num_rows,)
     return tuple(sorted({most_chunks(num_rows, min(max(n, 1), num_slots), chunk_length) for n in adapters}))

@@ -48,7 +48,7 @@ class StepParts(Generic[Array]):
 
 @dataclass(frozen=True, slots=True)
 class StepHeader:
-    """What is known of a step without its packed array: plain numbers, from which the places of its parts follow."""
+    """Header of a step: plain numbers, from which the places of the packed array's parts follow."""
 
     num_lines: int
     """Sequences that attention takes; in a graph's form also empty ones and the padding's."""

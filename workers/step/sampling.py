@@ -1,4 +1,4 @@
-"""How the tokens of a step's rows are chosen, as plain arrays: what the sampler reads."""
+"""Settings by which the tokens of a step's rows are chosen, as plain arrays. The sampler reads them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPT = np.dtype([("line", "i4"), ("token_id", "i4")])
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """How to choose the tokens of the rows to sample."""
+    """Settings by which tokens are chosen, for the rows to sample."""
 
     draws: Records
     """(rows,) of `DRAW`."""
@@ -50,11 +50,11 @@ class SamplingBatch:
 
     @property
     def is_plain(self) -> bool:
-        """Whether each row takes the likeliest token of its logits as they are."""
+        """True if each row takes the likeliest token of its unchanged logits."""
         return self.is_greedy and not len(self.biases) and not len(self.penalties) and not len(self.masked)
 
     def part(self, start: int, end: int) -> SamplingBatch:
-        """What is for the rows from `start` to `end`, which are sampled apart from the others."""
+        """Return the settings of the rows from `start` to `end`, which are sampled apart from the others."""
         if (start, end) == (0, len(self.draws)):
             return self
         penalties = _of_rows(self.penalties, start, end)

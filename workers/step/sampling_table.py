@@ -1,4 +1,4 @@
-"""What the sampler needs to know of each sequence, in arrays: a line a sequence, set once and gathered every step."""
+"""Sampling settings of each sequence, in arrays: one line a sequence, set once and gathered every step."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class SamplingTable:
             self._forbidden[line] = _records(BIAS, 0, ends, FORBIDDEN)
 
     def batch(self, sampled: Several[Sequence], lines: Ints, positions: npt.NDArray[np.int64]) -> SamplingBatch:
-        """How rows choose the tokens that follow: `sampled` their sequences, `lines` the lines of these, one a row.
+        """Gather the settings of rows. `sampled`: their sequences. `lines`: the lines of these, one a row.
 
         positions: (rows,), of the rows. Rows of one sequence, if several, are neighbours.
         """
