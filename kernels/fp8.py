@@ -14,8 +14,6 @@ from lorafleet.kernels.fp8_values import DTYPE, LARGEST, Fp8Rows, Fp8Weight
 
 ALIGNMENT = 16
 """The product takes dimensions that are multiples of this."""
-FEW_ROWS = 1024
-"""Up to so many rows, cuBLAS multiplies faster without a scale for each row."""
 
 
 def fits(out_dim: int, in_dim: int) -> bool:
@@ -49,29 +47,25 @@ def dequantise(rounded: Fp8Rows | Fp8Weight, dtype: torch.dtype) -> Tensor:
     return (rounded.values.to(torch.promote_types(dtype, torch.float32)) * rounded.scales[:, None]).to(dtype)
 
 
-def product(x: Fp8Rows, weight: Fp8Weight, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def product(x: Fp8Rows, weight: Fp8Weight) -> Tensor:
     """Compute x.values @ weight^T in bfloat16, on a GPU of compute capability 8.9 or later.
 
-    Returns (rows, out_dim), and (rows,) what it is still to be multiplied with before `bias` (out_dim,) bfloat16 is
-    added: who reads it next does that by the way. None: the product has done both. Raises ValueError.
+    Returns (rows, out_dim), still to be multiplied with x.scales: the kernel that reads it does that by the way. So few
+    rows are multiplied faster, and kernels are the same for few rows and for many. Raises ValueError.
     """
     if x.values.shape[1] != weight.values.shape[1] or not fits(*weight.values.shape):
         raise ValueError(
             f"rows of {x.values.shape[1]} do not go with a weight of {tuple(weight.values.shape)}: the inner dimension "
             f"must be the same, and both dimensions multiples of {ALIGNMENT}"
         )
-    has_many_rows = x.values.shape[0] > FEW_ROWS
-    # Few rows are multiplied faster without a scale for each.
-    y = torch._scaled_mm(
+    return torch._scaled_mm(
         x.values,
         weight.values.t(),
-        scale_a=x.scales[:, None] if has_many_rows else _one(x.values.device),
-        scale_b=weight.scales[None] if has_many_rows else weight.scales[0],
-        bias=bias if has_many_rows else None,
+        scale_a=_one(x.values.device),
+        scale_b=weight.scales[0],
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return y, None if has_many_rows else x.scales
 
 
 def rescale(y: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -164,17 +164,16 @@ class FusedProjection(nn.Module):
         if in_fp8 is None:
             in_fp8 = fp8.quantise_rows(x)
         segments = self.context.segments_at(self.place, self.names[0], x.shape[0])
+        y = fp8.product(in_fp8, self.fp8_weight)
         if segments is not None:
             # Adapters see the input as it is. Expand comes up while shrink runs, if nothing stands between them.
-            y, scales = fp8.product(in_fp8, self.fp8_weight, self.bias)
             h = ops.shrink(x, self.lora, segments)
-            ops.expand(h, self.lora, segments, y, bias=None if scales is None else self.bias, scales=scales)
+            ops.expand(h, self.lora, segments, y, bias=self.bias, scales=in_fp8.scales)
             self._adjust(y, segments)
             return y, None
-        y, scales = fp8.product(in_fp8, self.fp8_weight, self.bias)
-        if scales is not None and self.bias is not None:
-            return fp8.rescale(y, scales, self.bias), None
-        return y, scales
+        if self.bias is not None:
+            return fp8.rescale(y, in_fp8.scales, self.bias), None
+        return y, in_fp8.scales
 
     def _product(self, rows: Tensor) -> Tensor:
         """rows: (rows, in_dim) -> (rows, sum of the members' widths)."""
