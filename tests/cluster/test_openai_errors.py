@@ -222,7 +222,7 @@ def test_huge_bodies(shared_service: Service) -> None:
 
 def test_unknown_routes(shared_service: Service) -> None:
     with shared_service.http() as http:
-        unknown = http.get("/v1/embeddings")
+        unknown = http.get("/v1/rerank")
         assert (unknown.status_code, error_of(unknown)["code"]) == (404, "unknown_url")
         wrong = http.get("/v1/completions")
         assert (wrong.status_code, error_of(wrong)["code"], wrong.headers["allow"]) == (

@@ -6,7 +6,7 @@ import asyncio
 import multiprocessing
 import pickle
 import pickletools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -109,7 +109,10 @@ def other_rank(monkeypatch: pytest.MonkeyPatch, shelf: Shelf) -> Iterator[Rank]:
             rank.send("publish", uploaded.allocation.manifest.version)
             publish(pool, uploaded)
 
-        def launch_both(runner: ModelRunner, message: StepMessage, previous: StepInFlight | None) -> StepInFlight:
+        def launch_both(
+            runner: ModelRunner, message: StepMessage, previous: StepInFlight | None, fill_masks: Callable[[], None]
+        ) -> StepInFlight:
+            fill_masks()  # the other rank samples too
             sent = rank.send("step", message)
             rank.headers.append(message.header)
             rank.named |= {str(value) for code, value, _ in pickletools.genops(sent) if "UNICODE" in code.name}
