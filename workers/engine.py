@@ -210,12 +210,19 @@ class Engine:
         if not self._thread.is_alive():
             raise EngineFailed("the step loop has ended")
         if self.is_stalled:
-            raise EngineFailed(f"the step loop has stood still for more than {self._config.stall_s} s")
+            raise EngineFailed(
+                f"the step loop has stood still for {self._still_s:.0f} s, more than {self._config.stall_s:g}"
+            )
 
     @property
     def is_stalled(self) -> bool:
         """True if the step loop lives and has stood still for longer than `stall_s`."""
-        return self._thread.is_alive() and self._clock() - self._loop_alive_s > self._config.stall_s
+        return self._thread.is_alive() and self._still_s > self._config.stall_s
+
+    @property
+    def _still_s(self) -> float:
+        """Seconds since the step loop last went round."""
+        return self._clock() - self._loop_alive_s
 
     def _post(self, command: Callable[[], None]) -> None:
         with self._commands.lock:
