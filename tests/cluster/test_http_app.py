@@ -107,6 +107,7 @@ async def test_the_api_describes_itself() -> None:
         "/v1/models/{model}",
         "/v1/responses",
         "/v1/completions",
+        "/v1/embeddings",
         "/v1/chat/completions",
         "/detokenize",
         "/health",

@@ -52,7 +52,7 @@ def replay(monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> lis
         runner.null_pages = runner.cache.allocate(1)
         return runner
 
-    def step(runner: ModelRunner, message: StepMessage, previous: StepInFlight | None) -> StepInFlight:
+    def step(runner: ModelRunner, message: StepMessage, *rest: Any) -> StepInFlight:
         header = message.header
         if header.form is not None:
             headers.append(header)
@@ -71,7 +71,7 @@ def replay(monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> lis
             assert (captured.graph_key, captured.size) == (header.graph_key, header.size)
             assert captured.num_decodes == header.num_decodes
             runner.graphs = {header.graph_key: graph}
-        return launch(runner, message, previous)
+        return launch(runner, message, *rest)
 
     monkeypatch.setattr(assembly, "start_runner", start)
     monkeypatch.setattr(ModelRunner, "launch", step)
