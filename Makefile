@@ -8,7 +8,9 @@ FLOORS := adapter_store cluster deploy kernels workers
 # Processes that tests are spread over. Each computes on one thread, or torch's threads would fight for the cores.
 # All hash alike, since they must collect the same tests.
 JOBS ?= logical
-SPREAD := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/pytest -n $(JOBS) --dist loadfile
+SPREAD := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/pytest -n $(JOBS) --dist loadfile --ignore tests/workers/test_step_message.py
+# It blocks its process until another one has started. After other tests in that process, it took the process down twice.
+ALONE := $(BIN)/pytest tests/workers/test_step_message.py
 # Ray's processes need all cores, so these tests follow each other.
 RAY := $(BIN)/pytest -m "ray and not gpu"
 
@@ -56,6 +58,7 @@ types: setup
 # All that needs no GPU.
 unit: setup
 	$(SPREAD) -m "not gpu and not ray"
+	$(ALONE)
 	$(RAY)
 
 # The three parts of `make unit`.
@@ -64,6 +67,7 @@ quick: setup
 
 slow: setup
 	$(SPREAD) -m "slow and not gpu and not ray"
+	$(ALONE)
 
 ray: setup
 	$(RAY)
@@ -72,6 +76,7 @@ ray: setup
 coverage: setup
 	rm -rf build/coverage && mkdir -p build/coverage
 	$(subst $(BIN)/pytest,$(BIN)/coverage run -m pytest,$(SPREAD)) -m "not gpu and not ray"
+	$(subst $(BIN)/pytest,$(BIN)/coverage run -m pytest,$(ALONE))
 	$(subst $(BIN)/pytest,$(BIN)/coverage run -m pytest,$(RAY))
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage html --quiet --fail-under=0
