@@ -365,14 +365,17 @@ def filled(text: str) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the pages, or with `--check` name those that are behind the code; 1 if there are any."""
-    logging.disable()  # of errors that are made here to be described
     behind = []
-    for page in sorted(DOCS.glob("*.md")):
-        text = page.read_text()
-        if filled(text) != text:
-            behind.append(page.name)
-            if "--check" not in arguments:
-                page.write_text(filled(text))
+    logging.disable()  # of errors that are made here to be described
+    try:
+        for page in sorted(DOCS.glob("*.md")):
+            text = page.read_text()
+            if filled(text) != text:
+                behind.append(page.name)
+                if "--check" not in arguments:
+                    page.write_text(filled(text))
+    finally:
+        logging.disable(logging.NOTSET)
     for name in behind:
         print(f"docs/{name} " + ("is behind the code: run `make docs`" if "--check" in arguments else "written"))
     return 1 if behind and "--check" in arguments else 0

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 
@@ -18,7 +18,8 @@ from lorafleet.cluster.anthropic.requests import NEUTRAL, CountBody, MessagesBod
 from lorafleet.cluster.anthropic.schemas import AnsweredMessage, AnthropicError, MessageEvent, TokenCount
 from lorafleet.cluster.errors import describe
 from lorafleet.cluster.http.auth import Keys
-from lorafleet.cluster.http.description import bearer, body_of, error_responses, events_of, replies
+from lorafleet.cluster.http.description import body_of, error_responses, events_of, replies
+from lorafleet.cluster.http.guards import client_guard
 from lorafleet.cluster.openai.answering import answer
 from lorafleet.cluster.openai.requests import parsed
 from lorafleet.cluster.openai.turns import Turn
@@ -45,16 +46,10 @@ class AnthropicRoute(APIRoute):
 
 def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
     """The routes."""
-
-    async def check_client(request: Request) -> None:
-        key = request.headers.get("x-api-key")
-        given = request.headers.get("authorization") if key is None else f"Bearer {key}"
-        request.state.caller = keys.check_client(given)
-
     router = APIRouter(
         prefix="/v1",
         route_class=AnthropicRoute,
-        dependencies=[Depends(check_client), *bearer("api_key", bool(keys.api_keys))],
+        dependencies=client_guard(keys, key_header="x-api-key"),
         tags=["Anthropic"],
         responses=error_responses(
             HTTPStatus.BAD_REQUEST,

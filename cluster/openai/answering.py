@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from http import HTTPStatus
 from typing import Protocol
 
 from fastapi import Request
 from fastapi.responses import Response
 
 from lorafleet.cluster.errors import ErrorReply, describe
+from lorafleet.cluster.http.description import Responses, error_responses
 from lorafleet.cluster.http.sse import ClientGone, EventStream, while_connected
 from lorafleet.cluster.serving.dispatch import Dispatcher, PreparedRequest
 from lorafleet.workers.request import GenerateDelta
 
 CLIENT_CLOSED_REQUEST = 499
 """What proxies log for a client that hung up; nobody reads it."""
+
+
+def answer_errors() -> Responses:
+    """For `responses=` of a route that runs requests: what can be wrong with one."""
+    return error_responses(
+        HTTPStatus.BAD_REQUEST,
+        HTTPStatus.NOT_FOUND,
+        HTTPStatus.CONFLICT,
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        HTTPStatus.UNPROCESSABLE_ENTITY,
+        HTTPStatus.TOO_MANY_REQUESTS,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+    )
 
 
 class Reply(Protocol):

@@ -10,15 +10,16 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from lorafleet.cluster.errors import BadRequest
 from lorafleet.cluster.http.auth import Keys
-from lorafleet.cluster.http.description import bearer, body_of, error_responses, replies
+from lorafleet.cluster.http.description import body_of, error_responses, replies
+from lorafleet.cluster.http.guards import client_guard
 from lorafleet.cluster.http.sse import ClientGone, while_connected
-from lorafleet.cluster.openai.answering import CLIENT_CLOSED_REQUEST
+from lorafleet.cluster.openai.answering import CLIENT_CLOSED_REQUEST, answer_errors
 from lorafleet.cluster.openai.replies import to_json
 from lorafleet.cluster.openai.requests import PromptShapes, parsed, prompts_of, request_of
 from lorafleet.cluster.serving.dispatch import Dispatcher, PreparedRequest
@@ -124,13 +125,9 @@ class Embeddings(Settings):
 
 def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
     """The route."""
-
-    async def check_client(request: Request) -> None:
-        request.state.caller = keys.check_client(request.headers.get("authorization"))
-
     router = APIRouter(
         prefix="/v1",
-        dependencies=[Depends(check_client), *bearer("api_key", bool(keys.api_keys))],
+        dependencies=client_guard(keys),
         tags=["OpenAI"],
         responses=error_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.INTERNAL_SERVER_ERROR),
     )
@@ -139,16 +136,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
         "/embeddings",
         summary="Hidden states of prompts, pooled",
         openapi_extra=body_of(EmbeddingsBody, NEUTRAL),
-        responses=replies(Embeddings)
-        | error_responses(
-            HTTPStatus.BAD_REQUEST,
-            HTTPStatus.NOT_FOUND,
-            HTTPStatus.CONFLICT,
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            HTTPStatus.UNPROCESSABLE_ENTITY,
-            HTTPStatus.TOO_MANY_REQUESTS,
-            HTTPStatus.SERVICE_UNAVAILABLE,
-        ),
+        responses=replies(Embeddings) | answer_errors(),
     )
     async def embed(request: Request) -> Response:
         body = await parsed(EmbeddingsBody, request, dispatcher.prompts.threads, NEUTRAL)

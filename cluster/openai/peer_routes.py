@@ -6,12 +6,13 @@ from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from importlib.metadata import version
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from lorafleet.cluster.http.auth import Keys
-from lorafleet.cluster.http.description import bearer, body_of, error_responses, replies
+from lorafleet.cluster.http.description import body_of, error_responses, replies
+from lorafleet.cluster.http.guards import client_guard
 from lorafleet.cluster.openai.peer_schemas import (
     DetokenizeBody,
     DetokenizeReply,
@@ -38,10 +39,6 @@ def build_peer_router(
     dispatcher: Dispatcher, keys: Keys, not_ready: Callable[[], Awaitable[str | None]], exposition: Exposition
 ) -> APIRouter:
     """The routes. not_ready: what the service still waits for, None once it is ready."""
-
-    async def check_client(request: Request) -> None:
-        request.state.caller = keys.check_client(request.headers.get("authorization"))
-
     router = APIRouter(tags=["vLLM's data plane"])
 
     async def health() -> Response:
@@ -74,7 +71,7 @@ def build_peer_router(
         return Response(await exposition.text(), media_type=CONTENT_TYPE_LATEST)
 
     guarded = APIRouter(
-        dependencies=[Depends(check_client), *bearer("api_key", bool(keys.api_keys))],
+        dependencies=client_guard(keys),
         tags=["OpenAI"],
         responses=error_responses(
             HTTPStatus.BAD_REQUEST,

@@ -9,15 +9,16 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
 from lorafleet.cluster.errors import ModelNotFound
 from lorafleet.cluster.http.auth import Keys
-from lorafleet.cluster.http.description import Responses, bearer, body_of, error_responses, events_of, replies
+from lorafleet.cluster.http.description import Responses, body_of, error_responses, events_of, replies
+from lorafleet.cluster.http.guards import client_guard
 from lorafleet.cluster.http.request_ids import request_id_of
-from lorafleet.cluster.openai.answering import answer
+from lorafleet.cluster.openai.answering import answer, answer_errors
 from lorafleet.cluster.openai.replies import ChatReply, CompletionReply
 from lorafleet.cluster.openai.requests import DEFAULT_MAX_TOKENS, ChatBody, CompletionBody, neutral_of, parsed
 from lorafleet.cluster.openai.schemas import (
@@ -36,13 +37,9 @@ OWNER = "lorafleet"
 
 def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRouter:
     """The data plane. started: Unix seconds, when the base came to be."""
-
-    async def check_client(request: Request) -> None:
-        request.state.caller = keys.check_client(request.headers.get("authorization"))
-
     router = APIRouter(
         prefix="/v1",
-        dependencies=[Depends(check_client), *bearer("api_key", bool(keys.api_keys))],
+        dependencies=client_guard(keys),
         tags=["OpenAI"],
         responses=error_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.INTERNAL_SERVER_ERROR),
     )
@@ -124,12 +121,4 @@ def _adapter_card(dispatcher: Dispatcher, entry: NamedVersion) -> dict[str, Any]
 
 def _answers(whole: type[BaseModel], chunk: type[BaseModel]) -> Responses:
     """Replies of the two routes that generate."""
-    return replies(whole, 200, content=events_of(chunk)) | error_responses(
-        HTTPStatus.BAD_REQUEST,
-        HTTPStatus.NOT_FOUND,
-        HTTPStatus.CONFLICT,
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-        HTTPStatus.UNPROCESSABLE_ENTITY,
-        HTTPStatus.TOO_MANY_REQUESTS,
-        HTTPStatus.SERVICE_UNAVAILABLE,
-    )
+    return replies(whole, 200, content=events_of(chunk)) | answer_errors()

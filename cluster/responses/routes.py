@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.bodies import ErrorBody
-from lorafleet.cluster.http.description import bearer, body_of, error_responses, events_of, replies
-from lorafleet.cluster.openai.answering import answer
+from lorafleet.cluster.http.description import body_of, error_responses, events_of, replies
+from lorafleet.cluster.http.guards import client_guard
+from lorafleet.cluster.openai.answering import answer, answer_errors
 from lorafleet.cluster.openai.requests import parsed
 from lorafleet.cluster.openai.turns import Turn
 from lorafleet.cluster.responses.replies import ResponseReply
@@ -21,13 +22,9 @@ from lorafleet.cluster.serving.dispatch import Dispatcher
 
 def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
     """The route."""
-
-    async def check_client(request: Request) -> None:
-        request.state.caller = keys.check_client(request.headers.get("authorization"))
-
     router = APIRouter(
         prefix="/v1",
-        dependencies=[Depends(check_client), *bearer("api_key", bool(keys.api_keys))],
+        dependencies=client_guard(keys),
         tags=["OpenAI"],
         responses=error_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.INTERNAL_SERVER_ERROR),
     )
@@ -37,15 +34,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
         summary="Answer a conversation in the form of OpenAI's Responses",
         openapi_extra=body_of(ResponsesBody, NEUTRAL),
         responses=replies(ResponseObject, 200, content=events_of(ResponseEvent, ErrorBody, has_end=False))
-        | error_responses(
-            HTTPStatus.BAD_REQUEST,
-            HTTPStatus.NOT_FOUND,
-            HTTPStatus.CONFLICT,
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            HTTPStatus.UNPROCESSABLE_ENTITY,
-            HTTPStatus.TOO_MANY_REQUESTS,
-            HTTPStatus.SERVICE_UNAVAILABLE,
-        ),
+        | answer_errors(),
     )
     async def respond(request: Request) -> Response:
         body = await parsed(ResponsesBody, request, dispatcher.prompts.threads, NEUTRAL)

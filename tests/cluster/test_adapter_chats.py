@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorafleet.adapter_store.manifest import AdapterChat
 from lorafleet.cluster.serving.time_limit import within
-from tests.cluster.engines import engine_service
 from tests.cluster.serving import BASE_ID, Service, serving
-from tests.support.adapters import make_adapter
-from tests.support.bases import BaseKind
-from tests.workers.harness import Shelf
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture(scope="module")
-def worker_service(base_of: Callable[[BaseKind], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    shelf = Shelf(base_of("llama"))
-    shelf.put(make_adapter(tmp_path_factory.mktemp("adapters") / "shout", shelf.base, "rank4_qv"))
-    with engine_service(shelf) as running:
-        yield running
 
 
 @pytest.mark.parametrize("model", ["shout", f"{BASE_ID}:shout", "whisper", BASE_ID])

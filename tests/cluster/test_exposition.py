@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -14,11 +12,7 @@ from lorafleet.cluster.serving.exposition import FRESH_S, Exposition
 from lorafleet.cluster.wire import WorkerCounts
 from lorafleet.workers.state import AdapterPages, KVPages, WorkerState
 from lorafleet.workers.stats import Distribution, ServedCounts
-from tests.cluster.engines import engine_service
 from tests.cluster.serving import BASE_ID, Service
-from tests.support.adapters import make_adapter
-from tests.support.bases import BaseKind
-from tests.workers.harness import Shelf
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -29,14 +23,6 @@ def samples_of(text: str) -> dict[tuple[str, Labels], float]:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
-
-
-@pytest.fixture(scope="module")
-def worker_service(base_of: Callable[[BaseKind], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    shelf = Shelf(base_of("llama"))
-    shelf.put(make_adapter(tmp_path_factory.mktemp("adapters") / "shout", shelf.base, "rank4_qv"))
-    with engine_service(shelf) as running:
-        yield running
 
 
 def test_counts_are_those_of_the_replies(worker_service: Service) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anthropic
@@ -13,13 +13,9 @@ import pytest
 
 from lorafleet.cluster.errors import StreamBroken
 from lorafleet.cluster.http.auth import Keys
-from tests.cluster.engines import engine_service
 from tests.cluster.serving import BASE_ID, Service, serving
 from tests.cluster.test_chat_history import TEMPLATE
 from tests.cluster.test_tools import OSLO, PARAMETERS, ROME, answers_of, said
-from tests.support.adapters import make_adapter
-from tests.support.bases import BaseKind
-from tests.workers.harness import Shelf
 
 USER: Any = {"role": "user", "content": "Weather?"}
 TOOLS: Any = [{"name": "weather", "description": "Of a city.", "input_schema": PARAMETERS}]
@@ -47,8 +43,9 @@ def asked(service: Service, *, stream: bool = False, **fields: Any) -> anthropic
         return events.get_final_message()
 
 
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
+@contextmanager
+def agent_service() -> Iterator[Service]:
+    """Serve a model that thinks and calls, in the form of Hermes."""
     service = Service()
     assert service.prompts.tokenizer is not None
     service.prompts.tokenizer.chat_template = TEMPLATE
@@ -58,10 +55,8 @@ def service() -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def worker_service(base_of: Callable[[BaseKind], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    shelf = Shelf(base_of("llama"))
-    shelf.put(make_adapter(tmp_path_factory.mktemp("adapters") / "shout", shelf.base, "rank4_qv"))
-    with engine_service(shelf) as running:
+def service() -> Iterator[Service]:
+    with agent_service() as running:
         yield running
 
 

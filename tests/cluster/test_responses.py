@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -13,14 +12,9 @@ import pytest
 from openai.types.responses import Response
 
 from lorafleet.cluster.errors import StreamBroken
-from tests.cluster.engines import engine_service
 from tests.cluster.serving import BASE_ID, Service, serving
-from tests.cluster.test_chat_history import TEMPLATE
-from tests.cluster.test_messages import CALLING, CHAT_TOOLS
+from tests.cluster.test_messages import CALLING, CHAT_TOOLS, agent_service
 from tests.cluster.test_tools import OSLO, PARAMETERS, ROME, answers_of, said
-from tests.support.adapters import make_adapter
-from tests.support.bases import BaseKind
-from tests.workers.harness import Shelf
 
 TOOLS: Any = [
     {"type": "function", "name": "weather", "description": "Of a city.", "parameters": PARAMETERS, "strict": False}
@@ -41,19 +35,7 @@ def asked(service: Service, *, stream: bool = False, **fields: Any) -> Response:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    service = Service()
-    assert service.prompts.tokenizer is not None
-    service.prompts.tokenizer.chat_template = TEMPLATE
-    service.prompts.answers = answers_of("hermes", "think_tags")
-    with serving(service) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def worker_service(base_of: Callable[[BaseKind], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    shelf = Shelf(base_of("llama"))
-    shelf.put(make_adapter(tmp_path_factory.mktemp("adapters") / "shout", shelf.base, "rank4_qv"))
-    with engine_service(shelf) as running:
+    with agent_service() as running:
         yield running
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 
 import jsonschema
@@ -15,11 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from lorafleet.workers.grammars import Grammars, Matcher
 from lorafleet.workers.request import StructuredOutputs
-from tests.cluster.engines import engine_service
 from tests.cluster.serving import BASE_ID, Service
-from tests.support.adapters import make_adapter
-from tests.support.bases import BaseKind
-from tests.workers.harness import Shelf
 
 MESSAGES: Any = [{"role": "user", "content": "Go"}]
 SCHEMA = {
@@ -40,11 +34,8 @@ class Found(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def service(base_of: Callable[[BaseKind], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    shelf = Shelf(base_of("llama"))
-    shelf.put(make_adapter(tmp_path_factory.mktemp("adapters") / "shout", shelf.base, "rank4_qv"))
-    with engine_service(shelf) as running:
-        yield running
+def service(worker_service: Service) -> Service:
+    return worker_service
 
 
 @pytest.mark.parametrize("model", [BASE_ID, "shout"])

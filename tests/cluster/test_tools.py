@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -17,12 +15,8 @@ from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.grammars import Grammars
 from lorafleet.workers.request import StructuredOutputs
 from tests.cluster import fakes
-from tests.cluster.engines import engine_service
 from tests.cluster.fakes import make_prompts
 from tests.cluster.serving import BASE_ID, Service, serving
-from tests.support.adapters import make_adapter
-from tests.support.bases import BaseKind
-from tests.workers.harness import Shelf
 
 MESSAGES: Any = [{"role": "user", "content": "Weather?"}]
 PARAMETERS = {
@@ -235,14 +229,6 @@ def test_choices_that_cannot_be() -> None:
         ):
             reply = http.post("/v1/chat/completions", json={"model": BASE_ID, "messages": MESSAGES, **fields})
             assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tool_choice")
-
-
-@pytest.fixture(scope="module")
-def worker_service(base_of: Callable[[BaseKind], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    shelf = Shelf(base_of("llama"))
-    shelf.put(make_adapter(tmp_path_factory.mktemp("adapters") / "shout", shelf.base, "rank4_qv"))
-    with engine_service(shelf) as running:
-        yield running
 
 
 def fit(calls: list[list[str]]) -> None:
