@@ -8,7 +8,8 @@ FLOORS := adapter_store cluster deploy kernels workers
 # Processes that tests are spread over. Each computes on one thread, or torch's threads would fight for the cores.
 # All hash alike, since they must collect the same tests.
 JOBS ?= logical
-SPREAD := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/pytest -n $(JOBS) --dist loadfile --ignore tests/workers/test_step_message.py
+SPREAD := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 \
+	--ignore tests/workers/test_step_message.py
 # It blocks its process until another one has started. After other tests in that process, it took the process down twice.
 ALONE := $(BIN)/pytest tests/workers/test_step_message.py
 # Ray's processes need all cores, so these tests follow each other.
@@ -55,9 +56,11 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# All that needs no GPU.
+# All that needs no GPU, in several runs: a process that had run nearly all of it ended at once, three times of three.
 unit: setup
-	$(SPREAD) -m "not gpu and not ray"
+	$(SPREAD) -m "not gpu and not ray" tests/workers
+	$(SPREAD) -m "not gpu and not ray" tests/cluster
+	$(SPREAD) -m "not gpu and not ray" tests --ignore tests/workers --ignore tests/cluster
 	$(ALONE)
 	$(RAY)
 
