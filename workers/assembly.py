@@ -18,14 +18,27 @@ from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.memory.residency import Residency
 from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, read_config, resolve_device
-from lorafleet.workers.model.loader import load_base, load_tokenizer, max_model_len
+from lorafleet.workers.model.loader import BaseModel, load_base, load_tokenizer, max_model_len
 from lorafleet.workers.model.rehearsal import rehearse
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model.startup import start_runner
+from lorafleet.workers.ranks import Ranks
 from lorafleet.workers.sizing import memory_sizes
 from lorafleet.workers.step.forms import graph_forms
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """Parts that every rank of a worker has: its part of the base, and its memory."""
+
+    base: BaseModel
+    cache: KVCache
+    pool: AdapterPool
+    runner: ModelRunner
+    startup_s: dict[str, float]
+    """Seconds of each part of the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,27 +55,27 @@ class WorkerParts:
     """Seconds of the start: loading, and on a GPU compiling, warming up and capturing; `ready`: all of it."""
 
 
-def assemble(
-    *,
-    worker_id: str,
+def assemble_model(
     model: ModelConfig,
     engine: EngineConfig,
     pool: PoolConfig,
-    fetch: Callable[[str], AdapterWeights],
-    deliver: Callable[[list[Delivery]], None],
+    *,
+    ranks: Ranks | None = None,
     captures: bool = True,
-) -> WorkerParts:
-    """Load the base and lay out the device's memory. `fetch` may block; `deliver` is called on the engine's thread.
+) -> ModelParts:
+    """Load this rank's part of the base and lay out its device's memory. All ranks call it with the same arguments.
 
-    Without `captures` no step runs as a CUDA graph, for comparisons.
+    `engine.device` is the rank's own. The other arguments are as in `assemble`.
 
     Raises UnsupportedModel and WorkerConfigError.
     """
     started_s = time.monotonic()
+    ranks = ranks or Ranks()
     device = resolve_device(engine.device)
     config = read_config(model)
-    rehearse(config, max_model_len(model, config))
-    base = load_base(model, device)
+    if ranks.is_first:
+        rehearse(config, max_model_len(model, config))
+    base = load_base(model, device, ranks)
     load_s = time.monotonic() - started_s
     linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]
     layout = PoolLayout.of(base.geometry, projection_groups(linear), pool.max_rank)
@@ -76,8 +89,6 @@ def assemble(
         device=device,
         prefix_cache=engine.prefix_cache != "off",
     )
-    residency = Residency(adapter_pool)
-    loader = AdapterLoader(adapter_pool, residency, fetch, on_gone=cache.drop)
     max_pages = cache.pages_for(base.max_model_len + 1)
     num_weights = sum(
         shape.in_dim * shape.out_dim for shape in base.geometry.modules.values() if shape.kind == "linear"
@@ -91,30 +102,56 @@ def assemble(
         graph_forms=forms if captures else (),
         max_batch_tokens=engine.max_batch_tokens,
         max_pass_rows=engine.logits_chunk_tokens,
+        ranks=ranks,
     )
-    startup_s = {"load": load_s, **runner.startup_s, "ready": time.monotonic() - started_s}
-    parts = WorkerParts(
-        engine=Engine(runner, loader, load_tokenizer(model.source), engine, deliver, worker_id=worker_id),
-        runner=runner,
-        cache=cache,
-        pool=adapter_pool,
-        residency=residency,
-        loader=loader,
-        startup_s=startup_s,
-    )
+    return ModelParts(base, cache, adapter_pool, runner, {"load": load_s, **runner.startup_s})
+
+
+def assemble(
+    *,
+    worker_id: str,
+    model: ModelConfig,
+    engine: EngineConfig,
+    pool: PoolConfig,
+    fetch: Callable[[str], AdapterWeights],
+    deliver: Callable[[list[Delivery]], None],
+    captures: bool = True,
+    ranks: Ranks | None = None,
+) -> WorkerParts:
+    """Put a worker together. `fetch` may block; `deliver` is called on the engine's thread.
+
+    Without `captures` no step runs as a CUDA graph, for comparisons. ranks: this one, the first, among others, which
+    call `assemble_model`.
+
+    Raises UnsupportedModel and WorkerConfigError.
+    """
+    started_s = time.monotonic()
+    parts = assemble_model(model, engine, pool, ranks=ranks, captures=captures)
+    cache, device = parts.cache, parts.base.device
+    residency = Residency(parts.pool)
+    loader = AdapterLoader(parts.pool, residency, fetch, on_gone=cache.drop)
+    startup_s = {**parts.startup_s, "ready": time.monotonic() - started_s}
     logger.info(
         "worker %s: %s on %s in %s, %d KV pages of %d tokens, %d adapter pages of %d bytes; seconds: %s",
         worker_id,
         model.id,
         device,
-        base.dtype,
-        sizes.num_kv_pages,
+        parts.base.dtype,
+        cache.counts.total,
         engine.kv_page_tokens,
-        adapter_pool.num_pages_total,
-        layout.page_bytes,
+        parts.pool.num_pages_total,
+        parts.pool.layout.page_bytes,
         ", ".join(f"{part} {seconds:.1f}" for part, seconds in startup_s.items()),
     )
     if device.type == "cuda":
         free, total = (num_bytes / 2**30 for num_bytes in torch.cuda.mem_get_info(device))
         logger.info("worker %s: %.1f of the GPU's %.1f GiB are left", worker_id, free, total)
-    return parts
+    return WorkerParts(
+        engine=Engine(parts.runner, loader, load_tokenizer(model.source), engine, deliver, worker_id=worker_id),
+        runner=parts.runner,
+        cache=cache,
+        pool=parts.pool,
+        residency=residency,
+        loader=loader,
+        startup_s=startup_s,
+    )

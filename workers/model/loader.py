@@ -28,6 +28,7 @@ from lorafleet.workers.model.attention_calls import AttentionCall, read_calls
 from lorafleet.workers.model.geometry import TORCH_DTYPES, empty_model, geometry_of, read_config, resolve_dtype
 from lorafleet.workers.model.quantisation import pack_weights, refuse_device, round_weights, rounding_inputs
 from lorafleet.workers.model.rope import fix_frequencies, longest_model_len
+from lorafleet.workers.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +86,14 @@ def max_model_len(model: ModelConfig, config: PretrainedConfig) -> int:
     return model.max_model_len
 
 
-def load_base(model: ModelConfig, device: torch.device) -> BaseModel:
-    """Load the base at `model.source`. Raises UnsupportedModel, naming what cannot be served."""
+def load_base(model: ModelConfig, device: torch.device, ranks: Ranks | None = None) -> BaseModel:
+    """Load the base at `model.source`, or this rank's part of it.
+
+    Raises UnsupportedModel, naming what cannot be served.
+    """
     config = read_config(model)
+    if ranks is not None and ranks.size > 1:
+        raise UnsupportedModel(f"{config.model_type} cannot be spread over {ranks.size} ranks: use 1")
     dtype = resolve_dtype(model, config, device)
     is_fp8 = model.quantization == "fp8"
     if is_fp8:

@@ -19,6 +19,7 @@ from lorafleet.workers.model.logits import BodyOnce
 from lorafleet.workers.model.lora_layers import LoraContext
 from lorafleet.workers.model.paged_attention import AttentionContext
 from lorafleet.workers.model.sampler import Chosen, Sampler, with_logprobs
+from lorafleet.workers.ranks import Ranks
 from lorafleet.workers.step.batch import StepInputs
 from lorafleet.workers.step.forms import GraphForm, forms_with_extras
 from lorafleet.workers.step.message import StepHeader, StepMessage
@@ -70,6 +71,7 @@ class ModelRunner:
         max_pages: int,
         graph_forms: tuple[GraphForm, ...] = (),
         max_pass_rows: int = 512,
+        ranks: Ranks | None = None,
     ) -> None:
         """`max_pages`: KV pages of the longest sequence. `graph_forms`, rising: of the steps to capture; none on a CPU.
         `max_pass_rows`: rows whose logits exist at once. `startup.start_runner` makes one that is ready to serve.
@@ -81,6 +83,7 @@ class ModelRunner:
         self.is_fused = substituted.is_fused
         self._lora = substituted.lora
         self._attention = substituted.attention
+        self.ranks = ranks or Ranks()
         self._sampler = Sampler()
         self.graphs: dict[tuple[GraphForm, int], StepGraph] = {}
         """By `StepHeader.graph_key`."""

@@ -24,6 +24,7 @@ from lorafleet.workers.model.paged_attention import AttentionContext
 from lorafleet.workers.model.row_norms import RowNorms
 from lorafleet.workers.model.runner import ModelRunner, Substituted
 from lorafleet.workers.model.sampler import with_logprobs
+from lorafleet.workers.ranks import Ranks
 from lorafleet.workers.step.forms import GraphForm
 from lorafleet.workers.step.layout import blank_batch, blank_prompt, chunk_bounds
 from lorafleet.workers.step.message import StepMessage
@@ -41,11 +42,13 @@ def start_runner(
     max_batch_tokens: int = 2048,
     max_pass_rows: int = 512,
     is_probed: bool = True,
+    ranks: Ranks | None = None,
 ) -> ModelRunner:
     """Make a runner that no request has to wait for. Its base's model is changed in place.
 
-    max_batch_tokens: most rows of a step. The other arguments are as in `ModelRunner`. With `is_probed`, raises
-    UnsupportedModel unless the base answers as transformers does. Raises WorkerConfigError if memory is short.
+    max_batch_tokens: most rows of a step. ranks: this one and those that compute with it. The other arguments are as in
+    `ModelRunner`. With `is_probed`, raises UnsupportedModel unless the base answers as transformers does. Raises
+    WorkerConfigError if memory is short.
     """
     runner = ModelRunner(
         base,
@@ -55,6 +58,7 @@ def start_runner(
         max_pages=max_pages,
         graph_forms=graph_forms,
         max_pass_rows=max_pass_rows,
+        ranks=ranks,
     )
     if is_probed:
         probe.check(runner)
