@@ -15,7 +15,7 @@ ALONE := $(BIN)/pytest tests/workers/test_step_message.py
 # Ray's processes need all cores, so these tests follow each other.
 RAY := $(BIN)/pytest -m "ray and not gpu"
 
-.PHONY: setup demo serve test lint types unit quick slow ray coverage gpu fidelity sweep format docs site wheel lock typings clean
+.PHONY: setup demo serve test lint types unit quick slow ray coverage chaos gpu fidelity sweep format docs site wheel lock typings clean
 
 setup: $(VENV)/.ready typings
 
@@ -101,6 +101,10 @@ sweep: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Faults against a fresh service under load: what clients saw, and for how long. ARGS="--times 20 --clients 50": the full run.
+chaos: setup
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 # Writes docs/ anew from the code; a test fails when they are behind it.
 docs: setup

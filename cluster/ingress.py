@@ -6,6 +6,7 @@ A plain class: `cluster/app.py` makes a Serve deployment of it, with `take_http_
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -38,6 +39,12 @@ from lorafleet.cluster.store.client import StoreClient
 from lorafleet.cluster.watchdog import Watchdog
 from lorafleet.cluster.worker.client import WorkersClient
 from lorafleet.workers.request import GenerateDelta, GenerateRequest
+
+STORE_PATIENCE_S = 60.0
+"""How long a new ingress waits for the store's names; then it serves the base, and adapters once the store is there."""
+
+UNCHECKED_S = 5.0
+"""Longest time without a question for the health of an ingress that takes requests; Serve asks once a second."""
 
 _http_app: ContextVar[FastAPI] = ContextVar("http_app")
 
@@ -73,7 +80,8 @@ class Ingress:
         )
         control = ControllerClient(controller, self._names.observe)
         self._readiness = Readiness(control, partial(live_workers, workers.deployment_id))
-        self._relay = UserConfigRelay(control)
+        self._checked_s = time.monotonic()
+        self._relay = UserConfigRelay(control, is_serving=self._is_serving)
         self._tasks: list[asyncio.Task[None]] = []
         _http_app.set(
             build_http_app(
@@ -113,13 +121,19 @@ class Ingress:
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this is not answered: the event loop stands still."""
-        # Serve asks for the first time after it has given the replica its user_config.
+        self._checked_s = time.monotonic()
+        # Serve asks for the first time after it has given the replica its user_config, and sends requests afterwards.
         if not self._tasks:
+            await self._names.await_table(STORE_PATIENCE_S)
             self._tasks = [
                 asyncio.create_task(self._relay.run()),
                 asyncio.create_task(self._readiness.run()),
                 asyncio.create_task(Watchdog().run()),
             ]
+
+    def _is_serving(self) -> bool:
+        """False once the ingress drains: Serve asks for its health no more."""
+        return time.monotonic() - self._checked_s < UNCHECKED_S
 
     def __del__(self) -> None:
         """Serve calls this when the replica has drained."""

@@ -117,7 +117,7 @@ class StoreProblem:
     code: str
     """`store_damaged`, `store_full` or `store_not_writable`."""
     kind: str
-    """`name`, `version`, `desired`, `database` or `folder`."""
+    """`name`, `version`, `desired`, `database` or `folder`; `user_config` for a refused one."""
     entry: str
     """The name, the version or the file; empty for the folder."""
     reason: str
@@ -144,6 +144,16 @@ class Placed:
     """Pages of a worker's pool that it takes; None where that is not known."""
     workers: Mapping[str, str]
     """Worker id -> `resident`, `loading`, `retired` or `absent`; `unknown` if it did not answer in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListedWorkers:
+    """All workers of the service."""
+
+    states: tuple[WorkerState, ...]
+    """Of those that answer, by id."""
+    silent: tuple[str, ...]
+    """Ids of those that live and did not answer in time."""
 
 
 @dataclass(frozen=True, slots=True)

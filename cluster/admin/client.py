@@ -13,8 +13,7 @@ from lorafleet.cluster.errors import ControllerUnavailable
 from lorafleet.cluster.ray_internals import by_value
 from lorafleet.cluster.routing.calls import answer_of
 from lorafleet.cluster.routing.whereabouts import note_resident
-from lorafleet.cluster.wire import NamedVersion, Placed, StoreProblem, Validation, named_version
-from lorafleet.workers.state import WorkerState
+from lorafleet.cluster.wire import ListedWorkers, NamedVersion, Placed, StoreProblem, Validation, named_version
 
 CALL_S = 15.0
 """How long the controller may take to answer what loads nothing: longer than it waits for a silent worker."""
@@ -47,7 +46,7 @@ class ControlPlane(Protocol):
 
     async def records(self) -> tuple[NameRecord, ...]: ...
 
-    async def workers(self) -> list[WorkerState]: ...
+    async def workers(self) -> ListedWorkers: ...
 
 
 class ControllerClient:
@@ -104,8 +103,8 @@ class ControllerClient:
         records: tuple[NameRecord, ...] = await self._call("records", CALL_S)
         return records
 
-    async def workers(self) -> list[WorkerState]:
-        workers: list[WorkerState] = await self._call("workers", CALL_S)
+    async def workers(self) -> ListedWorkers:
+        workers: ListedWorkers = await self._call("workers", CALL_S)
         return workers
 
     async def not_ready(self) -> str | None:

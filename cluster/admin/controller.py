@@ -19,9 +19,9 @@ from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.config import AppConfig, Warm
 from lorafleet.cluster.errors import StoreUnavailable
 from lorafleet.cluster.store.client import StoreClient
-from lorafleet.cluster.wire import Placed, StoreProblem, Validation, replying
+from lorafleet.cluster.watchdog import Watchdog
+from lorafleet.cluster.wire import ListedWorkers, Placed, StoreProblem, Validation, replying
 from lorafleet.cluster.worker.client import WorkersClient
-from lorafleet.workers.state import WorkerState
 
 ASK_S = 0.5
 """How often a controller that knows of no `user_config` asks the store for one."""
@@ -37,7 +37,7 @@ class Controller:
             self._rollout, config.adapters.preload, store=client, num_workers=config.worker.num_replicas
         )
         self._is_told = asyncio.Event()
-        self._applying = asyncio.create_task(self._apply())
+        self._tasks = [asyncio.create_task(self._apply()), asyncio.create_task(Watchdog().run())]
 
     @replying
     async def put(self, name: str, *, source: str, key: str, pinned: bool, warm: Warm, replace: bool) -> Placed:
@@ -76,8 +76,10 @@ class Controller:
 
     @replying
     async def problems(self) -> tuple[StoreProblem, ...]:
-        """Return the faults of the store's state folder."""
-        return await self._rollout.problems()
+        """Return the faults of the store's state folder, and why the newest `user_config` was refused."""
+        found = await self._rollout.problems()
+        refusal = self._desired.refusal
+        return found if refusal is None else (*found, StoreProblem("user_config_refused", "user_config", "", refusal))
 
     @replying
     async def has(self, name: str) -> bool:
@@ -90,8 +92,8 @@ class Controller:
         return await self._rollout.records()
 
     @replying
-    async def workers(self) -> list[WorkerState]:
-        """All workers that answer."""
+    async def workers(self) -> ListedWorkers:
+        """All workers, and which of them do not answer."""
         return await self._rollout.workers()
 
     async def not_ready(self) -> str | None:
@@ -120,5 +122,5 @@ class Controller:
 
     def __del__(self) -> None:
         """Serve calls this when the replica stops."""
-        if hasattr(self, "_applying"):
-            self._applying.cancel()
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()

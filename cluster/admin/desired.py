@@ -91,14 +91,17 @@ class DesiredSet:
     async def take_user_config(self, generation: int, user_config: object) -> None:
         """Take a `user_config` of this generation, unless there is a newer one. Raises StoreUnavailable.
 
-        A refused one is logged, and the former one stays in force: Serve would take the service down for an error.
+        A refused one is logged, and the former one stays in force, also one of a service that has been stopped since:
+        Serve would take the service down for an error.
         """
         if generation <= self.generation:
             return
         try:
             config = await asyncio.to_thread(UserConfig.model_validate, user_config)
         except ValidationError as error:
-            self.generation = generation
+            if not self._has_user_config:
+                await self.resume()
+            self.generation = max(generation, self.generation)
             self._refusal = refusal_of(error.errors(include_url=False)).message
             logger.error("user_config is refused and changes nothing: %s", self._refusal)
             return
@@ -135,8 +138,13 @@ class DesiredSet:
         return None
 
     @property
+    def refusal(self) -> str | None:
+        """The reason for which the newest `user_config` was refused; None if it was not."""
+        return self._refusal
+
+    @property
     def _is_at_a_loss(self) -> bool:
-        """True if the service started with a `user_config` that was refused."""
+        """True if the only `user_config` that there has ever been was refused."""
         return self._refusal is not None and not self._has_user_config
 
     async def run(self) -> None:

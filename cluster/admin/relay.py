@@ -37,8 +37,16 @@ class Recipient(Protocol):
 class UserConfigRelay:
     """Keeps the controller informed, until cancelled. An ingress without a `user_config` says so too."""
 
-    def __init__(self, controller: Recipient, *, clock_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self,
+        controller: Recipient,
+        *,
+        is_serving: Callable[[], bool] = lambda: True,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        """is_serving: False while the ingress is on its way out; then it hands on nothing."""
         self._controller = controller
+        self._is_serving = is_serving
         self._clock_ns = clock_ns
         self._stamp = clock_ns()
         self._user_config: object = None
@@ -56,7 +64,7 @@ class UserConfigRelay:
             self._changed.clear()
             pause_s = PERIOD_S
             try:
-                if await self._controller.user_config_stamp() < self._stamp:
+                if self._is_serving() and await self._controller.user_config_stamp() < self._stamp:
                     await self._controller.take_user_config(self._stamp, self._user_config)
             except ServiceUnavailable:
                 pause_s = RETRY_S

@@ -32,7 +32,7 @@ from lorafleet.cluster.errors import (
     StoreUnavailable,
     WorkerGone,
 )
-from lorafleet.cluster.wire import Estimate, Placed, StoreProblem, Validation
+from lorafleet.cluster.wire import Estimate, ListedWorkers, Placed, StoreProblem, Validation
 from lorafleet.workers.errors import NoRoomError
 from lorafleet.workers.state import ResidentAdapter, WorkerState
 
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 RECONCILE_S = 2.0
 """How long a change waits for workers to follow it at once; those that are late follow on their timer."""
+NAMES_S = 3.0
+"""How long a listing of workers waits for the names of what they hold."""
 
 Result = TypeVar("Result")
 
@@ -212,21 +214,28 @@ class Rollout:
         """The source and key of a path, judged where the store is. Raises InvalidKey, UnknownKey, StoreUnavailable."""
         return await self._store.locate(path)
 
-    async def workers(self) -> list[WorkerState]:
-        """All workers that answer, with the names of what they hold as far as the store can be asked."""
-        states = await self._states()
-        names: dict[str, str] = {}
-        with contextlib.suppress(StoreUnavailable):
-            for record in sorted(await self._store.records(), key=lambda record: record.name):
-                names.setdefault(record.version, record.name)
-        return [
+    async def workers(self) -> ListedWorkers:
+        """All workers, with the names of what they hold as far as the store can be asked."""
+        (states, silent), names = await asyncio.gather(self._ask(), self._names_of_versions())
+        named = tuple(
             state.model_copy(
                 update={"adapters": tuple(h.model_copy(update={"name": names.get(h.version)}) for h in state.adapters)}
             )
             for state in states
-        ]
+        )
+        return ListedWorkers(named, tuple(silent))
 
     # --- parts ---
+
+    async def _names_of_versions(self) -> dict[str, str]:
+        """A name for each version; none where the store does not say so in time."""
+        names: dict[str, str] = {}
+        with contextlib.suppress(StoreUnavailable, TimeoutError):
+            async with asyncio.timeout(NAMES_S):
+                records = await self._store.records()
+            for record in sorted(records, key=lambda record: record.name):
+                names.setdefault(record.version, record.name)
+        return names
 
     def _check_name(self, name: str) -> None:
         if re.fullmatch(NAME_PATTERN, name) is None:

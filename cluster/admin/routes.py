@@ -131,9 +131,10 @@ class ValidationReply(Settings):
 
 
 class WorkersReply(Settings):
-    """All workers that answer."""
+    """All workers."""
 
-    workers: tuple[WorkerState, ...]
+    workers: tuple[WorkerState, ...] = Field(description="Those that answer.")
+    silent: tuple[str, ...] = Field(description="Ids of those that live and did not answer within 3 seconds.")
 
 
 def build_router(control: ControlPlane, keys: Keys, *, hubs: Collection[str] = ()) -> APIRouter:
@@ -210,7 +211,8 @@ def build_router(control: ControlPlane, keys: Keys, *, hubs: Collection[str] = (
 
     @admin.get("/workers", summary="All workers")
     async def list_workers() -> WorkersReply:
-        return WorkersReply(workers=tuple(await control.workers()))
+        listed = await control.workers()
+        return WorkersReply(workers=listed.states, silent=listed.silent)
 
     needs_token = keys.admin_token is not None or bool(keys.api_keys)
     router = APIRouter(

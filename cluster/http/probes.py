@@ -27,7 +27,8 @@ class Readiness(Settings):
     problems: dict[str, int] | None = Field(
         default=None,
         description="Codes of what is wrong with the adapter store's state folder, and how often, while requests are "
-        "served: `store_full`, `store_not_writable`, `store_damaged`. GET /admin/v1/adapters names each.",
+        "served: `store_full`, `store_not_writable`, `store_damaged`; and `user_config_refused`. "
+        "GET /admin/v1/adapters names each.",
     )
 
 

@@ -7,6 +7,7 @@ call always waits at the store, and its failure shows at once that the store is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
@@ -53,6 +54,7 @@ class Names:
         self._generation = -1
         self._num_observed = 0
         self._gone = asyncio.Event()
+        self._has_table = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
 
     @property
@@ -64,6 +66,14 @@ class Names:
         """Begin to watch the store; the first use does so too. Needs a running loop."""
         if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._watch(), name="adapter-store-watch")
+
+    async def await_table(self, timeout_s: float) -> bool:
+        """Wait for the first table; False if the store has not told it in time."""
+        self.start()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._has_table.wait()
+        return self._has_table.is_set()
 
     def stop(self) -> None:
         """End the watch."""
@@ -149,6 +159,7 @@ class Names:
                     self._names.pop(name, None)
                 self._names.update(changed)
             self._generation = names.generation
+            self._has_table.set()
 
     async def _unless_gone(self, call: Coroutine[Any, Any, T], timeout_s: float) -> T:
         """The call's result; StoreUnavailable as soon as the store counts as gone, TimeoutError when late."""

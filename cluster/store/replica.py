@@ -23,6 +23,7 @@ from lorafleet.adapter_store.service import AdapterStore
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.metrics import StoreMetrics
 from lorafleet.cluster.store.paths import locate
+from lorafleet.cluster.watchdog import Watchdog
 from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights, StoreProblem, named_version, replying
 from lorafleet.workers.model.geometry import read_geometry
 from lorafleet.workers.model.loader import load_tokenizer
@@ -59,7 +60,7 @@ class StoreReplica:
         )
         self._created_s: dict[str, int] = {}
         self._metrics = StoreMetrics()
-        self._reporting = asyncio.create_task(self._report())
+        self._tasks = [asyncio.create_task(self._report()), asyncio.create_task(Watchdog().run())]
 
     @replying
     async def publish(self, source: str, key: str) -> AdapterManifest:
@@ -156,8 +157,8 @@ class StoreReplica:
 
     def __del__(self) -> None:
         """Serve calls this when the replica stops."""
-        if hasattr(self, "_reporting"):
-            self._reporting.cancel()
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
         if hasattr(self, "_store"):
             self._store.close()
 

@@ -46,8 +46,13 @@ STATE_S = 3.0
 """How long a worker may take to say what it holds: a listing goes on without one that is silent."""
 LOAD_S = 600.0
 """How long a worker may take to make an adapter resident."""
-SILENCE_S = 10.0
-"""How long a worker that lives may say nothing, which it else does every `outbox.BEAT_S`. Then its streams are lost."""
+SILENT_LOOKS = 10
+"""How often in a row it is looked, every `LOOK_S`, and a worker has said nothing. Then its streams are lost.
+
+Looks are counted and no seconds: after a pause of its own an ingress reads what came meanwhile before it looks again.
+"""
+LOOK_S = 1.0
+"""A worker that lives says something every `outbox.BEAT_S`."""
 SWEEP_S = 0.5
 """How often it is looked for workers that take no more requests, whose outbox must not keep them."""
 
@@ -147,16 +152,20 @@ class WorkersClient:
         try:
             address: OutboxAddress = await anext(response)
             # The call says nothing more; it ends when the worker is lost, also where no connection tells of it.
-            reading = asyncio.ensure_future(self._read_frames(address, turns))
-            ending = asyncio.ensure_future(anext(response, None))
+            heard = asyncio.Event()
+            tasks = (
+                asyncio.ensure_future(self._read_frames(address, turns, heard)),
+                asyncio.ensure_future(anext(response, None)),
+                asyncio.ensure_future(_while_heard(heard)),
+            )
             try:
-                done, _ = await asyncio.wait({reading, ending}, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     await task
             finally:
-                reading.cancel()
-                ending.cancel()
-                await asyncio.gather(reading, ending, return_exceptions=True)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
         except TimeoutError:
             reason = "the worker has fallen silent"
             logger.warning("worker %s has fallen silent", worker_id)
@@ -176,16 +185,16 @@ class WorkersClient:
                 if stream.runs_on == worker_id:
                     stream.put(WorkerGone(reason))
 
-    async def _read_frames(self, address: OutboxAddress, turns: Turns) -> None:
-        """Hand out what comes over a connection to the worker, until it breaks."""
+    async def _read_frames(self, address: OutboxAddress, turns: Turns, heard: asyncio.Event) -> None:
+        """Hand out what comes over a connection to the worker, until it breaks; set `heard` each time."""
         reader, writer = await asyncio.open_connection(address.host, address.port)
         try:
             connection: socket.socket = writer.get_extra_info("socket")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             writer.write(address.key + self._outbox_id.encode())
             while True:
-                async with asyncio.timeout(SILENCE_S):
-                    batch = await read_batch(reader)
+                batch = await read_batch(reader)
+                heard.set()
                 turns.add(self._distribute(batch))
         finally:
             writer.close()
@@ -210,6 +219,16 @@ class WorkersClient:
                     with contextlib.suppress(asyncio.CancelledError):
                         await reader
         self._sweeper = None
+
+
+async def _while_heard(heard: asyncio.Event) -> None:
+    """Return never; raises TimeoutError when `heard` has not been set for `SILENT_LOOKS` looks."""
+    num_silent = 0
+    while num_silent < SILENT_LOOKS:
+        heard.clear()
+        await asyncio.sleep(LOOK_S)
+        num_silent = 0 if heard.is_set() else num_silent + 1
+    raise TimeoutError
 
 
 class ServeStream:

@@ -6,6 +6,7 @@ What the store says decides; a hint only makes a worker ask sooner, so nothing i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
@@ -44,6 +45,7 @@ class Reconciler:
         self._ask = ask
         self._period_s = period_s
         self._one_at_a_time = asyncio.Lock()
+        self._has_followed = asyncio.Event()
 
     async def once(self) -> None:
         """Ask now, and follow. Raises StoreUnavailable.
@@ -60,6 +62,14 @@ class Reconciler:
             self._keep = keep or self._keep
             # Also what was said before: a pinned version that found no room may find some now.
             await self._worker.reconcile(self._keep.versions)
+            self._has_followed.set()
+
+    async def await_first(self, timeout_s: float) -> bool:
+        """Wait until the store's word has been followed once; False if that does not come in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._has_followed.wait()
+        return self._has_followed.is_set()
 
     async def run(self) -> None:
         """Ask again and again, until cancelled; go on with what there is while the store is away."""

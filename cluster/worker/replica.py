@@ -43,6 +43,8 @@ from lorafleet.workers.worker import Worker
 logger = logging.getLogger(__name__)
 
 METRICS_PERIOD_S = 1.0
+STORE_PATIENCE_S = 60.0
+"""How long a new worker waits for the store; then it serves the base, and adapters once the store is there."""
 
 
 class WorkerReplica:
@@ -64,6 +66,7 @@ class WorkerReplica:
         self._outboxes = Outboxes(is_alive=lambda: not self._worker.is_stalled)
         self._delta_server = DeltaServer(self._outboxes, ray.util.get_node_ip_address())
         self._reconciler = Reconciler(self._worker, self._ask_store)
+        self._may_begin = False
         self._metrics = WorkerMetrics(self.worker_id)
         self._watchdog = Watchdog(lambda: self._worker.is_stalled)
         self._tasks = [
@@ -138,8 +141,15 @@ class WorkerReplica:
         self._check(worker_id)
         await self._reconciler.once()
 
-    def check_health(self) -> None:
-        """Serve replaces the replica when this raises: the step loop has ended or stands still."""
+    async def check_health(self) -> None:
+        """Serve replaces the replica when this raises: the step loop has ended or stands still.
+
+        Serve sends requests once the first check has passed. It waits for the store, so that a worker that takes over
+        from another one during an update can fetch what it lacks.
+        """
+        if not self._may_begin:
+            await self._reconciler.await_first(STORE_PATIENCE_S)
+            self._may_begin = True
         self._worker.check_health()
 
     async def record_routing_stats(self) -> dict[str, Any]:

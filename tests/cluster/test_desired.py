@@ -166,7 +166,18 @@ async def test_a_user_config_that_is_refused_changes_nothing(world: World, caplo
     assert world.names == {}
 
 
-async def test_a_service_that_starts_with_a_refused_user_config_says_so_and_deletes_nothing(world: World) -> None:
+async def test_the_first_user_config_of_all_is_refused(world: World) -> None:
+    desired = world.start(wanted("y", "b"))
+    await desired.take_user_config(40, {"adapters": "x"})
+    await desired.apply()
+    assert world.names == {"y": "b"}
+    assert (await desired.not_ready() or "").startswith("user_config is refused: adapters")
+    await desired.take_user_config(50, {"adapters": []})
+    assert await desired.not_ready() is None
+    assert desired.refusal is None
+
+
+async def test_a_service_that_starts_with_a_refused_user_config_keeps_the_former_one(world: World) -> None:
     former = world.start()
     await former.take_user_config(30, {"adapters": [wanted("x", "a").model_dump()]})
     await former.apply()
@@ -174,7 +185,9 @@ async def test_a_service_that_starts_with_a_refused_user_config_says_so_and_dele
     await desired.take_user_config(40, {"adapters": [{"name": "x", "source": "demo", "key": "a", "pined": True}]})
     await desired.apply()
     assert world.names == {"x": "a", "y": "b"}
-    assert await desired.not_ready() == "user_config is refused: adapters.0.pined is not a known field"
+    assert await desired.not_ready() is None
+    assert desired.refusal == "adapters.0.pined is not a known field"
+    assert desired.generation == 40
     await desired.take_user_config(50, {"adapters": []})
     await desired.apply()
     assert world.names == {"y": "b"}

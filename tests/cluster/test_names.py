@@ -72,6 +72,17 @@ async def test_the_store_comes_back(names: Names, store: FakeStore) -> None:
     assert (await names.resolve("shout")).version == "cc" * 32
 
 
+async def test_a_new_ingress_waits_for_the_first_table(store: FakeStore) -> None:
+    names = Names(store, patience_s=0.05)
+    store.gone.set()
+    assert not await names.await_table(0.01)
+    store.gone.clear()
+    assert await names.await_table(30.0)
+    store.gone.set()
+    assert await names.await_table(0.0)  # once is enough
+    names.stop()
+
+
 async def test_a_call_in_flight_does_not_outlive_the_store(names: Names, store: FakeStore) -> None:
     await until(lambda: store.is_watched)
     store.is_silent = True

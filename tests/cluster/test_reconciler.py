@@ -78,7 +78,9 @@ async def test_goes_on_while_the_store_is_away() -> None:
     reconciler = Reconciler(worker, ask, period_s=0.0)
     with pytest.raises(StoreUnavailable):
         await reconciler.once()
+    assert not await reconciler.await_first(0.0)
     task = asyncio.create_task(reconciler.run())
+    assert await reconciler.await_first(5.0)
     async with asyncio.timeout(5):
         while len(worker.told) < 2:
             await asyncio.sleep(0)

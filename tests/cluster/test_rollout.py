@@ -259,8 +259,8 @@ async def test_validate_says_what_it_would_take_and_evict(world: World) -> None:
 async def test_tables_show_names_and_the_dead_are_left_out(world: World) -> None:
     await world.put("shout", "old", warm="all")
     world.fleet.gone.add("w0")
-    assert [state.worker_id for state in await world.rollout.workers()] == ["w1", "w2"]
-    assert (await world.rollout.workers())[0].adapters[0].name == "shout"
+    assert [state.worker_id for state in (await world.rollout.workers()).states] == ["w1", "w2"]
+    assert (await world.rollout.workers()).states[0].adapters[0].name == "shout"
     (placed,) = await world.rollout.adapters()
     assert placed.workers == {"w1": "resident", "w2": "resident"}
     assert placed.pages == OLD.rank
@@ -277,6 +277,8 @@ async def test_a_silent_worker_is_listed_as_unknown(world: World) -> None:
 
     world.fleet.state = state  # type: ignore[method-assign]
     expected = {"w0": "resident", "w1": "unknown", "w2": "resident"}
+    listed = await world.rollout.workers()
+    assert ([state.worker_id for state in listed.states], listed.silent) == (["w0", "w2"], ("w1",))
     (placed,) = await world.rollout.adapters()
     assert placed.workers == expected
     assert (await world.rollout.adapter("shout")).workers == expected

@@ -71,6 +71,18 @@ async def test_a_new_controller_is_told_again() -> None:
         await until(lambda: recipient.taken == [{"adapters": []}])
 
 
+async def test_an_ingress_that_drains_hands_on_nothing() -> None:
+    recipient = Recipient()
+    is_serving = [False]
+    relay = UserConfigRelay(recipient, is_serving=lambda: is_serving[0])
+    with running(relay):
+        relay.take("late")
+        await asyncio.sleep(0.02)
+        assert recipient.taken == []
+        is_serving[0] = True
+        await until(lambda: recipient.taken == ["late"])
+
+
 async def test_an_older_ingress_does_not_bring_back_what_was_replaced() -> None:
     recipient = Recipient()
     clock = itertools.count(1)

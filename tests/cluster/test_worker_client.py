@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -171,12 +172,15 @@ async def test_deltas_of_many_come_by_one_stream_whatever_comes_first() -> None:
 
 
 async def test_a_worker_that_falls_silent_loses_its_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "SILENCE_S", 1.0)
+    monkeypatch.setattr(client, "LOOK_S", 0.1)
     monkeypatch.setattr(outbox_module, "BEAT_S", 0.05)
     handle = Handle([Response(["w1"])])
     (stream,) = start(handle, "r")
     await settle()
-    await asyncio.sleep(1.5)  # it lives, and has nothing to say
+    await asyncio.sleep(1.2)  # it lives, and has nothing to say
+    handle.boxes["w1"].put(("r", DELTA))
+    assert await stream.next() == DELTA
+    time.sleep(1.2)  # the ingress itself is paused
     handle.boxes["w1"].put(("r", DELTA))
     assert await stream.next() == DELTA
     monkeypatch.setattr(outbox_module, "BEAT_S", 60.0)

@@ -44,9 +44,12 @@ class LiveService:
         headers = {"authorization": f"Bearer {TOKEN}", "connection": "close"}
         self.http = httpx.Client(base_url=self.url, timeout=150, headers=headers, limits=limits)
 
-    def deploy(self, user_config: dict[str, Any] | None = None, *, num_ingresses: int = 1) -> None:
-        """Deploy, or change the `user_config` or the number of ingresses of what is deployed."""
+    def deploy(
+        self, user_config: dict[str, Any] | None = None, *, num_ingresses: int = 1, num_workers: int | None = None
+    ) -> None:
+        """Deploy, or change the `user_config` or the number of ingresses or workers of what is deployed."""
         ingress: dict[str, Any] = {"name": "ingress", "num_replicas": num_ingresses}
+        worker = [] if num_workers is None else [{"name": "worker", "num_replicas": num_workers}]
         if user_config is not None:
             ingress["user_config"] = user_config
         application = {
@@ -54,7 +57,7 @@ class LiveService:
             "import_path": "lorafleet.cluster.app:build",
             "route_prefix": "/",
             "args": self.args,
-            "deployments": [ingress],
+            "deployments": [ingress, *worker],
         }
         client = _get_global_client()
         assert client is not None
