@@ -13,32 +13,17 @@ from lorafleet.adapter_store.manifest import AdapterWeights
 from lorafleet.workers.adapter_loader import AdapterLoader
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
 from lorafleet.workers.engine import Delivery, Engine
+from lorafleet.workers.group.leader import Group
+from lorafleet.workers.group.leading import LeadingCache, LeadingPool
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
-from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.memory.residency import Residency
-from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, read_config, resolve_device
-from lorafleet.workers.model.loader import BaseModel, load_base, load_tokenizer, max_model_len
-from lorafleet.workers.model.rehearsal import rehearse
+from lorafleet.workers.model.loader import load_tokenizer
 from lorafleet.workers.model.runner import ModelRunner
-from lorafleet.workers.model.startup import start_runner
+from lorafleet.workers.model_parts import ModelParts, assemble_model, device_of
 from lorafleet.workers.ranks import Ranks
-from lorafleet.workers.sizing import memory_sizes
-from lorafleet.workers.step.forms import graph_forms
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelParts:
-    """Parts that every rank of a worker has: its part of the base, and its memory."""
-
-    base: BaseModel
-    cache: KVCache
-    pool: AdapterPool
-    runner: ModelRunner
-    startup_s: dict[str, float]
-    """Seconds of each part of the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,58 +38,8 @@ class WorkerParts:
     loader: AdapterLoader
     startup_s: dict[str, float]
     """Seconds of the start: loading, and on a GPU compiling, warming up and capturing; `ready`: all of it."""
-
-
-def assemble_model(
-    model: ModelConfig,
-    engine: EngineConfig,
-    pool: PoolConfig,
-    *,
-    ranks: Ranks | None = None,
-    captures: bool = True,
-) -> ModelParts:
-    """Load this rank's part of the base and lay out its device's memory. All ranks call it with the same arguments.
-
-    `engine.device` is the rank's own. The other arguments are as in `assemble`.
-
-    Raises UnsupportedModel and WorkerConfigError.
-    """
-    started_s = time.monotonic()
-    ranks = ranks or Ranks()
-    device = resolve_device(engine.device)
-    config = read_config(model)
-    if ranks.is_first:
-        rehearse(config, max_model_len(model, config))
-    base = load_base(model, device, ranks)
-    load_s = time.monotonic() - started_s
-    linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]
-    layout = PoolLayout.of(base.geometry, projection_groups(linear), pool.max_rank)
-    sizes = memory_sizes(base, engine, pool)
-    adapter_pool = AdapterPool(layout, pool_bytes=sizes.pool_bytes, max_slots=pool.max_slots, device=device)
-    cache = KVCache(
-        base.layers,
-        num_pages=sizes.num_kv_pages,
-        page_tokens=engine.kv_page_tokens,
-        dtype=TORCH_DTYPES[base.dtype],
-        device=device,
-        prefix_cache=engine.prefix_cache != "off",
-    )
-    max_pages = cache.pages_for(base.max_model_len + 1)
-    num_weights = sum(
-        shape.in_dim * shape.out_dim for shape in base.geometry.modules.values() if shape.kind == "linear"
-    )
-    forms = graph_forms(engine.max_running, engine.max_batch_tokens, max_pages, num_weights)
-    runner = start_runner(
-        base,
-        cache,
-        adapter_pool,
-        max_pages=max_pages,
-        graph_forms=forms if captures else (),
-        max_batch_tokens=engine.max_batch_tokens,
-        max_pass_rows=engine.logits_chunk_tokens,
-        ranks=ranks,
-    )
-    return ModelParts(base, cache, adapter_pool, runner, {"load": load_s, **runner.startup_s})
+    group: Group | None
+    """The other ranks; None for a worker of one process."""
 
 
 def assemble(
@@ -120,13 +55,17 @@ def assemble(
 ) -> WorkerParts:
     """Put a worker together. `fetch` may block; `deliver` is called on the engine's thread.
 
-    Without `captures` no step runs as a CUDA graph, for comparisons. ranks: this one, the first, among others, which
-    call `assemble_model`.
+    Starts the other ranks that `engine.tensor_parallel_size` asks for. Without `captures` no step runs as a CUDA graph,
+    for comparisons. ranks: this one, the first, among others, which call `assemble_model`, where the caller has them.
 
     Raises UnsupportedModel and WorkerConfigError.
     """
     started_s = time.monotonic()
-    parts = assemble_model(model, engine, pool, ranks=ranks, captures=captures)
+    group: Group | None = None
+    if engine.tensor_parallel_size == 1 or ranks is not None:
+        parts = assemble_model(model, engine, pool, ranks=ranks, captures=captures)
+    else:
+        group, parts = _assemble_group(model, engine, pool, captures)
     cache, device = parts.cache, parts.base.device
     residency = Residency(parts.pool)
     loader = AdapterLoader(parts.pool, residency, fetch, on_gone=cache.drop)
@@ -147,11 +86,38 @@ def assemble(
         free, total = (num_bytes / 2**30 for num_bytes in torch.cuda.mem_get_info(device))
         logger.info("worker %s: %.1f of the GPU's %.1f GiB are left", worker_id, free, total)
     return WorkerParts(
-        engine=Engine(parts.runner, loader, load_tokenizer(model.source), engine, deliver, worker_id=worker_id),
+        engine=Engine(
+            parts.runner, loader, load_tokenizer(model.source), engine, deliver, worker_id=worker_id, group=group
+        ),
         runner=parts.runner,
         cache=cache,
         pool=parts.pool,
         residency=residency,
         loader=loader,
         startup_s=startup_s,
+        group=group,
     )
+
+
+def _assemble_group(
+    model: ModelConfig, engine: EngineConfig, pool: PoolConfig, captures: bool
+) -> tuple[Group, ModelParts]:
+    """Start the other ranks, and this one beside them. All end if one cannot start."""
+    device = device_of(engine, 0)
+    group = Group(model, engine, pool, captures=captures)
+    with group.starting():
+        parts = assemble_model(
+            model,
+            engine,
+            pool,
+            ranks=group.connect(device),
+            captures=captures,
+            agree=group.agree,
+            make_cache=LeadingCache,
+            make_pool=LeadingPool,
+        )
+        group.wait_ready()
+    assert isinstance(parts.cache, LeadingCache)
+    assert isinstance(parts.pool, LeadingPool)
+    parts.cache.group = parts.pool.group = group
+    return group, parts

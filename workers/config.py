@@ -91,11 +91,16 @@ class EngineConfig(Settings):
     device: str = Field(
         default="auto", description="`auto` takes a GPU if there is one; else `cpu`, `cuda` or `cuda:N`."
     )
+    tensor_parallel_size: Literal[1, 2, 4, 8] = Field(
+        default=1,
+        description="Devices of one worker. Each holds a part of the base, of every adapter and of the KV pages: for a "
+        "base that one GPU cannot hold, or to answer sooner. The worker is a group of so many processes on one node.",
+    )
     max_batch_tokens: int = Field(
         default=2048, ge=1, description="Token budget of one step, prefill and decode together."
     )
     max_running: int = Field(default=64, ge=1, description="Most sequences in one step.")
-    kv_bytes: BytesOrAuto = Field(default="auto", description="Memory for KV pages.")
+    kv_bytes: BytesOrAuto = Field(default="auto", description="Memory for KV pages, on each device of a worker.")
     kv_page_tokens: int = Field(default=16, ge=1, description="Tokens in one KV page.")
     prefix_cache: PrefixSharing = Field(
         default="shared",
@@ -126,7 +131,7 @@ class PoolConfig(Settings):
     """A worker's adapter pool."""
 
     max_rank: int = Field(default=64, ge=1, le=512, description="Largest LoRA rank that is accepted.")
-    pool_bytes: BytesOrAuto = Field(default="auto", description="Device memory for adapter pages, per worker.")
+    pool_bytes: BytesOrAuto = Field(default="auto", description="Memory for adapter pages, on each device of a worker.")
     max_slots: int = Field(
         default=1024,
         ge=0,

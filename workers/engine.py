@@ -34,6 +34,7 @@ from lorafleet.workers.errors import (
     WorkerError,
 )
 from lorafleet.workers.grammars import Grammars, Matcher
+from lorafleet.workers.group.leader import Group
 from lorafleet.workers.model.runner import ModelRunner, StepInFlight
 from lorafleet.workers.request import EngineRequest, FinishReason, GenerateDelta, StructuredOutputs, TokenLogprobs
 from lorafleet.workers.scheduler import Scheduler
@@ -105,8 +106,10 @@ class Engine:
         deliver: Callable[[list[Delivery]], None],
         *,
         worker_id: str = "",
+        group: Group | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """group: the other ranks, which compute every step too; None: there are none."""
         self.stats = EngineStats()
         self._runner = runner
         self._loader = loader
@@ -114,6 +117,7 @@ class Engine:
         self._config = config
         self._deliver = deliver
         self._worker_id = worker_id
+        self._group = group
         self._clock = clock
         self._scheduler = Scheduler(
             runner.cache,
@@ -149,6 +153,8 @@ class Engine:
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="lorafleet-engine", daemon=True)
         loader.on_progress = self._commands.wake.set
+        if group is not None:
+            group.on_failure = self._commands.wake.set
 
     # --- from any thread ---
 
@@ -240,6 +246,8 @@ class Engine:
             while not self._is_closing:
                 self._loop_alive_s = self._clock()
                 self._commands.wake.clear()
+                if self._group is not None:
+                    self._group.check()
                 while self._commands.queue:
                     self._commands.queue.popleft()()
                 self._loader.publish_ready()
@@ -280,6 +288,8 @@ class Engine:
         started_s = self._clock()
         built = self._batches.build(scheduled)
         previous = None if self._in_flight is None else self._in_flight.step
+        if self._group is not None:
+            self._group.tell_step(built.message, None if previous is None else previous.next_token_ids)
         step = self._runner.launch(built.message, previous, partial(self._fill_masks, built))
         num_pooled = [item.num_pooled for item in built.rows]
         for item in built.rows:

@@ -217,17 +217,22 @@ class Worker:
         }
 
     def check_health(self) -> None:
-        """Raises EngineFailed when the step loop has ended or stands still."""
+        """Raises EngineFailed when the step loop has ended or stands still, or another rank has."""
+        if self._parts.group is not None:
+            self._parts.group.check()
         self._engine.check_health()
 
     @property
     def is_stalled(self) -> bool:
-        """True if the step loop stands still; only the end of the process helps then."""
-        return self._engine.is_stalled
+        """True if the step loop stands still, or lacks another rank; only the end of the process helps then."""
+        group = self._parts.group
+        return self._engine.is_stalled or (group is not None and group.is_lost)
 
     def close(self) -> None:
-        """End the engine and its threads."""
+        """End the engine, its threads and the other ranks."""
         self._engine.close()
+        if self._parts.group is not None:
+            self._parts.group.close()
         for fetch in tuple(self._fetches):
             fetch.cancel()
 

@@ -1,0 +1,105 @@
+"""One rank's part of a worker: its base on its device, the memories of KV and adapters, and the runner over them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
+from lorafleet.workers.errors import WorkerConfigError
+from lorafleet.workers.memory.adapter_pool import AdapterPool
+from lorafleet.workers.memory.kv_cache import KVCache
+from lorafleet.workers.memory.pool_layout import PoolLayout
+from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, read_config, resolve_device
+from lorafleet.workers.model.loader import BaseModel, load_base, max_model_len
+from lorafleet.workers.model.rehearsal import rehearse
+from lorafleet.workers.model.runner import ModelRunner
+from lorafleet.workers.model.startup import start_runner
+from lorafleet.workers.ranks import Ranks
+from lorafleet.workers.sizing import MemorySizes, memory_sizes
+from lorafleet.workers.step.forms import graph_forms
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """Parts that every rank of a worker has: its part of the base, and its memory."""
+
+    base: BaseModel
+    cache: KVCache
+    pool: AdapterPool
+    runner: ModelRunner
+    startup_s: dict[str, float]
+    """Seconds of each part of the start."""
+
+
+def device_of(engine: EngineConfig, rank: int) -> torch.device:
+    """The device of a rank: of several ranks on GPUs each has its own. Raises WorkerConfigError."""
+    device, size = resolve_device(engine.device), engine.tensor_parallel_size
+    if device.type == "cpu" or size == 1:
+        return device
+    num_gpus = torch.cuda.device_count()
+    if num_gpus < size:
+        raise WorkerConfigError(
+            f"worker.tensor_parallel_size={size} takes {size} GPUs of one machine, and the worker sees {num_gpus}: "
+            f"set worker.num_gpus to {size} or lower worker.tensor_parallel_size"
+        )
+    return torch.device("cuda", rank)
+
+
+def assemble_model(
+    model: ModelConfig,
+    engine: EngineConfig,
+    pool: PoolConfig,
+    *,
+    ranks: Ranks | None = None,
+    captures: bool = True,
+    agree: Callable[[MemorySizes], MemorySizes] = lambda sizes: sizes,
+    make_cache: type[KVCache] = KVCache,
+    make_pool: type[AdapterPool] = AdapterPool,
+) -> ModelParts:
+    """Load this rank's part of the base and lay out its device's memory. All ranks call it with the same arguments.
+
+    `captures`: whether steps are captured as CUDA graphs, where there is a GPU. agree: the sizes that all ranks have
+    room for, given this one's.
+
+    Raises UnsupportedModel and WorkerConfigError.
+    """
+    started_s = time.monotonic()
+    ranks = ranks or Ranks()
+    device = device_of(engine, ranks.rank)
+    config = read_config(model)
+    if ranks.is_first:
+        rehearse(config, max_model_len(model, config))
+    base = load_base(model, device, ranks)
+    load_s = time.monotonic() - started_s
+    linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]
+    layout = PoolLayout.of(base.geometry, projection_groups(linear), pool.max_rank)
+    sizes = agree(memory_sizes(base, engine, pool))
+    adapter_pool = make_pool(layout, pool_bytes=sizes.pool_bytes, max_slots=pool.max_slots, device=device)
+    cache = make_cache(
+        base.layers,
+        num_pages=sizes.num_kv_pages,
+        page_tokens=engine.kv_page_tokens,
+        dtype=TORCH_DTYPES[base.dtype],
+        device=device,
+        prefix_cache=engine.prefix_cache != "off",
+    )
+    max_pages = cache.pages_for(base.max_model_len + 1)
+    num_weights = sum(
+        shape.in_dim * shape.out_dim for shape in base.geometry.modules.values() if shape.kind == "linear"
+    )
+    forms = graph_forms(engine.max_running, engine.max_batch_tokens, max_pages, num_weights)
+    runner = start_runner(
+        base,
+        cache,
+        adapter_pool,
+        max_pages=max_pages,
+        graph_forms=forms if captures else (),
+        max_batch_tokens=engine.max_batch_tokens,
+        max_pass_rows=engine.logits_chunk_tokens,
+        ranks=ranks,
+    )
+    return ModelParts(base, cache, adapter_pool, runner, {"load": load_s, **runner.startup_s})
