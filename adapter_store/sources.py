@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from lorafleet.adapter_store.conversations import CHAT_FILES
 from lorafleet.adapter_store.errors import AdapterRefused, InvalidKey, SourceUnavailable, StoreUnusable, UnknownKey
@@ -69,19 +69,13 @@ class HubConfig(_Source):
     namespace: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="User or organisation: keys are then its repositories. Without it a key is `owner/repository`. "
-        "A key may end in `@revision`.",
+        description="User or organisation: keys are then its repositories. Without it a key is `owner/repository`, and "
+        "with `resolve` a request may name any repository of the hub. A key may end in `@revision`.",
     )
     revision: str | None = Field(
         default=None, min_length=1, description="Branch, tag or commit of keys that name none."
     )
     cache_dir: Path | None = Field(default=None, description="Default the hub client's own.")
-
-    @model_validator(mode="after")
-    def _names_are_repositories(self) -> HubConfig:
-        if self.resolve and self.namespace is None:
-            raise ValueError("a hub source with resolve=true needs a namespace: names have no owner")
-        return self
 
 
 class ObjectStoreConfig(_Source):

@@ -102,6 +102,7 @@ class Ingress:
                 config.http.cors_origins,
                 is_open=keys.are_none,
                 bounds=prompts.bounds,
+                names_requests=False,  # Serve's proxy does
             )
         )
         self._names.start()

@@ -137,7 +137,9 @@ class Grammars:
 def _source_of(asked: StructuredOutputs) -> str:
     """The grammar as llguidance reads it. Raises GrammarRefused."""
     kind, value = asked.kind_and_value()
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps({} if value is True else value)
+    if value is False:
+        raise GrammarRefused("no text fits the schema false")
     if len(text.encode(errors="replace")) > MAX_GRAMMAR_BYTES:
         raise GrammarRefused(f"it has {len(text)} characters; at most {MAX_GRAMMAR_BYTES} bytes are compiled")
     try:

@@ -31,10 +31,12 @@ def build_http_app(
     *,
     is_open: bool = False,
     bounds: Bounds = BOUNDS,
+    names_requests: bool = True,
 ) -> FastAPI:
     """One application of these routers. cors_origins: whose pages a browser may let call it; `*`: all.
 
     is_open: nobody needs a secret, so pages of other origins are refused. bounds: of every body.
+    names_requests: replies carry `x-request-id`, which Serve's proxy adds otherwise.
     """
     app = DescribedApp(title="lorafleet", docs_url=None, redoc_url=None, redirect_slashes=False)
     for router in routers:
@@ -54,7 +56,8 @@ def build_http_app(
             allow_headers=["*"],
             expose_headers=[HEADER, "retry-after", "x-lorafleet-version", "x-lorafleet-worker"],
         )
-    app.add_middleware(RequestIds)
+    if names_requests:
+        app.add_middleware(RequestIds)
     return app
 
 

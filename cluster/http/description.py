@@ -60,7 +60,7 @@ def body_of(kind: type[BaseModel], neutral: Mapping[str, Sequence[object]]) -> S
     for name, values in neutral.items():
         if values:
             schema["properties"][name] = {"enum": [*values, None], "description": NEUTRAL_DESCRIPTION}
-    schema["additionalProperties"] = {"enum": [None, False, "", [], {}]}
+    schema["additionalProperties"] = {"enum": [None, False, 0, "", [], {}]}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 

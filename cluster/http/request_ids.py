@@ -22,7 +22,7 @@ def request_id_of(request: Request) -> str | None:
 class RequestIds:
     """ASGI middleware: every reply carries the request's id, the client's own or a new one.
 
-    Ray Serve's proxy adds the header itself where a reply lacks it.
+    For an application without Serve's proxy, which names all requests and replies itself.
     """
 
     def __init__(self, app: ASGIApp) -> None:

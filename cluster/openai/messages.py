@@ -13,12 +13,16 @@ from pydantic_core import from_json
 from lorafleet.cluster.errors import BadRequest
 
 _PASSED_OVER = ConfigDict(frozen=True, extra="ignore", strict=True, json_schema_extra={"additionalProperties": True})
-_MAY_LACK_CONTENT: dict[str, Any] = {
-    "anyOf": [
+
+
+def _describe_nulls(schema: dict[str, Any]) -> None:
+    """Null counts as absent, and only an assistant's message may lack its content."""
+    schema["additionalProperties"] = True
+    schema["properties"]["tool_calls"] = {"anyOf": [schema["properties"]["tool_calls"], {"type": "null"}]}
+    schema["anyOf"] = [
         {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
         {"properties": {"role": {"const": "assistant"}}},
     ]
-}
 
 
 class TextPart(BaseModel):
@@ -63,7 +67,9 @@ class CalledFunction(BaseModel):
     model_config = _PASSED_OVER
 
     name: str = Field(min_length=1)
-    arguments: Annotated[dict[str, Any] | str, BeforeValidator(_arguments)] = {}
+    arguments: Annotated[
+        dict[str, Any] | str, BeforeValidator(_arguments, json_schema_input_type=dict[str, Any] | str | None)
+    ] = {}
 
 
 class PastToolCall(BaseModel):
@@ -79,7 +85,7 @@ class PastToolCall(BaseModel):
 class ChatMessage(BaseModel):
     """One message of a conversation."""
 
-    model_config = _PASSED_OVER | ConfigDict(json_schema_extra={"additionalProperties": True, **_MAY_LACK_CONTENT})
+    model_config = _PASSED_OVER | ConfigDict(json_schema_extra=_describe_nulls)
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
     content: Annotated[list[TextPart], BeforeValidator(_parts, json_schema_input_type=str | list[TextPart] | None)] = (

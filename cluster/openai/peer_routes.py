@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from importlib.metadata import version
 
@@ -13,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.description import body_of, error_responses, replies
 from lorafleet.cluster.http.guards import client_guard
+from lorafleet.cluster.openai.messages import rendered
 from lorafleet.cluster.openai.peer_schemas import (
     DetokenizeBody,
     DetokenizeReply,
@@ -24,13 +25,10 @@ from lorafleet.cluster.openai.requests import parsed
 from lorafleet.cluster.serving.dispatch import Dispatcher
 from lorafleet.cluster.serving.exposition import Exposition
 
-NEUTRAL = {
-    "add_generation_prompt": (True,),
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
+    "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
-    "tools": ([],),
 }
 """vLLM's fields of /tokenize that have no effect here, and their values without one."""
 
@@ -90,11 +88,12 @@ def build_peer_router(
         responses=replies(TokenizeReply),
     )
     async def tokenize(request: Request) -> JSONResponse:
-        body = await parsed(TokenizeBody, request, dispatcher.prompts.threads)
+        body = await parsed(TokenizeBody, request, dispatcher.prompts.threads, NEUTRAL)
         adapter = None if body.model is None else await dispatcher.resolve(body.model)
         prompts = dispatcher.prompts
         if body.messages is not None:
-            text = await prompts.render(body.messages, chat=None if adapter is None else adapter.chat)
+            own = None if adapter is None else adapter.chat
+            text = await prompts.render(rendered(body.messages), body.template(), own)
             param, adds_special = "messages", bool(body.add_special_tokens)
         else:
             assert body.prompt is not None
@@ -117,7 +116,7 @@ def build_peer_router(
         responses=replies(DetokenizeReply),
     )
     async def detokenize(request: Request) -> JSONResponse:
-        body = await parsed(DetokenizeBody, request, dispatcher.prompts.threads)
+        body = await parsed(DetokenizeBody, request, dispatcher.prompts.threads, {})
         if body.model is not None:
             await dispatcher.resolve(body.model)
         return JSONResponse({"prompt": dispatcher.prompts.decode(body.tokens)})

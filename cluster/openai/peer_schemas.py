@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from lorafleet.cluster.openai.conversation import ConversationSettings
+from lorafleet.cluster.openai.messages import ChatMessage
 from lorafleet.workers.config import Settings
 
 _Ids = Annotated[tuple[int, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 
 
-class TokenizeBody(BaseModel):
+class TokenizeBody(ConversationSettings):
     """Body of POST /tokenize: a text, or a conversation as the chat template writes it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str | None = Field(default=None, min_length=1, description="A base id, an adapter name, or base:adapter.")
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = Field(default=None, min_length=1)
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1, description="As in a chat.")
     add_special_tokens: bool | None = Field(default=None, description="Default: for a prompt only.")
     return_token_strs: bool = False
 

@@ -28,8 +28,17 @@ class Piece:
 class AnswerReader:
     """Reads one answer. Without tools and thoughts all of it is content."""
 
-    def __init__(self, answers: AnswerFormat, prompt: str, *, tools: Sequence[Any], reads_calls: bool) -> None:
+    def __init__(
+        self,
+        answers: AnswerFormat,
+        prompt: str,
+        *,
+        tools: Sequence[Any],
+        reads_calls: bool,
+        shows_reasoning: bool = True,
+    ) -> None:
         """prompt: the text that the model was given. reads_calls: calls may come; else they are content."""
+        self._shows_reasoning = shows_reasoning
         self._format = answers
         self._calls = CallReader(answers.tools)
         template = dict(answers.template or {})
@@ -58,7 +67,7 @@ class AnswerReader:
     def _pieces(self, event: dict[str, Any]) -> Iterator[Piece]:
         kind, name = event["type"], event["field"]
         if name != "tool_calls":
-            if kind == "region_chunk":
+            if kind == "region_chunk" and (self._shows_reasoning or name != "reasoning_content"):
                 yield Piece("reasoning" if name == "reasoning_content" else "content", event["text"])
         elif kind == "region_open":
             self._calls = CallReader(self._format.tools)
@@ -152,8 +161,14 @@ def reader_of(body: ChatBody, prepared: PreparedRequest, prompts: Prompts) -> An
     if not calls and not prompts.answers.thinks:
         return TextReader()
     # An answer that goes on with the client's own message is none that the model began.
-    prompt = prompts.decode(prepared.prompt_token_ids) if body.add_generation_prompt else ""
-    return AnswerReader(prompts.answers, prompt, tools=[tool.rendered() for tool in body.tools], reads_calls=calls)
+    prompt = prompts.decode(prepared.prompt_token_ids) if body.begins_answer else ""
+    return AnswerReader(
+        prompts.answers,
+        prompt,
+        tools=[tool.rendered() for tool in body.tools],
+        reads_calls=calls,
+        shows_reasoning=body.include_reasoning,
+    )
 
 
 def joined(pieces: Sequence[Piece]) -> list[Piece]:

@@ -81,7 +81,7 @@ class Reply(ABC):
         self._num_prompt_tops = body.prompt_logprobs or 0
         self._answers = [Answer(request) for request in prepared for _ in range(request.request.n)]
         self._frame = {
-            "id": f"{self.id_prefix}-{request_id or body.request_id or body.rid or uuid.uuid4().hex}",
+            "id": f"{self.id_prefix}-{body.request_id or body.rid or request_id or uuid.uuid4().hex}",
             "object": self.kind,
             "created": int(time.time()),
             "model": body.model,

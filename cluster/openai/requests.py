@@ -14,9 +14,10 @@ from pydantic_core import from_json
 
 from lorafleet.cluster.errors import BadRequest
 from lorafleet.cluster.http.auth import CALLER
-from lorafleet.cluster.openai.messages import RESERVED_OPTIONS, ChatMessage, check_template_options, rendered
+from lorafleet.cluster.openai.conversation import ConversationSettings
+from lorafleet.cluster.openai.messages import ChatMessage, rendered
 from lorafleet.cluster.openai.peer_defaults import INERT, PEER_DEFAULTS, is_among
-from lorafleet.cluster.openai.tools import ToolChoice, Tools, check_tools, outputs_of
+from lorafleet.cluster.openai.tools import check_tools, outputs_of
 from lorafleet.cluster.serving.answer_formats import TEXT_ONLY, AnswerFormat
 from lorafleet.cluster.serving.fair_threads import FairThreads
 from lorafleet.cluster.validation import refusal_of, with_integers
@@ -26,7 +27,6 @@ from lorafleet.workers.request import (
     NumKept,
     SamplingParams,
     StructuredOutputs,
-    TemplateOptions,
 )
 
 DEFAULT_MAX_TOKENS = 16
@@ -43,9 +43,11 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "continue_final_message": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "include_reasoning": (True, False),
     "parallel_tool_calls": (True, False),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
+    "separate_reasoning": (True,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
 }
@@ -67,9 +69,9 @@ _NotEmpty = Annotated[list[_Item], Field(min_length=1)]
 PromptShapes = _Text | _NotEmpty[_Text] | _NotEmpty[_TokenId] | _NotEmpty[_NotEmpty[_TokenId]]
 """Of a prompt, or of several, as JSON has them."""
 
-_SHARED_FIELDS = frozenset(
-    {*SamplingParams.model_fields, "add_special_tokens", "lora_path", "truncate_prompt_tokens"}
-) - {"prompt_logprobs"}
+_SHARED_FIELDS = frozenset({*SamplingParams.model_fields, "add_special_tokens", "truncate_prompt_tokens"}) - {
+    "prompt_logprobs"
+}
 
 
 def _texts(value: object) -> object:
@@ -78,6 +80,11 @@ def _texts(value: object) -> object:
 
 def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _first(value: object) -> object:
+    """SGLang takes a list of request ids, one for each prompt; a reply has one id."""
+    return value[0] if isinstance(value, list) and value else value
 
 
 def prompts_of(value: object, info: ValidationInfo) -> object:
@@ -162,6 +169,7 @@ class SharedBody(SamplingParams):
         default=None, ge=1, description="Most tokens to make; goes before max_tokens."
     )
     n: int = Field(default=1, ge=1, le=MAX_N, description="Independent answers to each prompt.")
+    best_of: int | None = Field(default=None, ge=1, description="Accepted as 1 or n: all answers are given.")
     stop: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
         BeforeValidator(_texts, json_schema_input_type=_Text | Annotated[list[_Text], Field(max_length=MAX_STOPS)]),
@@ -199,14 +207,17 @@ class SharedBody(SamplingParams):
         default=None,
         description="Keep only so many tokens of the prompt, the last ones; -1: as many as leave room for the answer.",
     )
-    lora_path: str | None = Field(
+    lora_path: Annotated[str | tuple[str | None, ...] | None, BeforeValidator(_tuple)] = Field(
         default=None,
-        description="As SGLang has it: the adapter's name, where `model` names the base or the same.",
+        description="As SGLang has it: the adapter's name, or one for each prompt, where `model` names the base or the "
+        "same.",
     )
     request_id: str | None = Field(
-        default=None, description="Part of the reply's id, unless a header x-request-id is there."
+        default=None, description="Part of the reply's id; without it a header x-request-id is."
     )
-    rid: str | None = Field(default=None, description="SGLang's name for request_id.")
+    rid: Annotated[str | None, BeforeValidator(_first, json_schema_input_type=str | list[str] | None)] = Field(
+        default=None, description="SGLang's name for request_id."
+    )
     user: str | None = Field(default=None, description="Accepted, without an effect; so are the following fields.")
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -225,6 +236,8 @@ class SharedBody(SamplingParams):
             raise ValueError(
                 f"prompt_logprobs={self.prompt_logprobs} cannot be streamed; leave out prompt_logprobs or stream"
             )
+        if self.best_of not in (None, 1, self.n):
+            raise ValueError(f"best_of={self.best_of} must be 1 or n={self.n}: all answers are given")
         if self.max_completion_tokens is not None and self.min_tokens > self.max_completion_tokens:
             raise ValueError(
                 f"min_tokens={self.min_tokens} is more than max_completion_tokens={self.max_completion_tokens}"
@@ -244,6 +257,16 @@ class SharedBody(SamplingParams):
         if asked:
             sampling["structured_outputs"] = asked[0][1]
         return sampling
+
+    def adapters(self, num_prompts: int) -> Sequence[str | None]:
+        """The `lora_path` of each prompt. Raises BadRequest where they are not as many."""
+        paths = self.lora_path if isinstance(self.lora_path, tuple) else (self.lora_path,) * num_prompts
+        if len(paths) != num_prompts:
+            raise BadRequest(
+                f"lora_path={len(paths)} names for {num_prompts} prompts: send one name, or one for each prompt",
+                "lora_path",
+            )
+        return paths
 
     def _structured_outputs(self) -> Iterator[tuple[str, StructuredOutputs]]:
         """The form that the answer must have, with the field that asks for it."""
@@ -295,10 +318,13 @@ class CompletionBody(SharedBody):
         if self.echo and self.logprobs is not None:
             sampling["prompt_logprobs"] = True
             sampling["num_prompt_tops"] = max(self.logprobs, self.prompt_logprobs or 0)
-        return [request_of(model=self.model, n=self.n, prompt=prompt, **sampling) for prompt in self.prompt]
+        return [
+            request_of(model=self.model, n=self.n, prompt=prompt, lora_path=path, **sampling)
+            for prompt, path in zip(self.prompt, self.adapters(len(self.prompt)), strict=True)
+        ]
 
 
-class ChatBody(SharedBody):
+class ChatBody(SharedBody, ConversationSettings):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1, description="The conversation so far.")
@@ -307,41 +333,8 @@ class ChatBody(SharedBody):
     top_logprobs: int | None = Field(
         default=None, ge=0, le=20, description="Alternatives to report beside each token; needs logprobs."
     )
-
-    add_generation_prompt: bool = Field(
-        default=True, description="End the prompt with what begins an answer in the chat template."
-    )
-    continue_final_message: bool = Field(
-        default=False,
-        description="The answer goes on with the last message, which is left open; needs add_generation_prompt=false.",
-    )
-    chat_template_kwargs: dict[str, Any] = Field(
-        default={},
-        description="Variables of the chat template, say `enable_thinking`.",
-        json_schema_extra={"propertyNames": {"not": {"enum": [*sorted(RESERVED_OPTIONS)]}}},
-    )
-    reasoning_effort: str | None = Field(
-        default=None,
-        description="Given to the chat template under this name; `none` also sets its `enable_thinking` to false.",
-    )
-
-    tools: Tools = Field(default=(), description="Functions that the model may call.")
-    tool_choice: ToolChoice | None = Field(
-        default=None,
-        description="`auto` if there are tools, else `none`; `required` and a named function must be called.",
-    )
+    include_reasoning: bool = Field(default=True, description="Whether what the model thought comes with the answer.")
     parallel_tool_calls: bool = Field(default=True, description="Whether `required` allows several calls.")
-
-    @property
-    def choice(self) -> ToolChoice:
-        """Return the choice among the tools."""
-        return self.tool_choice or ("auto" if self.tools else "none")
-
-    @model_validator(mode="after")
-    def _ends_one_way(self) -> ChatBody:
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message=true needs add_generation_prompt=false")
-        return self
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatBody:
@@ -354,7 +347,7 @@ class ChatBody(SharedBody):
         check_tools(self.tools, self.choice, answers)
         sampling = self.sampling()
         thinks = answers.thinks and self.chat_template_kwargs.get("enable_thinking") is not False
-        thinks = thinks and self.reasoning_effort != "none" and self.add_generation_prompt
+        thinks = thinks and self.reasoning_effort != "none" and self.begins_answer
         outputs = outputs_of(
             self.tools,
             self.choice,
@@ -372,21 +365,12 @@ class ChatBody(SharedBody):
             sampling["skip_special_tokens"] = False
         sampling["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None
         return request_of(
-            model=self.model, n=self.n, messages=rendered(self.messages), template=self._template(), **sampling
-        )
-
-    def _template(self) -> TemplateOptions:
-        check_template_options(self.chat_template_kwargs)
-        variables: dict[str, Any] = {}
-        if self.reasoning_effort is not None:
-            variables["reasoning_effort"] = self.reasoning_effort
-            if self.reasoning_effort == "none":
-                variables["enable_thinking"] = False
-        return TemplateOptions(
-            add_generation_prompt=self.add_generation_prompt,
-            continue_final_message=self.continue_final_message,
-            tools=() if self.choice == "none" else tuple(tool.rendered() for tool in self.tools),
-            variables=variables | self.chat_template_kwargs,
+            model=self.model,
+            n=self.n,
+            messages=rendered(self.messages),
+            template=self.template(),
+            lora_path=self.adapters(1)[0],
+            **sampling,
         )
 
 

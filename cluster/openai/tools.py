@@ -61,7 +61,7 @@ Tools = Annotated[tuple[Tool, ...], Field(max_length=MAX_TOOLS)]
 
 def check_tools(tools: Sequence[Tool], choice: ToolChoice, answers: AnswerFormat) -> None:
     """Raise BadRequest where the tools cannot be served."""
-    if tools and not answers.has_tools:
+    if tools and choice != "none" and not answers.has_tools:
         raise BadRequest(
             "tools are not served: the model's tokenizer has no response template and model.tool_parser is not set",
             "tools",

@@ -474,9 +474,12 @@ class TestHub:
         # What is in the cache is served all the same.
         assert fetched(source, "org/a", tmp_path / "3") == ONE
 
-    def test_resolving_needs_a_namespace(self) -> None:
-        with pytest.raises(ValidationError, match="namespace"):
-            HubConfig(name="h", resolve=True)
+    def test_a_name_without_an_owner_is_not_asked_for(self, hub: dict[str, str], tmp_path: Path) -> None:
+        source = open_source(HubConfig(name="h", resolve=True, cache_dir=tmp_path))
+        hub.clear()  # whatever is asked for now would be missing, not invalid
+        for i, name in enumerate(("shout", "policy@12", "/data/step_1")):
+            with pytest.raises(InvalidKey):
+                fetched(source, name, tmp_path / f"{i}")
 
 
 class TestConfig:

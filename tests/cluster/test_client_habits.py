@@ -27,13 +27,17 @@ DEFAULTS: Mapping[str, Any] = {
     "detokenize": True,
     "documents": None,
     "early_stopping": False,
+    "ec_transfer_params": None,
     "frequency_penalty": 0.0,
     "ignore_eos": False,
+    "include_reasoning": True,
     "include_stop_str_in_output": False,
     "kv_transfer_params": None,
     "length_penalty": 1.0,
     "logit_bias": None,
     "logits_processors": None,
+    "logprob_token_ids": None,
+    "media_io_kwargs": None,
     "min_p": 0.0,
     "min_tokens": 0,
     "mm_processor_kwargs": None,
@@ -41,9 +45,14 @@ DEFAULTS: Mapping[str, Any] = {
     "presence_penalty": 0.0,
     "priority": 0,
     "prompt_logprobs": None,
+    "repetition_detection": None,
     "repetition_penalty": 1.0,
     "request_id": "abc",
+    "return_mm_kwargs": True,
+    "return_prompt_text": None,
+    "return_token_offsets": False,
     "return_tokens_as_token_ids": False,
+    "routed_experts_prompt_start": 0,
     "seed": None,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
@@ -51,13 +60,16 @@ DEFAULTS: Mapping[str, Any] = {
     "stop_token_ids": [],
     "stream": False,
     "stream_options": None,
+    "stream_interval": 1,
     "temperature": 1.0,
+    "thinking_token_budget": -1,
     "top_k": -1,
     "top_p": 1.0,
     "truncate_prompt_tokens": None,
     "use_beam_search": False,
     "user": None,
     "vllm_xargs": None,
+    "watermarking": None,
     # SGLang's
     "bootstrap_host": None,
     "custom_labels": None,
@@ -68,17 +80,29 @@ DEFAULTS: Mapping[str, Any] = {
     "json_schema": None,
     "lora_path": None,
     "no_stop_trim": False,
+    "images_config": None,
+    "input_ids": None,
+    "max_dynamic_patch": None,
     "regex": None,
     "return_cached_tokens_details": False,
+    "return_flat_raw_top_logprobs_b64": True,
     "return_hidden_states": False,
+    "return_meta_info": False,
+    "return_prompt_token_ids": False,
     "return_routed_experts": False,
     "rid": None,
     "routed_experts_start_len": 0,
     "session_id": None,
     "session_params": None,
+    "separate_reasoning": True,
     "stop_regex": None,
+    "stream_reasoning": True,
+    "use_audio_in_video": False,
+    "watermark": None,
     # of no protocol, and off
     "a_new_switch": False,
+    "a_new_number": 0,
+    "a_new_fraction": 0.0,
     "a_new_list": [],
     "a_new_text": "",
     "a_new_object": {},
@@ -160,6 +184,10 @@ def test_numbers_are_as_lax_as_vllms(shared_service: Service, value: object) -> 
         ({"min_tokens": 5, "max_completion_tokens": 4}, "min_tokens=5 is more than max_completion_tokens=4"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens must be -1, or at least 1; got 0"),
         ({"lora_path": "shout", "model": "whisper"}, "lora_path names 'shout' and model another adapter, 'whisper'"),
+        ({"best_of": 5, "n": 2}, "best_of=5 must be 1 or n=2"),
+        ({"lora_path": ["shout", "shout"]}, "lora_path=2 names for 1 prompts"),
+        ({"separate_reasoning": False}, "separate_reasoning is not supported"),
+        ({"thinking_token_budget": 100}, "thinking_token_budget is not supported"),
         ({"prompt_logprobs": 2, "stream": True}, "prompt_logprobs=2 cannot be streamed"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
@@ -194,6 +222,14 @@ def test_continuous_usage(shared_service: Service) -> None:
             assert last["usage"]["completion_tokens"] == sum(made.values())
 
 
+def test_best_of_that_asks_for_nothing(shared_service: Service) -> None:
+    with shared_service.http() as http:
+        for route, body in ROUTES.items():
+            for best_of in (1, 3):
+                reply = http.post(route, json=body | {"n": 3, "best_of": best_of, "max_tokens": 1})
+                assert len(reply.json()["choices"]) == 3
+
+
 def test_many_answers(shared_service: Service) -> None:
     reply = shared_service.client().completions.create(model=BASE_ID, prompt="Hello", n=128, max_tokens=2)
     assert [choice.index for choice in reply.choices] == list(range(128))
@@ -210,6 +246,9 @@ def test_lora_path_beside_the_base(service: Service) -> None:
             for route, body in ROUTES.items():
                 response = http.post(route, json=body | {"model": model, "lora_path": path})
                 assert response.json()["lorafleet"]["version"] == version
+        prompts = {"model": BASE_ID, "prompt": ["a", "b", "c"], "lora_path": ["shout", None, "whisper"]}
+        choices = http.post("/v1/completions", json=prompts).json()["choices"]
+        assert [each["lorafleet"]["version"] for each in choices] == ["aa" * 32, None, "bb" * 32]
         unknown = http.post("/v1/completions", json=PROMPT | {"lora_path": "nobody"})
         assert (unknown.status_code, error_of(unknown)["code"]) == (404, "model_not_found")
 
@@ -254,7 +293,9 @@ def test_request_ids(shared_service: Service) -> None:
             named = http.post(route, json=body, headers={"x-request-id": "mine-1"})
             assert named.headers.get_list("x-request-id") == ["mine-1"]
             assert named.json()["id"].endswith("-mine-1")
-            assert http.post(route, json=body | {"request_id": "r7"}).json()["id"].endswith("-r7")
+            for field, value in (("request_id", "r7"), ("rid", "r7"), ("rid", ["r7"])):
+                both = http.post(route, json=body | {field: value}, headers={"x-request-id": "proxys"})
+                assert both.json()["id"].endswith("-r7")
             stream = http.post(route, json=body | {"stream": True}, headers={"x-request-id": "mine-2"})
             assert stream.headers["x-request-id"] == "mine-2"
             assert '-mine-2"' in stream.text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lorafleet.cluster.http.auth import Keys
 from tests.cluster.serving import BASE_ID, Service, serving
 
@@ -33,6 +35,18 @@ def test_tokenize_is_the_tokenizers(shared_service: Service) -> None:
         chat = http.post("/tokenize", json={"messages": messages}).json()["tokens"]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert chat == tokenizer(text, add_special_tokens=False)["input_ids"]
+        said = {"role": "assistant", "content": [{"type": "text", "text": "Well,"}, {"type": "text", "text": "no"}]}
+        for more in (
+            {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+            {"chat_template_kwargs": {"x": 1}},
+            {"add_generation_prompt": False},
+            {"continue_final_message": True, "add_generation_prompt": False},
+            {"continue_final_message": True},
+        ):
+            asked: dict[str, Any] = {"messages": [*messages, said], **more}
+            told = http.post("/tokenize", json=asked)
+            asked |= {"model": BASE_ID, "return_token_ids": True, "max_tokens": 1}
+            assert told.json()["tokens"] == http.post("/v1/chat/completions", json=asked).json()["prompt_token_ids"]
         assert http.post("/tokenize", json={"model": "nobody", "prompt": "a"}).status_code == 404
         empty = http.post("/tokenize", json={"prompt": "", "add_special_tokens": False}).json()
         assert (empty["tokens"], empty["count"]) == ([], 0)

@@ -171,7 +171,9 @@ def test_reasoning(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
     with serving(service):
         [answer] = collected(service, stream, tools=[])
         [with_tools] = collected(service, stream)
+        [without] = collected(service, stream, extra_body={"include_reasoning": False})
     assert answer == with_tools == {"content": "Fine.", "thought": "Hm, <b>.", "calls": [], "reason": "stop"}
+    assert without == answer | {"thought": ""}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +213,9 @@ def test_what_is_no_call_is_content(monkeypatch: pytest.MonkeyPatch, stream: boo
 
 def test_tools_are_refused_where_nobody_reads_them(service: Service) -> None:
     with service.http() as http:
-        reply = http.post("/v1/chat/completions", json={"model": BASE_ID, "messages": MESSAGES, "tools": TOOLS})
+        body = {"model": BASE_ID, "messages": MESSAGES, "tools": TOOLS}
+        reply = http.post("/v1/chat/completions", json=body)
+        assert http.post("/v1/chat/completions", json=body | {"tool_choice": "none"}).status_code == 200
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == "tools"
     assert "model.tool_parser" in reply.json()["error"]["message"]

@@ -247,6 +247,7 @@ async def test_constrained_answers_keep_up_with_steps_in_flight(llama: Shelf, mo
         {"json": {"type": "nothing"}},
         {"json": {"$ref": "#/$defs/nowhere"}},
         {"json": "{"},
+        {"json": False},
         {"regex": "("},
         {"json": deep(200)},
         {"grammar": "start: nowhere"},
