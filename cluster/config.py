@@ -94,7 +94,9 @@ class WorkerConfig(EngineConfig):
     num_gpus: float = Field(default=0, ge=0, description="GPUs that Ray reserves for each worker.")
     num_cpus: float = Field(default=0.25, gt=0, description="CPUs that Ray reserves for each worker.")
     cpu_threads: int | None = Field(
-        default=None, ge=1, description="Threads of one worker on a CPU; default its share of the machine's cores."
+        default=None,
+        ge=1,
+        description="Threads of one worker on a CPU, which its ranks share; default its share of the machine's cores.",
     )
     max_queued_requests: int = Field(
         default=256,
@@ -105,6 +107,21 @@ class WorkerConfig(EngineConfig):
     drain_s: float = Field(
         default=600.0, gt=0, description="How long a worker that is to stop may take to end the streams it has."
     )
+
+    @model_validator(mode="after")
+    def _a_device_for_each_rank(self) -> Self:
+        size = self.tensor_parallel_size
+        if size > 1 and self.num_gpus not in (0, size):
+            raise ValueError(
+                f"num_gpus must be {size} for tensor_parallel_size={size}, a GPU for each rank of a worker, or 0 for "
+                f"ranks on the CPU; got {self.num_gpus:g}"
+            )
+        if size > 1 and self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(
+                f"device must be auto, cpu or cuda for tensor_parallel_size={size}, since each rank takes a GPU of its "
+                f"own; got {self.device!r}"
+            )
+        return self
 
     @property
     def resolved_device(self) -> str:

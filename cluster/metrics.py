@@ -217,6 +217,9 @@ class WorkerMetrics:
         self._load_s = Histogram(
             "lorafleet_adapter_load_seconds", "From the wish for an adapter to it.", _LOAD_S, worker
         )
+        self._silent_s = Gauge(
+            "lorafleet_rank_silent_seconds", "Since a rank of a worker's group was last heard.", (*worker, "rank")
+        )
         self._counted: dict[tuple[str, ...], int] = {}
 
     def publish(
@@ -236,6 +239,8 @@ class WorkerMetrics:
         for name, value in (("used", pages.used), ("free", pages.total - pages.used)):
             self._adapter_pages.set(value, {**tags, "state": name})
         self._adapters.set(sum(adapter.state != "loading" for adapter in state.adapters), {**tags, "tier": "device"})
+        for rank in state.ranks[1:]:
+            self._silent_s.set(rank.silent_s, {**tags, "rank": str(rank.rank)})
         self._count(self._steps, stats.num_steps, "steps")
         self._count(self._loads, residency.loads, "loads")
         self._count(self._evictions, residency.evictions, "evictions")

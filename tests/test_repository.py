@@ -10,7 +10,6 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import yaml
@@ -179,20 +178,18 @@ def test_serve_configs_deploy(path: Path) -> None:
     assert all("is bound to" in warning for warning in checked.warnings)
 
 
-def kuberay() -> dict[str, dict[str, Any]]:
-    documents = yaml.safe_load_all((ROOT / "deploy/kuberay/rayservice.yaml").read_text())
-    return {document["kind"]: document for document in documents}
-
-
-def test_kuberay_manifest_fits_the_image_and_itself() -> None:
-    documents = kuberay()
+@pytest.mark.parametrize("name", ["rayservice.yaml", "rayservice-tp.yaml"])
+def test_kuberay_manifest_fits_the_image_and_itself(name: str) -> None:
+    documents = {each["kind"]: each for each in yaml.safe_load_all((ROOT / "deploy/kuberay" / name).read_text())}
     spec = documents["RayService"]["spec"]
     (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
     cluster = spec["rayClusterConfig"]
     assert cluster["rayVersion"] == constraints()["ray"]
     (group,) = cluster["workerGroupSpecs"]
     worker = application["args"]["worker"]
-    assert group["replicas"] >= worker["num_replicas"], "each worker needs a node of its own GPU"
+    assert group["replicas"] >= worker["num_replicas"], "each worker needs a node of its own GPUs"
+    (limits,) = (one["resources"]["limits"] for one in group["template"]["spec"]["containers"])
+    assert int(limits["nvidia.com/gpu"]) == worker["num_gpus"] == worker.get("tensor_parallel_size", 1)
     assert group["template"]["spec"]["terminationGracePeriodSeconds"] > worker.get("drain_s", 600)
     for template in (cluster["headGroupSpec"]["template"], group["template"]):
         (container,) = template["spec"]["containers"]

@@ -73,7 +73,10 @@ def assemble_model(
     config = read_config(model)
     if ranks.is_first:
         rehearse(config, max_model_len(model, config))
-    base = load_base(model, device, ranks)
+    try:
+        base = load_base(model, device, ranks)
+    except torch.OutOfMemoryError as error:
+        raise WorkerConfigError(_does_not_fit(device, ranks)) from error
     load_s = time.monotonic() - started_s
     linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]
     layout = PoolLayout.of(base.geometry, projection_groups(linear), pool.max_rank)
@@ -103,3 +106,12 @@ def assemble_model(
         ranks=ranks,
     )
     return ModelParts(base, cache, adapter_pool, runner, {"load": load_s, **runner.startup_s})
+
+
+def _does_not_fit(device: torch.device, ranks: Ranks) -> str:
+    gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    part = "the base" if ranks.size == 1 else f"a part of the base, which is cut in {ranks.size},"
+    return (
+        f"{part} does not fit the {gib:.0f} GiB of {device}: raise worker.tensor_parallel_size ({ranks.size}), "
+        "set model.quantization to fp8, end what else runs on the GPU, or take a smaller base"
+    )

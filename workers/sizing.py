@@ -1,4 +1,7 @@
-"""Divides a device's free memory between KV pages and adapter pages, by the settings."""
+"""Divides a device's free memory between KV pages and adapter pages, by the settings.
+
+Sizes are of one device. The ranks of a worker take the least that any of them has.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +48,10 @@ def memory_sizes(base: BaseModel, engine: EngineConfig, pool: PoolConfig) -> Mem
         kv_bytes = min(wanted_kv, CPU_KV_BYTES) if engine.kv_bytes == "auto" else engine.kv_bytes
         pool_bytes = min(wanted_pool, CPU_POOL_BYTES) if set_pool == "auto" else set_pool
     num_kv_pages = kv_bytes // page_bytes
+    where = "" if engine.tensor_parallel_size == 1 else f" on each of {engine.tensor_parallel_size} devices"
     if num_kv_pages < pages_per_sequence + 1:
         raise WorkerConfigError(
-            f"worker.kv_bytes: {kv_bytes} bytes hold {num_kv_pages} KV pages, but one request of max_model_len="
+            f"worker.kv_bytes: {kv_bytes} bytes{where} hold {num_kv_pages} KV pages, but one request of max_model_len="
             f"{base.max_model_len} tokens takes {pages_per_sequence + 1}: raise worker.kv_bytes to "
             f"{page_bytes * (pages_per_sequence + 1)} or lower model.max_model_len"
         )
@@ -68,10 +72,13 @@ def _on_gpu(
         pages = min(wanted_pool, int(left * GPU_POOL_SHARE))
     kv = min(wanted_kv, left - pages) if engine.kv_bytes == "auto" else engine.kv_bytes
     if kv <= 0 or (pages <= 0 and set_pool != 0) or kv + pages > left:
+        size = engine.tensor_parallel_size
+        where = "GPU memory" if size == 1 else f"memory on one of the worker's {size} GPUs"
         raise WorkerConfigError(
-            f"{left / 2**30:.1f} GiB of GPU memory are left beside the weights, not enough for worker.kv_bytes "
+            f"{left / 2**30:.1f} GiB of {where} are left beside the weights, not enough for worker.kv_bytes "
             f"({kv / 2**30:.1f} GiB) and adapters.pool_bytes ({pages / 2**30:.1f} GiB): lower one of them, raise "
-            f"worker.gpu_memory_utilization ({engine.gpu_memory_utilization}) or take a smaller base"
+            f"worker.gpu_memory_utilization ({engine.gpu_memory_utilization}) or worker.tensor_parallel_size ({size}), "
+            "or take a smaller base"
         )
     return kv, pages
 

@@ -36,6 +36,15 @@ class ResidentAdapter(Settings):
     state: Literal["loading", "resident", "retired"]
 
 
+class RankState(Settings):
+    """One process of a worker, with a device of its own."""
+
+    rank: int
+    pid: int
+    device: str
+    silent_s: float = Field(description="Seconds since the rank was last heard; 0 for rank 0, which answers.")
+
+
 class WorkerState(Settings):
     """One worker, now."""
 
@@ -48,4 +57,7 @@ class WorkerState(Settings):
     leases: int = Field(description="Requests that hold an adapter version.")
     kv_pages: KVPages
     adapter_pages: AdapterPages
+    ranks: tuple[RankState, ...] = Field(
+        default=(), description="The worker's processes: one, or `worker.tensor_parallel_size`."
+    )
     adapters: tuple[ResidentAdapter, ...]

@@ -1,4 +1,4 @@
-"""One worker: a base model on one device, its engine and its adapters. The cluster floor wraps it in a deployment."""
+"""One worker: a base model on one device or several, its engine and its adapters. The cluster makes it a deployment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
 from lorafleet.workers.engine import Delivery
 from lorafleet.workers.memory.residency import ResidencySnapshot
 from lorafleet.workers.request import EngineRequest, GenerateDelta
-from lorafleet.workers.state import AdapterPages, KVPages, ResidentAdapter, WorkerState
+from lorafleet.workers.state import AdapterPages, KVPages, RankState, ResidentAdapter, WorkerState
 from lorafleet.workers.stats import EngineStats, ServedCounts
 
 Result = TypeVar("Result")
@@ -181,16 +181,19 @@ class Worker:
     def _state(self) -> WorkerState:
         snapshot = self._parts.residency.snapshot()
         kv, reserved = self._parts.cache.counts, len(self._parts.runner.null_pages)
+        device, group = str(self._parts.runner.base.device), self._parts.group
+        first = RankState(rank=0, pid=os.getpid(), device=device, silent_s=0.0)
         return WorkerState(
             worker_id=self.worker_id,
             pid=os.getpid(),
             node_id=self._node_id,
-            device=str(self._parts.runner.base.device),
+            device=device,
             running=self._engine.num_running,
             waiting=self._engine.num_waiting,
             leases=sum(entry.leases for entry in snapshot.adapters),
             kv_pages=KVPages(used=kv.used - reserved, cached=kv.cached, total=kv.total - reserved),
             adapter_pages=AdapterPages(used=snapshot.pages_used, total=snapshot.pages_total),
+            ranks=(first, *(() if group is None else group.states())),
             adapters=tuple(
                 ResidentAdapter(
                     version=entry.version,

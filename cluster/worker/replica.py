@@ -52,7 +52,8 @@ class WorkerReplica:
 
     def __init__(self, config: AppConfig, store: DeploymentHandle[Any]) -> None:
         if config.worker.resolved_device == "cpu":
-            torch.set_num_threads(config.worker.cpu_threads or cpu_share(config.worker.num_replicas))
+            threads = config.worker.cpu_threads or cpu_share(config.worker.num_replicas)
+            torch.set_num_threads(max(1, threads // config.worker.tensor_parallel_size))
         self.worker_id: str = serve.get_replica_context().replica_id.unique_id
         self._store = StoreClient(store)
         self._worker = Worker(

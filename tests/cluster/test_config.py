@@ -68,6 +68,9 @@ def test_unknown_keys_are_errors_that_name_the_key(part: str) -> None:
         ("adapters.sources", [{"name": "d", "kind": "ftp", "root": "x"}], "ftp"),
         ("worker.num_replicas", 0, "worker.num_replicas"),
         ("worker.max_running", "many", "worker.max_running"),
+        ("worker", {"tensor_parallel_size": 3}, "worker.tensor_parallel_size"),
+        ("worker", {"tensor_parallel_size": 4, "num_gpus": 2}, "num_gpus must be 4 for tensor_parallel_size=4.*got 2"),
+        ("worker", {"tensor_parallel_size": 2, "device": "cuda:1"}, "device must be auto, cpu or cuda.*'cuda:1'"),
         ("model.dtype", "int8", "model.dtype"),
     ],
 )
@@ -133,6 +136,8 @@ def test_local_paths_become_absolute_and_hub_ids_stay(tmp_path: Path) -> None:
         ({"num_gpus": 1}, "cuda"),
         ({"num_gpus": 0.5, "device": "cpu"}, "cpu"),
         ({"device": "cuda:1"}, "cuda:1"),
+        ({"tensor_parallel_size": 2}, "cpu"),
+        ({"tensor_parallel_size": 2, "num_gpus": 2}, "cuda"),
     ],
 )
 def test_the_device_is_known_without_a_gpu(worker: dict[str, Any], device: str) -> None:

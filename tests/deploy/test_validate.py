@@ -61,6 +61,10 @@ def test_replicas_in_args_alone_get_a_note() -> None:
     [
         ({"args": {}}, r"applications\.0\.args\.model: Field required"),
         ({"args": {"model": {"id": "a", "source": "b"}, "x": 1}}, r"applications\.0\.args\.x: Extra inputs"),
+        (
+            {"args": {"model": {"id": "a", "source": "b"}, "worker": {"tensor_parallel_size": 2, "num_gpus": 1}}},
+            r"applications\.0\.args\.worker: .*num_gpus must be 2",
+        ),
         ({"import_path": "other.app:build"}, "no application has import_path"),
         ({"deployments": [{"name": "workers"}]}, r"deployments\.0\.name must be one of ingress.*; got 'workers'"),
         ({"deployments": [{"name": "ingress", "user_config": {"a": 1}}]}, r"deployments\.0\.user_config\.a: Extra"),

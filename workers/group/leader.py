@@ -46,6 +46,7 @@ from lorafleet.workers.group.ring import RingWriter
 from lorafleet.workers.group.staging import staged
 from lorafleet.workers.ranks import Ranks, connect
 from lorafleet.workers.sizing import MemorySizes
+from lorafleet.workers.state import RankState
 from lorafleet.workers.step.message import StepMessage
 
 logger = logging.getLogger(__name__)
@@ -232,10 +233,13 @@ class Group:
         state = self._state
         return state.failure is not None and self._clock() - state.failed_s > LOST_S
 
-    @property
-    def members(self) -> tuple[tuple[int, int, str], ...]:
-        """(rank, process id, device) of each."""
-        return tuple((member.rank, member.process.pid, member.device) for member in self._members)
+    def states(self) -> tuple[RankState, ...]:
+        """The other ranks, now."""
+        now = self._clock()
+        return tuple(
+            RankState(rank=one.rank, pid=one.process.pid, device=one.device, silent_s=round(now - one.heard_s, 1))
+            for one in self._members
+        )
 
     def close(self) -> None:
         """End the other ranks. No step may be running here."""
