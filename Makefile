@@ -15,7 +15,7 @@ ALONE := $(BIN)/pytest tests/workers/test_step_message.py
 # Ray's processes need all cores, so these tests follow each other.
 RAY := $(BIN)/pytest -m "ray and not gpu"
 
-.PHONY: setup demo serve test lint types unit quick slow ray coverage chaos gpu fidelity sweep format docs site wheel lock typings clean
+.PHONY: setup demo serve test lint types unit quick slow ray coverage chaos soak gpu fidelity sweep format docs site wheel lock typings clean
 
 setup: $(VENV)/.ready typings
 
@@ -105,6 +105,10 @@ format: setup
 # Faults against a fresh service under load: what clients saw, and for how long. ARGS="--times 20 --clients 50": the full run.
 chaos: setup
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+# How fast each process grows while mixed operations run: make soak ARGS="--soak 30".
+soak: setup
+	$(BIN)/python -m tests.chaos --soak 5 $(ARGS)
 
 # Writes docs/ anew from the code; a test fails when they are behind it.
 docs: setup

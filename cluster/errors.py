@@ -17,6 +17,7 @@
     │   ├── StoreUnavailable
     │   ├── ControllerUnavailable
     │   ├── NoWorker
+    │   ├── IngressLost
     │   └── RolloutFailed
     ├── WorkerGone                 502, another worker is tried
     ├── StreamBroken               502
@@ -209,6 +210,12 @@ class RolloutFailed(ServiceUnavailable):
     code = "rollout_failed"
 
 
+class IngressLost(ServiceUnavailable):
+    """The ingress died before it answered. Serve's proxy says so for calls that it cannot make again by itself."""
+
+    code = "ingress_lost"
+
+
 class WorkerGone(ClusterError):
     """A worker died, or was cut off, with a request on it."""
 
@@ -219,7 +226,7 @@ class WorkerGone(ClusterError):
 
 
 class StreamBroken(ClusterError):
-    """A worker was lost after the stream had begun. What was streamed stays right; the rest is missing."""
+    """A worker or an ingress was lost in the middle of a stream. What was streamed is right; the rest is missing."""
 
     status = 502
     type = "server_error"

@@ -103,3 +103,75 @@ def text(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *body)
     )
+
+
+HOSTILE_HEAD = (
+    "hostile client",
+    "others' gap, p99 (ms)",
+    "while attacked (ms)",
+    "others' longest gap (s)",
+    "others' requests failed",
+    "its replies",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Siege:
+    """One attack, and what others felt of it."""
+
+    hostile: str
+    num_clients: int
+    gap_before_s: float
+    """99th percentile of the time between two events of a stream."""
+    gap_s: float
+    longest_gap_s: float
+    num_requests: int
+    num_failed: int
+    replies: dict[str, int]
+    """What the hostile client got: statuses, and how connections ended."""
+
+    @property
+    def gap_ratio(self) -> float:
+        """How much longer others waited for a token."""
+        return self.gap_s / max(self.gap_before_s, 1e-9)
+
+    def row(self) -> dict[str, Any]:
+        """The attack as plain data."""
+        return asdict(self)
+
+
+def siege_of(
+    kind: str, num_clients: int, before: Sequence[Outcome], during: Sequence[Outcome], replies: dict[str, int]
+) -> Siege:
+    """Count what came of others' requests before an attack and while it went on."""
+    gaps = sorted(gap for outcome in during for gap in outcome.gaps_s)
+    return Siege(
+        hostile=kind,
+        num_clients=num_clients,
+        gap_before_s=_percentile(sorted(gap for outcome in before for gap in outcome.gaps_s), 0.99),
+        gap_s=_percentile(gaps, 0.99),
+        longest_gap_s=max(gaps, default=0.0),
+        num_requests=len(during),
+        num_failed=sum(outcome.is_failed for outcome in during),
+        replies=replies,
+    )
+
+
+def _percentile(ordered: Sequence[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+
+
+def hostile_rows(sieges: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row for each kind of client, of its last attack."""
+    last = {siege["hostile"]: siege for siege in sieges}
+    return [
+        (
+            kind,
+            f"{siege['gap_before_s'] * 1e3:.0f}",
+            f"{siege['gap_s'] * 1e3:.0f}",
+            f"{siege['longest_gap_s']:.1f}",
+            f"{siege['num_failed']} of {siege['num_requests']}",
+            ", ".join(f"{reply} x {count}" for reply, count in sorted(siege["replies"].items())),
+        )
+        for kind, siege in last.items()
+    ]

@@ -141,6 +141,8 @@ def ray_cluster(**environment: str) -> Iterator[None]:
     environment |= {
         "RAY_SERVE_PROXY_USE_GRPC": "1",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "lorafleet.cluster.http.proxy.prepare",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy machine it needs more than 5
     }
     saved = {name: os.environ.get(name) for name in environment}
