@@ -1,15 +1,11 @@
 """Measures the cost of HTTP, proxy, ingress, router and worker, against the same engine called in this process.
 
     python benchmarks/serve_overhead.py [--streams 16] [--rounds 9] [--threads 1]
-    python benchmarks/serve_overhead.py --beats 20 --streams 64 [--workers 1] [--ingresses 1]
 
 The demo's base with two of its adapters, one worker, the same prompts in turn on both ways; answers must be equal. The
 engine gets `--threads` threads on both, so that other cores are left for the rest. Time to first token, tokens/s, CPU
 time of each process a token, and events that reach a client: at most one a step and stream. Appends a line of JSON a
 way, and draws a plot beside them.
-
-With `--beats` the workers are metronomes: no model, a token a stream and beat. Then only HTTP is measured, and what
-counts is the CPU of proxy, ingresses and workers together for a token that is an event of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +31,6 @@ from typing import Any
 
 import bars
 import httpx
-import metronome
 import ray
 import torch
 from ray import serve
@@ -44,7 +39,6 @@ from transformers import AutoTokenizer
 from lorafleet.adapter_store.base_weights import CheckpointWeights
 from lorafleet.adapter_store.manifest import AdapterWeights
 from lorafleet.adapter_store.peft_format import AdapterReader
-from lorafleet.cluster import app
 from lorafleet.cluster.app import build
 from lorafleet.cluster.config import AppConfig
 from lorafleet.workers.config import ModelConfig
@@ -242,8 +236,9 @@ def cpu_seconds() -> Counter[str]:
         pid = int(entry.name)
         parents[pid], times[pid] = int(fields[1]), (int(fields[11]) + int(fields[12])) / tick
         replica = re.match(r"ray::.*lorafleet[#:](\w+)", title)
-        is_proxy = title.startswith(("ray::ProxyActor", "ray::HAProxy")) or "/haproxy " in title.split(" -")[0] + " "
-        roles[pid] = replica[1] if replica else "proxy" if is_proxy else "ray"
+        is_haproxy = "/haproxy " in title.split(" -")[0] + " "
+        is_proxy = title.startswith(("ray::ProxyActor", "ray::HAProxyManager"))
+        roles[pid] = replica[1] if replica else "haproxy" if is_haproxy else "proxy" if is_proxy else "ray"
     ours = {os.getpid()}
     while grown := {pid for pid, parent in parents.items() if parent in ours} - ours:
         ours |= grown
@@ -344,44 +339,6 @@ async def count_messages(
     return Counter(messages=done.num_messages, tokens=done.num_tokens, steps=await steps() - before)
 
 
-def measure_metronome(args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """The way through HTTP without a model."""
-    os.environ["METRONOME_BEATS_PER_S"] = str(args.beats)
-    app.WorkerReplica = metronome.replica_class()  # type: ignore[misc]
-    config = AppConfig.model_validate(
-        {
-            "model": {"id": BASE_ID, "source": str(DEMO / "base")},
-            "adapters": {"state_dir": f"{folder}/state"},
-            "worker": {"num_replicas": args.workers, "device": "cpu", "max_running": 512},
-            "ingress": {"num_replicas": args.ingresses},
-        }
-    )
-    port = free_port()
-    jobs = [(BASE_ID, f"{i}. Say something.") for i in range(args.streams)]
-
-    async def run(ask: Ask) -> list[Round]:
-        await run_round(ask, jobs)
-        return [await run_round(ask, jobs) for _ in range(args.rounds)]
-
-    with service(config, folder, port):
-        rounds = asyncio.run(run(over_http(port, args.max_tokens)))
-    figures = medians(rounds)
-    parts = [figures.get(f"cpu_us_per_token_{role}", 0.0) for role in ("proxy", "ingress", "worker")]
-    return {
-        "way": "metronome",
-        **figures,
-        "cpu_us_per_token": round(sum(parts), 1),
-        "events_per_token": round(sum(each.num_messages for each in rounds) / sum(r.num_tokens for r in rounds), 3),
-        "streams": args.streams,
-        "beats_per_s": args.beats,
-        "max_tokens": args.max_tokens,
-        "workers": args.workers,
-        "ingresses": args.ingresses,
-        "haproxy": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "0") == "1",
-        **machine(),
-    }
-
-
 def main() -> None:
     """Measure both ways and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -390,16 +347,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=1, help="of the engine")
-    parser.add_argument("--beats", type=float, help="tokens a second of each stream, by metronomes")
-    parser.add_argument("--workers", type=int, default=1, help="metronomes")
-    parser.add_argument("--ingresses", type=int, default=1, help="before metronomes")
     args = parser.parse_args()
-    if args.beats:
-        with tempfile.TemporaryDirectory(prefix="lorafleet-", ignore_cleanup_errors=True) as folder:
-            line = measure_metronome(args, folder)
-        bars.append(args.out.with_name("serve_metronome.jsonl"), line)
-        print(json.dumps(line, indent=1))
-        return
     models = (BASE_ID, *ADAPTERS)
     jobs = [
         (models[i % len(models)], f"{i}. Say something about {SUBJECTS[i % len(SUBJECTS)]}.")

@@ -9,6 +9,8 @@ from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lorafleet.cluster.http.sse import OUTERMOST_SEND
+
 HEADER = "x-request-id"
 _GIVEN = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -33,6 +35,7 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope[OUTERMOST_SEND] = send
         given = Headers(scope=scope).get(HEADER, "")
         request_id = given if _GIVEN.fullmatch(given) else uuid.uuid4().hex
 

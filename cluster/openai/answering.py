@@ -68,7 +68,17 @@ async def answer(
 
     A stream begins with its first delta, so that what fails before it still has a status of its own.
     """
-    deltas = dispatcher.stream(prepared, is_whole=not is_stream)
+    stream: EventStream | None = None
+
+    def write(delta: GenerateDelta) -> bool:
+        if stream is None or not stream.may_write:
+            return False
+        event = reply.chunk(delta)
+        if event is not None:
+            stream.write(event)
+        return True
+
+    deltas = dispatcher.stream(prepared, is_whole=not is_stream, sink=write)
     try:
         if not is_stream:
             await while_connected(request.receive, _feed_all(reply, deltas))
@@ -78,7 +88,8 @@ async def answer(
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     event = reply.chunk(first)
     assert event is not None
-    return EventStream(_events(reply, event, deltas), reply.headers())
+    stream = EventStream(_events(reply, event, deltas), reply.headers())
+    return stream
 
 
 async def _feed_all(reply: Reply, deltas: AsyncGenerator[GenerateDelta, None]) -> None:

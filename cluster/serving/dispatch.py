@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -31,6 +31,10 @@ RETRY_PAUSE_S = 0.05
 _SAMPLING_FIELDS = tuple(SamplingParams.model_fields)
 
 
+Sink = Callable[[GenerateDelta], bool]
+"""Takes a delta without a task that wakes for it; False where it does not take it. What it raises ends the answer."""
+
+
 class WorkerStream(Protocol):
     """The deltas of one sequence as they come, without an index of their own."""
 
@@ -40,6 +44,10 @@ class WorkerStream(Protocol):
 
     def cancel(self) -> None:
         """Stop the work, also when no worker has taken it yet. Calling it again does nothing."""
+        ...
+
+    def pour_into(self, sink: Sink) -> None:
+        """Give deltas in the middle of the answer to `sink` while a reader waits in `next`."""
         ...
 
     @property
@@ -191,9 +199,11 @@ class Dispatcher:
         return model.removeprefix(f"{self.base_id}:")
 
     async def stream(
-        self, prepared: Sequence[PreparedRequest], *, is_whole: bool = False
+        self, prepared: Sequence[PreparedRequest], *, is_whole: bool = False, sink: Sink | None = None
     ) -> AsyncGenerator[GenerateDelta, None]:
         """Yield the deltas of all answers of all requests, merged; `index` numbers all answers.
+
+        sink: offered the deltas in the middle of a lone answer, which are then not yielded.
 
         is_whole: the client sees an answer only at its end. So all its deltas come then, and an answer whose worker is
         lost starts again on another. Raises Overloaded, NoWorker, StreamBroken, or a worker's own error. An error ends
@@ -203,7 +213,7 @@ class Dispatcher:
         answers = [_Answer(i, sequence, timer, is_whole) for i, (sequence, timer) in enumerate(pairs)]
         outcome = "disconnect"
         try:
-            async with aclosing(self._merged(answers)) as deltas:
+            async with aclosing(self._merged(answers, sink)) as deltas:
                 async for delta in deltas:
                     if delta.finish_reason is not None:
                         outcome = delta.finish_reason
@@ -215,8 +225,8 @@ class Dispatcher:
             for request in prepared:
                 request.timer.end(outcome)
 
-    def _merged(self, answers: Sequence[_Answer]) -> AsyncGenerator[GenerateDelta, None]:
-        return self._deltas(answers[0]) if len(answers) == 1 else self._interleaved(answers)
+    def _merged(self, answers: Sequence[_Answer], sink: Sink | None) -> AsyncGenerator[GenerateDelta, None]:
+        return self._deltas(answers[0], sink) if len(answers) == 1 else self._interleaved(answers)
 
     async def _interleaved(self, answers: Sequence[_Answer]) -> AsyncGenerator[GenerateDelta, None]:
         """Deltas of several answers, in the order in which they come. An error of one ends all."""
@@ -247,9 +257,16 @@ class Dispatcher:
         else:
             merged.put_nowait(None)
 
-    async def _deltas(self, answer: _Answer) -> AsyncGenerator[GenerateDelta, None]:
+    async def _deltas(self, answer: _Answer, sink: Sink | None = None) -> AsyncGenerator[GenerateDelta, None]:
         """Deltas of one answer; another worker is tried when one fails it before anybody has seen of it."""
         sequence, timer = answer.sequence, answer.timer
+
+        def pour(delta: GenerateDelta) -> bool:
+            is_taken = sink is not None and sink(delta)
+            if is_taken:
+                timer.note_tokens(len(delta.token_ids))
+            return is_taken
+
         excluded: frozenset[str] = frozenset()
         failure: Exception | None = None
         for attempt in range(1, MAX_ATTEMPTS + 1):
@@ -270,6 +287,8 @@ class Dispatcher:
                         timer.note_prompt(delta.num_prompt_tokens, delta.num_cached_tokens)
                     unseen.append(delta)
                     if is_finished or not answer.is_whole:
+                        if not is_seen and sink is not None and not answer.is_whole:
+                            stream.pour_into(pour)
                         is_seen = True
                         for each in unseen:
                             yield each

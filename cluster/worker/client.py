@@ -17,7 +17,7 @@ import logging
 import socket
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from grpc.aio import AioRpcError
@@ -247,6 +247,9 @@ class ServeStream:
         self._items: deque[GenerateDelta | Exception] = deque()
         self._may_read = asyncio.Event()
         self._has_begun = False
+        self._is_awaited = False
+        """Whether a reader waits in `next`, so that all earlier items are with the client."""
+        self._sink: Callable[[GenerateDelta], bool] | None = None
         workers.join(self)
         self._follower = asyncio.get_running_loop().create_task(self._follow())
 
@@ -270,13 +273,40 @@ class ServeStream:
             self.wake()
 
     def wake(self) -> None:
-        """Let `next` take what is there."""
+        """Hand the sink what it may take, and let `next` have the rest."""
+        if self._sink is not None and self._is_awaited and not self._may_read.is_set():
+            self._pour(self._sink)
         if self._items:
             self._may_read.set()
 
+    def pour_into(self, sink: Callable[[GenerateDelta], bool]) -> None:
+        """Give deltas in the middle of the answer to `sink` while a reader waits in `next`, in the place of waking it.
+
+        sink: returns False where it does not take the delta, which `next` then returns. What it raises, `next` raises.
+        """
+        self._sink = sink
+
+    def _pour(self, sink: Callable[[GenerateDelta], bool]) -> None:
+        while self._items:
+            item = self._items[0]
+            if isinstance(item, Exception) or item.finish_reason is not None:
+                return
+            try:
+                if not sink(item):
+                    return
+            except Exception as error:
+                self._items = deque([error])
+                return
+            self._items.popleft()
+            self._workers.pace.note_event()
+
     async def next(self) -> GenerateDelta:
         """The next delta. Raises WorkerGone, Overloaded, NoWorker, or what the worker raised."""
-        await self._may_read.wait()
+        self._is_awaited = True
+        try:
+            await self._may_read.wait()
+        finally:
+            self._is_awaited = False
         self._has_begun = True
         item = self._items.popleft()
         if not self._items:

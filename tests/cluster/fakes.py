@@ -11,6 +11,7 @@ import numpy as np
 from lorafleet.adapter_store.errors import UnknownAdapter
 from lorafleet.adapter_store.manifest import AdapterChat
 from lorafleet.cluster.errors import StoreUnavailable, WorkerGone
+from lorafleet.cluster.serving.dispatch import Sink
 from lorafleet.cluster.serving.prompts import Prompts
 from lorafleet.cluster.wire import NamedVersion, NamesAt
 from lorafleet.workers.request import EngineRequest, GenerateDelta, TokenLogprobs
@@ -67,12 +68,18 @@ class FakeStream:
         self._deltas = self._make(request)
         self._num_sent = 0
         self._is_open = True
+        self._sink: Sink = lambda delta: False
 
     @property
     def worker_id(self) -> str | None:
         return self._worker_id
 
     async def next(self) -> GenerateDelta:
+        while (delta := await self._made()).finish_reason is None and self._sink(delta):
+            pass
+        return delta
+
+    async def _made(self) -> GenerateDelta:
         await asyncio.sleep(0)
         if self._workers.refuse is not None:
             raise self._workers.refuse
@@ -88,6 +95,9 @@ class FakeStream:
         if delta.finish_reason is not None:
             self._close()
         return delta
+
+    def pour_into(self, sink: Sink) -> None:
+        self._sink = sink
 
     def cancel(self) -> None:
         if self._is_open:

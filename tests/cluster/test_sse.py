@@ -74,6 +74,50 @@ async def test_events_are_closed_however_the_stream_ends() -> None:
     assert closed == [1, 2, 2, 3]
 
 
+async def test_events_written_beside_the_generator_keep_their_order() -> None:
+    """Also where the server does not take one at once: then it comes before what the generator has next."""
+    queue: asyncio.Queue[bytes | None] = asyncio.Queue()
+    sent: list[bytes] = []
+    may_send = asyncio.Event()
+    may_send.set()
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        while (event := await queue.get()) is not None:
+            yield event
+
+    async def send(message: Message) -> None:
+        await may_send.wait()
+        sent.append(message.get("body", b"start"))
+
+    async def settle() -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    stream = EventStream(events(), {})
+    assert not stream.may_write
+    serving = asyncio.create_task(stream({"type": "http"}, never, send))
+    await settle()
+    stream.write(b"1")
+    assert sent == [b"start", b"1"]
+    may_send.clear()
+    stream.write(b"2")
+    assert not stream.may_write
+    queue.put_nowait(b"3")
+    await settle()
+    assert sent == [b"start", b"1"]
+    may_send.set()
+    await settle()
+    assert sent == [b"start", b"1", b"2", b"3"]
+    stream.write(b"4")
+    may_send.clear()
+    stream.write(b"lost with its client")
+    serving.cancel()
+    await asyncio.wait([serving])
+    may_send.set()
+    await settle()
+    assert sent == [b"start", b"1", b"2", b"3", b"4"]
+
+
 def connect(service: Service, *, stream: bool, n: int = 1) -> socket.socket:
     """A client that has sent its request and can vanish without a word."""
     host, port = service.url.removeprefix("http://").split(":")

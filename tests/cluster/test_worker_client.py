@@ -207,6 +207,64 @@ async def test_what_comes_while_the_reader_is_late_is_one_delta() -> None:
         await stream.next()
 
 
+async def test_a_sink_takes_the_middle_of_an_answer_while_its_reader_waits() -> None:
+    handle = Handle([Response(["w1"])])
+    (stream,) = start(handle, "r")
+    await settle()
+    box, taken = handle.boxes["w1"], list[str]()
+    open_ = True
+
+    def sink(delta: GenerateDelta) -> bool:
+        if open_:
+            taken.append(delta.text)
+        return open_
+
+    async def put(text: str) -> None:
+        box.put(("r", replace(DELTA, text=text)))
+        await settle()
+
+    stream.pour_into(sink)
+    await put("a")
+    assert (await stream.next()).text == "a", "nobody waited for it, so nobody has seen what came before it"
+    reading = asyncio.create_task(stream.next())
+    for text in "bc":
+        await put(text)
+    assert taken == ["b", "c"]
+    assert not reading.done()
+    open_ = False
+    await put("d")
+    assert (await reading).text == "d"
+    open_ = True
+    await put("e")
+    await put("f")
+    assert (await stream.next()).text == "ef", "its reader was busy with what came before"
+    reading = asyncio.create_task(stream.next())
+    await settle()
+    box.put(("r", DELTA), ("r", LAST))
+    assert (await reading).finish_reason == "length"
+    assert taken[:2] == ["b", "c"]
+    assert "".join(taken[2:]) + (await reading).text == "xy"
+
+
+async def test_what_a_sink_raises_ends_the_stream() -> None:
+    handle = Handle([Response(["w1"])])
+    (stream,) = start(handle, "r")
+    await settle()
+
+    def sink(delta: GenerateDelta) -> bool:
+        raise KeyError("bug")
+
+    handle.boxes["w1"].put(("r", DELTA))
+    await stream.next()
+    stream.pour_into(sink)
+    reading = asyncio.create_task(stream.next())
+    await settle()
+    handle.boxes["w1"].put(("r", DELTA))
+    with pytest.raises(KeyError):
+        await reading
+    stream.cancel()
+
+
 async def test_a_stream_is_read_in_its_turn_but_at_once_when_it_begins_or_ends() -> None:
     handle = Handle([Response(["w1"])])
     workers = WorkersClient(handle)
