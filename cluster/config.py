@@ -184,6 +184,23 @@ class HttpConfig(Settings):
     )
 
 
+class TracingConfig(Settings):
+    """Traces of requests, for OpenTelemetry's collectors."""
+
+    endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://\S+$",
+        description="Where spans go as OTLP over HTTP, as `http://collector:4318/v1/traces`; without it nothing is "
+        "traced. It needs the extra `lorafleet[tracing]`.",
+    )
+    sample_ratio: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Share of the requests to trace, of those whose `traceparent` does not say.",
+    )
+
+
 class AppConfig(Settings):
     """Everything that `build` takes.
 
@@ -197,6 +214,7 @@ class AppConfig(Settings):
     ingress: IngressConfig = IngressConfig()
     auth: AuthConfig = AuthConfig()
     http: HttpConfig = HttpConfig()
+    tracing: TracingConfig = TracingConfig()
 
     @model_validator(mode="before")
     @classmethod

@@ -36,6 +36,7 @@ from lorafleet.cluster.serving.exposition import Exposition
 from lorafleet.cluster.serving.names import Names
 from lorafleet.cluster.serving.prompts import Prompts
 from lorafleet.cluster.store.client import StoreClient
+from lorafleet.cluster.tracing import Traces
 from lorafleet.cluster.watchdog import Watchdog
 from lorafleet.cluster.worker.client import WorkersClient
 from lorafleet.workers.request import GenerateDelta, GenerateRequest
@@ -67,6 +68,8 @@ class Ingress:
         """Raises EmptySecret, and ExposedWithoutToken when HTTP is bound beyond loopback and a token is missing."""
         keys = config.auth.read_keys()
         keys.check_exposure(http_hosts(), ray_has_token=has_token())
+        tracing = config.tracing
+        self._traces = Traces.to(tracing.endpoint, tracing.sample_ratio) if tracing.endpoint is not None else None
         self._names = Names(StoreClient(store))
         client = WorkersClient(workers)
         prompts = Prompts.load(config.model)
@@ -75,7 +78,7 @@ class Ingress:
             prompts,
             self._names,
             client,
-            RequestMetrics(),
+            RequestMetrics(traces=self._traces),
             salts_prefixes=config.worker.prefix_cache == "per_key",
         )
         control = ControllerClient(controller, self._names.observe)
@@ -142,3 +145,6 @@ class Ingress:
             task.cancel()
         if hasattr(self, "_names"):
             self._names.stop()
+        traces: Traces | None = getattr(self, "_traces", None)
+        if traces is not None:
+            traces.close()

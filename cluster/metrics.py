@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from lorafleet.cluster.tracing import Traces, caller_ids
 from lorafleet.workers.memory.residency import ResidencySnapshot
 from lorafleet.workers.state import WorkerState
 from lorafleet.workers.stats import LATENCY_BOUNDS_S, TOKEN_BOUNDS_S, EngineStats
@@ -43,8 +44,15 @@ class AdapterLabels:
 class RequestMetrics:
     """The requests of the data plane."""
 
-    def __init__(self, *, labels: AdapterLabels | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        labels: AdapterLabels | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        traces: Traces | None = None,
+    ) -> None:
         self._labels = labels or AdapterLabels()
+        self._traces = traces
         self._clock = clock
         adapter = ("adapter",)
         self._requests = Counter(
@@ -68,7 +76,7 @@ class RequestMetrics:
         )
         self._stage_s = Histogram(
             "lorafleet_request_stage_seconds",
-            "Time of a request before it asks for a worker: `resolve` (its name) and `tokenize`.",
+            "Time of a request in the ingress: `resolve` (its name), `tokenize`, `first_byte` (a token's way out).",
             _LATENCY_S,
             ("stage",),
         )
@@ -80,9 +88,10 @@ class RequestMetrics:
         """A request has arrived. `adapter` is a name that exists, or the base id."""
         return RequestTimer(self, adapter, self._clock)
 
-    def reject(self, outcome: str) -> None:
+    def reject(self, timer: RequestTimer, outcome: str) -> None:
         """A request ended before it was known what it is for."""
         self._requests.inc(1, {"adapter": "", "outcome": outcome})
+        self._trace(timer, outcome, self._clock())
 
     def record(self, timer: RequestTimer, outcome: str, now_s: float) -> None:
         """A request ended."""
@@ -93,12 +102,19 @@ class RequestMetrics:
         _inc(self._generation_tokens, timer.num_tokens, tags)
         for stage, duration_s in timer.stages_s.items():
             self._stage_s.observe(duration_s, {"stage": stage})
+        if timer.first_byte_s is not None and timer.first_token_s is not None:
+            self._stage_s.observe(timer.first_byte_s - timer.first_token_s, {"stage": "first_byte"})
         self._latency_s.observe(now_s - timer.begun_s, tags)
         if timer.first_token_s is not None:
             self._first_token_s.observe(timer.first_token_s - timer.begun_s, tags)
             if timer.num_tokens > timer.num_first_tokens:
                 rest = timer.num_tokens - timer.num_first_tokens
                 self._token_s.observe((timer.last_token_s - timer.first_token_s) / rest, tags)
+        self._trace(timer, outcome, now_s)
+
+    def _trace(self, timer: RequestTimer, outcome: str, now_s: float) -> None:
+        if self._traces is not None:
+            self._traces.record(timer, outcome, now_s)
 
 
 class RequestTimer:
@@ -111,6 +127,8 @@ class RequestTimer:
         "_stage_began_s",
         "adapter",
         "begun_s",
+        "caller_ids",
+        "first_byte_s",
         "first_token_s",
         "last_token_s",
         "num_cached_tokens",
@@ -118,6 +136,8 @@ class RequestTimer:
         "num_prompt_tokens",
         "num_tokens",
         "stages_s",
+        "waits_s",
+        "worker_id",
     )
 
     def __init__(self, metrics: RequestMetrics, adapter: str, clock: Callable[[], float]) -> None:
@@ -129,7 +149,13 @@ class RequestTimer:
         self._stage_began_s = self.begun_s
         self.stages_s: dict[str, float] = {}
         """Stages that are over, and how long each took."""
+        self.caller_ids = caller_ids.get()
         self.first_token_s: float | None = None
+        self.first_byte_s: float | None = None
+        """When the first event was with the server; None where there was none."""
+        self.waits_s: tuple[float, float] | None = None
+        """Seconds in the worker's queue, and from then to the first token, as the worker says."""
+        self.worker_id = ""
         self.last_token_s = self.begun_s
         self.num_first_tokens = 0
         self.num_tokens = 0
@@ -155,6 +181,15 @@ class RequestTimer:
     def forget_tokens(self, num_tokens: int) -> None:
         """A worker was lost with this many tokens, which nobody has seen; another makes them again."""
         self.num_tokens -= num_tokens
+
+    def note_first_byte(self) -> None:
+        """The first event is with the server, on its way to the client."""
+        if self.first_byte_s is None:
+            self.first_byte_s = self._clock()
+
+    def note_waits(self, worker_id: str, waits_s: tuple[float, float] | None) -> None:
+        """A worker has begun the answer, after these waits."""
+        self.worker_id, self.waits_s = worker_id, waits_s
 
     def note_prompt(self, num_prompt_tokens: int, num_cached_tokens: int) -> None:
         """Count the prompt's tokens, and those that were cached."""

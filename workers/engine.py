@@ -428,9 +428,11 @@ class Engine:
         token_id = sequence.token_ids[place]
         num_made = place + 1 - sequence.num_prompt
         is_first = num_made == 1
+        waits_s: tuple[float, float] | None = None
         if is_first:
             sequence.first_token_s = self._clock() - sequence.arrival_s
             assert sequence.queue_s is not None
+            waits_s = (sequence.queue_s, sequence.first_token_s - sequence.queue_s)
             self.stats.served.note_first_token(
                 sequence.first_token_s, sequence.queue_s, sequence.num_prompt, sequence.num_cached
             )
@@ -469,6 +471,7 @@ class Engine:
             stop_reason=sequence.stop_reason,
             worker_id=self._worker_id,
             version=sequence.version,
+            waits_s=waits_s,
         )
         self._outbox.append((sequence.request.request_id, delta))
         if sequence.finish_reason is not None:

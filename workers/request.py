@@ -264,6 +264,8 @@ class GenerateDelta(Struct, frozen=True, array_like=True, gc=False):
     version: str | None = None
     embedding: bytes | None = None
     """Of the prompt, where `pooling` was asked for: little-endian float32."""
+    waits_s: tuple[float, float] | None = None
+    """With the first token: seconds that the request waited to be admitted, and from then to this token."""
 
     def then(self, later: GenerateDelta) -> GenerateDelta:
         """Join with the delta that came next."""
@@ -273,4 +275,5 @@ class GenerateDelta(Struct, frozen=True, array_like=True, gc=False):
             text=self.text + later.text,
             logprobs=None if later.logprobs is None else (self.logprobs or ()) + later.logprobs,
             prompt_logprobs=self.prompt_logprobs,
+            waits_s=self.waits_s,
         )

@@ -146,7 +146,7 @@ class Dispatcher:
             await self.prompts.check_grammar(request.structured_outputs)
             timer.end_stage("tokenize")
         except Exception as error:
-            self._metrics.reject(_code_of(error))
+            self._metrics.reject(timer, _code_of(error))
             raise
         sampling = SamplingParams.model_construct(**{name: getattr(request, name) for name in _SAMPLING_FIELDS})
         if sampling.max_tokens is None and default_max_tokens is not None:
@@ -279,6 +279,8 @@ class Dispatcher:
             try:
                 while not is_finished:
                     delta = await stream.next()
+                    if timer.first_token_s is None:
+                        timer.note_waits(delta.worker_id, delta.waits_s)
                     timer.note_tokens(len(delta.token_ids))
                     if delta.index != answer.index:
                         delta = structs.replace(delta, index=answer.index)
@@ -293,6 +295,8 @@ class Dispatcher:
                         for each in unseen:
                             yield each
                         unseen.clear()
+                        if not answer.is_whole:
+                            timer.note_first_byte()  # whoever asks for more has sent what came before
                 return
             except Exception as error:
                 if not getattr(error, "retryable_elsewhere", False):

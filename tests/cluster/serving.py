@@ -55,6 +55,7 @@ class Service:
     workers: Any = None
     """`FakeWorkers`, unless others are given."""
     counts: Callable[[], Awaitable[Sequence[WorkerCounts]]] = no_counts
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
     url: str = ""
 
     def __post_init__(self) -> None:
@@ -66,7 +67,7 @@ class Service:
             self.prompts,
             Names(self.store),
             self.workers,
-            RequestMetrics(),
+            self.metrics,
             salts_prefixes=self.salts_prefixes,
         )
 
