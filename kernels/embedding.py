@@ -16,11 +16,14 @@ from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraEmbeddingWeights
 
 
-def embed(token_ids: Tensor, weights: LoraEmbeddingWeights, segments: Segments, y: Tensor) -> None:
+def embed(
+    token_ids: Tensor, weights: LoraEmbeddingWeights, segments: Segments, y: Tensor, *, is_part: bool = False
+) -> None:
     """Compute y += A[:, token_ids]^T @ B * scaling in place: the delta of an embedding.
 
-    token_ids: (rows,) int32 or int64, each below `num_embeddings`. On CUDA the caller guarantees that, and that they
-    were written before the kernel ahead of this call began. y: as in `expand`. Raises ValueError.
+    token_ids: (rows,) int32 or int64, each below `num_embeddings`, unless `is_part`: then a token that `weights` lacks
+    adds nothing. On CUDA the caller guarantees that, and that they were written before the kernel ahead of this call
+    began. y: as in `expand`. Raises ValueError.
     """
     if token_ids.dim() != 1 or token_ids.shape[0] != segments.num_rows:
         raise ValueError(f"token_ids must have shape ({segments.num_rows},), got {tuple(token_ids.shape)}")
@@ -34,6 +37,6 @@ def embed(token_ids: Tensor, weights: LoraEmbeddingWeights, segments: Segments, 
         expand(embedding_triton.lookup(token_ids, weights, segments), weights, segments, y)
     elif segments.has_lora:
         low, high = (int(bound) for bound in token_ids.aminmax())
-        if low < 0 or high >= weights.num_embeddings:
+        if not is_part and (low < 0 or high >= weights.num_embeddings):
             raise ValueError(f"token ids must lie in [0, {weights.num_embeddings}), got {low} to {high}")
         expand(reference.shrink_embedding(token_ids, weights, segments), weights, segments, y)

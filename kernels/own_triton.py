@@ -48,10 +48,11 @@ def norm_rows(x: Tensor, y: Tensor, weight: OwnVector, segments: Segments, eps: 
         )
 
 
-def take_rows(token_ids: Tensor, y: Tensor, matrix: OwnMatrix, segments: Segments) -> None:
-    """Compute y[row] = matrix[token_ids[row]] for rows with a matrix of their own.
+def take_rows(token_ids: Tensor, y: Tensor, matrix: OwnMatrix, segments: Segments, num_tokens: int) -> None:
+    """Compute y[row] = matrix[token_ids[row]] for rows with a matrix of their own, of `num_tokens` rows.
 
-    token_ids: (rows,) integers. y: (rows, width), unit stride along width, in the pool's dtype.
+    token_ids: (rows,) integers; a row whose token the matrix lacks keeps its bits. y: (rows, width), unit stride along
+    width, in the pool's dtype.
     """
     num_rows, width = y.shape
     if num_rows:
@@ -65,6 +66,7 @@ def take_rows(token_ids: Tensor, y: Tensor, matrix: OwnMatrix, segments: Segment
             y.stride(0),
             matrix.pointers.stride(0),
             matrix.entry,
+            num_tokens,
             width,
             ROW_ALIGN=ROW_ALIGN,
             BLOCK=_BLOCK_COPY,
@@ -156,6 +158,7 @@ def _take_rows_kernel(
     y_stride,
     pointers_stride,
     entry,
+    num_tokens,
     width,
     ROW_ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -168,6 +171,8 @@ def _take_rows_kernel(
     if pointer == 0:
         return
     token = tl.load(token_ids + row * token_stride).to(tl.int64)
+    if (token < 0) | (token >= num_tokens):
+        return
     source = pool + tl.load(pointer.to(tl.pointer_type(tl.int32)) + token).to(tl.int64) * ROW_ALIGN
     for first in range(0, width, BLOCK):
         i = first + tl.arange(0, BLOCK)

@@ -150,7 +150,7 @@ def shrink(x: Tensor, weights: LoraWeights, segments: Segments) -> Hidden:
 def shrink_embedding(token_ids: Tensor, weights: LoraEmbeddingWeights, segments: Segments) -> Hidden:
     """h[row] = A[slot][:, token_ids[row]] * scaling[slot].
 
-    token_ids: (rows,) int64 or int32.
+    token_ids: (rows,) int64 or int32. Zero for a token that A lacks.
     """
     hidden = []
     for group in _groups(segments):
@@ -160,14 +160,15 @@ def shrink_embedding(token_ids: Tensor, weights: LoraEmbeddingWeights, segments:
         tokens = token_ids.index_select(0, group.rows).numpy()
         ranks = weights.ranks.numpy()[group.slots, 0].astype(np.int64)
         page_tokens = weights.page_elements // np.maximum(ranks, 1)
-        page, token = np.divmod(tokens, page_tokens[group.owners])
+        is_known = (tokens >= 0) & (tokens < weights.num_embeddings)
+        page, token = np.divmod(np.where(is_known, tokens, 0), page_tokens[group.owners])
         # A rank-0 adapter has no page: its rows keep no column below.
         page = np.where(ranks[group.owners] > 0, page, 0)
         first = weights.a_pages.numpy()[group.slots[group.owners], page].astype(np.int64) * ROW_ALIGN
         first += token * ranks[group.owners]
         _, column_owners, column_ranks = plan.used.nonzero()
         elements = first[:, None] + column_ranks
-        own = group.owners[:, None] == column_owners
+        own = (group.owners[:, None] == column_owners) & is_known[:, None]
         values = weights.pool.take(torch.from_numpy(np.where(own, elements, 0)))
         h = torch.where(torch.from_numpy(own), _accumulation(values), 0.0)
         hidden.append(_GroupHidden(group, plan, h.mul_(plan.scalings)))

@@ -79,9 +79,9 @@ def assemble_model(
         raise WorkerConfigError(_does_not_fit(device, ranks)) from error
     load_s = time.monotonic() - started_s
     linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]
-    layout = PoolLayout.of(base.geometry, projection_groups(linear), pool.max_rank)
+    layout = PoolLayout.of(base.geometry, projection_groups(linear), pool.max_rank, base.shares)
     sizes = agree(memory_sizes(base, engine, pool))
-    adapter_pool = make_pool(layout, pool_bytes=sizes.pool_bytes, max_slots=pool.max_slots, device=device)
+    adapter_pool = make_pool(layout, pool_bytes=sizes.pool_bytes, max_slots=pool.max_slots, device=device, ranks=ranks)
     cache = make_cache(
         base.layers,
         num_pages=sizes.num_kv_pages,

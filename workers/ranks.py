@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 logger = logging.getLogger(__name__)
+
+# Later releases of torch have it under another name.
+_all_gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 TIMEOUT_S = 600.0
 """A collective that other ranks do not join fails after this time: ranks start at different speeds."""
@@ -90,7 +94,7 @@ class ConnectedRanks(Ranks):
     def gather_columns(self, tensor: Tensor) -> Tensor:
         num_rows, width = tensor.shape
         parts = tensor.new_empty((self.size * num_rows, width))
-        dist.all_gather_into_tensor(parts, tensor.contiguous(), group=self._group)
+        _all_gather(parts, tensor.contiguous(), group=self._group)
         return parts.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, self.size * width)
 
     def broadcast(self, tensor: Tensor) -> None:

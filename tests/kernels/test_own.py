@@ -86,9 +86,12 @@ def test_embeddings(dtype: torch.dtype, width: int, token_type: torch.dtype) -> 
     segments, y = bench.segments(19), bench.random(19, width)
     tokens = torch.from_numpy(bench.rng.integers(0, NUM_TOKENS, 19)).to(DEVICE, token_type)
     before = y.clone()
-    own_triton.take_rows(tokens, y, bench.matrix, segments)
+    others = torch.tensor([-1, NUM_TOKENS, NUM_TOKENS + 7], dtype=token_type, device=DEVICE)
+    tokens[3::6] = others  # of other ranks
+    own_triton.take_rows(tokens, y, bench.matrix, segments, NUM_TOKENS)
     slots = segments.host_row_slots.tolist()
-    expected = {row: bench.row(slot, int(tokens[row])) for row, slot in enumerate(slots) if slot in OWNERS}
+    owned = [row for row, slot in enumerate(slots) if slot in OWNERS]
+    expected = {row: before[row].double() if row % 6 == 3 else bench.row(slots[row], int(tokens[row])) for row in owned}
     bench.check(y, before, segments, expected)
     assert all(torch.equal(y[row].double(), own) for row, own in expected.items())
 

@@ -56,7 +56,7 @@ class Bench:
         self.pool = AdapterPool(
             layout, pool_bytes=1200 * layout.page_bytes, max_slots=len(ADAPTERS), device=self.device
         )
-        self.pool.row_norms = lambda name, a, b, scaling: torch.full_like(b[0], NORM_OF_ROWS).float()
+        self.pool.row_norms = lambda name, a, b, scaling: torch.full_like(b[0], NORM_OF_ROWS**2).float()
         self.weights: dict[int, AdapterWeights] = {}
         for seed, (extras, targets) in enumerate(ADAPTERS):
             weights = self._weights(f"v{seed}", extras, targets, seed)

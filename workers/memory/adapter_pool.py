@@ -30,11 +30,16 @@ from lorafleet.workers.memory.packing import Ints
 from lorafleet.workers.memory.page_plan import PagePlan, elements_of_block, pack
 from lorafleet.workers.memory.pages import PageAllocator
 from lorafleet.workers.memory.pool_layout import PoolLayout, parts_of
+from lorafleet.workers.memory.shares import part_of_extra
 from lorafleet.workers.memory.upload import Uploader
+from lorafleet.workers.ranks import Ranks
 
 RowNorms = Callable[[str, Tensor, Tensor, float], Tensor]
-"""(module, a, b, scaling), the factors as in `AdapterWeights` on the pool's device -> (out_dim,) float32, the norm of
-each output's weights in the base's matrix with scaling * B @ A added."""
+"""(module, a, b, scaling): what is here of the factors, as in `AdapterWeights`, on the pool's device.
+
+Returns (out_dim,) float32: for each output that is here, the sum of squares of its weights that are here, in the base's
+matrix with scaling * B @ A added.
+"""
 
 _MAX_REMEMBERED_COUNTS = 1 << 16
 _MAX_REMEMBERED_PLANS = 64
@@ -68,6 +73,8 @@ class UploadedAdapter:
     """(num_vector_parts,) int32 on the device; None: none of the extras has one row only."""
     matrices: Tensor | None
     """(num_matrices,) int64 on the device; None: none of the extras has a row a token."""
+    partial_norms: tuple[tuple[ExtraVector, Tensor], ...] = ()
+    """Magnitudes, and what `RowNorms` says of this rank's part of the weights that they are still to be divided by."""
 
 
 class AdapterPool:
@@ -79,8 +86,17 @@ class AdapterPool:
     for each row of a matrix that a resident adapter replaces: 0.2 % of a row of 1,024 bfloat16.
     """
 
-    def __init__(self, layout: PoolLayout, *, pool_bytes: int, max_slots: int, device: torch.device) -> None:
-        """`max_slots`: 0 for a worker that serves no adapters; `pool_bytes` may be 0 then.
+    def __init__(
+        self,
+        layout: PoolLayout,
+        *,
+        pool_bytes: int,
+        max_slots: int,
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """`max_slots`: 0 for a worker that serves no adapters; `pool_bytes` may be 0 then. `ranks`: those whose pools
+        have the other parts; each makes the same calls in the same order, `upload` apart.
 
         Raises WorkerConfigError when `pool_bytes` holds no page, or more than row tables can address.
         """
@@ -105,7 +121,8 @@ class AdapterPool:
         self._matrices = torch.zeros((self.num_slots, len(layout.matrices)), dtype=torch.int64, device=device)
         self._pages = PageAllocator(num_pages)
         self._slots = PageAllocator(self.num_slots)
-        self._page_counts: dict[str, int] = {}
+        self._ranks_of_worker = ranks or Ranks()
+        self._sizes: dict[str, tuple[int, int]] = {}
         self._plans: dict[Hashable, PagePlan] = {}
         self._extras: dict[int, Mapping[str, Extra]] = {}
         self._vocabularies: dict[int, int] = {}
@@ -144,7 +161,7 @@ class AdapterPool:
 
     @property
     def ideal_bytes(self) -> int:
-        """Bytes of the weights of the adapters that own pages."""
+        """Bytes of the weights of the adapters that own pages, as far as they are here."""
         return self._ideal_bytes
 
     @property
@@ -159,12 +176,18 @@ class AdapterPool:
 
     def num_pages(self, manifest: AdapterManifest) -> int:
         """Pages that the adapter takes; remembered by version."""
-        count = self._page_counts.get(manifest.version)
-        if count is None:
-            if len(self._page_counts) >= _MAX_REMEMBERED_COUNTS:
-                self._page_counts.clear()
-            count = self._page_counts[manifest.version] = self._plan(manifest).num_pages
-        return count
+        return self._size(manifest)[0]
+
+    def _size(self, manifest: AdapterManifest) -> tuple[int, int]:
+        """Pages of an adapter, and bytes of its weights that are here."""
+        size = self._sizes.get(manifest.version)
+        if size is None:
+            if len(self._sizes) >= _MAX_REMEMBERED_COUNTS:
+                self._sizes.clear()
+            plan = self._plan(manifest)
+            num_bytes = plan.num_elements * self._elements.itemsize
+            size = self._sizes[manifest.version] = plan.num_pages, num_bytes
+        return size
 
     def can_allocate(self, manifest: AdapterManifest) -> bool:
         return self._slots.can_allocate(1) and self._pages.can_allocate(self.num_pages(manifest))
@@ -174,7 +197,7 @@ class AdapterPool:
         assert self.can_allocate(manifest), manifest.version
         (slot,) = self._slots.allocate(1)
         page_ids = tuple(self._pages.allocate(self.num_pages(manifest)))
-        self._ideal_bytes += manifest.num_bytes
+        self._ideal_bytes += self._size(manifest)[1]
         event = torch.cuda.current_stream(self.device).record_event() if self._uploader.stream else None
         return Allocation(manifest, slot, page_ids, event)
 
@@ -213,11 +236,11 @@ class AdapterPool:
         with self._uploader.on_stream():
             tables, ranks, scalings = (host.to(self.device, non_blocking=True) for host in (tables, ranks, scalings))
             extras, vectors = self._find_extras(weights, plan, starts)
-            self._scale_magnitudes(weights, extras)
+            partial_norms = self._scale_magnitudes(weights, extras)
             matrices = self._point_to_matrices(extras)
         if stream is not None:
             stream.record_event().synchronize()
-        return UploadedAdapter(allocation, tables, ranks, scalings, extras, vectors, matrices)
+        return UploadedAdapter(allocation, tables, ranks, scalings, extras, vectors, matrices, partial_norms)
 
     def _plan(self, manifest: AdapterManifest) -> PagePlan:
         """The adapter's packing; remembered, since adapters of a fleet tend to have the same modules and ranks."""
@@ -236,8 +259,10 @@ class AdapterPool:
             stream = torch.cuda.current_stream(self.device)
             starts = [extra.starts for extra in uploaded.extras.values() if isinstance(extra, ExtraMatrix)]
             lines = [line for line in (uploaded.vectors, uploaded.matrices) if line is not None]
-            for tensor in (uploaded.tables, uploaded.ranks, uploaded.scalings, *starts, *lines):
+            squares = [each for _, each in uploaded.partial_norms]
+            for tensor in (uploaded.tables, uploaded.ranks, uploaded.scalings, *starts, *lines, *squares):
                 tensor.record_stream(stream)
+        self._divide_by_sums(uploaded.partial_norms)
         self._tables[slot].copy_(uploaded.tables)
         self._scalings[slot].copy_(uploaded.scalings)
         self._ranks[slot].copy_(uploaded.ranks)
@@ -260,7 +285,7 @@ class AdapterPool:
             self._matrices[allocation.slot].zero_()
         self._pages.free(allocation.page_ids)
         self._slots.free([allocation.slot])
-        self._ideal_bytes -= allocation.manifest.num_bytes
+        self._ideal_bytes -= self._size(allocation.manifest)[1]
 
     def weights(self, group: tuple[str, ...]) -> LoraWeights:
         """Views for linear modules: a group as the layout was given it, or one alone. Valid for the pool's life."""
@@ -342,8 +367,9 @@ class AdapterPool:
         by_name = plan.extra_starts(starts)
         for extra in weights.manifest.extras:
             parts = by_name[extra.name]
+            here = part_of_extra(extra, self.layout.shares)
             if extra.name in self.layout.vectors:
-                widths = [width for _, width in parts_of(extra.width, self.layout.page_elements)]
+                widths = [width for _, width in parts_of(here.width, self.layout.page_elements)]
                 firsts = [int(part[0]) for part in parts]
                 views = [self._elements[first : first + width] for first, width in zip(firsts, widths, strict=True)]
                 found[extra.name] = ExtraVector(tuple(views))
@@ -351,10 +377,10 @@ class AdapterPool:
                 line = self._host((self.layout.num_vector_parts,), torch.int32).fill_(-1) if line is None else line
                 line.numpy()[place.entry : place.entry + place.num_parts] = [first // ROW_ALIGN for first in firsts]
             else:
-                host = self._host((extra.num_rows,), torch.int32)
+                host = self._host((here.num_rows,), torch.int32)
                 host.numpy()[:] = parts[0] // ROW_ALIGN
                 starts_there = host.to(self.device, non_blocking=True)
-                found[extra.name] = ExtraMatrix(self._elements, starts_there, extra.width)
+                found[extra.name] = ExtraMatrix(self._elements, starts_there, here.width)
         return found, None if line is None else line.to(self.device, non_blocking=True)
 
     def _point_to_matrices(self, extras: Mapping[str, Extra]) -> Tensor | None:
@@ -369,17 +395,35 @@ class AdapterPool:
         return line.to(self.device, non_blocking=True)
 
     @torch.no_grad()
-    def _scale_magnitudes(self, weights: AdapterWeights, extras: Mapping[str, Extra]) -> None:
+    def _scale_magnitudes(
+        self, weights: AdapterWeights, extras: Mapping[str, Extra]
+    ) -> tuple[tuple[ExtraVector, Tensor], ...]:
         """Put magnitude / norm - 1 in the place of each magnitude: what a module's output is to be scaled by, less 1.
 
-        The rounding to the pool's dtype is that of the difference, which is small.
+        The rounding to the pool's dtype is that of the difference, which is small. Returns `partial_norms`: what only
+        the ranks together know.
         """
+        partial: list[tuple[ExtraVector, Tensor]] = []
         tensors = weights.tensors if any(extra.kind == "magnitude" for extra in weights.manifest.extras) else {}
         for module in weights.manifest.modules:
             magnitude = extras.get(magnitude_of(module.name)) if tensors else None
             if isinstance(magnitude, ExtraVector):
                 assert self.row_norms is not None, "nobody here knows the base's weights"
                 a, b = (
-                    torch.from_numpy(array).view(self._elements.dtype).to(self.device) for array in tensors[module.name]
+                    torch.from_numpy(np.ascontiguousarray(array)).view(self._elements.dtype).to(self.device)
+                    for array in self.layout.places[module.name].share.of_factors(*tensors[module.name])
                 )
-                magnitude.divide_by(self.row_norms(module.name, a, b, module.scaling))
+                squares = self.row_norms(module.name, a, b, module.scaling)
+                if self.layout.places[module.name].is_sum:
+                    partial.append((magnitude, squares))
+                else:
+                    magnitude.divide_by(squares.sqrt())
+        return tuple(partial)
+
+    @torch.no_grad()
+    def _divide_by_sums(self, partial_norms: tuple[tuple[ExtraVector, Tensor], ...]) -> None:
+        if partial_norms:
+            squares = self._ranks_of_worker.all_reduce(torch.cat([each for _, each in partial_norms]))
+            norms = torch.split(squares.sqrt(), [len(each) for _, each in partial_norms])
+            for (magnitude, _), norm in zip(partial_norms, norms, strict=True):
+                magnitude.divide_by(norm)

@@ -20,9 +20,13 @@ BLOCK_BYTES = 16 << 20
 inputs may have to wait for one: 0.3 ms."""
 
 
+MAX_GAP = 1 << 16
+"""Elements that are copied and not used, in one run."""
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some neighbours of `PagePlan.order`: whole rows, that cover elements `first` to `last` of the adapter's array."""
+    """Some neighbours of `PagePlan.order`: whole rows, within elements `first` to `last` of the adapter's array."""
 
     first_row: int
     last_row: int
@@ -52,7 +56,12 @@ class PagePlan:
     is_aligned: bool
     """`sources` and `widths` are multiples of LOAD_ALIGN."""
     blocks: tuple[Block, ...]
-    """Together all rows in `order`, and all elements of the array."""
+    """Together all rows in `order`."""
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the adapter that are here."""
+        return int(self.widths.sum())
 
     def starts(self, page_ids: Ints) -> Ints:
         """(num_rows,) first element of each row when the plan's pages lie at `page_ids`."""
@@ -118,11 +127,16 @@ def elements_of_block(layout: PoolLayout) -> int:
 
 def _blocks(sources: Ints, widths: Ints, max_elements: int) -> Iterator[Block]:
     ends = sources + widths
-    assert np.array_equal(np.r_[0, ends[:-1]], sources), "the rows of an adapter cover its array"
+    gaps = sources[1:] - ends[:-1]
+    assert np.all(gaps >= 0), "two rows of an adapter share elements"
+    # What lies between two rows is of another rank. Short gaps are copied along, since a call costs more.
+    breaks = np.flatnonzero(gaps > MAX_GAP) + 1
     first_row = 0
     while first_row < len(sources):
         first = int(sources[first_row])
         last_row = int(np.searchsorted(ends, first + max_elements, side="right"))
+        next_break = int(np.searchsorted(breaks, first_row, side="right"))
+        last_row = min([last_row, *breaks[next_break : next_break + 1].tolist()])
         assert last_row > first_row, (widths[first_row], max_elements)
         yield Block(first_row, last_row, first, int(ends[last_row - 1]))
         first_row = last_row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -22,6 +22,7 @@ from lorafleet.adapter_store.manifest import (
 from lorafleet.adapter_store.targets import is_output
 from lorafleet.kernels.weights import ROW_ALIGN, aligned
 from lorafleet.workers.memory.packing import count_pages
+from lorafleet.workers.memory.shares import ExtraPart, Share, part_of_extra
 
 MAX_PAGE_ROWS = 8
 """A page is at most this many rows of the widest input."""
@@ -47,15 +48,22 @@ class Piece:
     count: int
 
 
-def pieces_of(module: ModuleManifest, shape: ModuleShape, page_elements: int, base: int = 0) -> list[Piece]:
+def pieces_of(
+    module: ModuleManifest, whole: ModuleShape, page_elements: int, base: int = 0, share: Share | None = None
+) -> list[Piece]:
     """The rows that one module of an adapter puts into the pool, none wider than a page.
 
-    `base`: where the module's tensors begin in the adapter's array.
+    `whole`: the module's shape. `base`: where its tensors begin in the adapter's array. `share`: the part of it that is
+    here; by default all.
     """
     name, rank = module.name, module.rank
+    share = share or Share.whole(whole)
+    shape, end = share.shape, base + rank * whole.in_dim
     if shape.kind == "linear":
-        pieces = [Piece(name, "a", 0, 0, start=base, stride=shape.in_dim, width=shape.in_dim, count=rank)]
+        base += share.first_input
+        pieces = [Piece(name, "a", 0, 0, start=base, stride=whole.in_dim, width=shape.in_dim, count=rank)]
     else:
+        base += rank * share.first_input
         # A token's values are `rank` neighbours; a row is as many whole tokens as a page holds.
         tokens = page_elements // rank
         full, rest = divmod(shape.in_dim, tokens)
@@ -63,21 +71,22 @@ def pieces_of(module: ModuleManifest, shape: ModuleShape, page_elements: int, ba
         pieces = [Piece(name, "a", 0, 0, start=base, stride=row, width=row, count=full)] if full else []
         if rest:
             pieces.append(Piece(name, "a", 0, full, start=base + full * row, stride=row, width=rest * rank, count=1))
-    base += rank * shape.in_dim
+    base = end + share.first_output
     for part, (start, width) in enumerate(parts_of(shape.out_dim, page_elements)):
-        pieces.append(Piece(name, "b", part, 0, start=base + start, stride=shape.out_dim, width=width, count=rank))
+        pieces.append(Piece(name, "b", part, 0, start=base + start, stride=whole.out_dim, width=width, count=rank))
     return pieces
 
 
-def extra_pieces_of(extra: ExtraManifest, page_elements: int, base: int) -> list[Piece]:
+def extra_pieces_of(extra: ExtraManifest, here: ExtraPart, page_elements: int, base: int) -> list[Piece]:
     """The rows of an extra, a piece a part. The rows of a matrix have one part, for they are found by one start.
 
-    `base`: where the extra begins in the adapter's array.
+    `here`: what of it is here. `base`: where the extra begins in the adapter's array.
     """
-    assert extra.num_rows == 1 or extra.width <= page_elements, (extra, page_elements)
+    assert here.num_rows == 1 or here.width <= page_elements, (extra, page_elements)
+    base += here.first_row * extra.width + here.first_column
     return [
-        Piece(extra.name, "extra", part, 0, start=base + start, stride=extra.width, width=width, count=extra.num_rows)
-        for part, (start, width) in enumerate(parts_of(extra.width, page_elements))
+        Piece(extra.name, "extra", part, 0, start=base + start, stride=extra.width, width=width, count=here.num_rows)
+        for part, (start, width) in enumerate(parts_of(here.width, page_elements))
     ]
 
 
@@ -90,7 +99,9 @@ def parts_of(out_dim: int, page_elements: int) -> list[tuple[int, int]]:
 class ModulePlace:
     """One module's place in the tables of a slot."""
 
-    shape: ModuleShape
+    whole: ModuleShape
+    share: Share
+    """What of it is here."""
     index: int
     """Column of the module's rank and scaling."""
     a_table: int
@@ -99,6 +110,16 @@ class ModulePlace:
     b_table: int
     """Row table of B's first part; one table a part."""
     num_parts: int
+
+    @property
+    def shape(self) -> ModuleShape:
+        """Of the part that is here."""
+        return self.share.shape
+
+    @property
+    def is_sum(self) -> bool:
+        """True if outputs are sums over ranks, each with some of the inputs."""
+        return self.shape.in_dim < self.whole.in_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +145,22 @@ class PoolLayout:
     num_vector_parts: int
     matrices: Mapping[str, int]
     """Matrix with a row a token, by the extra's name -> its entry in the table of a slot."""
+    shares: Mapping[str, Share]
+    """What is here of modules that are cut."""
 
     @staticmethod
-    def of(geometry: BaseGeometry, groups: Sequence[tuple[str, ...]], max_rank: int) -> PoolLayout:
+    def of(
+        geometry: BaseGeometry,
+        groups: Sequence[tuple[str, ...]],
+        max_rank: int,
+        shares: Mapping[str, Share] = MappingProxyType({}),
+    ) -> PoolLayout:
         """`groups`: modules that share their input, in the order of their outputs; the others stand alone.
 
-        The modules of a group are neighbours in the tables, so that one view serves them all.
+        The modules of a group are neighbours in the tables, so that one view serves them all. `shares`: what is here of
+        the base's modules; those that are not in it are whole. Ranks whose parts are of equal sizes lay out alike.
         """
+        whole, geometry = geometry, _here(geometry, shares)
         page_elements = choose_page_elements(geometry, max_rank)
         grouped = {name for group in groups for name in group}
         assert len(grouped) == sum(map(len, groups)), "a module is in two groups"
@@ -145,7 +175,8 @@ class PoolLayout:
             a_table, b_table = num_tables, num_tables + sum(a_sizes)
             for name, shape, a_size in zip(group, shapes, a_sizes, strict=True):
                 num_parts = len(parts_of(shape.out_dim, page_elements))
-                places[name] = ModulePlace(shape, len(places), a_table, a_size, b_table, num_parts)
+                share = shares.get(name) or Share.whole(shape)
+                places[name] = ModulePlace(whole.modules[name], share, len(places), a_table, a_size, b_table, num_parts)
                 a_table += a_size
                 b_table += num_parts
             num_tables = b_table
@@ -158,7 +189,8 @@ class PoolLayout:
             num_tables,
             vectors,
             num_vector_parts,
-            MappingProxyType(_matrices(geometry)),
+            MappingProxyType(_matrices(whole)),
+            shares,
         )
 
     @property
@@ -187,13 +219,19 @@ class PoolLayout:
         base = 0
         for module in manifest.modules:
             assert 0 < module.rank <= self.max_rank, (module.name, module.rank, self.max_rank)
-            shape = self.places[module.name].shape
-            pieces += pieces_of(module, shape, self.page_elements, base)
-            base += module.rank * (shape.in_dim + shape.out_dim)
+            place = self.places[module.name]
+            pieces += pieces_of(module, place.whole, self.page_elements, base, place.share)
+            base += module.rank * (place.whole.in_dim + place.whole.out_dim)
         for extra in manifest.extras:
-            pieces += extra_pieces_of(extra, self.page_elements, base)
+            pieces += extra_pieces_of(extra, part_of_extra(extra, self.shares), self.page_elements, base)
             base += extra.num_rows * extra.width
         return pieces
+
+
+def _here(geometry: BaseGeometry, shares: Mapping[str, Share]) -> BaseGeometry:
+    """The geometry with the shapes of the parts that are here."""
+    modules = {name: shares[name].shape if name in shares else shape for name, shape in geometry.modules.items()}
+    return replace(geometry, modules=modules)
 
 
 def count_piece_pages(pieces: Iterable[Piece], page_elements: int) -> int:

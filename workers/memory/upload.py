@@ -80,7 +80,7 @@ class Uploader:
         On CUDA it returns when the weights have been read and the last copies are queued on `stream`.
         """
         source = torch.from_numpy(weights.flat).view(self._pool.dtype)
-        assert not plan.blocks or plan.blocks[-1].last == len(source), (plan.blocks[-1], len(source))
+        assert not plan.blocks or plan.blocks[-1].last <= len(source), (plan.blocks[-1], len(source))
         moves = torch.empty((3, len(starts)), dtype=torch.int64, pin_memory=self.stream is not None)
         plan.fill_moves(starts, moves.numpy())
         with self.on_stream():

@@ -38,7 +38,13 @@ class StepGraph:
 
 
 def capture(
-    forward: Callable[[StepInputs], Tensor], blank: StepMessage, device: torch.device, pool: Any, logits: Tensor | None
+    forward: Callable[[StepInputs], Tensor],
+    blank: StepMessage,
+    device: torch.device,
+    pool: Any,
+    logits: Tensor | None,
+    *,
+    has_collectives: bool = False,
 ) -> StepGraph:
     """Capture `forward` over a batch of padding. `pool` is shared by all graphs, which never run at once.
 
@@ -52,7 +58,8 @@ def capture(
     logits = logits[: len(left)]
     del left
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # NCCL's own threads ask the driver about earlier collectives meanwhile, which must not end the capture.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local" if has_collectives else "global"):
         logits.copy_(forward(inputs))
     return StepGraph(graph, packed, inputs, logits)
 

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from safetensors import SafetensorError
@@ -23,11 +23,14 @@ from lorafleet.adapter_store.manifest import BaseGeometry, Dtype
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.kv_cache import LayerKV
+from lorafleet.workers.memory.shares import Share
 from lorafleet.workers.model import text_part
 from lorafleet.workers.model.attention_calls import AttentionCall, read_calls
 from lorafleet.workers.model.geometry import TORCH_DTYPES, empty_model, geometry_of, read_config, resolve_dtype
+from lorafleet.workers.model.part_loader import load_part, read_generation_config
 from lorafleet.workers.model.quantisation import pack_weights, refuse_device, round_weights, rounding_inputs
 from lorafleet.workers.model.rope import fix_frequencies, longest_model_len
+from lorafleet.workers.model.sharding import computing_together, shares_of
 from lorafleet.workers.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,9 @@ class BaseModel:
     """(PROBE_TOKENS, vocab) float32: the untouched model's answer to it."""
     rounded_probe_logits: torch.Tensor | None = None
     """(PROBE_TOKENS, vocab): the same of a model that sees activations in fp8, where the substituted one will."""
+
+    shares: Mapping[str, Share] = field(default_factory=dict)
+    """What this rank has of modules that are cut. `geometry` is that of the whole base."""
 
     @property
     def layers(self) -> tuple[LayerKV, ...]:
@@ -92,12 +98,12 @@ def load_base(model: ModelConfig, device: torch.device, ranks: Ranks | None = No
     Raises UnsupportedModel, naming what cannot be served.
     """
     config = read_config(model)
-    if ranks is not None and ranks.size > 1:
-        raise UnsupportedModel(f"{config.model_type} cannot be spread over {ranks.size} ranks: use 1")
     dtype = resolve_dtype(model, config, device)
     is_fp8 = model.quantization == "fp8"
     if is_fp8:
         refuse_device(device, dtype)
+    if ranks is not None and ranks.size > 1:
+        return _load_part(model, config, dtype, device, ranks)
     with device:
         if model.load == "dummy":
             loaded = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[dtype])
@@ -113,6 +119,32 @@ def load_base(model: ModelConfig, device: torch.device, ranks: Ranks | None = No
         pack_weights(loaded, base.geometry)
         torch.cuda.empty_cache()
     return base
+
+
+def _load_part(
+    model: ModelConfig, config: PretrainedConfig, dtype: Dtype, device: torch.device, ranks: Ranks
+) -> BaseModel:
+    """One rank's part of the base, probed together with the others."""
+    if model.quantization != "none":
+        raise WorkerConfigError(
+            f"model.quantization: {model.quantization} is not supported with {ranks.size} ranks: use quantization: none"
+        )
+    empty = empty_model(config, TORCH_DTYPES[dtype])
+    geometry = geometry_of(empty, dtype)
+    shares = shares_of(empty, geometry, ranks)
+    part = load_part(model, config, TORCH_DTYPES[dtype], device, shares)
+    part.generation_config = read_generation_config(model.source) or part.generation_config
+    try:
+        with computing_together(part, geometry, shares, ranks):
+            base = base_of(part, config, dtype, max_model_len(model, config))
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        logger.info("%s cannot be computed by ranks", type(part).__name__, exc_info=error)
+        raise UnsupportedModel(
+            f"{type(part).__name__} cannot be cut for {ranks.size} ranks: its layers look at more than their own part"
+        ) from error
+    return dataclasses.replace(base, shares=shares)
 
 
 def base_of(

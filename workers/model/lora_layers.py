@@ -26,6 +26,7 @@ from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.extra_rows import Extra, ExtraMatrix
 from lorafleet.workers.model.quantisation import packed
+from lorafleet.workers.ranks import Ranks
 
 Place = Literal["body", "logits"]
 """Where a module stands: in the body, which computes all rows, or after it, where only the logits' rows come."""
@@ -116,9 +117,17 @@ class FusedProjection(nn.Module):
         *,
         place: Place,
         is_head: bool,
+        ranks: Ranks | None = None,
+        is_sum: bool = False,
     ) -> None:
-        """`is_head`: whether it is the output embedding, whose matrix an adapter may replace."""
+        """`is_head`: whether it is the output embedding, whose matrix an adapter may replace.
+
+        ranks: those that have the other parts, if this is a part. It is one of the outputs; with `is_sum` one of the
+        inputs, and all ranks' outputs are added up. A head's outputs are put side by side.
+        """
         super().__init__()
+        self.sums = ranks if is_sum else None
+        self.gathers = ranks if is_head and not is_sum else None
         self.names = names
         matrices = [_matrix(linear) for linear in linears]
         self.widths = [matrix.shape[0] for matrix in matrices]
@@ -178,14 +187,20 @@ class FusedProjection(nn.Module):
     def _product(self, rows: Tensor) -> Tensor:
         """rows: (rows, in_dim) -> (rows, sum of the members' widths)."""
         segments = self.context.segments_at(self.place, self.names[0], rows.shape[0])
+        # Only one of a sum's terms would have it.
+        bias = self.bias if self.sums is None else None
         if segments is None:
-            return F.linear(rows, self.weight, self.bias)
+            if self.sums is None:
+                return self._gathered(F.linear(rows, self.weight, bias))
+            y = self.sums.partial(rows.shape[0], self.weight.shape[0], rows)
+            return self._summed(torch.mm(rows, self.weight.t(), out=y))
         has_extras, own = self.context.has_extras, self.lora.matrix if self.is_head else None
         if rows.is_cuda:
             # The delta first, the base product onto it: beta = 1 costs cuBLAS nothing, and y is not read by expand.
-            y = rows.new_empty((rows.shape[0], self.weight.shape[0]))
+            shape = rows.shape[0], self.weight.shape[0]
+            y = rows.new_empty(shape) if self.sums is None else self.sums.partial(*shape, rows)
             h = ops.shrink(rows, self.lora, segments)
-            ops.expand(h, self.lora, segments, y, accumulate=False, bias=self.bias)
+            ops.expand(h, self.lora, segments, y, accumulate=False, bias=bias)
             if has_extras and own is not None:
                 from lorafleet.kernels import own_triton
 
@@ -194,14 +209,26 @@ class FusedProjection(nn.Module):
             else:
                 y.addmm_(rows, self.weight.t())
         else:
-            y = F.linear(rows, self.weight, self.bias)
+            y = F.linear(rows, self.weight, bias)
             for at, matrix in self._replaced(self.context.owners(segments)):
                 # A head's: few rows of it are to have the bits that they have among many.
                 product = matrix.product(reference.padded(rows.index_select(0, at)))[: len(at)]
-                y.index_copy_(0, at, product if self.bias is None else product.add_(self.bias))
+                y.index_copy_(0, at, product if bias is None else product.add_(bias))
             ops.add_lora(rows, self.lora, segments, y)
+        y = self._summed(y)
         self._adjust(y, segments)
+        y = self._gathered(y)
         return self._with_appended(rows, y, segments) if has_extras and self.is_head else y
+
+    def _summed(self, y: Tensor) -> Tensor:
+        """The output of all ranks together, where each has a term of it; low-rank factors are in the terms already."""
+        if self.sums is None:
+            return y
+        y = self.sums.all_reduce(y)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _gathered(self, y: Tensor) -> Tensor:
+        return y if self.gathers is None else self.gathers.gather_columns(y)
 
     def _adjust(self, y: Tensor, segments: Segments) -> None:
         """Apply what adapters of the pass have beside low-rank factors: rows added to the output, and its scales."""
@@ -273,8 +300,20 @@ class LoraEmbedding(nn.Module):
     What a subclass scales (Gemma) is the sum of both, as in PEFT.
     """
 
-    def __init__(self, name: str, base: nn.Embedding, weights: LoraEmbeddingWeights, context: LoraContext) -> None:
+    def __init__(
+        self,
+        name: str,
+        base: nn.Embedding,
+        weights: LoraEmbeddingWeights,
+        context: LoraContext,
+        *,
+        ranks: Ranks | None = None,
+        first_token: int = 0,
+    ) -> None:
+        """ranks: those that have the other tokens, if `base` has those from `first_token` on only."""
         super().__init__()
+        self.ranks = ranks
+        self.first_token = first_token
         self.base = base
         self.name = name
         self.replaced = f"{name}.weight"
@@ -288,6 +327,8 @@ class LoraEmbedding(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids: (...) int64 -> (..., embedding_dim)."""
+        if self.ranks is not None:
+            return self._of_all_ranks(token_ids, self.ranks)
         known = token_ids
         if self.context.has_extras:
             # Tokens that the base lacks are looked up below, in the rows of adapters that have them.
@@ -303,30 +344,56 @@ class LoraEmbedding(nn.Module):
             ops.embed(tokens, self.lora, segments, rows)
             if self.context.has_extras and self.lora.vectors is not None:
                 adjust(rows, self.lora.vectors, segments)
-        if scale is not None:
-            y = y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
-        return y
+        return y if scale is None else _times(y, scale)
+
+    def _of_all_ranks(self, token_ids: Tensor, ranks: Ranks) -> Tensor:
+        """As `forward`, where each rank has some of the tokens: a row is the sum of theirs, all but one zero."""
+        num_tokens = self.base.num_embeddings
+        # Tokens that the base lacks stand for its last one, as in `forward`, until their own rows are put in.
+        known = token_ids.reshape(-1).clamp(max=ranks.size * num_tokens - 1) - self.first_token
+        is_here = (known >= 0) & (known < num_tokens)
+        y = ranks.partial(len(known), self.weight.shape[1], self.weight)
+        torch.index_select(self.weight, 0, known.clamp(0, num_tokens - 1), out=y).masked_fill_(~is_here[:, None], 0.0)
+        segments = self.context.segments_at("body", self.name, token_ids.numel())
+        if segments is not None:
+            if self.context.has_extras:
+                self._replace(known, y, segments)
+                self._append(token_ids.reshape(-1), y, segments)
+            ops.embed(known, self.lora, segments, y, is_part=True)
+        y = ranks.all_reduce(y)
+        if segments is not None and self.context.has_extras and self.lora.vectors is not None:
+            adjust(y, self.lora.vectors, segments)
+        y = y.view(*token_ids.shape, y.shape[-1])
+        scale = getattr(self.base, "embed_scale", None)
+        return y if scale is None else _times(y, scale)
 
     def _append(self, tokens: Tensor, y: Tensor, segments: Segments) -> None:
-        """Put the rows of tokens that the base lacks into y."""
+        """Put the rows of tokens that the base lacks into y. They are the first rank's, if there are several."""
+        size = 1 if self.ranks is None else self.ranks.size
         for owner in self.context.owners(segments):
             matrix = owner.extras.get(appended_to(self.name))
             if isinstance(matrix, ExtraMatrix):
-                own = tokens.index_select(0, owner.rows) - self.base.num_embeddings
+                own = tokens.index_select(0, owner.rows) - size * self.base.num_embeddings
                 found = matrix.take(own.clamp(0, len(matrix.starts) - 1))
+                if self.ranks is not None and not self.ranks.is_first:
+                    found.zero_()
                 y.index_copy_(0, owner.rows, torch.where((own >= 0)[:, None], found, y.index_select(0, owner.rows)))
 
     def _replace(self, tokens: Tensor, y: Tensor, segments: Segments) -> None:
-        """Put what an adapter has in the embedding's place into its rows of y."""
+        """Put what an adapter has in the embedding's place into its rows of y. Tokens that are not here are skipped."""
         if y.is_cuda and self.lora.matrix is not None:
             from lorafleet.kernels import own_triton
 
-            own_triton.take_rows(tokens, y, self.lora.matrix, segments)
+            own_triton.take_rows(tokens, y, self.lora.matrix, segments, self.base.num_embeddings)
             return
         for owner in self.context.owners(segments):
             matrix = owner.extras.get(self.replaced)
             if isinstance(matrix, ExtraMatrix):
-                y.index_copy_(0, owner.rows, matrix.take(tokens.index_select(0, owner.rows)))
+                own, rows = tokens.index_select(0, owner.rows), owner.rows
+                if self.ranks is not None:
+                    is_here = (own >= 0) & (own < len(matrix.starts))
+                    own, rows = own[is_here], rows[is_here]
+                y.index_copy_(0, rows, matrix.take(own))
 
 
 def place_of(model: PreTrainedModel, name: str) -> Place:
@@ -338,24 +405,36 @@ def place_of(model: PreTrainedModel, name: str) -> Place:
 
 
 def substitute_projections(
-    model: PreTrainedModel, names: tuple[str, ...], weights: LoraWeights, context: LoraContext
+    model: PreTrainedModel,
+    names: tuple[str, ...],
+    weights: LoraWeights,
+    context: LoraContext,
+    ranks: Ranks | None = None,
+    *,
+    is_sum: bool = False,
 ) -> None:
-    """Put a fused projection in the places of `names`, which share their input."""
+    """Put a fused projection in the places of `names`, which share their input. The rest as in `FusedProjection`."""
     is_head = model.get_output_embeddings() is model.get_submodule(names[0])
     linears = [model.get_submodule(name) for name in names]
-    fused = FusedProjection(names, linears, weights, context, place=place_of(model, names[0]), is_head=is_head)
+    place = place_of(model, names[0])
+    fused = FusedProjection(names, linears, weights, context, place=place, is_head=is_head, ranks=ranks, is_sum=is_sum)
     siblings: list[tuple[Tensor, tuple[Tensor, ...]]] = []
     for index, name in enumerate(names):
         model.set_submodule(name, ProjectionSlice(index, fused, siblings))
 
 
 def substitute_embedding(
-    model: PreTrainedModel, name: str, weights: LoraEmbeddingWeights, context: LoraContext
+    model: PreTrainedModel,
+    name: str,
+    weights: LoraEmbeddingWeights,
+    context: LoraContext,
+    ranks: Ranks | None = None,
+    first_token: int = 0,
 ) -> None:
-    """Put a LoRA embedding in the place of `name`."""
+    """Put a LoRA embedding in the place of `name`. The rest as in `LoraEmbedding`."""
     base = model.get_submodule(name)
     assert isinstance(base, nn.Embedding)
-    model.set_submodule(name, LoraEmbedding(name, base, weights, context))
+    model.set_submodule(name, LoraEmbedding(name, base, weights, context, ranks=ranks, first_token=first_token))
 
 
 def _owners(
@@ -368,6 +447,14 @@ def _owners(
             rows = torch.from_numpy(np.flatnonzero(row_slots == slot))
             rows = rows if device.type == "cpu" else rows.pin_memory().to(device, non_blocking=True)
             yield Owner(rows, extras or {}, vocabulary)
+
+
+def _times(y: Tensor, scale: object) -> Tensor:
+    """Y times an embedding's scale."""
+    if isinstance(scale, Tensor):
+        return y * scale.to(y.dtype)
+    assert isinstance(scale, float)
+    return y * scale
 
 
 def _bias(linear: nn.Module) -> Tensor | None:

@@ -1,4 +1,7 @@
-"""Norms of a base's weights with an adapter's added, which DoRA divides its magnitudes by. Computed once a load."""
+"""Norms of a base's weights with an adapter's added, which DoRA divides its magnitudes by. Computed once a load.
+
+They are left as squares, since ranks that hold some of the inputs each add theirs up.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class RowNorms:
 
     @torch.inference_mode()
     def __call__(self, name: str, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        """The norm of each output's weights: for a linear module over its inputs, for an embedding over its tokens.
+        """The sum of squares of each output's weights: of a linear module over inputs, of an embedding over tokens.
 
         a: (rank, in_dim), or (num_embeddings, rank) of an embedding. b: (rank, out_dim). Returns (out_dim,) float32.
         """
@@ -29,7 +32,7 @@ class RowNorms:
             step = max(1, MAX_ELEMENTS // b.shape[1])
             for matrix, rows in zip(torch.split(module.weight, step), torch.split(a, step), strict=True):
                 squares += _sum(matrix, rows, b, scaling).square_().sum(0)
-            return squares.sqrt_()
+            return squares
         assert isinstance(module, ProjectionSlice), name
         norms = []
         step = max(1, MAX_ELEMENTS // a.shape[1])
@@ -38,7 +41,7 @@ class RowNorms:
             matrix, columns = module.weight[first : first + step], b[:, first : first + step]
             if scales is not None:
                 matrix = matrix.float() * scales[first : first + step, None]
-            norms.append(torch.linalg.vector_norm(_sum(matrix, columns.t(), a, scaling), dim=1))
+            norms.append(torch.linalg.vector_norm(_sum(matrix, columns.t(), a, scaling), dim=1).square_())
         return torch.cat(norms)
 
 

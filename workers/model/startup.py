@@ -54,7 +54,7 @@ def start_runner(
         base,
         cache,
         pool,
-        substitute(base, cache, pool),
+        substitute(base, cache, pool, ranks),
         max_pages=max_pages,
         graph_forms=graph_forms,
         max_pass_rows=max_pass_rows,
@@ -68,7 +68,7 @@ def start_runner(
     return runner
 
 
-def substitute(base: BaseModel, cache: KVCache, pool: AdapterPool) -> Substituted:
+def substitute(base: BaseModel, cache: KVCache, pool: AdapterPool, ranks: Ranks | None = None) -> Substituted:
     """Replace the base's leaves by layers that know about adapters and pages. Raises UnsupportedModel."""
     lora, attention = (
         LoraContext(pool.extras, resident_vocabularies=pool.vocabularies),
@@ -78,11 +78,16 @@ def substitute(base: BaseModel, cache: KVCache, pool: AdapterPool) -> Substitute
     counts: Counter[str] = Counter()
     linear = [name for name, shape in geometry.modules.items() if shape.kind == "linear"]
     for group in projection_groups(linear):
-        lora_layers.substitute_projections(model, group, pool.weights(group), lora)
+        share = base.shares.get(group[0])
+        is_sum = share is not None and share.shape.in_dim < geometry.modules[group[0]].in_dim
+        others = None if share is None else ranks
+        lora_layers.substitute_projections(model, group, pool.weights(group), lora, others, is_sum=is_sum)
         counts["+".join(name.rpartition(".")[2] for name in group)] += 1
     for name, shape in geometry.modules.items():
         if shape.kind == "embedding":
-            lora_layers.substitute_embedding(model, name, pool.embedding_weights(name), lora)
+            part, others = base.shares.get(name), ranks if name in base.shares else None
+            first_token = 0 if part is None else part.first_input
+            lora_layers.substitute_embedding(model, name, pool.embedding_weights(name), lora, others, first_token)
             counts[name.rpartition(".")[2]] += 1
     norm_layers.substitute_norms(model, geometry.vectors, lora, pool.vector)
     paged_attention.install(model, attention)
@@ -188,7 +193,9 @@ def _capture_graphs(runner: ModelRunner) -> None:
                 max_logits=runner.pass_rows[1],
             )
             try:
-                graph = capture(runner.forward, blank, runner.base.device, pool, logits)
+                graph = capture(
+                    runner.forward, blank, runner.base.device, pool, logits, has_collectives=runner.ranks.size > 1
+                )
             except torch.OutOfMemoryError as error:
                 raise WorkerConfigError(
                     f"no memory is left for a CUDA graph of {form.num_rows} rows: lower "
