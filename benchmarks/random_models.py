@@ -29,6 +29,15 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     },
+    "llama-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
     "llama-7b": {
         "hidden_size": 4096,
         "intermediate_size": 11008,

@@ -135,9 +135,10 @@ def running_engine(
     pool: PoolConfig,
     load: Literal["weights", "dummy"] = "dummy",
     quantization: Literal["none", "fp8"] = "none",
+    inbox: Inbox | None = None,
 ) -> Iterator[RunningEngine]:
-    """Start one, and end it."""
-    inbox = Inbox()
+    """Start one, and end it. `inbox`: another than its own."""
+    inbox = inbox or Inbox()
     model = ModelConfig(
         id="base",
         source=str(base),
@@ -152,3 +153,5 @@ def running_engine(
         yield RunningEngine(parts, inbox, adapters)
     finally:
         parts.engine.close()
+        if parts.group is not None:
+            parts.group.close()

@@ -24,7 +24,7 @@ _all_gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or
 TIMEOUT_S = 600.0
 """A collective that other ranks do not join fails after this time: ranks start at different speeds."""
 DIRECT_BYTES = 2 << 20
-"""Most bytes of a message that GPUs read from each other's memory; NCCL sums larger ones."""
+"""Most bytes that a GPU reads of the others' memory for a sum; NCCL adds up longer messages."""
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 """NVLink multicast needs a fabric manager that may not be there, and messages of a step are too small for it."""
 
@@ -116,7 +116,8 @@ class _DirectSums:
         from torch.distributed import _symmetric_memory as symmetric
 
         self._group_name = group.group_name
-        self._memory: Tensor = symmetric.empty(DIRECT_BYTES, dtype=torch.uint8, device=device)
+        num_bytes = DIRECT_BYTES // (dist.get_world_size(group) - 1)
+        self._memory: Tensor = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
         symmetric.rendezvous(self._memory, self._group_name)
         trial = self._memory[:64].view(torch.float32).fill_(1.0)
         total = torch.ops.symm_mem.one_shot_all_reduce(trial, "sum", self._group_name)
@@ -138,7 +139,7 @@ class _DirectSums:
     def take(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor | None:
         """(num_rows, width) of the memory; None where it is too small, or the message is of no whole 16 bytes."""
         num_bytes = num_rows * width * dtype.itemsize
-        if not 0 < num_bytes <= DIRECT_BYTES or num_bytes % 16 or dtype not in (torch.bfloat16, torch.float32):
+        if not 0 < num_bytes <= len(self._memory) or num_bytes % 16 or dtype not in (torch.bfloat16, torch.float32):
             return None
         return self._memory[:num_bytes].view(dtype).view(num_rows, width)
 

@@ -1,0 +1,125 @@
+"""How a base is cut for ranks, and what a rank loads of it: against transformers' whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OlmoeConfig, Phi3Config, PretrainedConfig
+
+from lorafleet.workers.config import ModelConfig
+from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
+from lorafleet.workers.memory.shares import Share
+from lorafleet.workers.model.geometry import empty_model, geometry_of
+from lorafleet.workers.model.loader import load_base
+from lorafleet.workers.model.part_loader import load_part
+from lorafleet.workers.model.sharding import shares_of
+from lorafleet.workers.ranks import Ranks
+from tests.support.bases import BaseKind
+
+CPU = torch.device("cpu")
+
+
+def shares_on(config: PretrainedConfig, rank: int, size: int) -> dict[str, Share]:
+    empty = empty_model(config, torch.float32)
+    return shares_of(empty, geometry_of(empty, "float32"), Ranks(rank, size))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen2", "qwen3", "mistral"])
+def test_parts_of_all_ranks_are_the_base(base_of: Callable[[BaseKind], Path], kind: BaseKind, size: int) -> None:
+    """Every parameter is the checkpoint's own, cut along one dimension or whole; heads may be on several ranks."""
+    base = base_of(kind)
+    config = AutoConfig.from_pretrained(base)
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = ModelConfig(id="base", source=str(base))
+    parts = [load_part(model, config, torch.float32, CPU, shares_on(config, rank, size)) for rank in range(size)]
+    for name, expected in whole.state_dict().items():
+        found = [part.get_parameter(name) for part in parts]
+        if found[0].shape == expected.shape:
+            assert all(torch.equal(each, expected) for each in found), name
+            assert "norm" in name or name.endswith("o_proj.bias"), name
+            continue
+        dim = next(d for d, (a, b) in enumerate(zip(found[0].shape, expected.shape, strict=True)) if a != b)
+        copies = size * found[0].shape[dim] // expected.shape[dim]
+        assert copies == (size // 2 if ".k_proj." in name or ".v_proj." in name else 1), name
+        assert torch.equal(torch.cat(found[::copies], dim), expected), name
+        for first in range(0, size, copies):
+            assert all(torch.equal(found[first], each) for each in found[first : first + copies]), name
+    if config.tie_word_embeddings:
+        assert all(part.lm_head.weight is part.model.embed_tokens.weight for part in parts)
+    buffers = dict(whole.named_buffers())
+    for part in parts:
+        assert all(torch.equal(value, buffers[name]) for name, value in part.named_buffers())
+
+
+def test_dummies_are_equal_where_parts_are(base_of: Callable[[BaseKind], Path]) -> None:
+    base = base_of("llama")
+    config = AutoConfig.from_pretrained(base)
+    model = ModelConfig(id="base", source=str(base), load="dummy")
+    parts = [load_part(model, config, torch.float32, CPU, shares_on(config, rank, 4)) for rank in range(4)]
+    key = "model.layers.0.self_attn.k_proj.weight"
+    keys = [part.get_parameter(key) for part in parts]
+    assert torch.equal(keys[0], keys[1])
+    assert not torch.equal(keys[1], keys[2])
+    queries = [part.get_parameter("model.layers.0.self_attn.q_proj.weight") for part in parts]
+    assert not torch.equal(queries[0], queries[1])
+    assert 0.018 < float(queries[0].std()) < 0.022
+    assert (parts[0].get_parameter("model.norm.weight") == 1).all()
+
+
+SMALL = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 1, "vocab_size": 96, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "message"),
+    [
+        (LlamaConfig(**SMALL, num_attention_heads=6), 4, "the 6 heads of model.layers.0.self_attn.q_proj"),
+        (
+            LlamaConfig(**SMALL, num_attention_heads=12, num_key_value_heads=3),
+            4,
+            "the 3 heads of model.layers.0.self_attn.k_proj",
+        ),
+        (
+            LlamaConfig(**{**SMALL, "vocab_size": 97}, num_attention_heads=4),
+            2,
+            "the 97 tokens of model.embed_tokens",
+        ),
+        (
+            LlamaConfig(**{**SMALL, "intermediate_size": 70}, num_attention_heads=4),
+            4,
+            "the 70 outputs of model.layers.0.mlp.gate_proj",
+        ),
+    ],
+    ids=["heads", "kv-heads", "vocabulary", "intermediate"],
+)
+def test_uneven_sizes_are_refused(config: PretrainedConfig, size: int, message: str) -> None:
+    with pytest.raises(WorkerConfigError, match=f"tensor_parallel_size: {size} ranks cannot share {message} evenly"):
+        shares_on(config, 0, size)
+
+
+def test_bases_that_cannot_be_cut_are_refused_by_name(base_of: Callable[[BaseKind], Path]) -> None:
+    gpt2 = AutoConfig.from_pretrained(base_of("gpt2"))
+    with pytest.raises(UnsupportedModel, match="no plan of tensor parallelism for gpt2"):
+        shares_on(gpt2, 0, 2)
+    assert shares_on(gpt2, 0, 1) == {}
+    with pytest.raises(UnsupportedModel, match=r"phi3 cannot be cut .*'colwise_gather_output' for model\.layers\.0\."):
+        shares_on(Phi3Config(**SMALL, num_attention_heads=4), 0, 2)
+    with pytest.raises(UnsupportedModel, match="olmoe cannot be cut"):
+        shares_on(OlmoeConfig(**SMALL, num_attention_heads=4, num_experts=4, num_experts_per_tok=2), 0, 2)
+    fp8 = ModelConfig(id="base", source=str(base_of("llama")), quantization="fp8")
+    with pytest.raises(WorkerConfigError, match="fp8 is not supported with 2 ranks"):
+        load_base(fp8, CPU, Ranks(0, 2))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(base_of: Callable[[BaseKind], Path], tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(base_of("llama"))
+    config.save_pretrained(tmp_path)
+    model = ModelConfig(id="base", source=str(tmp_path))
+    with pytest.raises(UnsupportedModel, match="no weights in safetensors files"):
+        load_part(model, config, torch.float32, CPU, shares_on(config, 0, 2))
+    other = ModelConfig(id="base", source=str(base_of("qwen2")))
+    with pytest.raises(UnsupportedModel, match=r"lacks the weights|other shapes"):
+        load_part(other, config, torch.float32, CPU, shares_on(config, 0, 2))
