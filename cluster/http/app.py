@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorafleet.cluster.errors import BadRequest, ClusterError, ErrorReply, MethodNotAllowed, RouteNotFound, describe
 from lorafleet.cluster.http.description import DescribedApp
+from lorafleet.cluster.http.entry import Entry
 from lorafleet.cluster.http.incoming import BOUNDS, BoundedBodies, Bounds
 from lorafleet.cluster.http.pages import Pages
 from lorafleet.cluster.http.request_ids import HEADER, RequestIds
@@ -58,6 +59,7 @@ def build_http_app(
         )
     if names_requests:
         app.add_middleware(RequestIds)
+    app.add_middleware(Entry)
     return app
 
 

@@ -9,11 +9,7 @@ from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorafleet.cluster.http.sse import OUTERMOST_SEND
-from lorafleet.cluster.tracing import caller_ids
-
 HEADER = "x-request-id"
-TRACE_HEADERS = ("traceparent", "tracestate")
 _GIVEN = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -37,11 +33,8 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope[OUTERMOST_SEND] = send
         given = Headers(scope=scope).get(HEADER, "")
         request_id = given if _GIVEN.fullmatch(given) else uuid.uuid4().hex
-        headers = Headers(scope=scope)
-        caller_ids.set({HEADER: request_id} | {name: headers[name] for name in TRACE_HEADERS if name in headers})
 
         async def naming_send(message: Message) -> None:
             if message["type"] == "http.response.start":

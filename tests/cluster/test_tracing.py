@@ -114,6 +114,7 @@ def test_http_requests_reach_a_collector(
     """So do those of a refused request, and of one whose header is no trace context."""
     url, got = collector
     traces = Traces.to(url, 1.0)
+    named: set[str] = set()
     with serving(Service(metrics=RequestMetrics(traces=traces))) as service:
         for model, parent in ((BASE_ID, f"00-{TRACE_ID}-{PARENT_ID}-01"), ("nobody", ""), (BASE_ID, "🦊")):
             headers = {b"traceparent": parent.encode(), b"x-request-id": f"my-{model}".encode()}
@@ -126,10 +127,12 @@ def test_http_requests_reach_a_collector(
         found: dict[str, list[tuple[str, int]]] = {}
         for span in (s for each in got for r in each.resource_spans for scope in r.scope_spans for s in scope.spans):
             found.setdefault(span.name, []).append((span.trace_id.hex(), span.status.code))
+            named.update(each.value.string_value for each in span.attributes if each.key == "lorafleet.request_id")
         return found
 
     eventually(lambda: len(spans().get("generate", [])) == 3)
     roots = spans()["generate"]
+    assert named == {f"my-{BASE_ID}", "my-nobody"}
     assert roots[0] == (TRACE_ID, StatusCode.UNSET.value)
     assert roots[1][1] == StatusCode.ERROR.value
     assert roots[2][0] != TRACE_ID

@@ -57,16 +57,23 @@ def test_nothing_is_left_of_clients_that_vanish(live: LiveService) -> None:
     ends: list[str] = []
 
     def read(num_events: int | None) -> None:
+        # The place of one who left is free once the service has seen it go. Until then a newcomer is told to wait.
+        eventually(lambda: may_read(num_events), 20.0)
+
+    def may_read(num_events: int | None) -> bool:
         with live.http.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code == 429:
+                return False
             assert response.status_code == 200
             texts: list[str] = []
             for line in response.iter_lines():
                 if num_events is not None and len(texts) >= num_events:
-                    return
+                    return True
                 if line.startswith("data: {"):
                     texts.append(json.loads(line.removeprefix("data: "))["choices"][0]["text"])
             if num_events is None:  # a late reader gets fewer events, so others may come to the end too
                 ends.append("".join(texts))
+        return True
 
     # As many at once as the workers take and may wait: 2 * 32 + 16.
     plan: list[int | None] = [None] * 20 + [rng.randrange(0, 40) for _ in range(80)]
