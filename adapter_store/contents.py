@@ -5,16 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lorafleet.adapter_store.errors import AdapterRefused
 from lorafleet.adapter_store.manifest import BaseGeometry, ModuleManifest, ModuleShape, magnitude_of
+from lorafleet.adapter_store.mixtures import OldNames, experts_of, old_names, single_modules, wrapper_of
 from lorafleet.adapter_store.peft_config import LoraSpec
 from lorafleet.adapter_store.targets import is_output, tied_outputs
 from lorafleet.adapter_store.tensor_file import TensorEntry, tag_of
 from lorafleet.adapter_store.trained import TOKENS_FIELD, Trained, norms
 from lorafleet.adapter_store.wrappers import nearest, prefix_of
 
-_FACTORS = {"linear": (".lora_A.weight", ".lora_B.weight"), "embedding": (".lora_embedding_A", ".lora_embedding_B")}
+_LINEAR = (".lora_A.weight", ".lora_B.weight")
+_FACTORS = {
+    "linear": _LINEAR,
+    "router": _LINEAR,
+    "experts": _LINEAR,
+    "embedding": (".lora_embedding_A", ".lora_embedding_B"),
+}
 _BASE_ENDS = (
     ".token_adapter.base_layer.weight",
     ".base_layer.weight",
@@ -53,6 +61,8 @@ class Contents:
 
     factors: Mapping[str, tuple[str, str]]
     """Module -> its A and B."""
+    single_factors: Mapping[str, list[list[tuple[str, str]]]]
+    """Experts -> A and B of each part, of each expert, where the file has them one by one."""
     lora_biases: Mapping[str, str]
     """Linear module -> the bias on its B."""
     magnitudes: Mapping[str, str]
@@ -71,11 +81,16 @@ class Contents:
     twins: Mapping[str, str]
     """Second copy of a module that was trained as a whole -> the first; PEFT reads one of them."""
 
+    def names_of(self, module: str) -> tuple[str, str]:
+        """Names of a module's A and B; of the first of them where it has several."""
+        return self.factors.get(module) or self.single_factors[module][0][0]
+
     @property
     def served(self) -> frozenset[str]:
         """All that the adapter needs of the file."""
         one_each = (self.lora_biases, self.magnitudes, self.biases, self.replaced, self.token_rows, self.resized)
         names = [name for places in one_each for name in places.values()]
+        names += [name for parts in self.single_factors.values() for part in parts for pair in part for name in pair]
         return frozenset(names).union(*self.factors.values())
 
 
@@ -84,9 +99,27 @@ def is_pefts_name(name: str, geometry: BaseGeometry) -> bool:
     if name in geometry.parameters or name in geometry.vectors:
         return True
     ends = _ENDS_OF_MODULES.search(name)
-    return ends is not None and (
-        name[: ends.start()] in geometry.modules or f"{name[: ends.start()]}.weight" in (geometry.vectors)
-    )
+    if ends is None:
+        return False
+    owner = name[: ends.start()]
+    return owner in geometry.modules or f"{owner}.weight" in geometry.vectors or owner in _experts_names(geometry)
+
+
+@lru_cache(maxsize=16)
+def _names_of_experts(experts: tuple[tuple[str, int], ...], old: OldNames | None) -> frozenset[str]:
+    wrappers = {
+        owner + ".base_layer" * depth
+        for owner, parameters in experts_of(name for name, _ in experts).items()
+        for depth in range(len(parameters))
+    }
+    single = [single_modules(name, count, old) for name, count in experts] if old else []
+    return frozenset(wrappers.union(*(part for parts in single for part in parts)))
+
+
+def _experts_names(geometry: BaseGeometry) -> frozenset[str]:
+    """What may stand before LoRA's names in those of experts' factors."""
+    experts = [(name, shape.num_experts) for name, shape in geometry.modules.items() if shape.kind == "experts"]
+    return _names_of_experts(tuple(experts), old_names(geometry)) if experts else frozenset()
 
 
 def modules_present(entries: Mapping[str, TensorEntry], geometry: BaseGeometry) -> set[str]:
@@ -95,7 +128,7 @@ def modules_present(entries: Mapping[str, TensorEntry], geometry: BaseGeometry) 
     return {
         name
         for name, shape in geometry.modules.items()
-        if all(key in entries for key in _factor_names(prefix, name, shape))
+        if all(key in entries for key in _factor_names(prefix, name, shape.kind))
     }
 
 
@@ -113,8 +146,8 @@ def match_tensors(
     return _Matching(entries, spec, modules, trained, geometry).contents()
 
 
-def _factor_names(prefix: str, module: str, shape: ModuleShape) -> tuple[str, str]:
-    a_end, b_end = _FACTORS[shape.kind]
+def _factor_names(prefix: str, module: str, kind: str = "linear") -> tuple[str, str]:
+    a_end, b_end = _FACTORS[kind]
     return f"{prefix}{module}{a_end}", f"{prefix}{module}{b_end}"
 
 
@@ -136,6 +169,7 @@ class _Matching:
         self._prefix = prefix_of(entries)
         self._resized: dict[str, str] = {}
         self._twins: dict[str, str] = {}
+        self._single_factors: dict[str, list[list[tuple[str, str]]]] = {}
         self._vocabularies = {shape.in_dim for shape in geometry.modules.values() if shape.kind == "embedding"}
 
     def contents(self) -> Contents:
@@ -146,6 +180,9 @@ class _Matching:
         token_rows = dict(self._token_rows())
         one_each = (lora_biases, magnitudes, replaced, token_rows)
         placed = {name for places in one_each for name in places.values()}.union(*factors.values())
+        placed.update(
+            name for parts in self._single_factors.values() for part in parts for pair in part for name in pair
+        )
         biases: dict[str, str] = {}
         copies: list[BaseCopy] = []
         for name in self._entries:
@@ -162,6 +199,7 @@ class _Matching:
         resized, vocabulary = self._all_resized()
         return Contents(
             factors,
+            self._single_factors,
             lora_biases,
             magnitudes,
             biases,
@@ -174,12 +212,34 @@ class _Matching:
         )
 
     def _factors(self) -> Iterator[tuple[str, tuple[str, str]]]:
+        shapes = self._geometry.modules
+        in_order = [name for name in shapes if name in self._lora and shapes[name].kind == "experts"]
+        together = experts_of(iter(in_order))
         for module in self._modules:
-            shape = self._geometry.modules[module.name]
-            a, b = _factor_names(self._prefix, module.name, shape)
-            self._checked(a, (module.rank, shape.in_dim), module.name)
-            self._checked(b, (shape.out_dim, module.rank), module.name)
+            shape, owner = shapes[module.name], module.name
+            if shape.kind == "experts":
+                if self._has_single_factors(module, shape):
+                    continue
+                owner = wrapper_of(owner, together[owner.rpartition(".")[0]])
+            a, b = _factor_names(self._prefix, owner, shape.kind)
+            num_rows = module.rank * shape.num_experts
+            self._checked(a, (num_rows, shape.in_dim), module.name)
+            self._checked(b, (shape.out_dim, num_rows), module.name)
             yield module.name, (a, b)
+
+    def _has_single_factors(self, module: ModuleManifest, shape: ModuleShape) -> bool:
+        """Note the factors of a parameter of experts where the file has them by expert."""
+        old = old_names(self._geometry)
+        parts = single_modules(module.name, shape.num_experts, old) if old else []
+        if not parts or _factor_names(self._prefix, parts[0][0])[0] not in self._entries:
+            return False
+        found = [[_factor_names(self._prefix, name) for name in part] for part in parts]
+        for part, names in zip(parts, found, strict=True):
+            for owner, (a, b) in zip(part, names, strict=True):
+                self._checked(a, (module.rank // len(parts), shape.in_dim), owner)
+                self._checked(b, (shape.out_dim // len(parts), module.rank // len(parts)), owner)
+        self._single_factors[module.name] = found
+        return True
 
     def _lora_biases(self) -> Iterator[tuple[str, str]]:
         for module in sorted(self._lora):

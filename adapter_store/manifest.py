@@ -30,10 +30,25 @@ NUMPY_DTYPES: Mapping[str, type[np.generic]] = {"float32": np.float32, "float16"
 class ModuleShape:
     """A base-model module that an adapter may target."""
 
-    kind: Literal["linear", "embedding"]
+    kind: Literal["linear", "embedding", "experts", "router"]
+    """The last two are parameters of a module of their own: PEFT's `target_parameters` names them, no module does.
+
+    `experts` is one tensor of matrices, an expert's each, and bears the parameter's name. `router` bears its module's.
+    """
     in_dim: int
     """Input width; the vocabulary for an embedding."""
     out_dim: int
+    num_experts: int = 1
+    """Matrices that each have an A and a B of the adapter's rank."""
+
+    @property
+    def is_module(self) -> bool:
+        """Whether `target_modules` may name it."""
+        return self.kind in ("linear", "embedding")
+
+    def num_elements(self, rank: int) -> int:
+        """Elements of A and B together."""
+        return rank * self.num_experts * (self.in_dim + self.out_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +171,8 @@ class AdapterWeights:
     """The weights of one version in host memory: one read-only array of all tensors, in the served dtype.
 
     B is transposed here against PEFT's files, and nowhere else. For a linear module `a` is (rank, in_dim) and `b`
-    (rank, out_dim). For an embedding `a` is token-major, (num_embeddings, rank), and `b` (rank, embedding_dim).
+    (rank, out_dim). Experts have these one after another's: (num_experts * rank, ...). For an embedding
+    `a` is token-major, (num_embeddings, rank), and `b` (rank, embedding_dim).
     """
 
     manifest: AdapterManifest
@@ -184,8 +200,8 @@ class AdapterWeights:
         assert [*tensors] == [module.name for module in manifest.modules], manifest.version
         assert [*extras] == [extra.name for extra in manifest.extras], manifest.version
         for module, (a, b) in zip(manifest.modules, tensors.values(), strict=True):
-            assert module.rank in a.shape, (module, a.shape)
-            assert module.rank == len(b), (module, b.shape)
+            assert len(b) % module.rank == 0, (module, b.shape)
+            assert len(b) == len(a) or module.rank == a.shape[1], (module, a.shape)
         for extra, array in zip(manifest.extras, extras.values(), strict=True):
             assert array.shape == (extra.num_rows, extra.width), (extra, array.shape)
         arrays = [*(array for pair in tensors.values() for array in pair), *extras.values()]

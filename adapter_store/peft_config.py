@@ -90,7 +90,9 @@ FIELDS: Mapping[str, FieldRule] = {
         "with a warning, as long as another one matches",
     ),
     "target_parameters": FieldRule(
-        "refused", "a bare parameter has no module that LoRA could run beside", _EMPTY_IS_OFF
+        "served",
+        "the tensors of a mixture's experts, its routers' weights, and weights of linear modules; not together with "
+        "`use_dora` or `lora_bias`",
     ),
     "task_type": FieldRule(
         "served", "`CAUSAL_LM` or none; another of PEFT's tasks with a warning, as long as no head of its own is saved"
@@ -145,6 +147,8 @@ class LoraSpec:
     alpha_pattern: Mapping[str, float]
     target_modules: frozenset[str] | str
     """Module names or ends of them; or one regular expression, or `all-linear`."""
+    target_parameters: frozenset[str]
+    """Parameters' names or ends of them."""
     exclude_modules: frozenset[str] | str
     layers_to_transform: frozenset[int]
     """Empty: all layers."""
@@ -195,6 +199,7 @@ def read_config(path: Path, *, strict: bool = False) -> LoraSpec:
         rank_pattern={k: _rank(value, "rank_pattern", k) for k, value in _table(fields, "rank_pattern").items()},
         alpha_pattern={k: _alpha(value, "alpha_pattern", k) for k, value in _table(fields, "alpha_pattern").items()},
         target_modules=_targets(fields),
+        target_parameters=_parameters(fields),
         exclude_modules=_names_or_regex(fields, "exclude_modules") or frozenset(),
         layers_to_transform=_layers(fields),
         layers_pattern=_layers_pattern(fields),
@@ -298,14 +303,27 @@ def _names_or_regex(fields: Mapping[str, object], field: str) -> frozenset[str] 
 
 
 def _targets(fields: Mapping[str, object]) -> frozenset[str] | str:
-    targets = _names_or_regex(fields, "target_modules")
-    if not targets:
-        _invalid("target_modules", targets if targets is None else list(targets), "given and not empty")
+    targets = _names_or_regex(fields, "target_modules") or frozenset()
+    if not targets and not fields.get("target_parameters"):
+        _invalid("target_modules", fields.get("target_modules"), "given and not empty")
     if isinstance(targets, str):
         for field in ("layers_to_transform", "layers_pattern"):
             if fields.get(field) not in (None, [], ""):
                 _invalid(field, fields[field], "null when target_modules is a string")
     return targets
+
+
+def _parameters(fields: Mapping[str, object]) -> frozenset[str]:
+    name = "target_parameters"
+    value = fields.get(name) or []
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        _invalid(name, value, "a list of parameter names")
+    if len(value) > _MAX_NAMES:
+        _invalid(name, value, f"of {_MAX_NAMES} names at most")
+    for other in ("use_dora", "lora_bias", "alora_invocation_tokens"):
+        if value and fields.get(other) not in _OFF:
+            _unsupported(name, f"{name} and {other} are both set, which PEFT has not for parameters")
+    return frozenset(value)
 
 
 def _layers(fields: Mapping[str, object]) -> frozenset[int]:

@@ -25,10 +25,17 @@ from lorafleet.adapter_store.manifest import (
     ExtraManifest,
     ModuleManifest,
 )
+from lorafleet.adapter_store.mixtures import by_expert, joined, with_parameters
 from lorafleet.adapter_store.patterns import one_time_limit
 from lorafleet.adapter_store.peft_config import LoraSpec, read_config
 from lorafleet.adapter_store.renaming import renamed, with_loaded_names
-from lorafleet.adapter_store.targets import effective_modules, listed, tied_outputs, unmatched_targets
+from lorafleet.adapter_store.targets import (
+    effective_modules,
+    listed,
+    tied_outputs,
+    unmatched_parameters,
+    unmatched_targets,
+)
 from lorafleet.adapter_store.tensor_file import TensorEntry, TensorFile, tag_of, write_tensors
 from lorafleet.adapter_store.tensors import SERVED, Tensor
 from lorafleet.adapter_store.token_rows import read_token_rows, with_tokens
@@ -62,7 +69,7 @@ class AdapterReader:
     def max_weights_bytes(self) -> int:
         """No weights file of this base can be larger: the largest rank everywhere, copies of the base, in float64."""
         modules = self.geometry.modules
-        factors = sum(self.max_rank * (shape.in_dim + shape.out_dim) for shape in modules.values())
+        factors = sum(shape.num_elements(self.max_rank) for shape in modules.values())
         biases = sum(2 * shape.out_dim for shape in modules.values()) + 2 * sum(self.geometry.vectors.values())
         copies = sum(
             shape.in_dim * shape.out_dim
@@ -90,8 +97,8 @@ class AdapterReader:
         tensors: dict[str, tuple[Array, Array]] = {}
         idle: list[bool] = []
         for module in plan.lora:
-            a_name, b_name = contents.factors[module.name]
-            a, b = file.read(a_name), file.read(b_name)
+            a_name, b_name = contents.names_of(module.name)
+            a, b = self._factors(plan, module.name)
             _update(digest, module, a, b)
             idle.append(module.scaling == 0.0 or b.is_zero() or a.is_zero())
             a_array = check_values(a_name, a, served).array
@@ -126,6 +133,16 @@ class AdapterReader:
         manifest = replace(manifest, chat=chat)
         return AdapterWeights.of(manifest, self.geometry.dtype, dict(sorted(tensors.items())), extras)
 
+    def _factors(self, plan: _Plan, module: str) -> tuple[Tensor, Tensor]:
+        """A and B of a module, those of experts with an expert's ranks after another's."""
+        shape, file = self.geometry.modules[module], plan.file
+        if module in plan.contents.single_factors:
+            parts = plan.contents.single_factors[module]
+            a, b = joined([[(file.read(a), file.read(b)) for a, b in part] for part in parts])
+        else:
+            a, b = map(file.read, plan.contents.factors[module])
+        return (a, by_expert(b, shape.num_experts)) if shape.kind == "experts" else (a, b)
+
     def drop_base_copies(self, folder: Path) -> None:
         """Leave of an adapter that `read` accepted what is its own: of weights, and of files that were checked only."""
         drop_checked(folder)
@@ -139,7 +156,7 @@ class AdapterReader:
     def num_bytes(self, modules: Iterable[ModuleManifest], extras: Iterable[ExtraManifest]) -> int:
         """Bytes of these modules' factors and these extras in the served dtype."""
         shapes = self.geometry.modules
-        elements = sum(m.rank * (shapes[m.name].in_dim + shapes[m.name].out_dim) for m in modules)
+        elements = sum(shapes[module.name].num_elements(module.rank) for module in modules)
         elements += sum(extra.num_rows * extra.width for extra in extras)
         return elements * np.dtype(NUMPY_DTYPES[self.geometry.dtype]).itemsize
 
@@ -151,6 +168,7 @@ class AdapterReader:
         if not file.entries:
             raise AdapterRefused("missing_tensor", f"{WEIGHTS_FILE} has no tensors", WEIGHTS_FILE)
         with one_time_limit():
+            spec = with_parameters(spec, self.geometry)
             file = replace(file, entries=self._named(file.entries))
             lora = effective_modules(spec, self.geometry, present=modules_present(file.entries, self.geometry))
             check_ranks(lora, self.max_rank, "r")
@@ -165,6 +183,7 @@ class AdapterReader:
         warnings = [*spec.warnings]
         for field, absent in (
             ("target_modules", unmatched_targets(spec, self.geometry)),
+            ("target_parameters", unmatched_parameters(spec, self.geometry)),
             ("modules_to_save", beside.unmatched),
         ):
             if absent and strict:

@@ -30,17 +30,22 @@ def effective_modules(
     Raises AdapterRefused `unknown_target`, `no_module` and what `match_patterns` raises.
     """
     targets = _targeted(spec, geometry)
-    names = sorted(targets - _excluded(spec, targets))
+    parameters = targeted_parameters(spec, geometry)
+    names = sorted((targets - _excluded(spec, targets)) | parameters.keys())
     if spec.ensure_weight_tying:
         names = sorted({*names, *(tied_outputs(names, geometry) & set(present))})
     if not names:
         absent = unmatched_targets(spec, geometry)
+        if not spec.target_modules:
+            message = f"target_parameters names no parameter that LoRA can be on here: {listed(spec.target_parameters)}"
+            raise AdapterRefused("unknown_target", message, "target_parameters")
         if absent and not targets:
             message = f"target_modules names no module of the base: {listed(absent)}"
             raise AdapterRefused("unknown_target", message, "target_modules")
         raise AdapterRefused("no_module", "the adapter changes no module of the base", "target_modules")
-    ranks = _by_pattern(spec.rank_pattern, names, spec.rank, "rank_pattern")
-    alphas = _by_pattern(spec.alpha_pattern, names, spec.alpha, "alpha_pattern")
+    keys = [parameters.get(name, name) for name in names]
+    ranks = _by_pattern(spec.rank_pattern, keys, spec.rank, "rank_pattern")
+    alphas = _by_pattern(spec.alpha_pattern, keys, spec.alpha, "alpha_pattern")
     return tuple(
         shared_module(name, rank, alpha / math.sqrt(rank) if spec.use_rslora else alpha / rank)
         for name, rank, alpha in zip(names, ranks, alphas, strict=True)
@@ -54,12 +59,35 @@ def unmatched_targets(spec: LoraSpec, geometry: BaseGeometry) -> list[str]:
     """
     if isinstance(spec.target_modules, str):
         return []
-    absent = spec.target_modules.difference(*map(_ends, geometry.modules))
+    absent = spec.target_modules.difference(*map(_ends, _modules(geometry)))
     others = {owner for parameter in geometry.parameters for owner in _owners(parameter)}
     there = absent.intersection(*[{end for owner in others for end in _ends(owner)}])
     if there:
         message = f"target_modules names what the base has, but LoRA cannot be on here: {listed(there)}"
         raise AdapterRefused("unknown_target", message, "target_modules")
+    return sorted(absent)
+
+
+def targeted_parameters(spec: LoraSpec, geometry: BaseGeometry) -> dict[str, str]:
+    """Experts, routers and linear modules of whose parameters `target_parameters` has the ends, each with its own."""
+    found: dict[str, str] = {}
+    for name, shape in geometry.modules.items() if spec.target_parameters else ():
+        parameter = name if shape.kind == "experts" else f"{name}.weight"
+        if shape.kind != "embedding" and not spec.target_parameters.isdisjoint(_ends(parameter)):
+            found[name] = parameter
+    return found
+
+
+def unmatched_parameters(spec: LoraSpec, geometry: BaseGeometry) -> list[str]:
+    """Names in `target_parameters` that no parameter of the base ends in; PEFT passes over them.
+
+    Raises AdapterRefused `unknown_target` for a name of what the base has and LoRA cannot be on here.
+    """
+    absent = spec.target_parameters.difference(*map(_ends, targeted_parameters(spec, geometry).values()))
+    there = absent.intersection(*[{end for parameter in geometry.parameters for end in _ends(parameter)}])
+    if there:
+        message = f"target_parameters names what the base has, but LoRA cannot be on here: {listed(there)}"
+        raise AdapterRefused("unknown_target", message, "target_parameters")
     return sorted(absent)
 
 
@@ -75,8 +103,13 @@ def is_output(name: str, shape: ModuleShape, geometry: BaseGeometry) -> bool:
     return any(other.kind == "embedding" and other.in_dim == shape.out_dim for other in geometry.modules.values())
 
 
+def _modules(geometry: BaseGeometry) -> dict[str, ModuleShape]:
+    """Those that `target_modules` may name."""
+    return {name: shape for name, shape in geometry.modules.items() if shape.is_module}
+
+
 def _targeted(spec: LoraSpec, geometry: BaseGeometry) -> set[str]:
-    modules = geometry.modules
+    modules = _modules(geometry)
     if isinstance(spec.target_modules, str):
         if spec.target_modules.lower() == ALL_LINEAR:
             linear = {name: shape for name, shape in modules.items() if shape.kind == "linear"}

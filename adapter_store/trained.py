@@ -71,7 +71,8 @@ def _saved(end: str, known: Collection[str], geometry: BaseGeometry) -> Iterator
 
 def _known(geometry: BaseGeometry) -> set[str]:
     """Names of the modules that have parameters, and of all that these are within."""
-    known = {*geometry.modules, *norms(geometry), *(name.rpartition(".")[0] for name in geometry.parameters)}
+    modules = {name for name, shape in geometry.modules.items() if shape.kind != "experts"}
+    known = {*modules, *norms(geometry), *(name.rpartition(".")[0] for name in geometry.parameters)}
     for name in list(known):
         while name := name.rpartition(".")[0]:
             known.add(name)

@@ -92,7 +92,9 @@ def assemble_model(
     )
     max_pages = cache.pages_for(base.max_model_len + 1)
     num_weights = sum(
-        shape.in_dim * shape.out_dim for shape in base.geometry.modules.values() if shape.kind == "linear"
+        shape.in_dim * shape.out_dim * shape.num_experts
+        for shape in base.geometry.modules.values()
+        if shape.kind != "embedding"
     )
     forms = graph_forms(engine.max_running, engine.max_batch_tokens, max_pages, num_weights)
     runner = start_runner(

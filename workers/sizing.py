@@ -84,5 +84,5 @@ def _on_gpu(
 
 
 def _largest_adapter_bytes(base: BaseModel, max_rank: int) -> int:
-    elements = sum(shape.in_dim + shape.out_dim for shape in base.geometry.modules.values())
-    return elements * max_rank * TORCH_DTYPES[base.dtype].itemsize
+    elements = sum(shape.num_elements(max_rank) for shape in base.geometry.modules.values())
+    return elements * TORCH_DTYPES[base.dtype].itemsize

@@ -64,9 +64,9 @@ class UploadedAdapter:
     tables: Tensor
     """(num_tables, max_rank) int32 on the device."""
     ranks: Tensor
-    """(num_modules,) int32 on the device."""
+    """(num_columns,) int32 on the device."""
     scalings: Tensor
-    """(num_modules,) float32 on the device."""
+    """(num_columns,) float32 on the device."""
     extras: Mapping[str, Extra]
     """What the adapter brings beside low-rank factors, by name."""
     vectors: Tensor | None
@@ -115,8 +115,8 @@ class AdapterPool:
         self._elements = torch.zeros(num_pages * layout.page_elements, dtype=dtype, device=device)
         shape = (self.num_slots, layout.num_tables, layout.max_rank)
         self._tables = torch.zeros(shape, dtype=torch.int32, device=device)
-        self._ranks = torch.zeros((self.num_slots, layout.num_modules), dtype=torch.int32, device=device)
-        self._scalings = torch.zeros((self.num_slots, layout.num_modules), dtype=torch.float32, device=device)
+        self._ranks = torch.zeros((self.num_slots, layout.num_columns), dtype=torch.int32, device=device)
+        self._scalings = torch.zeros((self.num_slots, layout.num_columns), dtype=torch.float32, device=device)
         self._vectors = torch.full((self.num_slots, layout.num_vector_parts), -1, dtype=torch.int32, device=device)
         self._matrices = torch.zeros((self.num_slots, len(layout.matrices)), dtype=torch.int64, device=device)
         self._pages = PageAllocator(num_pages)
@@ -222,11 +222,12 @@ class AdapterPool:
         starts = plan.starts(np.array(allocation.page_ids, dtype=np.int64))
         tables.numpy().reshape(-1)[plan.entries] = starts[: len(plan.entries)] // ROW_ALIGN
         modules = weights.manifest.modules
-        columns = [layout.places[module.name].index for module in modules]
-        ranks = self._host((layout.num_modules,), torch.int32).zero_()
-        ranks.numpy()[columns] = [module.rank for module in modules]
-        scalings = self._host((layout.num_modules,), torch.float32).zero_()
-        scalings.numpy()[columns] = [module.scaling for module in modules]
+        ranks = self._host((layout.num_columns,), torch.int32).zero_()
+        scalings = self._host((layout.num_columns,), torch.float32).zero_()
+        for module in modules:
+            place = layout.places[module.name]
+            columns = slice(place.index, place.index + place.shape.num_experts)
+            ranks.numpy()[columns], scalings.numpy()[columns] = module.rank, module.scaling
 
         stream = self._uploader.stream
         if stream is not None:
@@ -290,7 +291,7 @@ class AdapterPool:
     def weights(self, group: tuple[str, ...]) -> LoraWeights:
         """Views for linear modules: a group as the layout was given it, or one alone. Valid for the pool's life."""
         places = [self.layout.places[name] for name in group]
-        assert all(place.shape.kind == "linear" for place in places), group
+        assert all(place.shape.kind in ("linear", "router") for place in places), group
         first, num_slices = places[0], len(places)
         num_parts = sum(place.num_parts for place in places)
         assert [place.index for place in places] == list(range(first.index, first.index + num_slices)), group
@@ -312,8 +313,39 @@ class AdapterPool:
             part_slices=tuple(slices),
             part_starts=tuple(starts),
             part_widths=tuple(widths),
-            vectors=self._output_vectors(group),
+            vectors=self._output_vectors(group) if all(place.shape.is_module for place in places) else None,
             matrix=self._own_matrix(group[0]) if num_slices == 1 else None,
+        )
+
+    @property
+    def expert_stride(self) -> int:
+        """Distance of the same expert in neighbouring slots, in the slots of `expert_weights`."""
+        return self.layout.num_tables
+
+    def expert_weights(self, name: str) -> LoraWeights:
+        """Views for experts, in which slot `slot * expert_stride + expert` is an adapter's part of one expert.
+
+        Slots between those are other modules' and mean nothing here. Valid for the pool's life.
+        """
+        place, max_rank = self.layout.places[name], self.layout.max_rank
+        assert place.shape.kind == "experts", name
+        num_slots = max(0, (self.num_slots - 1) * self.expert_stride + place.shape.num_experts)
+        assert num_slots * max_rank < 2**31, "kernels compute with int32"
+        num_experts, parts = place.shape.num_experts, parts_of(place.shape.out_dim, self.layout.page_elements)
+        columns = [table.view(-1)[place.index :][:num_slots, None] for table in (self._ranks, self._scalings)]
+        tables = self._tables.view(-1)
+        return LoraWeights(
+            pool=self._elements,
+            ranks=columns[0],
+            scalings=columns[1],
+            a_rows=tables.as_strided((num_slots, 1, max_rank), (max_rank, max_rank, 1), place.a_table * max_rank),
+            b_rows=tables.as_strided(
+                (num_slots, len(parts), max_rank), (max_rank, num_experts * max_rank, 1), place.b_table * max_rank
+            ),
+            in_dim=place.shape.in_dim,
+            part_slices=(0,) * len(parts),
+            part_starts=tuple(start for start, _ in parts),
+            part_widths=tuple(width for _, width in parts),
         )
 
     def embedding_weights(self, name: str) -> LoraEmbeddingWeights:

@@ -101,6 +101,8 @@ def pack(manifest: AdapterManifest, layout: PoolLayout) -> PagePlan:
     num_table_rows = int(counts[: len(in_tables)].sum())
     first_entries = np.array([_first_entry(piece, layout) for piece in in_tables], dtype=np.int64)
     within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    runs = np.repeat(np.array([piece.run or piece.count for piece in pieces], dtype=np.int64), counts)
+    table, entry = np.divmod(within, runs)
     sources = np.repeat(np.array([piece.start for piece in pieces], dtype=np.int64), counts)
     sources += within * np.repeat(np.array([piece.stride for piece in pieces], dtype=np.int64), counts)
     order = np.argsort(sources, kind="stable")
@@ -111,7 +113,7 @@ def pack(manifest: AdapterManifest, layout: PoolLayout) -> PagePlan:
         page_elements=layout.page_elements,
         pieces=tuple(pieces),
         offsets=packing.offsets,
-        entries=np.repeat(first_entries, counts[: len(in_tables)]) + within[:num_table_rows],
+        entries=np.repeat(first_entries, counts[: len(in_tables)]) + (table * layout.max_rank + entry)[:num_table_rows],
         order=order,
         sources=sources,
         widths=widths,
@@ -144,5 +146,5 @@ def _blocks(sources: Ints, widths: Ints, max_elements: int) -> Iterator[Block]:
 
 def _first_entry(piece: Piece, layout: PoolLayout) -> int:
     place = layout.places[piece.name]
-    table = place.b_table + piece.part if piece.kind == "b" else place.a_table
+    table = place.b_table + piece.part * place.shape.num_experts if piece.kind == "b" else place.a_table
     return table * layout.max_rank + piece.entry

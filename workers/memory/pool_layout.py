@@ -46,6 +46,8 @@ class Piece:
     stride: int
     width: int
     count: int
+    run: int = 0
+    """Rows of one row table, where those after them are in the next one (experts); 0: all are neighbours."""
 
 
 def pieces_of(
@@ -57,11 +59,13 @@ def pieces_of(
     here; by default all.
     """
     name, rank = module.name, module.rank
+    num_rows = rank * whole.num_experts
+    run = rank if whole.num_experts > 1 else 0
     share = share or Share.whole(whole)
-    shape, end = share.shape, base + rank * whole.in_dim
-    if shape.kind == "linear":
+    shape, end = share.shape, base + num_rows * whole.in_dim
+    if shape.kind != "embedding":
         base += share.first_input
-        pieces = [Piece(name, "a", 0, 0, start=base, stride=whole.in_dim, width=shape.in_dim, count=rank)]
+        pieces = [Piece(name, "a", 0, 0, base, stride=whole.in_dim, width=shape.in_dim, count=num_rows, run=run)]
     else:
         base += rank * share.first_input
         # A token's values are `rank` neighbours; a row is as many whole tokens as a page holds.
@@ -73,7 +77,9 @@ def pieces_of(
             pieces.append(Piece(name, "a", 0, full, start=base + full * row, stride=row, width=rest * rank, count=1))
     base = end + share.first_output
     for part, (start, width) in enumerate(parts_of(shape.out_dim, page_elements)):
-        pieces.append(Piece(name, "b", part, 0, start=base + start, stride=whole.out_dim, width=width, count=rank))
+        pieces.append(
+            Piece(name, "b", part, 0, base + start, stride=whole.out_dim, width=width, count=num_rows, run=run)
+        )
     return pieces
 
 
@@ -103,12 +109,12 @@ class ModulePlace:
     share: Share
     """What of it is here."""
     index: int
-    """Column of the module's rank and scaling."""
+    """Column of the module's rank and scaling; experts have a column each."""
     a_table: int
-    """Row table of A; an embedding's A may fill those after it too."""
+    """Row table of A; an embedding's A may fill those after it too, and experts have one each."""
     num_a_tables: int
     b_table: int
-    """Row table of B's first part; one table a part."""
+    """Row table of B's first part; one table a part, and of experts one each for the first part, then for the next."""
     num_parts: int
 
     @property
@@ -140,6 +146,8 @@ class PoolLayout:
     places: Mapping[str, ModulePlace]
     num_tables: int
     """Row tables of a slot, each of `max_rank` entries."""
+    num_columns: int
+    """Ranks and scalings of a slot. With experts as many as tables: a step between slots is then one for all."""
     vectors: Mapping[str, VectorPlace]
     """By the extra's name; those that have more than one row are in no table."""
     num_vector_parts: int
@@ -166,20 +174,25 @@ class PoolLayout:
         assert len(grouped) == sum(map(len, groups)), "a module is in two groups"
         assert grouped <= geometry.modules.keys(), grouped - geometry.modules.keys()
         places: dict[str, ModulePlace] = {}
-        num_tables = 0
+        num_tables = num_columns = 0
         for group in [*groups, *((name,) for name in geometry.modules if name not in grouped)]:
             shapes = [geometry.modules[name] for name in group]
             assert len({shape.in_dim for shape in shapes}) == 1, f"{group} do not share their input"
-            assert len(group) == 1 or all(shape.kind == "linear" for shape in shapes), f"{group} has an embedding"
+            assert len(group) == 1 or all(shape.kind == "linear" for shape in shapes), f"{group} has others than linear"
             a_sizes = [_num_a_tables(shape, page_elements, max_rank) for shape in shapes]
             a_table, b_table = num_tables, num_tables + sum(a_sizes)
             for name, shape, a_size in zip(group, shapes, a_sizes, strict=True):
                 num_parts = len(parts_of(shape.out_dim, page_elements))
                 share = shares.get(name) or Share.whole(shape)
-                places[name] = ModulePlace(whole.modules[name], share, len(places), a_table, a_size, b_table, num_parts)
+                place = ModulePlace(whole.modules[name], share, num_columns, a_table, a_size, b_table, num_parts)
+                places[name] = place
                 a_table += a_size
-                b_table += num_parts
+                b_table += num_parts * shape.num_experts
+                num_columns += shape.num_experts
             num_tables = b_table
+        if any(place.shape.kind == "experts" for place in places.values()):
+            assert num_columns <= num_tables, "each has a table at least"
+            num_columns = num_tables
         vectors, num_vector_parts = _vector_places(geometry, page_elements)
         return PoolLayout(
             geometry.dtype,
@@ -187,15 +200,12 @@ class PoolLayout:
             page_elements,
             MappingProxyType(places),
             num_tables,
+            num_columns,
             vectors,
             num_vector_parts,
             MappingProxyType(_matrices(whole)),
             shares,
         )
-
-    @property
-    def num_modules(self) -> int:
-        return len(self.places)
 
     @property
     def page_bytes(self) -> int:
@@ -209,7 +219,7 @@ class PoolLayout:
     @property
     def slot_bytes(self) -> int:
         """Bytes of the tables of one slot, which the pool keeps beside its pages."""
-        return 4 * (self.num_tables * self.max_rank + 2 * self.num_modules + self.num_vector_parts) + 8 * len(
+        return 4 * (self.num_tables * self.max_rank + 2 * self.num_columns + self.num_vector_parts) + 8 * len(
             self.matrices
         )
 
@@ -221,7 +231,7 @@ class PoolLayout:
             assert 0 < module.rank <= self.max_rank, (module.name, module.rank, self.max_rank)
             place = self.places[module.name]
             pieces += pieces_of(module, place.whole, self.page_elements, base, place.share)
-            base += module.rank * (place.whole.in_dim + place.whole.out_dim)
+            base += place.whole.num_elements(module.rank)
         for extra in manifest.extras:
             pieces += extra_pieces_of(extra, part_of_extra(extra, self.shares), self.page_elements, base)
             base += extra.num_rows * extra.width
@@ -249,7 +259,7 @@ def choose_page_elements(geometry: BaseGeometry, max_rank: int) -> int:
     modules = geometry.modules
     # One token of an embedding's A, which has `max_rank` elements at most, has to fit too, and what an adapter may
     # replace: a norm, and a token's row of an embedding.
-    rows = [shape.in_dim if shape.kind == "linear" else shape.out_dim for shape in modules.values()]
+    rows = [shape.out_dim if shape.kind == "embedding" else shape.in_dim for shape in modules.values()]
     unit = aligned(max([max_rank, *rows, *geometry.vectors.values()]))
     by_target: dict[str, list[str]] = defaultdict(list)
     for name in modules:
@@ -268,7 +278,7 @@ def choose_page_elements(geometry: BaseGeometry, max_rank: int) -> int:
 
 
 def _vector_places(geometry: BaseGeometry, page_elements: int) -> tuple[Mapping[str, VectorPlace], int]:
-    widths = {name: shape.out_dim for name, shape in geometry.modules.items()}
+    widths = {name: shape.out_dim for name, shape in geometry.modules.items() if shape.is_module}
     widths |= {magnitude_of(name): width for name, width in widths.items()} | dict(geometry.vectors)
     places: dict[str, VectorPlace] = {}
     num_parts = 0
@@ -285,7 +295,7 @@ def _matrices(geometry: BaseGeometry) -> dict[str, int]:
 
 
 def _num_a_tables(shape: ModuleShape, page_elements: int, max_rank: int) -> int:
-    if shape.kind == "linear":
-        return 1
+    if shape.kind != "embedding":
+        return shape.num_experts
     max_rows = -(-shape.in_dim // (page_elements // max_rank))
     return -(-max_rows // max_rank)

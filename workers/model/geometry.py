@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafleet.adapter_store.manifest import BaseGeometry, Dtype, ModuleShape
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
+from lorafleet.workers.model.experts import expert_shapes, is_experts, is_router
 from lorafleet.workers.model.text_part import text_config
 
 TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
@@ -118,6 +119,11 @@ def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:
             modules[name] = ModuleShape("linear", module.nx, module.nf)
         elif module is embedding and _is_plain_or_scaled(module):
             modules[name] = ModuleShape("embedding", module.num_embeddings, module.embedding_dim)
+        elif is_experts(module):
+            modules |= expert_shapes(name, module)
+        elif is_router(module, model.get_submodule(name.rpartition(".")[0])):
+            num_experts, hidden = module.get_parameter("weight").shape
+            modules[name] = ModuleShape("router", hidden, num_experts)
     return BaseGeometry(
         modules=modules,
         dtype=dtype,

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, BaseGeometry, ModuleManifest
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
@@ -32,9 +31,10 @@ from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.model import probe
 from lorafleet.workers.model.attention_calls import read_calls
 from lorafleet.workers.model.geometry import projection_groups
-from lorafleet.workers.model.loader import BaseModel, base_of, refuse_recurrent
+from lorafleet.workers.model.loader import base_of, refuse_recurrent
 from lorafleet.workers.model.module_trace import Trace, first_difference
 from lorafleet.workers.model.probe import Piece
+from lorafleet.workers.model.rehearsal_adapters import Factors, applied, publish
 from lorafleet.workers.model.startup import start_runner
 
 logger = logging.getLogger(__name__)
@@ -213,7 +213,7 @@ class _Rehearsal:
         layout = PoolLayout.of(base.geometry, projection_groups(linear), RANK)
         pool = AdapterPool(layout, pool_bytes=max(POOL_BYTES, layout.page_bytes), max_slots=2, device=base.device)
         generator = torch.Generator().manual_seed(1)
-        self.adapters: list[dict[str, tuple[Tensor, Tensor]]] = [{}, *_publish(pool, base, generator)]
+        self.adapters: list[Factors] = [{}, *publish(pool, base.geometry, RANK, generator)]
         self.prompts = torch.randint(base.vocab_size, (len(self.adapters), num_tokens), generator=generator).tolist()
         self.pages = [self.cache.allocate(self.cache.pages_for(num_tokens)) for _ in self.prompts]
         self.runner = start_runner(
@@ -277,16 +277,9 @@ class _Rehearsal:
 
     @torch.inference_mode()
     def _own_logits(self, index: int) -> Tensor:
-        """(tokens, vocab): transformers' own answer to a prompt, its adapter added by hooks."""
-        hooks = [
-            self.own.get_submodule(name).register_forward_hook(_adding(a, b))
-            for name, (a, b) in self.adapters[index].items()
-        ]
-        try:
+        """(tokens, vocab): transformers' own answer to a prompt, with its adapter."""
+        with applied(self.own, self.adapters[index]):
             logits: Tensor = self.own(input_ids=torch.tensor([self.prompts[index]]), use_cache=False).logits[0]
-        finally:
-            for hook in hooks:
-                hook.remove()
         return logits
 
     def _first_difference(self, steps: Steps, index: int) -> str:
@@ -307,49 +300,3 @@ class _Rehearsal:
                 )
                 rows.append((next(spans, range(0)), total))
         return first_difference(own, ours, rows) or ("a fused layer" if self.runner.is_fused else "its head")
-
-
-def _publish(
-    pool: AdapterPool, base: BaseModel, generator: torch.Generator
-) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Put random adapters on every module into the slots 0 and 1; yield their tensors, as `AdapterWeights` has them."""
-    for slot in range(2):
-        tensors = {
-            name: (_random(a_shape, generator), _random((RANK, shape.out_dim), generator) * 0.5)
-            for name, shape in base.geometry.modules.items()
-            for a_shape in [(shape.in_dim, RANK) if shape.kind == "embedding" else (RANK, shape.in_dim)]
-        }
-        manifest = _manifest(str(slot), base.geometry)
-        if not tensors or not pool.can_allocate(manifest):
-            return
-        allocation = pool.allocate(manifest)
-        assert allocation.slot == slot, "slots are given in their order"
-        arrays = {name: (a.numpy(), b.numpy()) for name, (a, b) in tensors.items()}
-        pool.publish(pool.upload(allocation, AdapterWeights.of(manifest, "float32", arrays)))
-        yield tensors
-
-
-def _random(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator).mul_(shape[1] ** -0.5)
-
-
-def _manifest(name: str, geometry: BaseGeometry) -> AdapterManifest:
-    shapes = geometry.modules.values()
-    return AdapterManifest(
-        version=name,
-        rank=RANK,
-        targets=tuple(sorted({module.rpartition(".")[2] for module in geometry.modules})),
-        modules=tuple(ModuleManifest(module, RANK, 1.0) for module in geometry.modules),
-        num_bytes=sum(4 * RANK * (shape.in_dim + shape.out_dim) for shape in shapes),
-    )
-
-
-def _adding(a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A hook that adds LoRA's product to what a linear module or an embedding gives."""
-
-    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        h: Tensor = a[args[0]] if isinstance(module, nn.Embedding) else args[0] @ a.T
-        summed: Tensor = output + h @ b * getattr(module, "embed_scale", 1.0)
-        return summed
-
-    return add

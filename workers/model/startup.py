@@ -14,8 +14,9 @@ from lorafleet.kernels.launching import compiled_ahead
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
-from lorafleet.workers.model import fused_layers, lora_layers, norm_layers, paged_attention, probe
+from lorafleet.workers.model import expert_layers, fused_layers, lora_layers, norm_layers, paged_attention, probe
 from lorafleet.workers.model.cuda_graphs import capture, kernel_shapes
+from lorafleet.workers.model.experts import projections
 from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel
 from lorafleet.workers.model.logits import BodyOnce
@@ -84,11 +85,21 @@ def substitute(base: BaseModel, cache: KVCache, pool: AdapterPool, ranks: Ranks 
         lora_layers.substitute_projections(model, group, pool.weights(group), lora, others, is_sum=is_sum)
         counts["+".join(name.rpartition(".")[2] for name in group)] += 1
     for name, shape in geometry.modules.items():
+        if shape.kind == "router":
+            expert_layers.substitute_router(model, name, pool.weights((name,)), lora)
+            counts[name.rpartition(".")[2]] += 1
         if shape.kind == "embedding":
             part, others = base.shares.get(name), ranks if name in base.shares else None
             first_token = 0 if part is None else part.first_input
             lora_layers.substitute_embedding(model, name, pool.embedding_weights(name), lora, others, first_token)
             counts[name.rpartition(".")[2]] += 1
+    for name in dict.fromkeys(
+        name.rpartition(".")[0] for name, shape in geometry.modules.items() if shape.kind == "experts"
+    ):
+        parameters = {leaf: f"{name}.{leaf}" for leaf in projections(model.get_submodule(name))}
+        weights = {leaf: pool.expert_weights(parameter) for leaf, parameter in parameters.items()}
+        expert_layers.substitute_experts(model, name, weights, pool.expert_stride, lora)
+        counts[name.rpartition(".")[2]] += 1
     norm_layers.substitute_norms(model, geometry.vectors, lora, pool.vector)
     paged_attention.install(model, attention)
     why_not_fused = fused_layers.substitute(model, attention)

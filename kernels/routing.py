@@ -1,0 +1,82 @@
+"""Rows of a mixture, put in the order of their experts, and of their adapters within each: made on the device.
+
+A row is given to several experts, so it becomes as many *routed* rows. Those of one expert are neighbours, which
+grouped products want. Within it those of one adapter are neighbours, which csgmv wants. Nothing here waits for the
+device, and all sizes follow from the arguments', so a captured graph may hold it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorafleet.kernels.segments import BASE_SLOT, CHUNK_LENGTHS, Segments
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Routed rows in order; routed row `i * top_k + j` is row `i` at its `j`-th expert."""
+
+    order: Tensor
+    """(routed,) int64: which routed row stands at each place."""
+    expert_ends: Tensor
+    """(num_experts,) int32: the place after each expert's last. Rows without an expert come after all."""
+    segments: Segments | None
+    """Of the places, with slots `slot * slot_stride + expert`; None: there is no LoRA work."""
+
+
+def route(experts: Tensor, num_experts: int, segments: Segments | None, slot_stride: int) -> Routed:
+    """Order the routed rows of one forward pass.
+
+    experts: (rows, top_k) int64, the experts of each row; `num_experts` and more mean none. segments: of the rows.
+    """
+    flat = experts.reshape(-1).clamp(max=num_experts)
+    if segments is None:
+        ordered, order = torch.sort(flat, stable=True)
+        return Routed(order, _ends(ordered, num_experts), None)
+    top_k = experts.shape[1]
+    slots = segments.row_slots.to(torch.int64).repeat_interleave(top_k, output_size=flat.shape[0])
+    # Base rows, whose slot is -1, come first within an expert.
+    keys, order = torch.sort(flat * 2**32 + slots + 1, stable=True)
+    ordered, slots = flat[order], slots[order]
+    has_adapter = (slots != BASE_SLOT) & (ordered < num_experts)
+    virtual = torch.where(has_adapter, slots * slot_stride + ordered, BASE_SLOT)
+    return Routed(order, _ends(ordered, num_experts), _segments(virtual, keys, num_experts, segments))
+
+
+def _ends(ordered: Tensor, num_experts: int) -> Tensor:
+    edges = torch.arange(num_experts, device=ordered.device)
+    return torch.searchsorted(ordered, edges, right=True).to(torch.int32)
+
+
+def _segments(slots: Tensor, keys: Tensor, num_experts: int, of_rows: Segments) -> Segments:
+    """Segments of rows in their order: `slots` and `keys` are (routed,) int64, and rows with one key are neighbours."""
+    num_rows, device = slots.shape[0], slots.device
+    most_segments = min(num_rows, (num_experts + 1) * of_rows.max_chunks)
+    chunk_length = next((length for length in CHUNK_LENGTHS if num_rows <= most_segments * length), CHUNK_LENGTHS[-1])
+    max_chunks = min(num_rows, most_segments + num_rows // chunk_length)
+    places = torch.arange(num_rows, device=device)
+    is_first = torch.ones(num_rows, dtype=torch.bool, device=device)
+    is_first[1:] = keys[1:] != keys[:-1]
+    first = torch.where(is_first, places, 0).cummax(0).values
+    is_start = (places - first) % chunk_length == 0
+    # What starts no chunk writes to an entry after the last, which nobody reads.
+    chunk = torch.where(is_start, is_start.cumsum(0) - 1, max_chunks + 1)
+    chunk_indptr = torch.full((max_chunks + 2,), num_rows, dtype=torch.int32, device=device)
+    chunk_indptr.index_copy_(0, chunk, places.to(torch.int32))
+    chunk_slots = torch.full((max_chunks + 2,), BASE_SLOT, dtype=torch.int32, device=device)
+    row_slots = slots.to(torch.int32)
+    chunk_slots.index_copy_(0, chunk, row_slots)
+    return Segments(
+        row_slots=row_slots,
+        permutation=places.to(torch.int32),
+        chunk_indptr=chunk_indptr[: max_chunks + 1],
+        chunk_slots=chunk_slots[:max_chunks],
+        chunk_length=chunk_length,
+        num_chunks=max_chunks,
+        num_lora_chunks=max_chunks,
+        host_row_slots=row_slots.numpy() if device.type == "cpu" else np.empty(0, np.int32),
+    )

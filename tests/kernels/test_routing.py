@@ -1,0 +1,94 @@
+"""Routed rows in order, against sorting in plain Python, and csgmv over them in Triton's interpreter."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from lorafleet.kernels.routing import route
+from lorafleet.kernels.segments import BASE_SLOT, build_segments
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_slots", "num_experts", "top_k"), [(1, 1, 4, 2), (7, 3, 4, 2), (64, 9, 8, 4), (300, 2, 3, 1)]
+)
+@pytest.mark.parametrize("chunk_length", [None, 16])
+def test_the_order_and_the_chunks(
+    num_rows: int, num_slots: int, num_experts: int, top_k: int, chunk_length: int | None
+) -> None:
+    generator = np.random.default_rng(num_rows)
+    slots = generator.integers(-1, num_slots, num_rows).astype(np.int32)
+    # The expert after the last means none.
+    experts = torch.from_numpy(
+        generator.permuted(np.tile(np.arange(num_experts + 1), (num_rows, 1)), axis=1)[:, :top_k]
+    )
+    segments = build_segments(slots, device=CPU, chunk_length=chunk_length)
+    stride = 10
+    routed = route(experts, num_experts, segments, stride)
+    flat = experts.reshape(-1).tolist()
+    wanted = sorted(range(len(flat)), key=lambda place: (flat[place], slots[place // top_k], place))
+    assert routed.order.tolist() == wanted
+    assert routed.expert_ends.tolist() == [sum(one <= expert for one in flat) for expert in range(num_experts)]
+    assert route(experts, num_experts, None, stride).expert_ends.tolist() == routed.expert_ends.tolist()
+    made = routed.segments
+    assert made is not None
+    virtual = [
+        BASE_SLOT
+        if slots[place // top_k] < 0 or flat[place] == num_experts
+        else slots[place // top_k] * stride + flat[place]
+        for place in wanted
+    ]
+    assert made.row_slots.tolist() == virtual
+    assert made.permutation.tolist() == list(range(len(flat)))
+    ends = made.chunk_indptr.tolist()
+    assert ends[0] == 0
+    assert ends[-1] == len(flat)
+    for (first, last), slot in zip(pairwise(ends), made.chunk_slots.tolist(), strict=True):
+        assert last - first <= made.chunk_length
+        assert set(virtual[first:last]) <= {slot}
+    # Sizes follow from sizes: a captured graph has them whatever the rows are.
+    other = route(torch.zeros_like(experts), num_experts, segments, stride).segments
+    assert other is not None
+    assert (other.max_chunks, other.chunk_length) == (made.max_chunks, made.chunk_length)
+
+
+def test_kernels_take_its_segments(interpreter: None) -> None:
+    """The kernels for a GPU add for each row the product of its adapter on its expert."""
+    from lorafleet.kernels import expand_triton, shrink_triton
+    from lorafleet.kernels.weights import ROW_ALIGN, LoraWeights
+
+    num_slots, num_experts, rank, in_dim, out_dim, top_k = 2, 3, 2, 32, 48, 2
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(num_slots * num_experts, rank, in_dim, generator=generator)
+    b = torch.randn(num_slots * num_experts, rank, out_dim, generator=generator)
+    starts = torch.arange(a.shape[0] * rank, dtype=torch.int32).view(-1, 1, rank)
+    weights = LoraWeights(
+        pool=torch.cat([a.flatten(), b.flatten()]),
+        ranks=torch.full((a.shape[0], 1), rank, dtype=torch.int32),
+        scalings=torch.full((a.shape[0], 1), 0.5),
+        a_rows=starts * (in_dim // ROW_ALIGN),
+        b_rows=starts * (out_dim // ROW_ALIGN) + a.numel() // ROW_ALIGN,
+        in_dim=in_dim,
+        part_slices=(0,),
+        part_starts=(0,),
+        part_widths=(out_dim,),
+    )
+    slots = np.array([0, BASE_SLOT, 1, 1, 0, BASE_SLOT, 1], dtype=np.int32)
+    experts = torch.tensor([[0, 1], [2, 0], [1, 2], [1, 0], [2, 0], [0, 1], [1, 3]])
+    x = torch.randn(len(slots), in_dim, generator=generator)
+    routed = route(experts, num_experts, build_segments(slots, device=CPU), num_experts)
+    assert routed.segments is not None
+    rows = x[routed.order // top_k]
+    y = torch.zeros(len(rows), out_dim)
+    expand_triton.expand(shrink_triton.shrink(rows, weights, routed.segments), weights, routed.segments, y)
+    for place, index in enumerate(routed.order.tolist()):
+        slot, expert = slots[index // top_k], experts.flatten()[index]
+        at = slot * num_experts + expert
+        is_none = slot < 0 or expert == num_experts
+        wanted = torch.zeros(out_dim) if is_none else 0.5 * (x[index // top_k] @ a[at].T) @ b[at]
+        torch.testing.assert_close(y[place], wanted, atol=1e-5, rtol=1e-5)

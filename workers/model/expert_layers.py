@@ -1,0 +1,143 @@
+"""Substitutes for a base's routed experts and routers: transformers' own products, and each row's own adapter.
+
+Experts are a module of ours. A router stays transformers', and only its weight is of a class that adds LoRA in the
+product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lorafleet.kernels import ops
+from lorafleet.kernels.routing import Routed, route
+from lorafleet.kernels.weights import LoraWeights
+from lorafleet.workers.model.experts import projections
+from lorafleet.workers.model.lora_layers import LoraContext
+
+
+class LoraExperts(nn.Module):
+    """Experts as transformers computes them, with LoRA on both of their projections.
+
+    On a GPU with bfloat16 nothing waits for the device. The weights stay transformers' tensors.
+    """
+
+    def __init__(
+        self, name: str, experts: nn.Module, weights: dict[str, LoraWeights], slot_stride: int, context: LoraContext
+    ) -> None:
+        """`weights` by the projection's name, as `AdapterPool.expert_weights` gives them."""
+        super().__init__()
+        self.name = name
+        self.experts: Any = experts
+        self.up_name, self.down_name = projections(experts)
+        self.lora = weights
+        self.slot_stride = slot_stride
+        self.context = context
+        self.num_experts = int(getattr(experts, self.down_name).shape[0])
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states: (rows, hidden); top_k_index and top_k_weights: (rows, top_k) -> (rows, hidden)."""
+        experts, top_k = self.experts, top_k_index.shape[-1]
+        num_rows, width = hidden_states.shape
+        segments = self.context.segments_at("body", self.name, num_rows)
+        has_lora = segments is not None and segments.has_lora
+        routed = route(top_k_index, self.num_experts, segments if has_lora else None, self.slot_stride)
+        x = hidden_states[routed.order // top_k]
+        up = self._project(x, self.up_name, routed, top_k_index)
+        up = experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
+        down = self._project(up, self.down_name, routed, top_k_index)
+        if experts.has_post_expert_norm:
+            down = experts.post_expert_norm(down)
+        down = down * top_k_weights.reshape(-1)[routed.order, None]
+        by_row = torch.empty_like(down).index_copy_(0, routed.order, down)
+        return by_row.view(num_rows, top_k, width).sum(dim=1).to(hidden_states.dtype)
+
+    def _project(self, x: Tensor, name: str, routed: Routed, top_k_index: Tensor) -> Tensor:
+        """x: (routed, in_dim) in order -> (routed, out_dim), zero where a row has no expert."""
+        weight: Tensor = getattr(self.experts, name)
+        matrices = weight if self.experts.is_transposed else weight.transpose(-2, -1)
+        y = grouped_product(x.to(weight.dtype), matrices, routed.expert_ends)
+        if self.experts.has_bias:
+            owners = top_k_index.reshape(-1)[routed.order].clamp(max=self.num_experts - 1)
+            y = y + getattr(self.experts, f"{name}_bias")[owners]
+        if routed.segments is not None:
+            ops.add_lora(x.to(weight.dtype).contiguous(), self.lora[name], routed.segments, y)
+        return y
+
+
+def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """x: (rows, in_dim), those of one matrix after another's; matrices: (n, in_dim, out_dim) -> (rows, out_dim).
+
+    ends: (n,) int32, the row after each matrix's last; later rows become zero, on a GPU anything.
+    """
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        # In torch 2.10 and later it has a public name too.
+        product: Tensor = torch._grouped_mm(x, matrices, offs=ends)
+        return product
+    y = x.new_zeros(x.shape[0], matrices.shape[2])
+    start = 0
+    for matrix, end in zip(matrices, ends.tolist(), strict=True):
+        if start < end:
+            torch.mm(x[start:end], matrix, out=y[start:end])
+        start = end
+    return y
+
+
+class RouterWeight(Tensor):
+    """A router's matrix whose `F.linear` adds each row's own LoRA, whatever dtype it is taken in; else a plain one."""
+
+    lora: LoraWeights
+    router: str
+    context: LoraContext
+
+    @classmethod
+    def of(cls, weight: Tensor, name: str, lora: LoraWeights, context: LoraContext) -> RouterWeight:
+        """weight: (num_experts, hidden), `name` of the router."""
+        made = weight.detach().as_subclass(cls)
+        made.router, made.lora, made.context = name, lora, context
+        return made
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Add LoRA to a product; keep the class where only the dtype changes."""
+        plain = [value.as_subclass(Tensor) if isinstance(value, cls) else value for value in args]
+        given = {
+            key: value.as_subclass(Tensor) if isinstance(value, cls) else value for key, value in (kwargs or {}).items()
+        }
+        made = func(*plain, **given)
+        if func in (F.linear, torch._C._nn.linear) and isinstance(args[1], cls):
+            return args[1].added(plain[0], made)
+        if func in (Tensor.to, Tensor.type, Tensor.float) and isinstance(args[0], cls) and isinstance(made, Tensor):
+            return cls.of(made, args[0].router, args[0].lora, args[0].context)
+        return made
+
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: (..., hidden), and y: (..., num_experts) its product -> y with LoRA's."""
+        rows = x.reshape(-1, x.shape[-1])
+        segments = self.context.segments_at("body", self.router, rows.shape[0])
+        if segments is not None and segments.has_lora:
+            ops.add_lora(rows.to(self.lora.pool.dtype), self.lora, segments, y.view(-1, y.shape[-1]))
+        return y
+
+
+def substitute_router(model: nn.Module, name: str, weights: LoraWeights, context: LoraContext) -> None:
+    """Give the router `name` a weight that adds LoRA."""
+    router = model.get_submodule(name)
+    weight = router._parameters.pop("weight")
+    assert isinstance(weight, Tensor), name
+    # As before among the parameters, where its size counts and nothing computes with it.
+    router.register_parameter("own_weight", nn.Parameter(weight.detach(), requires_grad=False))
+    router.__dict__["weight"] = RouterWeight.of(weight, name, weights, context)
+
+
+def substitute_experts(
+    model: nn.Module, name: str, weights: dict[str, LoraWeights], slot_stride: int, context: LoraContext
+) -> None:
+    """Put LoRA experts in the place of `name`."""
+    model.set_submodule(name, LoraExperts(name, model.get_submodule(name), weights, slot_stride, context))
