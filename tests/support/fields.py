@@ -55,6 +55,10 @@ SERVED: dict[str, FieldCase] = {
         ("target_modules",), {"target_modules": ("q_proj", "c_attn", "query_key_value"), "modules_to_save": ("score",)}
     ),
     "unmatched-save": FieldCase(("modules_to_save",), {"modules_to_save": ("classifier", "norm")}),
+    "parameters": FieldCase(
+        ("target_parameters",),
+        {"target_parameters": ["o_proj.weight", "mlp.down_proj.weight"], "rank_pattern": {r"o_proj\.weight": 6}},
+    ),
     "patterns": FieldCase(("rank_pattern", "alpha_pattern"), kind="rank_pattern"),
     "rslora": FieldCase(("use_rslora",), base="qwen2", kind="rslora"),
     "all-linear": FieldCase(("target_modules",), kind="all_linear"),
@@ -236,7 +240,9 @@ REFUSED: dict[str, FieldCase] = {
     "layer-replication": FieldCase(("layer_replication",), {"layer_replication": [[0, 2], [1, 2]]}),
     "megatron": FieldCase(("megatron_config",), edit={"megatron_config": {"tensor_model_parallel_size": 1}}),
     "qalora": FieldCase(("use_qalora",), edit={"use_qalora": True}),
-    "target-parameters": FieldCase(("target_parameters",), {"target_parameters": ["o_proj.weight"]}),
+    "parameters-dora": FieldCase(
+        ("target_parameters",), {"target_parameters": ["o_proj.weight"]}, edit={"use_dora": True}
+    ),
     "pissa": FieldCase(("init_lora_weights",), {"init_lora_weights": "pissa"}),
     "pissa-fast": FieldCase(("init_lora_weights",), {"init_lora_weights": "pissa_niter_4"}),
     "olora": FieldCase(("init_lora_weights",), {"init_lora_weights": "olora"}),
