@@ -117,7 +117,7 @@ def _names_of_experts(experts: tuple[tuple[str, int], ...], old: OldNames | None
 
 
 def _experts_names(geometry: BaseGeometry) -> frozenset[str]:
-    """What may stand before LoRA's names in those of experts' factors."""
+    """Names that may stand before LoRA's in those of experts' factors."""
     experts = [(name, shape.num_experts) for name, shape in geometry.modules.items() if shape.kind == "experts"]
     return _names_of_experts(tuple(experts), old_names(geometry)) if experts else frozenset()
 

@@ -43,7 +43,7 @@ class ModuleShape:
 
     @property
     def is_module(self) -> bool:
-        """Whether `target_modules` may name it."""
+        """Return True if `target_modules` may name it."""
         return self.kind in ("linear", "embedding")
 
     def num_elements(self, rank: int) -> int:

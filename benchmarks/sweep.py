@@ -53,6 +53,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 BAR = 1e-4
 """Largest difference of any logprob."""
+EXCUSED = 3e-3
+"""The same where float32 takes the oracle itself at least as far from its answer in float64."""
 TARGETS = ("attention", "all-linear", "embedding", "head", "experts")
 LENGTHS = (3, 22, 45)
 """Of the prompts: the last is longer than every window, and takes several steps."""
@@ -153,6 +155,8 @@ def _try_base(case: Case, folder: Path) -> Row:
     try:
         model = tiny_bases.tiny_model(tiny_bases.tiny_config(case.kind, case.settings))
         tiny_bases.write_base(folder / "base", model)
+        # As it is loaded: some tie their embeddings only then.
+        model = type(model).from_pretrained(folder / "base", dtype=torch.float32).eval()
     except Exception as error:  # whatever transformers has against a tiny one
         return Row(case.name, case.kind, "not tried", _line(error))
     try:
@@ -197,7 +201,7 @@ def _serve(case: Case, model: PreTrainedModel, folder: Path) -> Row:
     worst, of = 0.0, ""
     for question, answer in zip(questions, answers, strict=True):
         report = fidelity.compare(oracle, [question], [answer])
-        if BAR < report.largest <= 10 * BAR and report.largest <= oracle.rounding(question, answer):
+        if BAR < report.largest <= EXCUSED and report.largest <= oracle.rounding(question, answer):
             continue  # float32 cannot tell more of it
         if not report.largest <= worst:
             worst, of = report.largest, f"{question.adapter or 'the base'}, a prompt of {len(question.prompt)} tokens"

@@ -47,6 +47,7 @@ def test_a_wrong_base_fails_and_so_does_one_that_never_answers(
     sweep = script("sweep")
     out = tmp_path / "rows.jsonl"
     monkeypatch.setattr(sweep, "BAR", 1e-9)
+    monkeypatch.setattr(sweep, "EXCUSED", 1e-9)
     assert sweep.main(["--only", "qwen3", "--rows", str(out), "--processes", "1"]) == 1
     assert {row["status"] for row in rows_of(out).values()} == {"wrong"}
     assert "a logprob is " in capsys.readouterr().out

@@ -28,9 +28,6 @@ TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
 DEQUANTISED = ("fp8", "mxfp4")
 """Methods of quantisation that transformers undoes on load; what it leaves quantised is refused then."""
 
-WRONG = frozenset({"longcat_flash", "youtu"})
-"""`model_type` of bases that `make sweep` has shown to be wrong with adapters, and a rehearsal does not find."""
-
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules of one parent that are always applied to the same tensor, one after another; they are fused."""
 
@@ -67,8 +64,6 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
         raise UnsupportedModel(f"model.source {model.source!r} cannot be loaded by transformers: {error}") from error
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{config.model_type} is an encoder-decoder model; only decoder-only models are served")
-    if config.model_type in WRONG:
-        raise UnsupportedModel(f"{config.model_type} is not supported: with adapters it does not answer as PEFT does")
     _refuse_quantised(model, config)
     return text_config(config)
 
