@@ -1,16 +1,20 @@
-"""Names that transformers gives a checkpoint's weights on load: GPT-NeoX's `embed_out` becomes `lm_head`."""
+"""Names that transformers gives a checkpoint's weights on load: GPT-NeoX's `embed_out` becomes `lm_head`.
+
+transformers' rules are imported at the first use: it takes seconds, and starting ingresses and controllers need none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from typing import TYPE_CHECKING
 
 from lorafleet.adapter_store.manifest import BaseGeometry
 from lorafleet.adapter_store.peft_config import LoraSpec
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightRenaming
 
 
 def renamed(kinds: Sequence[str], name: str) -> str:
@@ -18,6 +22,8 @@ def renamed(kinds: Sequence[str], name: str) -> str:
 
     kinds: names of classes and model types, as in `BaseGeometry.kinds`.
     """
+    from transformers.core_model_loading import rename_source_key
+
     new: str = rename_source_key(name, _renamings(tuple(kinds)), [])[0]
     return new
 
@@ -47,6 +53,9 @@ def with_loaded_names(spec: LoraSpec, geometry: BaseGeometry) -> LoraSpec:
 
 @lru_cache(maxsize=64)
 def _renamings(kinds: tuple[str, ...]) -> list[WeightRenaming]:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
     for kind in kinds:
         transforms = get_checkpoint_conversion_mapping(kind)
         if transforms is not None:

@@ -16,6 +16,7 @@ from lorafleet.workers.adapter_loader import AdapterLoader
 from lorafleet.workers.assembly import assemble
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
 from lorafleet.workers.engine import Delivery
+from lorafleet.workers.memory.kv_cache import KVPageCounts
 from lorafleet.workers.memory.residency import ResidencySnapshot
 from lorafleet.workers.request import EngineRequest, GenerateDelta
 from lorafleet.workers.state import AdapterPages, KVPages, RankState, ResidentAdapter, WorkerState
@@ -176,11 +177,9 @@ class Worker:
 
     async def state(self) -> WorkerState:
         """Return the worker's residents, memory and load now."""
-        return await self._on_engine(self._state)
-
-    def _state(self) -> WorkerState:
-        snapshot = self._parts.residency.snapshot()
-        kv, reserved = self._parts.cache.counts, len(self._parts.runner.null_pages)
+        # The engine's thread only counts: to describe a thousand residents takes milliseconds.
+        snapshot, kv, running, waiting = await self._on_engine(self._counts)
+        reserved = len(self._parts.runner.null_pages)
         device, group = str(self._parts.runner.base.device), self._parts.group
         first = RankState(rank=0, pid=os.getpid(), device=device, silent_s=0.0)
         return WorkerState(
@@ -188,8 +187,8 @@ class Worker:
             pid=os.getpid(),
             node_id=self._node_id,
             device=device,
-            running=self._engine.num_running,
-            waiting=self._engine.num_waiting,
+            running=running,
+            waiting=waiting,
             leases=sum(entry.leases for entry in snapshot.adapters),
             kv_pages=KVPages(used=kv.used - reserved, cached=kv.cached, total=kv.total - reserved),
             adapter_pages=AdapterPages(used=snapshot.pages_used, total=snapshot.pages_total),
@@ -206,6 +205,11 @@ class Worker:
                 for entry in snapshot.adapters
             ),
         )
+
+    def _counts(self) -> tuple[ResidencySnapshot, KVPageCounts, int, int]:
+        """Residents, KV pages, running and waiting sequences; on the engine's thread, so that they fit together."""
+        engine = self._engine
+        return self._parts.residency.snapshot(), self._parts.cache.counts, engine.num_running, engine.num_waiting
 
     async def served(self) -> ServedCounts:
         """Return the worker's counts of work since it started."""

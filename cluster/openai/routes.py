@@ -6,10 +6,12 @@ Parses, calls the dispatcher and has the reply written. What goes wrong before a
 
 from __future__ import annotations
 
+import asyncio
+import json
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 
@@ -44,11 +46,26 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
         responses=error_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.INTERNAL_SERVER_ERROR),
     )
 
-    @router.get("/models", summary="The base and every adapter that has a name", responses=replies(ModelList))
-    async def list_models() -> JSONResponse:
-        adapters = await dispatcher.names.entries()
-        cards = [_base_card(dispatcher, started), *(_adapter_card(dispatcher, entry) for entry in adapters)]
-        return JSONResponse({"object": "list", "data": cards})
+    @router.get(
+        "/models",
+        summary="The base and every adapter that has a name",
+        responses=replies(ModelList) | error_responses(HTTPStatus.BAD_REQUEST),
+    )
+    async def list_models(
+        limit: Annotated[int | None, Query(ge=1, description="Most adapters to list; all without it.")] = None,
+        after: Annotated[
+            str, Query(description="Begin with the first adapter behind this name, without the base.")
+        ] = "",
+    ) -> Response:
+        adapters = await dispatcher.names.entries(after, limit)
+
+        def written() -> bytes:
+            cards = [] if after else [_base_card(dispatcher, started)]
+            cards += (_adapter_card(dispatcher, entry) for entry in adapters)
+            # Card by card: thousands of them would else keep the interpreter for one long call.
+            return b'{"object":"list","data":[' + b",".join(json.dumps(card).encode() for card in cards) + b"]}"
+
+        return Response(await asyncio.to_thread(written), media_type="application/json")
 
     @router.get(
         "/models/{model:path}",

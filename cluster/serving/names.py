@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from bisect import bisect_right
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeVar
 
@@ -128,10 +129,12 @@ class Names:
         if entry is not None:
             self._names[name] = entry
 
-    async def entries(self) -> list[NamedVersion]:
-        """All names in order, from the store; the last ones seen while it is away."""
+    async def entries(self, after: str = "", limit: int | None = None) -> list[NamedVersion]:
+        """Names in order behind `after`, at most `limit`: from the store, or the last ones seen while it is away."""
         await self._look()
-        return sorted(self._names.values(), key=lambda entry: entry.name)
+        ordered = sorted(self._names.values(), key=_name_of)
+        begin = bisect_right(ordered, after, key=_name_of)
+        return ordered[begin : None if limit is None else begin + limit]
 
     async def entry(self, name: str) -> NamedVersion | None:
         """A name that has a version, from the store, or as it was seen last while the store is away."""
@@ -196,3 +199,7 @@ class Names:
             except Exception:
                 logger.exception("watching the adapter store failed")
                 await asyncio.sleep(1.0)
+
+
+def _name_of(entry: NamedVersion) -> str:
+    return entry.name

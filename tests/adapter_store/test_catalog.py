@@ -19,27 +19,8 @@ from sqlalchemy import Engine, event
 from lorafleet.adapter_store import catalog as catalog_module
 from lorafleet.adapter_store.catalog import Catalog
 from lorafleet.adapter_store.errors import StaleGeneration, StoreUnusable, UnknownAdapter, UnknownVersion
-from lorafleet.adapter_store.manifest import AdapterManifest, ExtraManifest, ModuleManifest
-from lorafleet.adapter_store.names import NameRecord
 from lorafleet.adapter_store.records import DesiredRecord, DesiredState, NameChanges
-
-
-def manifest(version: str) -> AdapterManifest:
-    modules = (ModuleManifest("model.layers.0.q_proj", 4, 0.1), ModuleManifest("lm_head", 2, 1 / 3))
-    extras = (ExtraManifest("model.layers.0.q_proj", "added", 1, 8), ExtraManifest("norm.weight", "replaced", 1, 4))
-    return AdapterManifest(version, 4, ("lm_head", "q_proj"), modules, 1234, extras)
-
-
-def record(name: str, version: str, **fields: Any) -> NameRecord:
-    given = {"source": "s", "key": f"k/{name}", "pinned": False, "warm": 1, "origin": "admin", **fields}
-    return NameRecord(name, version, **given)
-
-
-def publish(catalog: Catalog, version: str) -> None:
-    with catalog.staging_folder() as staged:
-        staged.joinpath("adapter_config.json").write_text(version)
-        staged.joinpath("adapter_model.safetensors").write_bytes(b"weights of " + version.encode())
-        catalog.publish(staged, manifest(version))
+from tests.support.damaged_state import States, manifest, publish, record
 
 
 class Crash(BaseException):
@@ -301,62 +282,12 @@ def test_changes_since_a_generation(tmp_path: Path) -> None:
     again.close()
 
 
-def filled(folder: Path) -> None:
-    """A state with entries of every kind; the process that had it was killed."""
-    catalog = Catalog(folder)
-    for number in range(4):
-        publish(catalog, f"v{number}")
-        catalog.set_name(record(f"name{number}", f"v{number}"))
-    for number in range(4):
-        catalog.set_name(record(f"gone{number}", "v0"))
-        catalog.delete_name(f"gone{number}", explicit=True)
-    catalog.set_desired([DesiredRecord(f"wanted{number}", "s", "k") for number in range(4)], 9)
-    copy = folder.with_name("killed")
-    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*-shm"))
-    catalog.close()
-
-
 @pytest.mark.parametrize("trials", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_one_damaged_byte_anywhere(tmp_path: Path, trials: int) -> None:
-    filled(tmp_path / "state")
-    closed = Catalog(tmp_path / "state")
-    records, manifests = dict(closed.records), dict(closed.manifests)
-    closed.close()
+    states = States(tmp_path)
     random = Random(trials)
-    for trial in range(trials):
-        folder = tmp_path / "trial"
-        shutil.copytree(tmp_path / random.choice(["state", "killed"]), folder)
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size and p.suffix != ".safetensors")
-        path = random.choice(files)
-        content = bytearray(path.read_bytes())
-        place = random.randrange(len(content))
-        is_cut = random.random() < 0.2
-        if is_cut:
-            del content[place:]
-        else:
-            content[place] ^= random.randrange(1, 256)
-        path.write_bytes(content)
-        told = f"trial {trial}: {path.relative_to(folder)} {'cut' if is_cut else 'flipped'} at {place}"
-        catalog = Catalog(folder)
-        damaged = {(damage.kind, damage.entry) for damage in catalog.damaged()}
-        has_lost_file = any(kind == "database" for kind, _ in damaged)
-        for name, kept in records.items():
-            if name in catalog.records:
-                assert catalog.records[name] == kept, told
-            else:
-                assert ("name", name) in damaged or has_lost_file, told
-        assert catalog.records.keys() <= records.keys(), told
-        for number in range(4):
-            assert catalog.is_deleted(f"gone{number}") or has_lost_file, told
-            is_wanted = any(adapter.name == f"wanted{number}" for adapter in catalog.desired().adapters)
-            assert is_wanted or not catalog.desired().is_complete or has_lost_file, told
-        assert catalog.desired().generation == 9 or has_lost_file, told
-        assert catalog.manifests == manifests, told
-        assert len(damaged) <= 2 or has_lost_file, told
-        # The store goes on from here.
-        assert catalog.set_name(record("name0", "v1")).generation > 12 or has_lost_file, told
-        catalog.close()
-        shutil.rmtree(folder)
+    for _ in range(trials):
+        states.damage(random)
 
 
 def test_only_one_store_has_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
+
+import ray
 
 from tests.chaos.faults import FAULTS, Fault
 from tests.chaos.health import await_whole, leftovers
 from tests.chaos.hostile import KINDS, attacker
 from tests.chaos.load import Load, Oracle, Question, oracle_of
-from tests.chaos.soak import soak
+from tests.chaos.soak import RATE, soak
 from tests.chaos.table import HEAD, HOSTILE_HEAD, Siege, Trial, hostile_rows, rows, siege_of, text, trial_of
 from tests.cluster.live.service import BASE_ID, TOKEN, LiveService, args_for, live_service, ray_cluster
 from tests.support.adapters import make_adapter
 from tests.support.bases import make_base
+from tests.support.damaged_state import States
 
 NUM_TOKENS = 96
 WARM_S = 2.0
@@ -71,6 +77,15 @@ def besiege(service: LiveService, kind: str, oracle: Oracle, num_clients: int) -
     return siege_of(kind, num_clients, before.outcomes, during.outcomes, replies)
 
 
+def damage(num_trials: int) -> dict[str, Any]:
+    """Damage a byte of a state folder and start a store on it, so often. Raises AssertionError where that fails."""
+    random = Random(num_trials)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        states = States(Path(folder))
+        named = Counter(" and ".join(states.damage(random)) or "nothing is lost" for _ in range(num_trials))
+    return {"damage": num_trials, "named": dict(named)}
+
+
 def judge(service: LiveService, fault: Fault, trial: Trial) -> Iterator[str]:
     """Say what must not have happened."""
     if trial.num_wrong:
@@ -94,7 +109,9 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=1, help="strikes of each fault")
     parser.add_argument("--clients", type=int, default=12, help="requests that are under way at all times")
     parser.add_argument("--only", action="append", default=[], help="what has this word in its name; repeatable")
+    parser.add_argument("--flips", type=int, default=60, help="damaged bytes of the state folder; in full 1000")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="only operate for so long, and print growth")
+    parser.add_argument("--rate", type=float, default=RATE, help="operations a second of a soak")
     parser.add_argument("--out", type=Path, help="append what was measured to this file, a JSON object a line")
     options = parser.parse_args()
     results: list[dict[str, Any]] = []
@@ -107,13 +124,17 @@ def main() -> int:
             with options.out.open("a") as out:
                 out.write(json.dumps(result) + "\n")
 
+    if options.soak is None:
+        note({"run": {"clients": options.clients, "cores": os.cpu_count(), "ray": ray.__version__}})
+    if options.soak is None and chosen(["a damaged byte"], options.only):
+        note(damage(options.flips))
     with (
         tempfile.TemporaryDirectory(prefix="chaos-") as folder,
         ray_cluster(LORAFLEET_ADMIN_TOKEN=TOKEN),
         live_service(Path(folder), fresh_args(Path(folder))) as service,
     ):
         if options.soak is not None:
-            for name, rise in soak(service, options.soak).items():
+            for name, rise in soak(service, options.soak, options.rate).items():
                 print(f"{name:>24} {rise:8.1f} MB/h")
             return 0
         questions = [Question(model, prompt, NUM_TOKENS) for model in (BASE_ID, "one", "two") for prompt in PROMPTS]

@@ -14,7 +14,7 @@ from tests.chaos.processes import processes
 from tests.cluster.live.service import BASE_ID, LiveService
 
 RATE = 5.0
-"""Operations a second."""
+"""Operations a second, unless told otherwise."""
 SAMPLE_S = 5.0
 KEYS = ("one", "two", "thin")
 
@@ -35,7 +35,7 @@ def operate(service: LiveService, number: int) -> int:
             return service.complete((BASE_ID, "one", "two")[number % 3], max_tokens=4).status_code
 
 
-def soak(service: LiveService, minutes: float) -> dict[str, float]:
+def soak(service: LiveService, minutes: float, rate: float = RATE) -> dict[str, float]:
     """Operate for so long. Returns how fast resident memory grew over the last two thirds, in MB an hour."""
     samples: defaultdict[str, list[tuple[float, int]]] = defaultdict(list)
     began_s = time.monotonic()
@@ -44,7 +44,7 @@ def soak(service: LiveService, minutes: float) -> dict[str, float]:
     with ThreadPoolExecutor(8) as pool:
         number = 0
         while (now_s := time.monotonic() - began_s) < minutes * 60:
-            pending = [pool.submit(operate, service, number + i) for i in range(int(RATE))]
+            pending = [pool.submit(operate, service, number + i) for i in range(int(rate))]
             number += len(pending)
             for future in pending:
                 statuses[future.result()] += 1
@@ -54,7 +54,7 @@ def soak(service: LiveService, minutes: float) -> dict[str, float]:
                     for process in each:
                         with contextlib.suppress(psutil.Error):
                             samples[f"{kind} {process.pid}"].append((now_s, process.memory_info().rss))
-            time.sleep(max(0.0, number / RATE - (time.monotonic() - began_s)))
+            time.sleep(max(0.0, number / rate - (time.monotonic() - began_s)))
     print(f"{number} operations, by status: {dict(statuses)}")
     return {name: slope(each[len(each) // 3 :]) for name, each in samples.items() if len(each) > 6}
 

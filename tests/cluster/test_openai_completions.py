@@ -253,6 +253,11 @@ def test_models(service: Service) -> None:
     assert list(models) == [BASE_ID, "shout", "whisper"]
     for model in models.values():
         openai.types.Model.model_validate(model.model_dump(), strict=True)
+    pages = [{"limit": 1}, {"limit": 5, "after": "shout"}, {"after": "whisper"}, {"after": "t"}]
+    listed = [[card.id for card in client.models.list(extra_query=page)] for page in pages]
+    assert listed == [[BASE_ID, "shout"], ["whisper"], [], ["whisper"]]
+    with pytest.raises(openai.BadRequestError):
+        client.models.list(extra_query={"limit": 0})
     extra = models["shout"].model_extra
     assert extra is not None
     assert (extra["parent"], extra["root"]) == (BASE_ID, "demo/shout")
