@@ -64,6 +64,11 @@ class BaseModel:
     """What this rank has of modules that are cut. `geometry` is that of the whole base."""
 
     @property
+    def multiplies_fp8(self) -> bool:
+        """True if the body's products are of fp8 rows and weights."""
+        return self.rounded_probe_logits is not None
+
+    @property
     def layers(self) -> tuple[LayerKV, ...]:
         """KV heads and head width that each layer keeps on pages; zeros for layers that do not attend."""
         calls = (self.calls.get(layer) for layer in range(max(self.calls) + 1))

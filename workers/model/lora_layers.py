@@ -173,16 +173,17 @@ class FusedProjection(nn.Module):
         if in_fp8 is None:
             in_fp8 = fp8.quantise_rows(x)
         segments = self.context.segments_at(self.place, self.names[0], x.shape[0])
-        y = fp8.product(in_fp8, self.fp8_weight)
+        y, scales = fp8.product(in_fp8, self.fp8_weight, self.bias)
+        bias = None if scales is None else self.bias
         if segments is not None:
             # Adapters see the input as it is. Expand comes up while shrink runs, if nothing stands between them.
             h = ops.shrink(x, self.lora, segments)
-            ops.expand(h, self.lora, segments, y, bias=self.bias, scales=in_fp8.scales)
+            ops.expand(h, self.lora, segments, y, bias=bias, scales=scales)
             self._adjust(y, segments)
             return y, None
-        if self.bias is not None:
-            return fp8.rescale(y, in_fp8.scales, self.bias), None
-        return y, in_fp8.scales
+        if scales is not None and bias is not None:
+            return fp8.rescale(y, scales, bias), None
+        return y, scales
 
     def _product(self, rows: Tensor) -> Tensor:
         """rows: (rows, in_dim) -> (rows, sum of the members' widths)."""

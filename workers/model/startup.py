@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from lorafleet.kernels import fp8
 from lorafleet.kernels.launching import compiled_ahead
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.adapter_pool import AdapterPool
@@ -124,16 +125,19 @@ def _warm_up(runner: ModelRunner, max_batch_tokens: int) -> None:
     started_s, kinds = time.monotonic(), _kinds(runner)
     with compiled_ahead(len(os.sched_getaffinity(0))):
         for chunk_length, max_chunks in kernel_shapes(max_batch_tokens, runner.pool.num_slots):
-            num_rows = min(max_chunks, runner.graph_forms[-1].num_rows)
-            blank = blank_batch(
-                GraphForm(num_rows, num_rows, runner.max_pages, has_extras=kinds[-1]),
-                null_page=runner.null_pages[0],
-                has_lora=kinds[-1],
-                max_chunks=max_chunks,
-                max_logits=runner.pass_rows[1],
-                chunk_length=chunk_length,
-            )
-            _compute_blank(runner, blank, max_batch_tokens)
+            row_counts = [min(max_chunks, runner.graph_forms[-1].num_rows)]
+            if runner.base.multiplies_fp8 and fp8.FEW_ROWS < min(max_batch_tokens, max_chunks * chunk_length):
+                row_counts.append(fp8.FEW_ROWS + 1)  # the kernels behind such a product are others
+            for num_rows in row_counts:
+                blank = blank_batch(
+                    GraphForm(num_rows, num_rows, runner.max_pages, has_extras=kinds[-1]),
+                    null_page=runner.null_pages[0],
+                    has_lora=kinds[-1],
+                    max_chunks=max_chunks,
+                    max_logits=runner.pass_rows[1],
+                    chunk_length=chunk_length,
+                )
+                _compute_blank(runner, blank, max_batch_tokens)
         prompt = blank_prompt(
             2,
             page_tokens=runner.cache.page_tokens,
