@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +17,8 @@ import numpy as np
 from random_models import GEOMETRIES, RandomAdapters, kv_bytes, write_base, write_tokenizer, write_weights
 from running_engine import Figures, RunningEngine, running_engine
 
-from lorafleet.workers.config import EngineConfig, PoolConfig
-from lorafleet.workers.request import StructuredOutputs
+from lorafleet.workers.config import EngineConfig, PoolConfig, SpeculationConfig
+from lorafleet.workers.request import SamplingParams, StructuredOutputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ PAGE_ROUND = 1.1
 """Pages are whole, so memory for them is more than what goes into them."""
 
 
-Kind = Literal["lora", "no_lora", "fp8"]
+Kind = Literal["lora", "no_lora", "fp8", "guessing"]
 
 
 @dataclass(slots=True)
@@ -103,11 +104,12 @@ class Lab:
         return [self.rng.randrange(10, GEOMETRIES[self.geometry]["vocab_size"] - 10) for _ in range(count)]
 
     def engine(self, kind: Kind) -> RunningEngine:
-        """`lora`; `no_lora`: the same without adapters; `fp8`: the same with a base in fp8. Started once."""
+        """`lora`, and the same but for one thing: without adapters, with a base in fp8, or guessing. Started once."""
         if kind not in self.started:
             work = self.work
             num_tokens = work.requests * (work.prompt + work.output + 32) + 2 * 2048
-            config = self.config(prefix_cache=False, kv_bytes=kv_bytes(self.geometry, num_tokens))
+            guesses = SpeculationConfig() if kind == "guessing" else None
+            config = self.config(prefix_cache=False, kv_bytes=kv_bytes(self.geometry, num_tokens), speculation=guesses)
             # Room for more adapters than one batch has, and not for all that ever come.
             pool_bytes = int(PAGE_ROUND * (work.adapters + 32) * self.adapters.num_bytes(16))
             pool = PoolConfig(max_rank=RANK, max_slots=0 if kind == "no_lora" else 256, pool_bytes=pool_bytes)
@@ -369,6 +371,34 @@ def structured(lab: Lab) -> Named:
         )
 
 
+def speculation(lab: Lab) -> Named:
+    """Engines that guess and do not, in turn. Text repeats itself where few tokens may come, and else it is random."""
+    work, engines = lab.work, [lab.engine("lora"), lab.engine("guessing")]
+    texts = {
+        "one_token": SamplingParams(temperature=0.0, logit_bias={7: 100.0}),
+        "four_tokens": SamplingParams(temperature=0.0, logit_bias=dict.fromkeys(range(7, 11), 100.0)),
+        "random": SamplingParams(temperature=2.0),
+    }
+    for (text, sampling), count in product(texts.items(), (1, 8, 64)):
+        prompts = (lab.prompts * count)[:count]
+        versions = [f"a{i % work.adapters}-r16" for i in range(count)]
+        for engine in engines:
+            engine.run(prompts, versions, min(16, work.decode_output), sampling=sampling)
+        for _ in range(lab.repeats):
+            runs = [engine.run(prompts, versions, work.decode_output, sampling=sampling) for engine in engines]
+            plain, guessing = runs
+            yield (
+                f"speculation_{text}_{count}",
+                {
+                    "plain_tokens_per_s": plain["output_tokens_per_s"],
+                    "tokens_per_s": guessing["output_tokens_per_s"],
+                    "of_plain": guessing["output_tokens_per_s"] / plain["output_tokens_per_s"],
+                    "plain_steps": plain["steps"],
+                    "steps": guessing["steps"],
+                },
+            )
+
+
 def start_weights(lab: Lab) -> Named:
     """Seconds from nothing to ready, by stage: weights from the page cache, and no kernel compiled before."""
     write_weights(lab.base)
@@ -402,6 +432,7 @@ PROCESSES: dict[str, tuple[str, tuple[Case, ...]]] = {
     "zipf_pool64": ("llama-8b", (zipf_pool64,)),
     "zipf_resident": ("llama-8b", (zipf_resident,)),
     "structured": ("llama-8b", (structured,)),
+    "speculation": ("llama-8b", (speculation,)),
     "start_weights": ("llama-8b", (start_weights,)),
 }
 """Cases that can share a process, and the geometry of their base."""

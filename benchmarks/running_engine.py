@@ -20,6 +20,7 @@ from lorafleet.workers.engine import Delivery
 from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams, StructuredOutputs
 
 Figures = dict[str, float]
+GREEDY = SamplingParams(temperature=0.0)
 MAX_SECONDS = 300.0
 """A run that takes longer is stuck."""
 
@@ -73,9 +74,11 @@ class RunningEngine:
         version: str | None,
         num_output: int,
         outputs: StructuredOutputs | None = None,
+        sampling: SamplingParams = GREEDY,
     ) -> None:
-        """One request, greedy, of exactly so many tokens, if `outputs` allows so many."""
-        sampling = SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True, structured_outputs=outputs)
+        """One request of exactly so many tokens, if `outputs` allows so many."""
+        own = {"max_tokens": num_output, "ignore_eos": True, "structured_outputs": outputs}
+        sampling = sampling.model_copy(update=own)
         self.parts.engine.submit(EngineRequest(request_id, version, tuple(prompt), sampling))
 
     def run(
@@ -85,6 +88,7 @@ class RunningEngine:
         num_output: int,
         per_second: float | None = None,
         outputs: Sequence[StructuredOutputs | None] = (),
+        sampling: SamplingParams = GREEDY,
     ) -> Figures:
         """Submit everything at once, or `per_second` requests a second, and wait for the last token.
 
@@ -101,7 +105,7 @@ class RunningEngine:
             if per_second is not None:
                 time.sleep(max(0.0, start + i / per_second - time.perf_counter()))
             sent_s[request_id] = time.perf_counter() if per_second is not None else start
-            self.submit(request_id, prompt, version, num_output, outputs[i] if i < len(outputs) else None)
+            self.submit(request_id, prompt, version, num_output, outputs[i] if i < len(outputs) else None, sampling)
         if not self.inbox.is_done.wait(MAX_SECONDS):
             raise TimeoutError(f"{len(self.inbox.open_ids)} requests never ended; {self.inbox.errors[:3]}")
         seconds = time.perf_counter() - start

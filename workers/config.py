@@ -85,6 +85,15 @@ class ModelConfig(Settings):
     )
 
 
+class SpeculationConfig(Settings):
+    """How tokens are guessed before the base computes them."""
+
+    kind: Literal["ngram"] = Field(
+        default="ngram", description="`ngram` guesses what followed the latest tokens when they last stood in the text."
+    )
+    tokens: int = Field(default=4, ge=1, le=16, description="Tokens guessed for each sequence in a step.")
+
+
 class EngineConfig(Settings):
     """One worker's engine."""
 
@@ -118,6 +127,11 @@ class EngineConfig(Settings):
         default=1.0,
         gt=0,
         description="A waiting request older than this is not passed by others that take what it needs.",
+    )
+    speculation: SpeculationConfig | None = Field(
+        default=None,
+        description="Guess tokens and have one step confirm several, where few sequences run and their text repeats. "
+        "Answers stay the same. Sequences with penalties or a grammar are not guessed for.",
     )
     gpu_memory_utilization: float = Field(
         default=0.9, gt=0, le=1, description="Share of the GPU that workers on it may take together, weights included."

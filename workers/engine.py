@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lorafleet.workers import speculation
 from lorafleet.workers.adapter_loader import AdapterLoader
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.detokenizer import Detokenizer
@@ -39,6 +40,7 @@ from lorafleet.workers.model.runner import ModelRunner, StepInFlight
 from lorafleet.workers.request import EngineRequest, FinishReason, GenerateDelta, StructuredOutputs, TokenLogprobs
 from lorafleet.workers.scheduler import Scheduler
 from lorafleet.workers.sequence import PromptRows, ScheduledRows, Sequence, pending_token
+from lorafleet.workers.speculation import Guesser
 from lorafleet.workers.stats import EngineStats, ServedCounts
 from lorafleet.workers.step.builder import BatchBuilder, BuiltStep
 
@@ -75,20 +77,34 @@ class _LaunchedRows:
     """The sequence's at launch: pages it has after another preemption are not this step's."""
 
 
+@dataclass(frozen=True, slots=True)
+class _SampledRow:
+    """A row of a step in flight that chooses a token."""
+
+    sequence: Sequence
+    place: int
+    """Of the token among the sequence's."""
+    guess: int | None
+    """The token that the sequence's next row takes for this one; None: it has no next row."""
+
+
 @dataclass(slots=True)
 class _LaunchedStep:
     step: StepInFlight
     num_rows: int
     """Without padding."""
     rows: tuple[_LaunchedRows, ...]
-    sampled: tuple[tuple[Sequence, int], ...]
-    """(sequence, place of the token among its tokens), a pair a token that the step chooses."""
+    sampled: tuple[_SampledRow, ...]
     prompts: tuple[PromptRows, ...]
     pooled: tuple[tuple[_LaunchedRows, int], ...]
     """With the number of its rows, each sequence that the step pools hidden states of."""
     started_s: float
     is_followed: bool = False
     """Whether the grammars have taken the step's tokens."""
+
+    @property
+    def has_guesses(self) -> bool:
+        return any(row.guess is not None for row in self.sampled)
 
 
 class Engine:
@@ -272,15 +288,22 @@ class Engine:
             self._loader.close()
 
     def _step(self) -> bool:
-        """Launch the next step, then collect the one before it: on a GPU the host works while the device does."""
-        launched = self._launch(self._scheduler.schedule())
-        collected, self._in_flight = self._in_flight, launched
-        if collected is None and launched is not None and not self._runner.is_asynchronous:
-            collected, self._in_flight = launched, None
-        if collected is not None:
-            self._collect(collected)
-            self._flush()
-        return launched is not None or collected is not None
+        """Launch the next step, then collect the one before it: on a GPU the host works while the device does.
+
+        Where guesses pay, collect first: they continue from tokens that the host knows.
+        """
+        before = self._in_flight
+        if before is not None and (before.has_guesses or self._guesses_pay):
+            self._collect(before)
+            before = self._in_flight = None
+        launched = self._launch(self._scheduler.schedule(self._guesses()))
+        if self._runner.is_asynchronous:
+            self._in_flight = launched
+        elif launched is not None:
+            self._collect(launched)
+        if before is not None:
+            self._collect(before)
+        return launched is not None or before is not None
 
     def _launch(self, scheduled: list[ScheduledRows]) -> _LaunchedStep | None:
         if not scheduled:
@@ -299,9 +322,14 @@ class Engine:
             for item in built.rows
         )
         pooled = tuple((row, count) for row, count in zip(rows, num_pooled, strict=True) if count)
-        sampled = tuple((item.sequence, len(item.sequence.token_ids)) for item in built.rows if item.num_sampled)
-        for index, (sequence, _) in enumerate(sampled):
-            sequence.token_ids.append(pending_token(index))
+        sampled = tuple(
+            _SampledRow(item.sequence, len(item.sequence.token_ids) + number, guess)
+            for item in built.rows
+            if item.num_sampled
+            for number, guess in enumerate((*item.guess, None))
+        )
+        for index, row in enumerate(sampled):
+            row.sequence.token_ids.append(pending_token(index))
         num_rows = sum(item.num_rows for item in built.rows)
         return _LaunchedStep(step, num_rows, rows, sampled, built.prompts, pooled, started_s)
 
@@ -323,24 +351,44 @@ class Engine:
             return
         launched.is_followed = True
         token_ids: list[int] = []
-        for index, (sequence, _) in enumerate(launched.sampled):
-            if sequence.matcher is not None and not sequence.is_over:
+        for index, row in enumerate(launched.sampled):
+            if row.sequence.matcher is not None and not row.sequence.is_over:
                 assert launched.step.sampled is not None
                 token_ids = token_ids or launched.step.sampled.token_ids.tolist()
-                sequence.matcher.take(token_ids[index])
+                row.sequence.matcher.take(token_ids[index])
+
+    @property
+    def _guesses_pay(self) -> bool:
+        """True if the next step should compute guessed tokens, too."""
+        asked = self._config.speculation
+        if asked is None or self._scheduler.num_running > speculation.MAX_ROWS:
+            return False
+        return speculation.pays([sequence.guesser for sequence in self._scheduler.decoding], asked.tokens)
+
+    def _guesses(self) -> dict[Sequence, list[int]]:
+        """Return the tokens to guess behind those that the host knows; none where it does not know the last."""
+        asked = self._config.speculation
+        if asked is None or self._in_flight is not None or not self._guesses_pay:
+            return {}
+        return {
+            sequence: sequence.guesser.guess(min(asked.tokens, sequence.max_tokens - sequence.num_made - 1))
+            for sequence in self._scheduler.decoding
+            if sequence.guesser is not None
+        }
 
     def _collect(self, launched: _LaunchedStep) -> None:
         self._follow(launched)
+        chosen = launched.step.sampled
+        token_ids = [] if chosen is None else chosen.token_ids.tolist()
+        standing = self._settle(launched.sampled, token_ids)
         for row in launched.rows:
             self._share_pages(row)
         self._note_prompt_logprobs(launched)
-        chosen = launched.step.sampled
         if chosen is not None:
-            token_ids = chosen.token_ids.tolist()
             is_finite = chosen.peaks.isfinite().tolist()
             logprobs = None if chosen.logprobs is None else chosen.logprobs.tolist()
-            for index, (sequence, place) in enumerate(launched.sampled):
-                sequence.token_ids[place] = token_ids[index]
+            for index in standing:
+                sequence, place = launched.sampled[index].sequence, launched.sampled[index].place
                 if sequence.is_over:  # it ended after this step was launched
                     continue
                 if not is_finite[index]:
@@ -357,14 +405,38 @@ class Engine:
                 self._deliver_token(sequence, place, token_logprobs)
         self._pool(launched)
         self.stats.note_step(len(launched.rows), launched.num_rows, self._clock() - launched.started_s)
+        self._flush()
+
+    def _settle(self, sampled: tuple[_SampledRow, ...], token_ids: list[int]) -> list[int]:
+        """Put the chosen tokens in their places, and drop what follows a guess that did not come.
+
+        token_ids: chosen by each row. Returns the indices of the rows that stand.
+        """
+        standing: list[int] = []
+        refuted: Sequence | None = None
+        for index, row in enumerate(sampled):
+            sequence = row.sequence
+            self.stats.served.num_guessed_tokens += row.guess is not None
+            if sequence is refuted:
+                continue
+            standing.append(index)
+            sequence.token_ids[row.place] = token_ids[index]
+            if row.guess == token_ids[index]:
+                self.stats.served.num_confirmed_tokens += 1
+            elif row.guess is not None:
+                refuted = sequence
+                del sequence.token_ids[row.place + 1 :]
+                sequence.num_computed = min(sequence.num_computed, row.place)
+        return standing
 
     def _share_pages(self, row: _LaunchedRows) -> None:
         """Offer the pages that this step filled to the prefix cache."""
         sequence, cache = row.sequence, self._runner.cache
-        num_full = row.num_computed // cache.page_tokens
+        num_computed = min(row.num_computed, sequence.num_computed)
+        num_full = num_computed // cache.page_tokens
         is_same_run = row.num_preemptions == sequence.num_preemptions and not sequence.is_over
         if is_same_run and num_full > sequence.num_shared_pages:
-            tokens = sequence.token_ids[: row.num_computed]
+            tokens = sequence.token_ids[:num_computed]
             salt = sequence.request.cache_salt
             kept = cache.insert(sequence.version, tokens, sequence.kv_pages, salt, sequence.num_base)
             if kept != sequence.kv_pages:
@@ -426,6 +498,8 @@ class Engine:
     def _deliver_token(self, sequence: Sequence, place: int, logprobs: tuple[TokenLogprobs, ...] | None) -> None:
         sampling = sequence.request.sampling
         token_id = sequence.token_ids[place]
+        if sequence.guesser is not None:
+            sequence.guesser.take(token_id)
         num_made = place + 1 - sequence.num_prompt
         is_first = num_made == 1
         waits_s: tuple[float, float] | None = None
@@ -537,11 +611,19 @@ class Engine:
             ),
             token_ids=list(request.prompt_token_ids),
             matcher=matcher,
+            guesser=self._guesser(request),
         )
         self._sequences[request.request_id] = sequence
         self._scheduler.add(sequence)
         if request.version is not None:
             self._loader.want(request.version)
+
+    def _guesser(self, request: EngineRequest) -> Guesser | None:
+        """A guesser for an answer in which each row's choice depends on its own prefix alone."""
+        depends = request.sampling.has_penalties or request.sampling.structured_outputs is not None
+        if self._config.speculation is None or request.pooling is not None or depends:
+            return None
+        return Guesser(request.prompt_token_ids)
 
     def _abort(self, request_id: str) -> None:
         self._compiling.discard(request_id)

@@ -147,6 +147,11 @@ class SamplingParams(BaseModel):
     structured_outputs: StructuredOutputs | None = Field(default=None, description="What the answer must be.")
 
     @property
+    def has_penalties(self) -> bool:
+        """True if a token's logit depends on the tokens before it."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
+
+    @property
     def prompt_tops(self) -> int:
         """Alternatives to report beside each token of the prompt."""
         return (self.logprobs or 0) if self.num_prompt_tops is None else self.num_prompt_tops

@@ -10,12 +10,15 @@ tensors, no threads, and a clock passed in.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.sequence import AdapterReadiness, ScheduledRows, Sequence
+
+NO_GUESSES: Mapping[Sequence, list[int]] = MappingProxyType({})
 
 
 class AdapterGate(Protocol):
@@ -68,6 +71,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def decoding(self) -> list[Sequence]:
+        """The sequences of which a step computes one token, the last."""
+        return [each for each in self._running if not each.is_complete and each.num_uncomputed == 1]
+
+    @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
@@ -90,8 +98,8 @@ class Scheduler:
             sequence.lease.release()
             sequence.lease = None
 
-    def schedule(self) -> list[ScheduledRows]:
-        """The next step's work; empty when nothing can run now."""
+    def schedule(self, guesses: Mapping[Sequence, list[int]] = NO_GUESSES) -> list[ScheduledRows]:
+        """The next step's work; empty when nothing can run now. `guesses`: tokens that may follow, by sequence."""
         scheduled: dict[Sequence, int] = {}
         budget = _Budget(self._max_batch_tokens)
         active = [sequence for sequence in self._running if not sequence.is_complete]
@@ -101,7 +109,10 @@ class Scheduler:
             if sequence.is_admitted:  # a victim of an earlier one is not
                 self._schedule_running(sequence, scheduled, budget)
         self._admit(scheduled, budget)
-        return [ScheduledRows.of(sequence, num_rows) for sequence, num_rows in scheduled.items()]
+        return [
+            ScheduledRows.of(sequence, num_rows, self._take_guess(sequence, guesses.get(sequence, []), budget))
+            for sequence, num_rows in scheduled.items()
+        ]
 
     def _schedule_running(self, sequence: Sequence, scheduled: dict[Sequence, int], budget: _Budget) -> None:
         num_rows = min(sequence.num_uncomputed, budget.tokens)
@@ -116,6 +127,16 @@ class Scheduler:
                     return
             sequence.kv_pages += self._cache.allocate(missing)
         self._take(sequence, num_rows, scheduled, budget)
+
+    def _take_guess(self, sequence: Sequence, guess: list[int], budget: _Budget) -> list[int]:
+        """Give guessed tokens the room that others left; return those that have some. Nobody is preempted for them."""
+        guess = guess[: budget.tokens]
+        missing = self._missing_pages(sequence, len(sequence.token_ids) + len(guess))
+        if not guess or not self._cache.can_allocate(missing):
+            return []
+        sequence.kv_pages += self._cache.allocate(missing)
+        budget.tokens -= len(guess)
+        return guess
 
     def _admit(self, scheduled: dict[Sequence, int], budget: _Budget) -> None:
         now = self._clock()

@@ -12,6 +12,7 @@ from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.grammars import Matcher
 from lorafleet.workers.memory.residency import AdapterLease
 from lorafleet.workers.request import EngineRequest, FinishReason, TokenLogprobs
+from lorafleet.workers.speculation import Guesser
 
 
 def pending_token(index: int) -> int:
@@ -59,6 +60,8 @@ class Sequence:
     """The prompt, then what was made. A token that is being computed is a placeholder, `pending_token(index)`."""
     matcher: Matcher | None = None
     """Follows the answer's grammar, up to the last token that the host knows; None: it has none."""
+    guesser: Guesser | None = None
+    """Guesses its next tokens; None: they are not to be guessed."""
     num_computed: int = 0
     """Tokens whose KV is in `kv_pages`, or will be when the steps in flight are done."""
     num_cached: int = 0
@@ -144,12 +147,24 @@ class ScheduledRows:
 
     More where tokens were guessed, each of which the row before it confirms or not. A sequence with penalties or a
     grammar has one at most: what its row may choose depends on the token chosen before."""
+    guess: list[int] = field(default_factory=list)
+    """The tokens of those rows but the first, which were guessed: they stand behind the sequence's own."""
 
     @classmethod
-    def of(cls, sequence: Sequence, num_rows: int) -> ScheduledRows:
-        """Rows that choose one token if they reach the sequence's last; none where the prompt is to be embedded."""
+    def of(cls, sequence: Sequence, num_rows: int, guess: list[int] | None = None) -> ScheduledRows:
+        """Rows that choose one token if they reach the sequence's last; none where the prompt is to be embedded.
+
+        Behind the last, each token of the guess has a row that chooses one, too.
+        """
+        guess = guess or []
         is_sampled = num_rows == sequence.num_uncomputed and sequence.request.pooling is None
-        return cls(sequence, num_rows, int(is_sampled))
+        return cls(sequence, num_rows + len(guess), is_sampled + len(guess), guess)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens of these rows."""
+        start = self.sequence.num_computed
+        return self.sequence.token_ids[start : start + self.num_rows] + self.guess
 
     @property
     def num_pooled(self) -> int:

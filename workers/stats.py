@@ -47,6 +47,10 @@ class ServedCounts:
     num_cached_tokens: int = 0
     """Prompt tokens that the prefix cache had."""
     num_generated_tokens: int = 0
+    num_guessed_tokens: int = 0
+    """Tokens that steps computed because they were guessed."""
+    num_confirmed_tokens: int = 0
+    """Of those, the ones that came."""
     num_preemptions: int = 0
     num_finished: Counter[str] = field(default_factory=Counter)
     """By finish reason."""

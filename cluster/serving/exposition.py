@@ -36,6 +36,8 @@ COUNTERS: Sequence[tuple[str, str, Callable[[WorkerCounts], float]]] = (
     ("vllm:generation_tokens", "Tokens made.", lambda c: c.served.num_generated_tokens),
     ("vllm:prefix_cache_queries", "Prompt tokens looked for in the cache.", lambda c: c.served.num_prompt_tokens),
     ("vllm:prefix_cache_hits", "Prompt tokens that the prefix cache had.", lambda c: c.served.num_cached_tokens),
+    ("vllm:spec_decode_num_draft_tokens", "Tokens that were guessed.", lambda c: c.served.num_guessed_tokens),
+    ("vllm:spec_decode_num_accepted_tokens", "Guesses that came true.", lambda c: c.served.num_confirmed_tokens),
     ("vllm:num_preemptions", "Sequences that gave their KV pages back.", lambda c: c.served.num_preemptions),
 )
 HISTOGRAMS: Sequence[tuple[str, str, Callable[[WorkerCounts], Distribution]]] = (

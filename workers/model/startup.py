@@ -126,7 +126,7 @@ def _warm_up(runner: ModelRunner, max_batch_tokens: int) -> None:
     with compiled_ahead(len(os.sched_getaffinity(0))):
         for chunk_length, max_chunks in kernel_shapes(max_batch_tokens, runner.pool.num_slots):
             row_counts = [min(max_chunks, runner.graph_forms[-1].num_rows)]
-            if runner.base.multiplies_fp8 and fp8.FEW_ROWS < min(max_batch_tokens, max_chunks * chunk_length):
+            if runner.base.multiplies_fp8 and min(max_batch_tokens, max_chunks * chunk_length) > fp8.FEW_ROWS:
                 row_counts.append(fp8.FEW_ROWS + 1)  # the kernels behind such a product are others
             for num_rows in row_counts:
                 blank = blank_batch(

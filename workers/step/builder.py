@@ -85,8 +85,8 @@ class BatchBuilder:
         row_sequence = np.repeat(np.arange(len(rows)), lengths)
         positions = np.arange(row_ends[-1]) - np.repeat(row_starts - starts, lengths)
         token_ids: list[int] = []
-        for seq, start, end in zip(sequences, starts.tolist(), ends.tolist(), strict=True):
-            token_ids += seq.token_ids[start:end]
+        for item in rows:
+            token_ids += item.token_ids
         slots = np.array([_slot(seq) for seq in sequences], dtype=np.int32)
         row_slots = slots[row_sequence]
         special = [index for index, seq in enumerate(sequences) if seq.lease is not None and not seq.lease.is_plain]

@@ -19,8 +19,6 @@ MAX_COUNT = 2**31 - 1
 """Requests may name any number; more than this means no more than this."""
 FORBIDDEN = -1e30
 """The bias of a token that may not come: finite, so that where none may come there is still one that is taken."""
-NO_PENALTIES = (0.0, 0.0, 1.0)
-"""presence, frequency, repetition."""
 
 _LINE = np.dtype(
     [
@@ -56,11 +54,10 @@ class SamplingTable:
         """A line is for this sequence from now on."""
         asked = sequence.request.sampling
         temperature = asked.temperature if asked.temperature >= MIN_TEMPERATURE else 0.0
-        penalties = (asked.presence_penalty, asked.frequency_penalty, asked.repetition_penalty)
         self._lines[line] = (
             (temperature, asked.top_p, min(max(asked.top_k, 0), MAX_COUNT), asked.min_p, 0.0),
-            (0, line, *penalties),
-            penalties != NO_PENALTIES,
+            (0, line, asked.presence_penalty, asked.frequency_penalty, asked.repetition_penalty),
+            asked.has_penalties,
             bool(asked.logit_bias),
             min(asked.min_tokens, MAX_COUNT),
             -1 if asked.logprobs is None else asked.logprobs,
