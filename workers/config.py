@@ -86,7 +86,7 @@ class ModelConfig(Settings):
 
 
 class SpeculationConfig(Settings):
-    """How tokens are guessed before the base computes them."""
+    """Guesses of tokens, made before the base computes them."""
 
     kind: Literal["ngram"] = Field(
         default="ngram", description="`ngram` guesses what followed the latest tokens when they last stood in the text."
