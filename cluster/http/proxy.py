@@ -1,7 +1,8 @@
 """Our part of Serve's proxy, which runs it where `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH` names `prepare`.
 
-Bounds the headers of requests. A request whose ingress is lost is sent to another one if nothing of its answer has
-come. Otherwise its stream ends with an error event instead of a cut. Proxies start without torch: this imports little.
+Bounds headers, and reads short bodies before an ingress hears of a request. A request whose ingress is lost is sent to
+another one if nothing of its answer has come. Otherwise its stream ends with an error event instead of a cut. Proxies
+start without torch: this imports little.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from lorafleet.cluster.http.heads import bound_heads
 
 MAX_ATTEMPTS = 3
 RETRY_PAUSE_S = 0.1
-MAX_KEPT_BYTES = 2**20
-"""Of a body that is kept in order to be sent again."""
+MAX_KEPT_BYTES = 2**18
+"""Of a body that is read ahead, and kept in order to be sent again. A longer one is handed on as it comes."""
+BODY_S = 60.0
+"""How long such a body may take to come."""
 REPEATED = ("/completions", "/embeddings", "/messages", "/count_tokens", "/responses", "tokenize", "/generate")
 """Ends of the paths whose calls change nothing, so that they may be made again, beside those of GET."""
 
@@ -33,6 +36,12 @@ _LOST = {
     "type": "server_error",
     "param": None,
     "code": "ingress_lost",
+}
+_LATE = {
+    "message": f"the body has not come within {BODY_S:g} s",
+    "type": "invalid_request_error",
+    "param": None,
+    "code": "body_too_slow",
 }
 
 
@@ -54,6 +63,14 @@ class LostIngress:
             await self._app(scope, receive, send)
             return
         body = _KeptBody(receive)
+        try:
+            async with asyncio.timeout(BODY_S):
+                await body.read_ahead()
+        except TimeoutError:
+            await _Answer(send).refuse(408, _LATE)
+            return
+        if body.is_client_gone:
+            return
         for attempt in range(1, MAX_ATTEMPTS + 1):
             answer = _Answer(send)
             await self._app({**scope, "headers": list(scope["headers"])}, body.reader(), answer.send)
@@ -65,11 +82,11 @@ class LostIngress:
             if not (body.is_kept and _may_repeat(scope)):
                 break
             await asyncio.sleep(RETRY_PAUSE_S * attempt)
-        await answer.refuse()
+        await answer.refuse(503, _LOST)
 
 
 class _KeptBody:
-    """A request's body, kept while it is read, up to `MAX_KEPT_BYTES`."""
+    """A request's body. One of at most `MAX_KEPT_BYTES` is kept, and may be read again."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
@@ -78,26 +95,31 @@ class _KeptBody:
         self.is_kept = True
         self.is_client_gone = False
 
+    async def read_ahead(self) -> None:
+        """Read to the end of the body, or to the bound."""
+        is_more = True
+        while is_more and self.is_kept and not self.is_client_gone:
+            message = await self._receive()
+            self.is_client_gone = message["type"] != "http.request"
+            self._messages.append(message)
+            self._num_bytes += len(message.get("body", b""))
+            self.is_kept = self._num_bytes <= MAX_KEPT_BYTES
+            is_more = message.get("more_body", False)
+
     def reader(self) -> Receive:
-        """The body from its beginning."""
+        """The body from its beginning; may be asked for again if it `is_kept`."""
         kept = iter(tuple(self._messages))
+        if not self.is_kept:
+            self._messages.clear()
 
         async def receive() -> Message:
             for message in kept:
                 return message
             message = await self._receive()
-            self._note(message)
+            self.is_client_gone = message["type"] != "http.request"
             return message
 
         return receive
-
-    def _note(self, message: Message) -> None:
-        if message["type"] != "http.request":
-            self.is_client_gone = True
-            return
-        self._num_bytes += len(message.get("body", b""))
-        self.is_kept = self._num_bytes <= MAX_KEPT_BYTES
-        self._messages = [*self._messages, message] if self.is_kept else []
 
 
 class _Answer:
@@ -126,15 +148,15 @@ class _Answer:
         if self._is_event_stream:
             await self._send({"type": "http.response.body", "body": broken_event(path)})
 
-    async def refuse(self) -> None:
-        """Say that there is no answer."""
-        content = json.dumps({"error": _LOST}).encode()
+    async def refuse(self, status: int, error: dict[str, Any]) -> None:
+        """Say that there is no answer, and why."""
+        content = json.dumps({"error": error}).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(content)).encode()),
             (b"retry-after", b"1"),
         ]
-        await self._send({"type": "http.response.start", "status": 503, "headers": headers})
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": content})
 
 

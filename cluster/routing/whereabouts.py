@@ -56,5 +56,10 @@ def live_workers(deployment_id: Any) -> frozenset[str]:
 
 
 def worker_of(request_id: str) -> str | None:
-    """The worker that a request was sent to last; None before it was, and long after."""
+    """The worker that a request was sent to last; None before it was, and after it was forgotten."""
     return _workers.get(request_id)
+
+
+def forget_request(request_id: str) -> None:
+    """A request is over."""
+    _workers.pop(request_id, None)

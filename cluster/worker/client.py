@@ -29,7 +29,7 @@ from lorafleet.adapter_store.manifest import AdapterManifest
 from lorafleet.cluster.errors import NoWorker, Overloaded, ServiceUnavailable, WorkerGone, unwrap
 from lorafleet.cluster.ray_internals import by_value
 from lorafleet.cluster.routing.calls import answer_of
-from lorafleet.cluster.routing.whereabouts import live_workers, worker_of
+from lorafleet.cluster.routing.whereabouts import forget_request, live_workers, worker_of
 from lorafleet.cluster.wire import Batch, OutboxAddress, WorkerCounts, read_batch, result_of
 from lorafleet.cluster.worker.pace import Pace, Turns
 from lorafleet.workers.errors import EngineFailed
@@ -131,6 +131,7 @@ class WorkersClient:
     def leave(self, stream: ServeStream) -> None:
         """Its deltas are wanted no more."""
         self._streams.pop(stream.request_id, None)
+        forget_request(stream.request_id)
 
     def read_outbox(self, worker_id: str, stream: ServeStream) -> None:
         """A stream's deltas come from this worker. Raises WorkerGone if some were lost already."""

@@ -1,7 +1,8 @@
 """Clients that mean ill, in a process of their own: `python -m tests.chaos.hostile URL KIND SECONDS`.
 
-Prints `ready` when what it sends is made, waits for a line, and then attacks. At the end it prints the replies that it
-got, as JSON: status, or how the connection ended, and how often.
+It yields its core to everybody else, as if it attacked from another machine. Prints `ready` when what it sends is made,
+waits for a line, and then attacks. At the end it prints the replies that it got, as JSON: status, or how the connection
+ended, and how often.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -127,4 +129,5 @@ def attacker(url: str, kind: str, seconds: float) -> Iterator[Callable[[], dict[
 
 
 if __name__ == "__main__":
+    os.nice(19)
     print(json.dumps(asyncio.run(attack(sys.argv[1], sys.argv[2], float(sys.argv[3])))), flush=True)

@@ -13,7 +13,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from lorafleet.cluster.anthropic.replies import error_of
-from lorafleet.cluster.errors import IngressLost, StreamBroken, describe
+from lorafleet.cluster.errors import BodyTooSlow, IngressLost, StreamBroken, describe
 from lorafleet.cluster.http import proxy
 from lorafleet.cluster.http.proxy import MAX_ATTEMPTS, MAX_KEPT_BYTES, LostIngress, broken_event
 
@@ -142,6 +142,30 @@ async def test_another_answer_stays_cut() -> None:
 async def test_a_client_that_left_is_told_nothing() -> None:
     app = Proxy([START])
     assert await call(app, pieces=[]) == []
+    assert app.bodies == []
+
+
+async def test_no_ingress_hears_of_a_body_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy, "BODY_S", 0.05)
+    sent: list[Message] = []
+    pieces = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+
+    async def receive() -> Message:
+        for piece in pieces:
+            return piece
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    app = Proxy()
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    await LostIngress(app)(scope, receive, send)
+    assert sent[0]["status"] == 408
+    assert json.loads(sent[1]["body"]) == json.loads(
+        describe(BodyTooSlow(f"the body has not come within {60:g} s")).body()
+    )
     assert app.bodies == []
 
 

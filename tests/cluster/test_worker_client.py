@@ -18,7 +18,7 @@ from ray.serve.exceptions import BackPressureError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from lorafleet.cluster.errors import Overloaded, WorkerGone
-from lorafleet.cluster.routing.whereabouts import note_request
+from lorafleet.cluster.routing.whereabouts import note_request, worker_of
 from lorafleet.cluster.wire import OUTBOX_KEY_BYTES, Failure, read_batch
 from lorafleet.cluster.worker import client
 from lorafleet.cluster.worker import outbox as outbox_module
@@ -341,6 +341,7 @@ async def test_where_a_request_went_and_how_it_is_cancelled() -> None:
     assert stream.worker_id == "w7"
     stream.cancel()
     assert response.is_cancelled
+    assert worker_of("request-2") is None  # nothing of it is kept
 
 
 async def test_cancelling_what_was_refused_raises_nothing() -> None:
