@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
@@ -26,7 +27,8 @@ from typing import Any, cast
 import bars
 import metronome
 import uvloop
-from serve_overhead import BASE_ID, DEMO, cpu_seconds, free_port, machine, service
+from serve_overhead import BASE_ID, DEMO, free_port, machine, service, tree
+from serve_overhead import cpu_seconds as cpu_of_processes
 
 from lorafleet.cluster import app
 from lorafleet.cluster.config import AppConfig
@@ -35,6 +37,19 @@ OURS = ("haproxy", "proxy", "ingress", "worker")
 """Roles on the way of a token."""
 SHORT_TOKENS = 1
 IDLE_S = 10.0
+
+
+def cpu_seconds() -> Counter[str]:
+    """CPU seconds so far by role. The metronomes' threads are a role of their own: they stand for engines."""
+    found = cpu_of_processes()
+    for pid in tree():
+        for task in Path(f"/proc/{pid}/task").glob("*"):
+            with contextlib.suppress(OSError):
+                if (task / "comm").read_text().strip() == metronome.THREAD_NAME:
+                    fields = (task / "stat").read_text().rpartition(")")[2].split()
+                    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+                    found.update(engine=seconds, worker=-seconds)
+    return found
 
 
 class Client(asyncio.Protocol):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -164,6 +165,7 @@ def service(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SERVE_PROXY_USE_GRPC", "1")
     os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "lorafleet.cluster.http.proxy.prepare")
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # on a busy machine it needs more than 5
     try:
         ray.init(
@@ -224,28 +226,37 @@ def over_http(port: int, max_tokens: int) -> Ask:
 def cpu_seconds() -> Counter[str]:
     """CPU seconds so far of this process and of the service's processes, by role. Reads /proc."""
     tick = os.sysconf("SC_CLK_TCK")
-    parents, times, roles = {}, {}, {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
+    found: Counter[str] = Counter()
+    for pid in tree():
         try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue  # it has ended
-        pid = int(entry.name)
-        parents[pid], times[pid] = int(fields[1]), (int(fields[11]) + int(fields[12])) / tick
-        replica = re.match(r"ray::.*lorafleet[#:](\w+)", title)
-        is_haproxy = "/haproxy " in title.split(" -")[0] + " "
-        is_proxy = title.startswith(("ray::ProxyActor", "ray::HAProxyManager"))
-        roles[pid] = replica[1] if replica else "haproxy" if is_haproxy else "proxy" if is_proxy else "ray"
-    ours = {os.getpid()}
-    while grown := {pid for pid, parent in parents.items() if parent in ours} - ours:
-        ours |= grown
-    roles[os.getpid()] = "here"
-    found: Counter[str] = Counter()
-    for pid in ours & times.keys():
-        found[roles[pid]] += times[pid]
+        found["here" if pid == os.getpid() else role_of(title)] += (int(fields[11]) + int(fields[12])) / tick
+    return found
+
+
+def role_of(title: str) -> str:
+    """The role of a process of the service, by its command line."""
+    replica = re.match(r"ray::.*lorafleet[#:](\w+)", title)
+    if replica:
+        return replica[1]
+    if "/haproxy " in title.split(" -")[0] + " ":
+        return "haproxy"
+    return "proxy" if title.startswith(("ray::ProxyActor", "ray::HAProxyManager")) else "ray"
+
+
+def tree() -> set[int]:
+    """Ids of this process and of all that it started, directly or not."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {os.getpid()}
+    while grown := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= grown
     return found
 
 
