@@ -128,6 +128,16 @@ class MetronomeWorker(Worker):
         self._loader = type("Loader", (), {"load_s": deque()})()
         self._engine.start()
 
+    @property
+    def is_stalled(self) -> bool:
+        return False
+
+    def check_health(self) -> None:
+        self._engine.check_health()
+
+    def close(self) -> None:
+        self._engine.close()
+
     async def make_resident(self, version: str, *, hold_s: float = 0.0, pinned: bool = False) -> None:
         """Any version is there."""
 

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from grpc import StatusCode
@@ -90,7 +90,14 @@ class Handle:
         self.boxes: dict[str, Box] = {}
         self.calls: list[tuple[str, str, frozenset[str]]] = []
 
-    def options(self, *, method_name: str, stream: bool = False, _by_reference: bool = True) -> Any:
+    def options(
+        self,
+        *,
+        method_name: str,
+        stream: bool = False,
+        _by_reference: bool = True,
+        request_serialization: Literal["cloudpickle", "pickle"] = "cloudpickle",
+    ) -> Any:
         assert stream is not _by_reference
         handle = self
 
