@@ -144,12 +144,88 @@ def _source_of(asked: StructuredOutputs) -> str:
         raise GrammarRefused(f"it has {len(text)} characters; at most {MAX_GRAMMAR_BYTES} bytes are compiled")
     try:
         if kind == "json":
-            source: str = LLMatcher.grammar_from_json_schema(text, overrides=_options())
+            source: str = LLMatcher.grammar_from_json_schema(_adapted_text(text), overrides=_options())
         else:
             source = grammar_from(kind, text)
     except (ValueError, RecursionError) as error:
         raise GrammarRefused(_first_line(str(error))) from None
     return source if asked.thought is None else _after_thought(source, asked.thought)
+
+
+_SCHEMA = ("additionalProperties", "contains", "items")
+_SCHEMAS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_NAMED_SCHEMAS = ("$defs", "definitions", "patternProperties", "properties")
+"""Keywords with one schema, with a list of them, and with an object of them."""
+_MERGED = ("$dynamicRef", "$ref", "allOf", "anyOf", "oneOf")
+"""Keywords whose schemas hold beside what else a schema says."""
+_NOTES = {"$comment", "$defs", "$id", "$schema", "default", "definitions", "deprecated", "description", "discriminator"}
+_NOTES |= {"examples", "readOnly", "title", "writeOnly"}
+"""Keywords that demand nothing."""
+_SAY_WHAT_ELSE = ("additionalProperties", "minProperties", "patternProperties", "unevaluatedProperties")
+"""Keywords of an object that lists its properties and may have others."""
+_FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"}
+"""Those that llguidance knows."""
+
+
+def adapted(schema: Any) -> Any:
+    """A JSON schema as a model can follow it: any document of it is one of the schema that was given.
+
+    An object that lists its properties, and does not say whether others may come, has no others: a model that may add
+    properties can add them for ever. It stays as it is where parts of the schema hold beside others, none of which
+    lists all properties. Formats that llguidance does not know are left out, for they only note something.
+    """
+    parts = [schema]
+    closes = True
+    for part in parts:  # grows while it is read
+        if isinstance(part, dict):
+            is_merged = any(name in part for name in _MERGED) and len(part.keys() - _NOTES) > 1
+            if is_merged or (isinstance(part.get("allOf"), list) and len(part["allOf"]) > 1):
+                closes = False
+                break
+            parts += [each for _, _, each in _parts_of(part)]
+    return _adapted(schema, closes)
+
+
+def _parts_of(schema: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The schemas in a schema: keyword, place under it, schema."""
+    found: list[tuple[str, Any, Any]] = [(name, None, schema[name]) for name in _SCHEMA if name in schema]
+    for name in _SCHEMAS:
+        if isinstance(schema.get(name), list):
+            found += [(name, i, each) for i, each in enumerate(schema[name])]
+    for name in _NAMED_SCHEMAS:
+        if isinstance(schema.get(name), dict):
+            found += [(name, key, each) for key, each in schema[name].items()]
+    return found
+
+
+def _adapted(schema: Any, closes: bool) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: value.copy() if isinstance(value, dict | list) else value for name, value in schema.items()}
+    for name, place, part in _parts_of(schema):
+        if place is None:
+            made[name] = _adapted(part, closes)
+        else:
+            made[name][place] = _adapted(part, closes)
+    if isinstance(made.get("format"), str) and made["format"] not in _FORMATS:
+        del made["format"]
+    properties, required = made.get("properties"), made.get("required", [])
+    is_listed = (
+        isinstance(properties, dict)
+        and isinstance(required, list)
+        and all(isinstance(name, str) and name in properties for name in required)
+    )
+    if closes and is_listed and not any(name in made for name in _SAY_WHAT_ELSE):
+        made["additionalProperties"] = False
+    return made
+
+
+def _adapted_text(text: str) -> str:
+    """The adapted schema of a text; one that is no JSON as it is, for llguidance to say what is wrong."""
+    try:
+        return json.dumps(adapted(json.loads(text)))
+    except ValueError:
+        return text
 
 
 def _after_thought(source: str, thought: Literal["may_come", "begun"]) -> str:

@@ -246,7 +246,7 @@ class CountBody(BaseModel):
 class MessagesBody(CountBody):
     """Body of POST /v1/messages."""
 
-    max_tokens: int = Field(ge=1, description="Most tokens to make.")
+    max_tokens: int = Field(ge=1, description="Most tokens to make. The model's length bounds the answer too.")
     stop_sequences: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), max_length=MAX_STOPS, description="Strings that end the text; they are not part of it."
     )
@@ -260,7 +260,6 @@ class MessagesBody(CountBody):
     def chat(self, **more: Any) -> ChatBody:
         """The chat body that means the same. Raises BadRequest."""
         return super().chat(
-            max_tokens=self.max_tokens,
             stop=list(self.stop_sequences),
             temperature=self.temperature,
             top_k=self.top_k,

@@ -74,7 +74,12 @@ def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
     async def messages(request: Request) -> Response:
         body = await parsed(MessagesBody, request, dispatcher.prompts.threads, NEUTRAL)
         chat = body.chat()
-        prepared = await dispatcher.prepare(chat.request(dispatcher.prompts.answers), caller=request.state.caller)
+        prepared = await dispatcher.prepare(
+            chat.request(dispatcher.prompts.answers),
+            caller=request.state.caller,
+            # Clients write the bound of Anthropic's models, which is more than many a base's length.
+            default_max_tokens=body.max_tokens,
+        )
         reply = MessageReply(body, Turn(chat, prepared, dispatcher.prompts))
         return await answer(request, dispatcher, [prepared], reply, is_stream=body.stream)
 

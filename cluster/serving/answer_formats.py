@@ -15,7 +15,7 @@ from typing import Any
 from llguidance import StructTag
 
 from lorafleet.workers.config import ModelConfig
-from lorafleet.workers.grammars import COMPACT
+from lorafleet.workers.grammars import COMPACT, adapted
 
 NO_ANCHOR = "(?!)"
 """Matches nowhere: the parser is given only what belongs to the answer."""
@@ -247,7 +247,7 @@ def _text(text: str) -> str:
 
 
 def _object_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "object", **schema, "x-guidance": COMPACT}
+    return {"type": "object", **adapted(schema), "x-guidance": COMPACT}
 
 
 def _arguments(schema: Mapping[str, Any]) -> str:

@@ -15,6 +15,8 @@ import openai
 import uvicorn
 from fastapi import FastAPI
 
+from lorafleet.cluster.admin import routes as admin_routes
+from lorafleet.cluster.admin.client import ControlPlane
 from lorafleet.cluster.anthropic import routes as anthropic_routes
 from lorafleet.cluster.http.app import build_http_app
 from lorafleet.cluster.http.auth import Keys
@@ -46,6 +48,7 @@ async def no_counts() -> Sequence[WorkerCounts]:
 class Service:
     """The data plane over a fake store, and fake workers or other ones."""
 
+    base_id: str = BASE_ID
     keys: Keys = field(default_factory=Keys)
     prompts: Prompts = field(default_factory=make_prompts)
     store: FakeStore = field(default_factory=FakeStore)
@@ -56,6 +59,8 @@ class Service:
     """`FakeWorkers`, unless others are given."""
     counts: Callable[[], Awaitable[Sequence[WorkerCounts]]] = no_counts
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+    control: ControlPlane | None = None
+    """Without one there are no admin routes."""
     url: str = ""
 
     def __post_init__(self) -> None:
@@ -63,7 +68,7 @@ class Service:
 
     def app(self) -> FastAPI:
         dispatcher = Dispatcher(
-            BASE_ID,
+            self.base_id,
             self.prompts,
             Names(self.store),
             self.workers,
@@ -74,14 +79,16 @@ class Service:
         async def not_ready() -> str | None:
             return self.waits_for
 
+        admin = [] if self.control is None else [admin_routes.build_router(self.control, self.keys)]
         return build_http_app(
             [
+                *admin,
                 build_router(dispatcher, self.keys, started=STARTED),
                 embeddings.build_router(dispatcher, self.keys),
                 anthropic_routes.build_router(dispatcher, self.keys),
                 responses_routes.build_router(dispatcher, self.keys),
                 build_probes(not_ready),
-                build_peer_router(dispatcher, self.keys, not_ready, Exposition(BASE_ID, self.counts)),
+                build_peer_router(dispatcher, self.keys, not_ready, Exposition(self.base_id, self.counts)),
             ],
             bounds=self.bounds,
         )

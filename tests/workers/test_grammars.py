@@ -91,6 +91,55 @@ async def test_random_schemas(llama: Shelf, count: int) -> None:
     assert ended > 0.9 * count
 
 
+LISTED: Schema = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+    "required": ["a"],
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "more"),
+    [
+        (LISTED, False),
+        ({"properties": {"x": {"$ref": "#/$defs/l"}}, "required": ["x"], "$defs": {"l": LISTED}}, False),
+        ({"anyOf": [LISTED, {"type": "null"}], "title": "either"}, False),
+        ({"type": "array", "items": LISTED, "minItems": 1}, False),
+        (LISTED | {"additionalProperties": True}, True),
+        (LISTED | {"required": ["c"]}, True),
+        ({"allOf": [LISTED, {"properties": {"c": {"type": "integer"}}}]}, True),
+        (LISTED | {"anyOf": [{"properties": {"c": {"type": "integer"}}}]}, True),
+        ({"type": "object"}, True),
+    ],
+    ids=["listed", "reference", "choice", "items", "says so", "required", "all", "beside", "none listed"],
+)
+def test_objects_have_the_properties_that_are_listed(schema: Schema, more: bool) -> None:
+    """As vLLM has it. Whatever is kept out would have been valid too, and whatever is let in is."""
+    tokenizer = make_tokenizer()
+    compiled = grammars.Grammars(tokenizer, vocab_size=VOCAB_SIZE)
+
+    def is_whole(value: object) -> bool:
+        matcher = compiled.matcher(StructuredOutputs(json_schema=schema))
+        for token_id in tokenizer(json.dumps(value))["input_ids"]:
+            matcher.take(token_id)
+        return matcher.error is None and bool(matcher._matcher.is_accepting())
+
+    inner = {"a": 1, "c": 2}
+    value: object = {"x": inner} if "$defs" in schema else [inner] if schema.get("type") == "array" else inner
+    jsonschema.validate(value, schema)
+    assert is_whole(value) == more
+    shown = json.loads(json.dumps(value).replace('"c"', '"b"'))
+    if schema.get("required") != ["c"]:
+        assert is_whole(shown)
+
+
+def test_formats_that_nobody_knows_are_notes() -> None:
+    compiled = grammars.Grammars(make_tokenizer(), vocab_size=VOCAB_SIZE)
+    schema = {"type": "object", "properties": {"format": {"type": "string", "format": "binary"}}}
+    assert compiled.matcher(StructuredOutputs(json_schema=schema)).error is None
+    assert grammars.adapted(schema)["properties"] == {"format": {"type": "string"}}
+
+
 @pytest.mark.parametrize("thought", ["may_come", "begun"])
 @pytest.mark.parametrize(
     ("outputs", "good"),
