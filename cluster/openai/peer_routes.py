@@ -9,7 +9,9 @@ from importlib.metadata import version
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from transformers import AddedToken, PreTrainedTokenizerBase
 
+from lorafleet.cluster.errors import BadRequest
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.description import body_of, error_responses, replies
 from lorafleet.cluster.http.guards import client_guard
@@ -19,6 +21,7 @@ from lorafleet.cluster.openai.peer_schemas import (
     DetokenizeReply,
     TokenizeBody,
     TokenizeReply,
+    TokenizerInfo,
     VersionReply,
 )
 from lorafleet.cluster.openai.requests import parsed
@@ -121,5 +124,33 @@ def build_peer_router(
             await dispatcher.resolve(body.model)
         return JSONResponse({"prompt": dispatcher.prompts.decode(body.tokens)})
 
+    @guarded.get(
+        "/tokenizer_info", summary="The tokenizer's special tokens and settings", responses=replies(TokenizerInfo)
+    )
+    async def tokenizer_info() -> JSONResponse:
+        prompts = dispatcher.prompts
+        if prompts.tokenizer is None:
+            raise BadRequest("the base has no tokenizer", None, "no_tokenizer")
+        return JSONResponse(_info_of(prompts.tokenizer) | {"model_max_length": prompts.max_model_len})
+
     router.include_router(guarded)
     return router
+
+
+def _info_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """Settings that are plain values, without those that say where files lie."""
+    settings = {
+        name: str(each) if isinstance(each, AddedToken) else each for name, each in tokenizer.init_kwargs.items()
+    }
+    plain = {
+        name: each
+        for name, each in settings.items()
+        if isinstance(each, bool | int | float | str | None) and not name.endswith(("_file", "_path", "name_or_path"))
+    }
+    special = {f"{kind}_token": getattr(tokenizer, f"{kind}_token") for kind in ("bos", "eos", "pad", "unk")}
+    template = tokenizer.chat_template
+    own = {
+        "tokenizer_class": type(tokenizer).__name__,
+        "chat_template": template if isinstance(template, str) else None,
+    }
+    return plain | special | own

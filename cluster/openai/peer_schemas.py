@@ -38,6 +38,19 @@ class TokenizeReply(Settings):
     token_strs: list[str] | None
 
 
+class TokenizerInfo(BaseModel):
+    """vLLM's: the tokenizer's class, special tokens and settings, as its own configuration names them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    chat_template: str | None
+    model_max_length: int = Field(description="As the service has it.")
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+
+
 class DetokenizeBody(BaseModel):
     """Body of POST /detokenize."""
 

@@ -53,4 +53,9 @@ def test_tokenize_is_the_tokenizers(shared_service: Service) -> None:
         for wrong in ({}, {"messages": list[str]()}, {"prompt": "a", "messages": messages}):
             assert http.post("/tokenize", json=wrong).status_code == 400
         assert http.post("/detokenize", json={"tokens": [10**9]}).json()["error"]["code"] == "invalid_token_id"
+        info = http.get("/tokenizer_info").json()
+        assert (info["tokenizer_class"], info["chat_template"]) == (type(tokenizer).__name__, tokenizer.chat_template)
+        assert (info["bos_token"], info["eos_token"]) == (tokenizer.bos_token, tokenizer.eos_token)
+        assert info["model_max_length"] == 512
+        assert not any(name.endswith(("file", "path")) for name in info)
         assert all(card["max_model_len"] == 512 for card in http.get("/v1/models").json()["data"])
