@@ -102,7 +102,9 @@ class ConnectedRanks(Ranks):
 
     def close(self) -> None:
         self._direct = None
-        dist.destroy_process_group()
+        # NCCL would wait for the end of all graphs that have captured its work. The end of the process frees it.
+        if self._device.type != "cuda":
+            dist.destroy_process_group()
 
 
 class _DirectSums:
