@@ -105,6 +105,12 @@ def is_pefts_name(name: str, geometry: BaseGeometry) -> bool:
     return owner in geometry.modules or f"{owner}.weight" in geometry.vectors or owner in _experts_names(geometry)
 
 
+def is_left_out(name: str, geometry: BaseGeometry) -> bool:
+    """Return True for a tensor of a tower that is not served; `name` is without PEFT's prefix."""
+    ends = _ENDS_OF_MODULES.search(name) if geometry.left_out else None
+    return ends is not None and name[: ends.start()] in geometry.left_out
+
+
 @lru_cache(maxsize=16)
 def _names_of_experts(experts: tuple[tuple[str, int], ...], old: OldNames | None) -> frozenset[str]:
     wrappers = {

@@ -65,6 +65,10 @@ class BaseGeometry:
     """Output that has no matrix of its own -> the embedding whose it uses: `lm_head` -> `model.embed_tokens`."""
     parameters: frozenset[str] = frozenset()
     """Names of all parameters of the base, so that a refusal tells what cannot be changed from what is not there."""
+    whole_names: Mapping[str, str] = field(default_factory=dict)
+    """Module of the text part of a multimodal checkpoint -> its name in the whole model, by which PEFT knows it too."""
+    left_out: frozenset[str] = frozenset()
+    """Modules of the whole model that are not served: towers of images and sound."""
     kinds: tuple[str, ...] = ()
     """The model's class and type, by which transformers knows how it renames a checkpoint's weights on load."""
 

@@ -12,7 +12,14 @@ from typing import NoReturn
 import numpy as np
 
 from lorafleet.adapter_store.base_weights import BaseWeights, own_weight
-from lorafleet.adapter_store.contents import BaseCopy, Contents, is_pefts_name, match_tensors, modules_present
+from lorafleet.adapter_store.contents import (
+    BaseCopy,
+    Contents,
+    is_left_out,
+    is_pefts_name,
+    match_tensors,
+    modules_present,
+)
 from lorafleet.adapter_store.conversations import BaseTokens, drop_checked, noted, read_chat
 from lorafleet.adapter_store.errors import AdapterRefused
 from lorafleet.adapter_store.extras import read_extras
@@ -169,7 +176,12 @@ class AdapterReader:
             raise AdapterRefused("missing_tensor", f"{WEIGHTS_FILE} has no tensors", WEIGHTS_FILE)
         with one_time_limit():
             spec = with_parameters(spec, self.geometry)
-            file = replace(file, entries=self._named(file.entries))
+            kept = {name: entry for name, entry in file.entries.items() if not self._is_left_out(name)}
+            num_left_out = len(file.entries) - len(kept)
+            if not kept:
+                message = f"{WEIGHTS_FILE} has tensors of towers of images or sound only, which are not served"
+                raise AdapterRefused("no_module", message, WEIGHTS_FILE)
+            file = replace(file, entries=self._named(kept))
             lora = effective_modules(spec, self.geometry, present=modules_present(file.entries, self.geometry))
             check_ranks(lora, self.max_rank, "r")
             embeddings = [module.name for module in lora if self.geometry.modules[module.name].kind == "embedding"]
@@ -181,6 +193,8 @@ class AdapterReader:
         check_ranks(modules, self.max_rank, TOKENS_FIELD)
         contents = match_tensors(file.entries, spec, lora, beside, self.geometry)
         warnings = [*spec.warnings]
+        if num_left_out:
+            warnings.append(f"{num_left_out} tensors of towers of images or sound are ignored: text alone is served")
         for field, absent in (
             ("target_modules", unmatched_targets(spec, self.geometry)),
             ("target_parameters", unmatched_parameters(spec, self.geometry)),
@@ -192,6 +206,9 @@ class AdapterReader:
             if absent:
                 warnings.append(f"{field} names what the base has no module of: {listed(absent)}")
         return _Plan(spec, file, lora, beside, modules, contents, tuple(warnings))
+
+    def _is_left_out(self, name: str) -> bool:
+        return is_left_out(name.removeprefix(PREFIX), self.geometry)
 
     def _named(self, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
         """The tensors by the names that PEFT gives them on this base as transformers loads it."""

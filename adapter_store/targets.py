@@ -30,8 +30,9 @@ def effective_modules(
     Raises AdapterRefused `unknown_target`, `no_module` and what `match_patterns` raises.
     """
     targets = _targeted(spec, geometry)
+    excluded = _excluded(spec, targets, geometry)
     parameters = targeted_parameters(spec, geometry)
-    names = sorted((targets - _excluded(spec, targets)) | parameters.keys())
+    names = sorted((targets - excluded) | parameters.keys())
     if spec.ensure_weight_tying:
         names = sorted({*names, *(tied_outputs(names, geometry) & set(present))})
     if not names:
@@ -59,7 +60,8 @@ def unmatched_targets(spec: LoraSpec, geometry: BaseGeometry) -> list[str]:
     """
     if isinstance(spec.target_modules, str):
         return []
-    absent = spec.target_modules.difference(*map(_ends, _modules(geometry)))
+    names = [name for module in _modules(geometry) for name in _names(module, geometry)]
+    absent = spec.target_modules.difference(*map(_ends, names))
     others = {owner for parameter in geometry.parameters for owner in _owners(parameter)}
     there = absent.intersection(*[{end for owner in others for end in _ends(owner)}])
     if there:
@@ -114,25 +116,40 @@ def _targeted(spec: LoraSpec, geometry: BaseGeometry) -> set[str]:
         if spec.target_modules.lower() == ALL_LINEAR:
             linear = {name: shape for name, shape in modules.items() if shape.kind == "linear"}
             return {name for name, shape in linear.items() if not is_output(name, shape, geometry)}
-        return _fully_matching(spec.target_modules, list(modules), "target_modules")
-    ends = {name: spec.target_modules.intersection(_ends(name)) for name in modules}
+        return _fully_matching(spec.target_modules, list(modules), "target_modules", geometry)
+    ends = {
+        name: {end for own in _names(name, geometry) for end in spec.target_modules.intersection(_ends(own))}
+        for name in modules
+    }
     layers = _layers(spec, list(modules)) if spec.layers_to_transform else {}
     return {
         name
         for name, matched in ends.items()
         # A module that is named in full is wrapped whatever layers_to_transform says.
-        if matched and (name in matched or not spec.layers_to_transform or layers[name] in spec.layers_to_transform)
+        if matched
+        and (
+            not matched.isdisjoint(_names(name, geometry))
+            or not spec.layers_to_transform
+            or layers[name] in spec.layers_to_transform
+        )
     }
 
 
-def _excluded(spec: LoraSpec, names: Collection[str]) -> set[str]:
+def _excluded(spec: LoraSpec, names: Collection[str], geometry: BaseGeometry) -> set[str]:
     # What is trained as a whole, and all that is within it.
     saved = {name for name in names if any(f".{part}." in f".{name}." for part in spec.modules_to_save)}
     if not isinstance(spec.exclude_modules, str):
-        return saved | {name for name in names if not spec.exclude_modules.isdisjoint(_ends(name))}
-    return saved | (
-        _fully_matching(spec.exclude_modules, list(names), "exclude_modules") if spec.exclude_modules else set()
-    )
+        ends = {name: {end for own in _names(name, geometry) for end in _ends(own)} for name in names}
+        return saved | {name for name in names if not spec.exclude_modules.isdisjoint(ends[name])}
+    if not spec.exclude_modules:
+        return saved
+    return saved | _fully_matching(spec.exclude_modules, list(names), "exclude_modules", geometry)
+
+
+def _names(module: str, geometry: BaseGeometry) -> tuple[str, ...]:
+    """A module's name, and the one that it has in the whole of a multimodal model."""
+    whole = geometry.whole_names.get(module)
+    return (module,) if whole is None else (module, whole)
 
 
 def _owners(parameter: str) -> Iterator[str]:
@@ -154,9 +171,10 @@ def _ends(name: str) -> Iterator[str]:
         yield name
 
 
-def _fully_matching(regex: str, names: Sequence[str], field: str) -> set[str]:
-    (hits,) = match_patterns([Pattern("fullmatch", regex, field)], names)
-    return {name for name, hit in zip(names, hits, strict=True) if hit is not None}
+def _fully_matching(regex: str, modules: Sequence[str], field: str, geometry: BaseGeometry) -> set[str]:
+    owners = [(name, module) for module in modules for name in _names(module, geometry)]
+    (hits,) = match_patterns([Pattern("fullmatch", regex, field)], [name for name, _ in owners])
+    return {module for (_, module), hit in zip(owners, hits, strict=True) if hit is not None}
 
 
 def _layers(spec: LoraSpec, names: Sequence[str]) -> dict[str, int | None]:

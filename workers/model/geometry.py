@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from lorafleet.adapter_store.manifest import BaseGeometry, Dtype, ModuleShape
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.model.experts import expert_shapes, is_experts, is_router
-from lorafleet.workers.model.text_part import text_config
+from lorafleet.workers.model.text_part import text_config, whole_names
 
 TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -99,7 +100,10 @@ def read_geometry(model: ModelConfig, device: str = "auto") -> BaseGeometry:
     """The modules of the base at `model.source` that an adapter may target."""
     config = read_config(model)
     dtype = resolve_dtype(model, config, resolve_device(device))
-    return geometry_of(empty_model(config, TORCH_DTYPES[dtype]), dtype)
+    geometry = geometry_of(empty_model(config, TORCH_DTYPES[dtype]), dtype)
+    names, others = whole_names(AutoConfig.from_pretrained(model.source))
+    names = {name: whole for name, whole in names.items() if name in geometry.modules}
+    return replace(geometry, whole_names=names, left_out=others)
 
 
 def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:

@@ -6,10 +6,12 @@ its dimensions, so a text part with multidimensional RoPE is computed by the tex
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PretrainedConfig
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PretrainedConfig
 
 KEYS: Mapping[str, str] = {
     r"^(model\.)?language_model\.(model\.)?(?!lm_head)": "model.",
@@ -42,3 +44,28 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
         text = cls(**{**fields, "rope_parameters": rope})
     text.tie_word_embeddings = getattr(config, "tie_word_embeddings", text.tie_word_embeddings)
     return text
+
+
+def whole_names(config: PretrainedConfig) -> tuple[dict[str, str], frozenset[str]]:
+    """Names of the text part's modules -> those in the whole model, and the modules of the whole that are not in it.
+
+    `config`: the checkpoint's. Both are empty for a text model, and where transformers cannot make the whole one.
+    """
+    if text_config(config) is config:
+        return {}, frozenset()
+    try:
+        with torch.device("meta"):
+            whole = AutoModelForImageTextToText.from_config(config)
+    except (ValueError, ImportError, TypeError, AttributeError):
+        return {}, frozenset()
+    names: dict[str, str] = {}
+    others = set()
+    for name, module in whole.named_modules():
+        text = name
+        for pattern, new in KEYS.items():
+            text = re.sub(pattern, new, text)
+        if text != name:
+            names[text] = name
+        elif any(True for _ in module.parameters(recurse=False)) and module is not whole.get_output_embeddings():
+            others.add(name)
+    return names, frozenset(others)
