@@ -36,7 +36,8 @@ _IDLE_OF_LORA = re.compile(r"(.+)\.lora_(?:velora_embed|monteclora_sampler\.\w+)
 """What VeLoRA and MonteCLoRA keep for training on; PEFT answers without it."""
 _IDLE_OF_MODULES = re.compile(r"(.+)\.(?:original_module|modules_to_save)\.bias")
 """Second copies, under `bias: all`, of the biases of modules that were trained as a whole; PEFT reads neither."""
-
+_DERIVED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Buffers that older models saved; they follow from the config, and transformers passes over them."""
 
 MAX_ADDED_TOKENS = 4096
 
@@ -299,6 +300,8 @@ class _Matching:
     def _left_over(self, tensor: str) -> Iterator[BaseCopy]:
         """A copy of the base's, or nothing that is computed with."""
         name = tensor.removeprefix(self._prefix)
+        if name.endswith(_DERIVED):
+            return
         for idle, owners in ((_IDLE_OF_LORA, self._lora), (_IDLE_OF_MODULES, self._trained.modules)):
             match = idle.fullmatch(name)
             if match and match[1] in owners:

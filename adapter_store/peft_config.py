@@ -126,6 +126,23 @@ _TASKS = frozenset({"SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTI
 _OFF: tuple[object, ...] = (None, False, "", [], {})
 """How PEFT spells that a field asks for nothing."""
 
+_NOTES = re.compile(
+    r"((pre)?train(ed|er|ing)?|data(set)?|eval|model|base_model|num|max|quant(ization)?|bnb|optim(izer)?|lr|scheduler"
+    r"|deepspeed|fsdp|tokenizer|generation|wandb|sft|dpo|grpo|run)_.*|(lora_?plus|lora)?_?.*_(lr|lr_ratio|seed)"
+    r"|lora_dropout_.*|(use|enable)_(.*_)?"
+    r"(flash_attention|flash_attn|gradient_checkpointing|cache|unsloth|liger|sdpa|bf16|fp16|tf32|8bit|4bit)(_.*)?"
+)
+"""Names of unknown fields that trainers write down for themselves."""
+
+_TWINS: Mapping[str, str] = {
+    "alpha": "lora_alpha",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "lora_target_modules": "target_modules",
+    "rank": "r",
+}
+"""Other names of fields: where both say the same, one of them is a note."""
+
 _COMPUTES = re.compile(
     r"(use|enable|target|init|invocation|fan|dora|lora|alora)_.*|.*_(config|lora|dora|pattern|parameters)"
     r"|(.*_)?(alpha|bias|layers?|modules?|pattern|r|rank|scale|scaling)(_.*)?"
@@ -215,6 +232,10 @@ def read_config(path: Path, *, strict: bool = False) -> LoraSpec:
 
 
 def _refuse_unsupported(fields: Mapping[str, object]) -> None:
+    if "peft_type" not in fields:
+        _unsupported(
+            "peft_type", f"peft_type is missing: this is no config of PEFT (it has {_shown(list(fields)[:4])})"
+        )
     if fields.get("peft_type") != "LORA":
         _unsupported("peft_type", f"peft_type {_shown(fields.get('peft_type'))} (only LORA is served)")
     task = fields.get("task_type")
@@ -231,10 +252,18 @@ def _refuse_unsupported(fields: Mapping[str, object]) -> None:
         _unsupported("use_dora", "use_dora and lora_bias are both true, which PEFT refuses")
     for name, value in fields.items():
         rule = FIELDS.get(name)
-        if rule is None and value not in _OFF and _COMPUTES.fullmatch(name):
+        if rule is None and value not in _OFF and _may_compute(name, value, fields):
             _unsupported(name[:200], f"{name[:200]} {_shown(value)}: this field is not known")
         if rule is not None and rule.verdict == "refused" and value not in rule.off:
             _unsupported(name, f"{name} {_shown(value)} is not served: {rule.note}")
+
+
+def _may_compute(name: str, value: object, fields: Mapping[str, object]) -> bool:
+    """Return True for an unknown field that may change what LoRA computes."""
+    twin = _TWINS.get(name)
+    if twin in fields and fields[twin] == value:
+        return False
+    return _COMPUTES.fullmatch(name) is not None and _NOTES.fullmatch(name) is None
 
 
 def _ignored(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:

@@ -43,7 +43,10 @@ def effective_modules(
         if absent and not targets:
             message = f"target_modules names no module of the base: {listed(absent)}"
             raise AdapterRefused("unknown_target", message, "target_modules")
-        raise AdapterRefused("no_module", "the adapter changes no module of the base", "target_modules")
+        message = "the adapter changes no module of the base"
+        if isinstance(spec.target_modules, str) and not targets:
+            message += f": no name as a whole matches the expression {spec.target_modules[:100]!r} of target_modules"
+        raise AdapterRefused("no_module", message, "target_modules")
     keys = [parameters.get(name, name) for name in names]
     ranks = _by_pattern(spec.rank_pattern, keys, spec.rank, "rank_pattern")
     alphas = _by_pattern(spec.alpha_pattern, keys, spec.alpha, "alpha_pattern")

@@ -101,16 +101,30 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def refuse_other_content(path: Path, code: str) -> None:
     """Refuse with `code`, by what it is, a file that a download left in the place of another."""
     with path.open("rb") as file:
-        begin = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if begin.startswith(b"version https://git-lfs.github.com/spec/"):
-        message = f"{path.name} is a Git LFS pointer and not the file itself: run `git lfs pull` where it is from"
-    elif begin.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head")):
-        message = f"{path.name} is a web page and not the file itself: download the file's raw content"
-    elif not begin and code == "broken_config":
-        message = f"{path.name} is empty"
-    else:
+        whole = file.read(512)
+    begin = whole.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    is_config = code == "broken_config"
+    what: str | None = None
+    if not is_config and (whole[8:9] == b"{" or not whole):
         return
-    raise AdapterRefused(code, message, path.name)
+    if begin.startswith((b"version https://git-lfs.github.com/spec/", b"# xet version")):
+        what = "a Git LFS pointer and not the file itself: run `git lfs pull` where it is from"
+    elif begin.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head", b"<!--")):
+        what = "a web page and not the file itself: download the file's raw content"
+    elif not begin and is_config:
+        what = "empty"
+    elif not whole.strip(b"\0"):
+        what = "nothing but zeros: it was not written to its end"
+    elif not is_config and begin.startswith((b"pk\x03\x04", b"\x80\x02", b"\x1f\x8b", b"gguf")):
+        what = "of another format under this name: save it with PEFT's save_pretrained"
+    elif _is_text(whole) and not (is_config and begin.startswith((b"{", b"["))):
+        what = f"text and not the file itself; it begins with {whole[:60].decode()!r}"
+    if what is not None:
+        raise AdapterRefused(code, f"{path.name} is {what}", path.name)
+
+
+def _is_text(data: bytes) -> bool:
+    return data.isascii() and all(byte >= 32 or byte in b"\t\r\n" for byte in data)
 
 
 def _parse_header(text: bytes, file_name: str) -> dict[str, object]:

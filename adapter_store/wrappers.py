@@ -14,7 +14,7 @@ PREFIX = "base_model.model."
 _ALWAYS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Parts that torch.compile, FSDP and activation checkpointing put between others; no model has such a module."""
 
-_SOMETIMES = ("module", "language_model", "thinker")
+_SOMETIMES = ("module", "language_model", "thinker", "text_model", "llm")
 """Parts that a wrapper or a multimodal model puts before a decoder's, and that may be a module's own name too."""
 
 _ADAPTER_NAME = re.compile(
@@ -83,11 +83,10 @@ def _readings(names: Collection[str]) -> Iterator[Reading]:
 
 
 def _without(name: str, dropped: Collection[str]) -> str:
-    """The name without these parts, and with PEFT's prefix once if it has it more often."""
+    """The name without these parts, and with PEFT's prefix once and first if it has it more often or later."""
     name = ".".join(part for part in name.split(".") if part not in dropped)
-    while name.startswith(PREFIX * 2):
-        name = name.removeprefix(PREFIX)
-    return name
+    _, prefix, rest = f".{name}".rpartition(f".{PREFIX}")
+    return PREFIX + rest if prefix else name
 
 
 def _unnamed(name: str) -> tuple[str, str | None]:

@@ -113,7 +113,7 @@ def test_folders_of_mlx(base: Base, copy_of: Callable[..., AdapterCopy]) -> None
     adapter = copy_of("rank4_qv")
     fields = {"adapter_path": "adapters", "fine_tune_type": "lora", "lora_parameters": {"rank": 8}, "num_layers": 8}
     (adapter.folder / CONFIG).write_text(json.dumps(fields))
-    with pytest.raises(AdapterRefused, match="only LORA is served") as caught:
+    with pytest.raises(AdapterRefused, match="this is no config of PEFT") as caught:
         base.reader().read(adapter.folder)
     assert caught.value.param == "peft_type"
     (adapter.folder / WEIGHTS).rename(adapter.folder / "adapters.safetensors")
@@ -169,3 +169,12 @@ def test_a_tied_base_whose_checkpoint_has_an_output(
     save_file({**tensors, "lm_head.weight": head}, path, metadata={"format": "pt"})
     base = Base(tmp_path / "base", tied.geometry)
     assert_does_as_peft(base, make_adapter(tmp_path / "a", base.folder, "rank4_qv", **options))
+
+
+def test_buffers_that_follow_from_the_config_are_passed_over(base: Base, copy_of: Callable[..., AdapterCopy]) -> None:
+    """DeepSpeed's consolidated files, and those of older models, have the frequencies of every layer."""
+    adapter = copy_of("rank4_qv")
+    before = base.reader().read(adapter.folder).manifest
+    name = "base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"
+    adapter.change_tensors(lambda tensors: tensors.update({name: torch.ones(8)}))
+    assert assert_does_as_peft(base, adapter.folder).manifest == before

@@ -147,12 +147,8 @@ CASES: dict[str, tuple[str, str | None, str, Break]] = {
     "weights_cut_short": ("truncated", None, "rank4_qv", cut(0.9)),
     "weights_cut_in_header": ("truncated", None, "rank4_qv", cut(0.05)),
     "weights_without_tensors": ("missing_tensor", WEIGHTS, "rank4_qv", raw_header(b"{}")),
-    "weights_pointer": ("broken_safetensors", WEIGHTS, "rank4_qv", write(WEIGHTS, POINTER)),
-    "weights_page": ("broken_safetensors", WEIGHTS, "rank4_qv", write(WEIGHTS, PAGE)),
-    "config_pointer": ("broken_config", CONFIG, "rank4_qv", write(CONFIG, POINTER)),
-    "config_page": ("broken_config", CONFIG, "rank4_qv", write(CONFIG, PAGE)),
     "weights_empty": ("truncated", None, "rank4_qv", write(WEIGHTS, b"")),
-    "weights_of_text": ("header_too_large", None, "rank4_qv", write(WEIGHTS, b"these are no weights")),
+    "weights_of_text": ("broken_safetensors", None, "rank4_qv", write(WEIGHTS, b"these are no weights")),
     "header_too_large": ("header_too_large", None, "rank4_qv", write(WEIGHTS, struct.pack("<Q", 2**62) + b"{}")),
     "header_not_json": ("broken_safetensors", None, "rank4_qv", raw_header(b"{'a': 1}")),
     "header_list": ("broken_safetensors", None, "rank4_qv", raw_header(b"[]")),
@@ -266,6 +262,52 @@ async def test_refused(
     assert staged_files(tmp_path) == []
     assert (await store.table()).adapters == ()
     assert not list((tmp_path / "state").glob("*/versions/*"))
+
+
+CONTENTS: dict[str, tuple[bytes, str]] = {
+    "pointer": (POINTER, "a Git LFS pointer"),
+    "new_pointer": (b'# xet version 0\nfilesize = 3\nhash = "x"\n', "a Git LFS pointer"),
+    "page": (PAGE, "a web page"),
+    "comment": (b"<!-- cached -->\n<HTML>", "a web page"),
+    "answer": (b"Entry not found", "text and not the file itself; it begins with 'Entry not found'"),
+    "zeros": (bytes(4096), "nothing but zeros"),
+}
+"""What downloads leave in the place of a file -> how it is called."""
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+@pytest.mark.parametrize(("content", "called"), CONTENTS.values(), ids=CONTENTS.keys())
+def test_other_content_is_called_by_its_name(
+    base: Base, copy_of: Callable[..., AdapterCopy], name: str, content: bytes, called: str
+) -> None:
+    adapter = copy_of("rank4_qv")
+    (adapter.folder / name).write_bytes(content)
+    with pytest.raises(AdapterRefused, match=f"{name} is {called}") as caught:
+        base.reader().read(adapter.folder)
+    assert (caught.value.code, caught.value.param) == (
+        "broken_config" if name == CONFIG else "broken_safetensors",
+        name,
+    )
+
+
+@pytest.mark.parametrize("begin", [b"PK\x03\x04", b"\x1f\x8b\x08", b"GGUF\x03", b"\x80\x02"])
+def test_another_format_is_told(base: Base, copy_of: Callable[..., AdapterCopy], begin: bytes) -> None:
+    adapter = copy_of("rank4_qv")
+    (adapter.folder / WEIGHTS).write_bytes(begin + bytes(range(256)))
+    with pytest.raises(AdapterRefused, match="of another format under this name"):
+        base.reader().read(adapter.folder)
+
+
+@pytest.mark.parametrize("begin", [0x0280, 0x8B1F])
+def test_a_header_of_any_length_is_no_other_format(base: Base, copy_of: Callable[..., AdapterCopy], begin: int) -> None:
+    """Its length may begin as a pickle or an archive does."""
+    adapter = copy_of("rank4_qv")
+    path = adapter.folder / WEIGHTS
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    length = begin if begin >= size else begin + 0x10000
+    path.write_bytes(length.to_bytes(8, "little") + data[8 : 8 + size] + b" " * (length - size) + data[8 + size :])
+    base.reader().read(adapter.folder)
 
 
 async def test_slow_pattern_is_ended(

@@ -21,13 +21,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "note": {"adapter_metadata": {"domain": "mathematics"}},
     "text": {"description": "made on a Monday"},
     "number": {"future_group_size": 16},
+    "trainer": {"training_config": {"learning_rate": 1e-4}},
+    "layers": {"num_hidden_layers": 2},
+    "speed": {"use_flash_attention": True},
+    "twin": {"lora_rank": 4},
     "task_type": {"task_type": "SEQ_2_SEQ_LM"},
     "target_modules": {"target_modules": ["q_proj", "v_proj", "c_attn"]},
     "modules_to_save": {"modules_to_save": ["classifier", "score"]},
 }
 """What PEFT ignores, each named in its warning."""
 
-NAMED = {"note": "adapter_metadata", "text": "description", "number": "future_group_size"}
+NAMED = {
+    "note": "adapter_metadata",
+    "text": "description",
+    "number": "future_group_size",
+    "trainer": "training_config",
+    "layers": "num_hidden_layers",
+    "speed": "use_flash_attention",
+    "twin": "lora_rank",
+}
 
 
 @pytest.mark.parametrize("label", CONFIGS)

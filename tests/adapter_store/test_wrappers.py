@@ -28,6 +28,9 @@ WRAPPED: dict[str, Rule] = {
     "otherwise-named": lambda name: name.replace(".weight", ".poems.weight"),
     "multimodal": lambda name: name.replace(PREFIX, f"{PREFIX}language_model."),
     "multimodal-inside": lambda name: name.replace(f"{PREFIX}model.", f"{PREFIX}model.language_model."),
+    "trainer": lambda name: f"model.{name}",
+    "text-model": lambda name: name.replace(f"{PREFIX}model.", f"{PREFIX}model.text_model."),
+    "language-model": lambda name: name.replace(PREFIX, f"{PREFIX}llm."),
     "thinker": lambda name: name.replace(PREFIX, f"{PREFIX}thinker."),
     "bare-parallel": lambda name: "module." + name.removeprefix(PREFIX),
 }

@@ -128,7 +128,9 @@ def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:
         dtype=dtype,
         vectors=_norm_parameters(model),
         tied=_tied(model),
-        parameters=frozenset(name for name, _ in model.named_parameters(remove_duplicate=False)),
+        parameters=frozenset(
+            (*(name for name, _ in model.named_parameters(remove_duplicate=False)), *model.state_dict())
+        ),
         kinds=(type(model).__name__, model.config.model_type),
     )
 
