@@ -230,8 +230,9 @@ class _Matching:
                 owner = wrapper_of(owner, together[owner.rpartition(".")[0]])
             a, b = _factor_names(self._prefix, owner, shape.kind)
             num_rows = module.rank * shape.num_experts
-            self._checked(a, (num_rows, shape.in_dim), module.name)
-            self._checked(b, (shape.out_dim, num_rows), module.name)
+            of_a, of_b = (shape.out_dim, shape.in_dim) if shape.is_swapped else (shape.in_dim, shape.out_dim)
+            self._checked(a, (num_rows, of_a), module.name)
+            self._checked(b, (of_b, num_rows), module.name)
             yield module.name, (a, b)
 
     def _has_single_factors(self, module: ModuleManifest, shape: ModuleShape) -> bool:

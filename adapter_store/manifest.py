@@ -40,6 +40,8 @@ class ModuleShape:
     out_dim: int
     num_experts: int = 1
     """Matrices that each have an A and a B of the adapter's rank."""
+    is_swapped: bool = False
+    """PEFT takes the inputs of such experts for outputs: in its files, A is on their outputs and B on their inputs."""
 
     @property
     def is_module(self) -> bool:

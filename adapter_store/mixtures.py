@@ -138,6 +138,11 @@ def by_expert(b: Tensor, num_experts: int) -> Tensor:
     return Tensor(b.tag, np.ascontiguousarray(columns.reshape(b.shape)))
 
 
+def transposed(matrix: Tensor) -> Tensor:
+    """The matrix with its rows as columns."""
+    return Tensor(matrix.tag, np.ascontiguousarray(matrix.array.T))
+
+
 def experts_of(modules: Iterator[str]) -> dict[str, list[str]]:
     """Module -> those of its parameters among these names, in their order."""
     found: dict[str, list[str]] = {}

@@ -260,8 +260,7 @@ def _refuse_unsupported(fields: Mapping[str, object]) -> None:
 
 def _may_compute(name: str, value: object, fields: Mapping[str, object]) -> bool:
     """Return True for an unknown field that may change what LoRA computes."""
-    twin = _TWINS.get(name)
-    if twin in fields and fields[twin] == value:
+    if name in _TWINS and fields.get(_TWINS[name]) == value:
         return False
     return _COMPUTES.fullmatch(name) is not None and _NOTES.fullmatch(name) is None
 

@@ -32,7 +32,7 @@ from lorafleet.adapter_store.manifest import (
     ExtraManifest,
     ModuleManifest,
 )
-from lorafleet.adapter_store.mixtures import by_expert, joined, with_parameters
+from lorafleet.adapter_store.mixtures import by_expert, joined, transposed, with_parameters
 from lorafleet.adapter_store.patterns import one_time_limit
 from lorafleet.adapter_store.peft_config import LoraSpec, read_config
 from lorafleet.adapter_store.renaming import renamed, with_loaded_names
@@ -148,7 +148,10 @@ class AdapterReader:
             a, b = joined([[(file.read(a), file.read(b)) for a, b in part] for part in parts])
         else:
             a, b = map(file.read, plan.contents.factors[module])
-        return (a, by_expert(b, shape.num_experts)) if shape.kind == "experts" else (a, b)
+        if shape.kind != "experts":
+            return a, b
+        b = by_expert(b, shape.num_experts)
+        return (transposed(b), transposed(a)) if shape.is_swapped else (a, b)
 
     def drop_base_copies(self, folder: Path) -> None:
         """Leave of an adapter that `read` accepted what is its own: of weights, and of files that were checked only."""

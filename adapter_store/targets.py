@@ -77,9 +77,12 @@ def targeted_parameters(spec: LoraSpec, geometry: BaseGeometry) -> dict[str, str
     """Experts, routers and linear modules of whose parameters `target_parameters` has the ends, each with its own."""
     found: dict[str, str] = {}
     for name, shape in geometry.modules.items() if spec.target_parameters else ():
-        parameter = name if shape.kind == "experts" else f"{name}.weight"
-        if shape.kind != "embedding" and not spec.target_parameters.isdisjoint(_ends(parameter)):
-            found[name] = parameter
+        leaf = "" if shape.kind == "experts" else ".weight"
+        parameters = [own + leaf for own in _names(name, geometry)]
+        if shape.kind != "embedding" and not spec.target_parameters.isdisjoint(
+            end for parameter in parameters for end in _ends(parameter)
+        ):
+            found[name] = parameters[-1]
     return found
 
 

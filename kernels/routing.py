@@ -7,7 +7,7 @@ device, and all sizes follow from the arguments', so a captured graph may hold i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,6 +45,19 @@ def route(experts: Tensor, num_experts: int, segments: Segments | None, slot_str
     has_adapter = (slots != BASE_SLOT) & (ordered < num_experts)
     virtual = torch.where(has_adapter, slots * slot_stride + ordered, BASE_SLOT)
     return Routed(order, _ends(ordered, num_experts), _segments(virtual, keys, num_experts, segments))
+
+
+def repeat(num_experts: int, segments: Segments, slot_stride: int) -> Segments:
+    """Segments of the rows once for each expert, all of one after all of another; slots as in `Routed.segments`."""
+    device, num_rows = segments.row_slots.device, segments.num_rows
+    experts = torch.arange(num_experts, device=device).repeat_interleave(num_rows, output_size=num_experts * num_rows)
+    slots = segments.row_slots.to(torch.int64).repeat(num_experts)
+    keys, order = torch.sort(experts * 2**32 + slots + 1, stable=True)
+    virtual = torch.where(slots != BASE_SLOT, slots * slot_stride + experts, BASE_SLOT)
+    made = _segments(virtual[order], keys, num_experts, segments)
+    row_slots = virtual.to(torch.int32)
+    host = row_slots.numpy() if device.type == "cpu" else made.host_row_slots
+    return replace(made, row_slots=row_slots, permutation=order.to(torch.int32), host_row_slots=host)
 
 
 def _ends(ordered: Tensor, num_experts: int) -> Tensor:

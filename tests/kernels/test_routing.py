@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorafleet.kernels.routing import route
+from lorafleet.kernels.routing import repeat, route
 from lorafleet.kernels.segments import BASE_SLOT, build_segments
 
 CPU = torch.device("cpu")
@@ -55,6 +55,18 @@ def test_the_order_and_the_chunks(
     other = route(torch.zeros_like(experts), num_experts, segments, stride).segments
     assert other is not None
     assert (other.max_chunks, other.chunk_length) == (made.max_chunks, made.chunk_length)
+
+
+def test_rows_for_every_expert() -> None:
+    slots = np.array([1, BASE_SLOT, 0, 1, 0, 0], dtype=np.int32)
+    made = repeat(3, build_segments(slots, device=CPU), 10)
+    virtual = [BASE_SLOT if slot < 0 else slot * 10 + expert for expert in range(3) for slot in slots.tolist()]
+    assert made.row_slots.tolist() == virtual
+    assert sorted(made.permutation.tolist()) == list(range(18))
+    ends = made.chunk_indptr.tolist()
+    for (first, last), slot in zip(pairwise(ends), made.chunk_slots.tolist(), strict=True):
+        assert {virtual[row] for row in made.permutation[first:last].tolist()} <= {slot}
+    assert ends[-1] == 18
 
 
 def test_kernels_take_its_segments(interpreter: None) -> None:

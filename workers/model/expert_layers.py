@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafleet.kernels import ops
-from lorafleet.kernels.routing import Routed, route
+from lorafleet.kernels.routing import Routed, repeat, route
+from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraWeights
-from lorafleet.workers.model.experts import projections
+from lorafleet.workers.model.experts import is_dense_experts, projections
 from lorafleet.workers.model.lora_layers import LoraContext
 
 
@@ -66,6 +67,37 @@ class LoraExperts(nn.Module):
             y = y + getattr(self.experts, f"{name}_bias")[owners]
         if routed.segments is not None:
             ops.add_lora(x.to(weight.dtype).contiguous(), self.lora[name], routed.segments, y)
+        return y
+
+
+class LoraDenseExperts(nn.Module):
+    """Experts that all compute all rows, scaled to zero where a row is not theirs, with LoRA on both projections."""
+
+    def __init__(
+        self, name: str, experts: nn.Module, weights: dict[str, LoraWeights], slot_stride: int, context: LoraContext
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.experts: Any = experts
+        self.lora = weights
+        self.slot_stride = slot_stride
+        self.context = context
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states: (num_experts * rows, hidden), an expert's rows after another's -> the same."""
+        num_experts, num_all = self.experts.gate_up_proj.shape[0], hidden_states.shape[0]
+        segments = self.context.segments_at("body", self.name, num_all // num_experts)
+        if segments is not None:
+            segments = repeat(num_experts, segments, self.slot_stride) if segments.has_lora else None
+        up = self._project(hidden_states, "gate_up_proj", segments)
+        gate, up = up.chunk(2, dim=-1)
+        return self._project(up * self.experts.act_fn(gate), "down_proj", segments)
+
+    def _project(self, x: Tensor, name: str, segments: Segments | None) -> Tensor:
+        matrices: Tensor = getattr(self.experts, name)
+        y = torch.bmm(x.view(len(matrices), -1, matrices.shape[1]), matrices).view(x.shape[0], -1)
+        if segments is not None:
+            ops.add_lora(x, self.lora[name], segments, y)
         return y
 
 
@@ -140,4 +172,6 @@ def substitute_experts(
     model: nn.Module, name: str, weights: dict[str, LoraWeights], slot_stride: int, context: LoraContext
 ) -> None:
     """Put LoRA experts in the place of `name`."""
-    model.set_submodule(name, LoraExperts(name, model.get_submodule(name), weights, slot_stride, context))
+    experts = model.get_submodule(name)
+    kind = LoraDenseExperts if is_dense_experts(experts) else LoraExperts
+    model.set_submodule(name, kind(name, experts, weights, slot_stride, context))

@@ -26,9 +26,21 @@ def is_experts(module: nn.Module) -> bool:
     )
 
 
+def is_dense_experts(module: nn.Module) -> bool:
+    """Return True for experts that all compute all rows, one expert's copy of them after another's (Llama 4)."""
+    own = dict(module.named_parameters(recurse=False))
+    return (
+        type(module).__name__.endswith("Experts")
+        and own.keys() == {"gate_up_proj", "down_proj"}
+        and all(value.dim() == 3 for value in own.values())
+        and hasattr(module, "act_fn")
+        and [*inspect.signature(module.forward).parameters] == ["hidden_states"]
+    )
+
+
 def projections(experts: nn.Module) -> tuple[str, str]:
     """Names of the parameters that its rows go through, the first one first."""
-    return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+    return ("gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj", "down_proj")
 
 
 def is_router(module: nn.Module, parent: nn.Module) -> bool:
@@ -48,5 +60,6 @@ def expert_shapes(name: str, experts: nn.Module) -> Iterator[tuple[str, ModuleSh
     for leaf, parameter in experts.named_parameters(recurse=False):
         if leaf in projections(experts):
             num_experts, one, other = parameter.shape
-            in_dim, out_dim = (one, other) if experts.is_transposed else (other, one)
-            yield f"{name}.{leaf}", ModuleShape("experts", in_dim, out_dim, num_experts)
+            is_dense = not hasattr(experts, "is_transposed")
+            in_dim, out_dim = (one, other) if is_dense or experts.is_transposed else (other, one)
+            yield f"{name}.{leaf}", ModuleShape("experts", in_dim, out_dim, num_experts, is_swapped=is_dense)

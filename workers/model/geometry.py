@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lorafleet.adapter_store.manifest import BaseGeometry, Dtype, ModuleShape
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
-from lorafleet.workers.model.experts import expert_shapes, is_experts, is_router
+from lorafleet.workers.model.experts import expert_shapes, is_dense_experts, is_experts, is_router
 from lorafleet.workers.model.text_part import text_config, whole_names
 
 TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
@@ -102,6 +102,10 @@ def read_geometry(model: ModelConfig, device: str = "auto") -> BaseGeometry:
     dtype = resolve_dtype(model, config, resolve_device(device))
     geometry = geometry_of(empty_model(config, TORCH_DTYPES[dtype]), dtype)
     names, others = whole_names(AutoConfig.from_pretrained(model.source))
+    for name, shape in geometry.modules.items():
+        owner, _, leaf = name.rpartition(".")
+        if shape.kind == "experts" and owner in names:
+            names[name] = f"{names[owner]}.{leaf}"
     names = {name: whole for name, whole in names.items() if name in geometry.modules}
     return replace(geometry, whole_names=names, left_out=others)
 
@@ -118,7 +122,7 @@ def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:
             modules[name] = ModuleShape("linear", module.nx, module.nf)
         elif module is embedding and _is_plain_or_scaled(module):
             modules[name] = ModuleShape("embedding", module.num_embeddings, module.embedding_dim)
-        elif is_experts(module):
+        elif is_experts(module) or is_dense_experts(module):
             modules |= expert_shapes(name, module)
         elif is_router(module, model.get_submodule(name.rpartition(".")[0])):
             num_experts, hidden = module.get_parameter("weight").shape

@@ -43,9 +43,9 @@ def applied(model: nn.Module, factors: Factors) -> Iterator[None]:
                 stack.enter_context(_changed(module.get_parameter("weight"), b.T @ a))
             else:
                 experts, matrices = modules[name.rpartition(".")[0]], model.get_parameter(name)
-                n = len(matrices)
+                n, is_transposed = len(matrices), getattr(experts, "is_transposed", True)
                 delta = torch.bmm(a.view(n, -1, a.shape[1]).transpose(1, 2), b.view(n, -1, b.shape[1]))
-                stack.enter_context(_changed(matrices, delta if experts.is_transposed else delta.transpose(1, 2)))
+                stack.enter_context(_changed(matrices, delta if is_transposed else delta.transpose(1, 2)))
         yield
 
 
