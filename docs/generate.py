@@ -330,6 +330,9 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
         ("part", "bytes with 64 adapters, ms", "base, ms", "64 adapters before, ms", "64 adapters, ms"),
         measured.step_rows(),
     ),
+    "chaos-run": lambda: measured.chaos_run() + "\n",
+    "chaos-faults": lambda: table(measured.chaos.HEAD, measured.chaos_rows()),
+    "chaos-hostile": lambda: table(measured.chaos.HOSTILE_HEAD, measured.hostile_rows()),
     "engine-bars": lambda: table(("", "measured", "bar", ""), measured.engine_bars()),
     "engine-peers": lambda: table(
         ("", "base", "one adapter", "64 adapters", "decode step, base", "64 adapters", "start, s"), measured.peer_rows()

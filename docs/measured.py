@@ -17,6 +17,9 @@ import kernels_report  # noqa: E402
 from bars import Bar, latest, median, number, read  # noqa: E402
 from random_models import GEOMETRIES  # noqa: E402
 
+sys.path.append(str(BENCHMARKS.parent))
+from tests.chaos import table as chaos  # noqa: E402
+
 Rows = Iterator[Sequence[str]]
 
 PARTS = {
@@ -204,3 +207,29 @@ def hot_rows() -> Rows:
     """Gaps between tokens of hot streams beside loads, by the number of threads that load."""
     for line in latest(RESULTS / "engine_tried.jsonl")["hot_by_threads"]:
         yield line["variant"], f"{line['gap_ms_p99']:.2f}", f"{line['device_step_ms_p99']:.2f}"
+
+
+def chaos_run() -> str:
+    """The conditions of the last run of `make chaos`."""
+    run = _chaos("run")[-1]["run"]
+    damage = _chaos("damage")[-1]
+    named = ", ".join(f"{kind}: {count}" for kind, count in sorted(damage["named"].items()))
+    return (
+        f"{run['clients']} clients asked at all times, on {run['cores']} cores that other work shared, with Ray "
+        f"{run['ray']}. A store was started on each of {damage['damage']:,} folders with one damaged byte. Every one "
+        f"started, and named what was lost: {named}."
+    )
+
+
+def chaos_rows() -> Rows:
+    """Rows of what clients saw of each fault."""
+    yield from chaos.rows(_chaos("fault"))
+
+
+def hostile_rows() -> Rows:
+    """Rows of what others felt of hostile clients."""
+    yield from chaos.hostile_rows(_chaos("hostile"))
+
+
+def _chaos(kind: str) -> list[dict[str, Any]]:
+    return [line for line in read(RESULTS / "chaos.jsonl") if kind in line]
