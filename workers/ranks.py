@@ -93,6 +93,8 @@ class ConnectedRanks(Ranks):
 
     def gather_columns(self, tensor: Tensor) -> Tensor:
         num_rows, width = tensor.shape
+        if num_rows == 0:  # a step that wants no logits
+            return tensor.new_empty((0, self.size * width))
         parts = tensor.new_empty((self.size * num_rows, width))
         _all_gather(parts, tensor.contiguous(), group=self._group)
         return parts.view(self.size, num_rows, width).transpose(0, 1).reshape(num_rows, self.size * width)

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.support.adapters import make_adapter
@@ -21,7 +22,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-async def test_what_peft_trains_of_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+async def test_what_peft_trains_of_it(tmp_path: Path, size: int) -> None:
     shelf = Shelf(save_base(tmp_path / "base", "gemma3_text", {**SERVED["gemma3_text"], "tie_word_embeddings": False}))
     versions = [
         None,
@@ -32,7 +34,7 @@ async def test_what_peft_trains_of_it(tmp_path: Path) -> None:
     ]
     prompts = [(3, 7, 250, *random_prompt(12 + index, index)) for index in range(len(versions))]
     sampling = greedy(6, logprobs=0, prompt_logprobs=True)
-    async with open_worker(shelf, max_batch_tokens=32) as worker:
+    async with open_worker(shelf, max_batch_tokens=32, tensor_parallel_size=size) as worker:
         answers = await asyncio.gather(
             *(ask(worker, prompt, version, sampling) for prompt, version in zip(prompts, versions, strict=True))
         )
