@@ -211,7 +211,7 @@ class Ours:
 
     def close(self) -> None:
         """End the engine and give its memory back."""
-        self._parts.engine.close()
+        self._parts.close()
         del self._parts
         gc.collect()
         if torch.cuda.is_available():

@@ -156,6 +156,4 @@ def running_engine(
     try:
         yield RunningEngine(parts, inbox, adapters)
     finally:
-        parts.engine.close()
-        if parts.group is not None:
-            parts.group.close()
+        parts.close()

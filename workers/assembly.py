@@ -41,6 +41,13 @@ class WorkerParts:
     group: Group | None
     """The other ranks; None for a worker of one process."""
 
+    def close(self) -> None:
+        """End the engine, its threads and the other ranks."""
+        self.engine.close()
+        if self.group is not None:
+            self.runner.graphs.clear()  # they hold collectives of the group, which is to go
+            self.group.close()
+
 
 def assemble(
     *,

@@ -237,9 +237,7 @@ class Worker:
 
     def close(self) -> None:
         """End the engine, its threads and the other ranks."""
-        self._engine.close()
-        if self._parts.group is not None:
-            self._parts.group.close()
+        self._parts.close()
         for fetch in tuple(self._fetches):
             fetch.cancel()
 
