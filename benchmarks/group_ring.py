@@ -17,7 +17,8 @@ import socket
 import statistics
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -36,14 +37,22 @@ NUM_IGNORED = 20
 """First steps, in which the ring's pages are touched for the first time."""
 
 
-def messages() -> dict[str, StepMessage]:
-    """A step of many prompt rows, and two of 256 decodes: short contexts, and 16,384 tokens."""
-    prompt = blank_prompt(8192, page_tokens=16, null_page=0, has_lora=True, chunk_length=128)
-    short, long = (
-        blank_batch(GraphForm(256, 256, pages), null_page=0, has_lora=True, max_chunks=256, max_logits=256)
-        for pages in (64, 1024)
-    )
-    return {"8192 prompt rows": prompt, "256 decodes of 1,024 tokens": short, "256 decodes of 16,384 tokens": long}
+def prompt_rows() -> StepMessage:
+    """A step of one long prompt."""
+    return blank_prompt(8192, page_tokens=16, null_page=0, has_lora=True, chunk_length=128)
+
+
+def decodes(num_pages: int) -> StepMessage:
+    """A step of 256 sequences, in a graph's form."""
+    form = GraphForm(256, 256, num_pages)
+    return blank_batch(form, null_page=0, has_lora=True, max_chunks=256, max_logits=256)
+
+
+STEPS: dict[str, Callable[[], StepMessage]] = {
+    "8192 prompt rows": prompt_rows,
+    "256 decodes of 1,024 tokens": partial(decodes, 64),
+    "256 decodes of 16,384 tokens": partial(decodes, 1024),
+}
 
 
 def read(ring: int, connection: int, times: Connection) -> None:
@@ -73,11 +82,11 @@ def measure(num_ranks: int, num_steps: int) -> list[dict[str, object]]:
         lines.append(ours)
         processes.append(process)
     results: list[dict[str, object]] = []
-    for name, message in messages().items():
+    for name, make in STEPS.items():
         written, there = [], []
         for _ in range(num_steps + NUM_IGNORED):
             time.sleep(PAUSE_S)
-            message = replace(message, packed=message.packed.copy())  # as a step that has just been built
+            message = make()  # as an engine does, just before
             started = time.monotonic_ns()
             writer.write(*parts_of_step(message))
             written.append((time.monotonic_ns() - started) / 1e3)

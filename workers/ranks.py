@@ -107,6 +107,7 @@ class ConnectedRanks(Ranks):
         # NCCL would wait for the end of all graphs that have captured its work. The end of the process frees it.
         if self._device.type != "cuda":
             dist.destroy_process_group()
+            del self._group  # its sockets are open as long as anything has it
 
 
 class _DirectSums:

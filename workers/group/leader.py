@@ -253,6 +253,10 @@ class Group:
                 self.ranks.close()
         self._wake.send_bytes(b"!")
         self._keeper.join()
+        self._wake.close()
+        self._woken.close()
+        self._ring.release()
+        del self._store
 
     def _write(self, *parts: bytes | memoryview) -> None:
         self.check()
@@ -268,10 +272,10 @@ class Group:
         try:
             yield
         except Exception as error:
-            if isinstance(error, RuntimeError):
-                self._failed.wait(LOOK_S)  # a collective may notice a moment before the keeper
+            if _is_of_a_collective(error):
+                self._failed.wait(LOOK_S)  # it may notice a moment before the keeper does
             failure = self._state.failure
-            if failure is None or error is failure or not isinstance(error, RuntimeError):
+            if failure is None or error is failure or str(failure).endswith(str(error)):  # all ranks found the same
                 raise
             raise failure from error
 
@@ -375,7 +379,13 @@ class Group:
                 member.process.kill()
                 member.process.wait()
             member.line.connection.close()
-        self._ring.release()
+
+
+def _is_of_a_collective(error: BaseException | None) -> bool:
+    """True if an error may stem from a collective that another rank did not join."""
+    while error is not None and type(error) is not RuntimeError:
+        error = error.__cause__
+    return error is not None
 
 
 def _end_of(process: subprocess.Popen[bytes]) -> str:

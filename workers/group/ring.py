@@ -30,7 +30,8 @@ class RingWriter:
 
     def __init__(self, num_readers: int, size: int = RING_BYTES) -> None:
         self.descriptor = make_memory(size)
-        self._memory = memoryview(mmap.mmap(self.descriptor, size))
+        self._map = mmap.mmap(self.descriptor, size)
+        self._memory = memoryview(self._map)
         pairs = [socket.socketpair() for _ in range(num_readers)]
         self._sockets = [ours for ours, _ in pairs]
         self.sockets = [theirs for _, theirs in pairs]
@@ -60,7 +61,9 @@ class RingWriter:
                 each.shutdown(socket.SHUT_WR)
 
     def release(self) -> None:
-        """Give the descriptors back. Nothing is written any more."""
+        """Give memory and descriptors back. Nothing is written any more."""
+        self._memory.release()
+        self._map.close()
         for each in (*self._sockets, *self.sockets):
             each.close()
         os.close(self.descriptor)
