@@ -156,7 +156,7 @@ class MetronomeWorker(Worker):
     async def residency(self) -> ResidencySnapshot:
         return ResidencySnapshot(0, 1, (), 0, 0, 0)
 
-    def _state(self) -> WorkerState:
+    async def state(self) -> WorkerState:
         pages = AdapterPages(used=0, total=1)
         return WorkerState(
             worker_id=self.worker_id,
@@ -178,7 +178,7 @@ def replica_class() -> type:
 
     class MetronomeReplica(replica.WorkerReplica):
         def __init__(self, config: Any, store: Any) -> None:
-            replica.Worker = MetronomeWorker  # type: ignore[misc]
+            replica.Worker = MetronomeWorker  # type: ignore[attr-defined]
             super().__init__(config, store)
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
