@@ -9,13 +9,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
+import uvicorn
 from starlette.types import Message, Receive, Scope, Send
 
 from lorafleet.cluster.anthropic.replies import error_of
 from lorafleet.cluster.errors import BodyTooSlow, IngressLost, StreamBroken, describe
 from lorafleet.cluster.http import proxy
 from lorafleet.cluster.http.proxy import MAX_ATTEMPTS, MAX_KEPT_BYTES, LostIngress, broken_event
+from tests.cluster.test_heads import echo
+from tests.support.wait import until
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
 EVENT: Message = {"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True}
@@ -167,6 +171,19 @@ async def test_no_ingress_hears_of_a_body_that_does_not_come(monkeypatch: pytest
         describe(BodyTooSlow(f"the body has not come within {60:g} s")).body()
     )
     assert app.bodies == []
+
+
+async def test_bodies_of_all_lengths_pass_a_real_server() -> None:
+    server = uvicorn.Server(uvicorn.Config(LostIngress(echo), port=0, lifespan="off", log_config=None))
+    serving = asyncio.create_task(server.serve())
+    await until(lambda: server.started)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1/completions"
+    async with httpx.AsyncClient() as http:
+        for size in (0, 1, 100_000, MAX_KEPT_BYTES, MAX_KEPT_BYTES + 1, 3_000_000):
+            assert (await http.post(url, content=b"x" * size)).text == str(size)
+        assert (await http.get(url)).text == "0"
+    server.should_exit = True
+    await serving
 
 
 async def test_other_protocols_pass() -> None:
