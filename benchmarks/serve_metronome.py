@@ -1,6 +1,8 @@
 """Measures the CPU time of the way from a worker to its clients, with metronomes in the place of engines.
 
     python benchmarks/serve_metronome.py [--beats 50] [--streams 64] [--workers 1] [--ingresses 1] [--haproxy]
+    python benchmarks/serve_metronome.py --workers 8 --streams 512 --beats 6.25 --haproxy  # as many tokens, 8 workers
+    python benchmarks/serve_metronome.py --streams 256 --beats 200 --ingresses 8 --haproxy  # a burst of first tokens
 
 A metronome gives each stream a token a beat, so nothing but the way is measured. Three loads tell three costs apart:
 nothing at all (CPU a second), answers of one token (CPU a request) and long answers (CPU a token). A token's cost has
@@ -36,6 +38,8 @@ from lorafleet.cluster.config import AppConfig
 OURS = ("haproxy", "proxy", "ingress", "worker")
 """Roles on the way of a token."""
 SHORT_TOKENS = 1
+BURST = 256
+"""Streams that count as a burst where all begin at once."""
 IDLE_S = 10.0
 
 
@@ -221,6 +225,10 @@ def main() -> None:
     line = {"case": "costs", **figures, **shape, **machine()}
     bars.append(args.out, line)
     print(json.dumps(line, indent=1))
+    held = [bars.at_most("CPU of a token, us", line["cpu_us_per_token"], 60)]
+    if args.streams >= BURST:
+        held.append(bars.at_most("first tokens of a burst, p99, ms", line["first_token_ms_p99"], 100))
+    bars.print_bars(held)
 
 
 if __name__ == "__main__":
