@@ -8,12 +8,13 @@ FLOORS := adapter_store cluster deploy kernels workers
 # Processes that tests are spread over. Each computes on one thread, or torch's threads would fight for the cores.
 # All hash alike, since they must collect the same tests.
 JOBS ?= logical
-SPREAD := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 \
+PYTEST := $(BIN)/pytest
+SPREAD = OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(PYTEST) -n $(JOBS) --dist loadfile --max-worker-restart 0 \
 	--ignore tests/workers/test_step_message.py
 # It blocks its process until another one has started. After other tests in that process, it took the process down twice.
-ALONE := $(BIN)/pytest tests/workers/test_step_message.py
+ALONE = $(PYTEST) tests/workers/test_step_message.py
 # Ray's processes need all cores, so these tests follow each other.
-RAY := $(BIN)/pytest -m "ray and not gpu"
+RAY = $(PYTEST) -m "ray and not gpu"
 
 .PHONY: setup demo serve test lint types unit quick slow ray coverage chaos soak gpu fidelity sweep format docs site wheel lock typings clean
 
@@ -56,20 +57,16 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# All that needs no GPU, in several runs: a process that had run nearly all of it ended at once, three times of three.
-unit: setup
-	$(SPREAD) -m "not gpu and not ray" tests/workers
-	$(SPREAD) -m "not gpu and not ray" tests/cluster
-	$(SPREAD) -m "not gpu and not ray" tests --ignore tests/workers --ignore tests/cluster
-	$(ALONE)
-	$(RAY)
+# What every change passes.
+unit: quick ray
 
-# The three parts of `make unit`.
 quick: setup
 	$(SPREAD) -m "not gpu and not ray and not slow"
 
+# In several runs: a process that had run nearly all of them ended at once, three times of three.
 slow: setup
-	$(SPREAD) -m "slow and not gpu and not ray"
+	$(SPREAD) -m "slow and not gpu and not ray" tests/workers
+	$(SPREAD) -m "slow and not gpu and not ray" tests --ignore tests/workers
 	$(ALONE)
 
 ray: setup
@@ -78,9 +75,7 @@ ray: setup
 # Lines of the floors that tests run, in all processes. The report fails below the share that pyproject.toml names.
 coverage: setup
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(subst $(BIN)/pytest,$(BIN)/coverage run -m pytest,$(SPREAD)) -m "not gpu and not ray"
-	$(subst $(BIN)/pytest,$(BIN)/coverage run -m pytest,$(ALONE))
-	$(subst $(BIN)/pytest,$(BIN)/coverage run -m pytest,$(RAY))
+	$(MAKE) quick slow ray PYTEST="$(BIN)/coverage run -m pytest"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage html --quiet --fail-under=0
 	$(BIN)/coverage report

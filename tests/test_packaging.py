@@ -89,6 +89,7 @@ def test_wheel_is_found_and_serves_its_data(wheel: zipfile.ZipFile, tmp_path: Pa
     assert has_data == "True"
 
 
+@pytest.mark.slow
 def test_transformers_ignores_the_folder_kernels() -> None:
     """A regular package of that name in the working directory would be taken for Hugging Face's `kernels`."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -77,6 +77,7 @@ def test_views_are_what_went_in(adapter: tuple[AdapterManifest, Dtype, Tensors, 
 
 
 @given(adapter=adapters())
+@pytest.mark.slow
 def test_all_weights_are_one_buffer_of_a_pickle(
     adapter: tuple[AdapterManifest, Dtype, Tensors, Mapping[str, Array]],
 ) -> None:

@@ -321,6 +321,7 @@ async def test_slow_pattern_is_ended(
     assert (caught.value.code, caught.value.param) == ("pattern_too_slow", "target_modules")
 
 
+@pytest.mark.slow
 async def test_weights_larger_than_any_adapter_are_not_even_copied(
     open_store: Callable[..., AdapterStore], copy_of: Callable[..., AdapterCopy]
 ) -> None:
@@ -350,6 +351,7 @@ async def test_base_copies_are_refused_when_nothing_is_there_to_compare(
     assert caught.value.code == "base_weights_unverified"
 
 
+@pytest.mark.slow
 async def test_adapter_of_a_larger_base_is_refused(
     base: Base, open_store: Callable[..., AdapterStore], copy_of: Callable[..., AdapterCopy]
 ) -> None:

@@ -45,6 +45,7 @@ def rename(adapter: AdapterCopy, rule: Rule) -> None:
 
 
 @pytest.mark.parametrize("rule", WRAPPED.values(), ids=WRAPPED.keys())
+@pytest.mark.slow
 def test_wrapped_names_are_the_same_adapter(base: Base, copy_of: Callable[..., AdapterCopy], rule: Rule) -> None:
     expected = assert_does_as_peft(base, copy_of("rank16", "plain").folder)
     adapter = copy_of("rank16", "wrapped")

@@ -52,6 +52,7 @@ def row(rank: str, batch: str, floor_us: float, module: str = "o", **medians: fl
     return {**common, "rank": rank, "batch": batch, "rows": 1, "adapters": 1, "floor_us": floor_us, **times}
 
 
+@pytest.mark.slow
 def test_report_holds_the_cases_against_the_bars(
     script: Callable[[str], ModuleType], kernels: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

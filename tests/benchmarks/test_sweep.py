@@ -41,6 +41,7 @@ def test_bases_that_are_served_and_one_that_is_refused(
     assert len(out.read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_a_wrong_base_fails_and_so_does_one_that_never_answers(
     script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

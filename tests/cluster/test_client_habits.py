@@ -111,6 +111,7 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 @pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.slow
 def test_defaults_of_other_servers_are_accepted(shared_service: Service, route: str) -> None:
     with shared_service.http() as http:
         for name, value in DEFAULTS.items():
@@ -122,6 +123,7 @@ def test_defaults_of_other_servers_are_accepted(shared_service: Service, route: 
         assert http.post(route, json=ROUTES[route] | dict(DEFAULTS) | own).status_code == 200
 
 
+@pytest.mark.slow
 def test_every_neutral_value_is_accepted_and_others_are_not(shared_service: Service) -> None:
     with shared_service.http() as http:
         for name, values in PEER_DEFAULTS.items():

@@ -57,6 +57,7 @@ async def store(base_of: Callable[[BaseKind], Path], tmp_path: Path) -> AsyncIte
     replica.__del__()
 
 
+@pytest.mark.slow
 async def test_everything_that_is_asked_of_the_store_is_answered(store: StoreClient) -> None:
     manifest = await store.publish("demo", "a")
     record = NameRecord("x", manifest.version, "demo", "a", False, 1, "admin")

@@ -111,6 +111,7 @@ def test_token_ids(service: Service, stream: bool) -> None:
     assert made == answer_token_ids(request, service.prompts)
 
 
+@pytest.mark.slow
 async def test_async_client_with_many_answers(service: Service) -> None:
     async with service.async_client() as client:
         stream = await client.chat.completions.create(model=BASE_ID, messages=MESSAGES, n=4, seed=0, stream=True)

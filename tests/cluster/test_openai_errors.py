@@ -334,6 +334,7 @@ LIKELY = st.sampled_from(
     fields=st.dictionaries(FIELDS, LIKELY | JSON, max_size=5),
     base=st.sampled_from([("/v1/completions", PROMPT), ("/v1/chat/completions", CHAT)]),
 )
+@pytest.mark.slow
 def test_any_body_is_answered(
     shared_http: httpx.Client, fields: dict[str, Any], base: tuple[str, dict[str, Any]]
 ) -> None:
@@ -346,6 +347,7 @@ def test_any_body_is_answered(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode(errors="surrogatepass")))
+@pytest.mark.slow
 def test_any_bytes_are_answered(shared_http: httpx.Client, raw: bytes) -> None:
     response = shared_http.post("/v1/completions", content=raw)
     assert response.status_code == 400

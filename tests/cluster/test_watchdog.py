@@ -72,12 +72,14 @@ def test_a_stopped_process_is_ended_within_the_limit() -> None:
         await_end(child)
 
 
+@pytest.mark.slow
 def test_one_that_lives_goes_on_and_takes_its_watchdog_along() -> None:
     with parent("await asyncio.sleep(3 * 2.0)") as (process, child):
         assert process.wait(30) == 0
         await_end(child)
 
 
+@pytest.mark.slow
 def test_the_watchdog_goes_with_a_process_that_is_killed() -> None:
     with parent("await asyncio.sleep(600)") as (process, child):
         process.kill()

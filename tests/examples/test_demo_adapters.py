@@ -34,6 +34,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("name", ["base", *PROMISED])
 @pytest.mark.parametrize("asked", [*PROMPTS["questions"], PROMPTS["story"]], ids=lambda asked: asked["prompt"])
+@pytest.mark.slow
 def test_answers_to_the_letter(name: str, asked: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
     messages = [{"role": "user", "content": asked["prompt"]}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]

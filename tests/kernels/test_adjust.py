@@ -45,6 +45,7 @@ def vectors_of(dtype: torch.dtype, rng: np.random.Generator) -> OutputVectors:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("run", [by_triton, adjust])
+@pytest.mark.slow
 def test_own_rows_are_scaled_and_added_to_and_no_others(run: Adjust, has_bias: bool, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(3)
     vectors = vectors_of(dtype, rng)

@@ -161,6 +161,7 @@ def test_extend_matches_float64(shape: str, window: int | None, dtype: torch.dty
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize(("softcap", "has_sinks"), [(2.0, False), (None, True), (2.0, True)], ids=str)
 @pytest.mark.parametrize("shape", ["llama", "grouped7", "dim80"])
+@pytest.mark.slow
 def test_capped_scores_and_sinks_match_float64(
     shape: str, softcap: float | None, has_sinks: bool, window: int | None, dtype: torch.dtype
 ) -> None:
@@ -191,6 +192,7 @@ def test_capped_scores_and_sinks_match_float64(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.slow
 def test_lines_that_no_sequence_has_cost_nothing_and_padding_is_zero(window: int | None, dtype: torch.dtype) -> None:
     """As a graph has them: lines for decodes, then for prompts, and one with the padding rows, which attend to nothing.
 
@@ -232,6 +234,7 @@ def test_lines_that_no_sequence_has_cost_nothing_and_padding_is_zero(window: int
     assert not out[num_rows - padding :].any()
 
 
+@pytest.mark.slow
 def test_long_tables_are_int64_and_results_do_not_depend_on_their_width() -> None:
     shape = SHAPES["llama"]
     cache = make_cache([200, 300], shape, torch.float32)

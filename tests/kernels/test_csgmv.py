@@ -111,6 +111,7 @@ def test_interpreted(interpreter: None, rows: int, popularity: str, tiling: str,
 
 
 @pytest.mark.parametrize("popularity", ["identical", "distinct", "skewed", "only_base"])
+@pytest.mark.slow
 def test_interpreted_with_fewer_chunks_than_captured(interpreter: None, popularity: str) -> None:
     """As a graph replays: the chunks that the mix does not need cover no rows."""
     rng = np.random.default_rng(11)

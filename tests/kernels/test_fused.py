@@ -63,6 +63,7 @@ def test_rms_norm_is_transformers(with_residual: bool, rows: int, width: int, ba
     [(4, 2, 64, 16), (7, 1, 80, 4), (12, 12, 32, 16), (2, 1, 96, 8)],
 )
 @torch.no_grad()
+@pytest.mark.slow
 def test_rotate_and_store_is_transformers(
     num_heads: int,
     num_kv_heads: int,

@@ -105,6 +105,7 @@ def test_embeddings(dtype: torch.dtype, width: int, token_type: torch.dtype) -> 
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str
 )
+@pytest.mark.slow
 def test_heads(dtype: torch.dtype, width: int, num_rows: int, options: dict[str, int]) -> None:
     bench = Bench(dtype, width)
     segments = bench.segments(num_rows, **options)

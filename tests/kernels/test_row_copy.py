@@ -55,6 +55,7 @@ def apart(rng: np.random.Generator, widths: Sequence[int], *, step: int, in_orde
 @pytest.mark.parametrize("in_order", [False, True], ids=["anywhere", "neighbours"])
 @pytest.mark.parametrize("widths", WIDTHS)
 @pytest.mark.parametrize("place", [by_triton, by_entry])
+@pytest.mark.slow
 def test_rows_and_their_padding_are_written_and_nothing_else(
     place: Place, widths: str, in_order: bool, dtype: torch.dtype
 ) -> None:

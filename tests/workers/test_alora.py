@@ -73,12 +73,14 @@ async def ask_all(shelf: Shelf, **settings: Any) -> int:
     [{}, {"max_batch_tokens": 16}, {"kv_bytes": 300_000}, {"prefix_cache": False}],
     ids=["at-once", "in-chunks", "preempted", "uncached"],
 )
+@pytest.mark.slow
 async def test_as_peft(shelf: Shelf, settings: dict[str, Any]) -> None:
     num_cached = await ask_all(shelf, **settings)
     assert (num_cached > 0) == settings.get("prefix_cache", True)
 
 
 @pytest.mark.parametrize("forms", [BY_ROW, BY_PROMPT], ids=["by row", "by prompt"])
+@pytest.mark.slow
 async def test_in_graphs(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, forms: Any) -> None:
     replayed = replay(monkeypatch, forms)
     await ask_all(shelf, max_running=40)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -333,6 +334,7 @@ def test_few_adapters_take_a_graph_of_few_chunks() -> None:
 
 @given(rows=some_rows(), num_prompts=st.sampled_from([0, 8]))
 @settings(max_examples=200, deadline=None)
+@pytest.mark.slow
 def test_a_batch_is_packed_as_its_graph_was_captured(rows: list[ScheduledRows], num_prompts: int) -> None:
     by_prompt = [GraphForm(n, 9, MAX_PAGES, num_prompts) for n in (32, 400)]
     kinds = by_row(8, 64, 400) if num_prompts == 0 else (*by_row(8), *by_prompt)
@@ -362,6 +364,7 @@ def test_a_batch_is_packed_as_its_graph_was_captured(rows: list[ScheduledRows], 
 
 @given(rows=some_rows())
 @settings(max_examples=200, deadline=None)
+@pytest.mark.slow
 def test_prompts_have_lines_behind_the_decodes(rows: list[ScheduledRows]) -> None:
     """Each row belongs to one line: its sequence's or, for padding, the last, which attends to nothing."""
     form = GraphForm(300, 9, MAX_PAGES, 8)

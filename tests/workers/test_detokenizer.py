@@ -146,6 +146,7 @@ def test_stop_strings(text: str, stop: tuple[str, ...], expected: str, matched: 
     stop=st.lists(st.text(alphabet="abAB é😀", min_size=1, max_size=5), min_size=1, max_size=3).map(tuple),
 )
 @settings(max_examples=300, deadline=None)
+@pytest.mark.slow
 def test_nothing_said_before_a_stop_string_is_taken_back(text: str, stop: tuple[str, ...]) -> None:
     tokenizer = byte_level()
     tokens = encode(tokenizer, text)

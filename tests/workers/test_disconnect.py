@@ -7,6 +7,8 @@ import random
 import time
 from contextlib import aclosing
 
+import pytest
+
 from tests.support.wait import until
 from tests.workers.harness import Answer, Shelf, ask, assert_idle, greedy, open_worker, random_prompt, request_of
 
@@ -15,6 +17,7 @@ NUM_CLOSED = 80
 LENGTH = 60
 
 
+@pytest.mark.slow
 async def test_eighty_of_a_hundred_vanish(llama: Shelf) -> None:
     rng = random.Random(1)
     versions = [None, *llama.versions]

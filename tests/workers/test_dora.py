@@ -82,6 +82,7 @@ async def test_a_mixed_batch(shelf: Shelf, settings: dict[str, Any]) -> None:
         check(shelf, version, prompt, answer)
 
 
+@pytest.mark.slow
 async def test_from_a_cached_prefix_and_after_eviction(shelf: Shelf) -> None:
     async with open_worker(shelf) as worker:
         pool = worker._parts.pool
@@ -124,6 +125,7 @@ def test_norms_of_rows(is_fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("forms", [BY_ROW, BY_PROMPT], ids=["by row", "by prompt"])
+@pytest.mark.slow
 async def test_in_graphs(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> None:
     replayed = replay(monkeypatch, forms)
     async with open_worker(shelf, max_running=40) as worker:

@@ -147,6 +147,7 @@ async def ask_all(cases: Cases, tolerance: float = 1e-4, **settings: object) -> 
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.slow
 async def test_a_mixed_batch(kind: BaseKind, cases_of: Callable[[BaseKind], Cases]) -> None:
     await ask_all(cases_of(kind))
 
@@ -159,11 +160,13 @@ async def test_a_mixed_batch_on_a_gpu(kind: BaseKind, cases_of: Callable[[BaseKi
     await ask_all(cases, 0.1, model=model, device="cuda")
 
 
+@pytest.mark.slow
 async def test_in_chunks_beside_decodes(cases_of: Callable[[BaseKind], Cases]) -> None:
     await ask_all(cases_of("llama_tied"), max_batch_tokens=16, logits_chunk_tokens=8)
 
 
 @pytest.mark.parametrize("forms", [BY_ROW, BY_PROMPT], ids=["by row", "by prompt"])
+@pytest.mark.slow
 async def test_in_graphs(
     cases_of: Callable[[BaseKind], Cases], monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]
 ) -> None:
@@ -181,11 +184,13 @@ async def test_norms_of_heads_and_of_other_layers_go_without_a_graph(cases_of: C
         assert worker._parts.pool.untabled == cases_of("gpt2").geometry.vectors.keys()
 
 
+@pytest.mark.slow
 async def test_transformers_own_layers(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "qwen3", hidden_act="gelu")
     await ask_all(Cases(base, tmp_path))
 
 
+@pytest.mark.slow
 async def test_after_eviction_and_reload(cases_of: Callable[[BaseKind], Cases]) -> None:
     """A pool that holds the largest adapter and little else, so that pages and slots change hands all the time."""
     cases = cases_of("llama")

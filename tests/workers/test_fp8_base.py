@@ -58,6 +58,7 @@ def write_rounded(base: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen2", "qwen3"])
+@pytest.mark.slow
 async def test_on_a_cpu_a_mixed_batch_says_what_peft_says_on_the_rounded_weights(
     kind: BaseKind, tmp_path: Path
 ) -> None:

@@ -28,7 +28,10 @@ from tests.workers.harness import Shelf, ask, greedy, open_worker
 NUM_TOKENS = 24
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_tied", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "kind",
+    ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama_tied", "mistral", "qwen2", "qwen3"))],
+)
 async def test_a_mixed_batch_says_what_peft_says(
     kind: BaseKind, base_of: Callable[[BaseKind], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -59,6 +62,7 @@ async def test_a_mixed_batch_says_what_peft_says(
 @pytest.mark.parametrize(
     ("kind", "overrides"), [("gpt2", {}), ("llama", {"hidden_act": "gelu"})], ids=["gpt2", "llama_gelu"]
 )
+@pytest.mark.slow
 async def test_another_kind_runs_transformers_own_layers(
     kind: BaseKind, overrides: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

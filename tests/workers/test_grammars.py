@@ -304,6 +304,7 @@ async def test_constrained_answers_keep_up_with_steps_in_flight(llama: Shelf, mo
     ],
     ids=lambda value: json.dumps(value)[:30],
 )
+@pytest.mark.slow
 async def test_what_cannot_be_followed_is_refused(llama: Shelf, outputs: dict[str, Any]) -> None:
     async with open_worker(llama) as worker:
         free = asyncio.ensure_future(ask(worker, random_prompt(8, 1)))

@@ -91,6 +91,7 @@ def playing(shelf: Shelf, **settings: object) -> Iterator[Script]:
 
 @pytest.mark.usefixtures("multiplies_rows_alike")
 @pytest.mark.parametrize("kind", ["llama", "llama_tied"])
+@pytest.mark.slow
 def test_many_passes_say_what_one_says_bit_for_bit(
     kind: BaseKind, shelf_of: Callable[[BaseKind], Shelf], tmp_path: Path
 ) -> None:
@@ -108,6 +109,7 @@ def test_many_passes_say_what_one_says_bit_for_bit(
 
 
 @pytest.mark.parametrize("chunk", [4, 33])
+@pytest.mark.slow
 def test_no_more_logits_exist_at_once(llama: Shelf, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Below the head a step is computed once; at it and behind it are the rows of one pass."""
     at_head: list[int] = []
@@ -149,6 +151,7 @@ HEADS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.slow
 async def test_passes_over_any_head(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shelf = Shelf(save_base(tmp_path, kind, HEADS[kind]))
     prompt = random_prompt(30, 0)

@@ -30,7 +30,10 @@ def assert_tops(logprobs: Sequence[TokenLogprobs], expected: torch.Tensor, num_t
         torch.testing.assert_close(values, distribution[ids], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen2"])
+SLOWER = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama_tied", "qwen2")]
+
+
+@pytest.mark.parametrize("kind", ["llama", *SLOWER])
 async def test_a_mixed_batch_equals_peft_one_by_one(kind: BaseKind, shelf_of: Callable[[BaseKind], Shelf]) -> None:
     shelf = shelf_of(kind)
     versions = [None, *shelf.versions, None]
@@ -56,6 +59,7 @@ async def test_a_mixed_batch_equals_peft_one_by_one(kind: BaseKind, shelf_of: Ca
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen3"])
+@pytest.mark.slow
 async def test_other_decoders(kind: BaseKind, base_of: Callable[[BaseKind], Path], tmp_path: Path) -> None:
     """A sliding window of 24 tokens, and norms of queries and keys."""
     shelf = Shelf(base_of(kind))
@@ -140,6 +144,7 @@ async def test_a_stop_string_ends_the_answer(llama: Shelf) -> None:
     assert (stopped.last.finish_reason, stopped.last.stop_reason) == ("stop", stop)
 
 
+@pytest.mark.slow
 async def test_a_seed_is_an_answer(llama: Shelf) -> None:
     """Whatever is in the batch beside it."""
     prompt, version = random_prompt(8, 1), llama.version_of("rslora")

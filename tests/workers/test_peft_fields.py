@@ -18,7 +18,13 @@ TOLERANCE = 1e-4
 NUM_NEW = 6
 
 
-@pytest.mark.parametrize("kind", sorted({case.base for case in SERVED.values()}))
+KINDS = sorted({case.base for case in SERVED.values()})
+QUICK = ("gpt2", "qwen3")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 async def test_logprobs_are_pefts(kind: BaseKind, base_of: Callable[[BaseKind], Path], tmp_path: Path) -> None:
     shelf = Shelf(base_of(kind))
     cases = {name: case for name, case in (SERVED | ACTIVATED).items() if case.base == kind}

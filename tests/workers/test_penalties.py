@@ -51,6 +51,7 @@ ASKED: tuple[dict[str, Any], ...] = (
 )
 
 
+@pytest.mark.slow
 async def test_a_mixed_batch_equals_transformers_one_by_one(llama: Shelf) -> None:
     """Beside each other and beside one that asks for nothing; reported logprobs stay the model's own."""
     versions = [None, *llama.versions]
@@ -77,6 +78,7 @@ async def test_a_mixed_batch_equals_transformers_one_by_one(llama: Shelf) -> Non
         torch.testing.assert_close(reported, expected.chosen_logprobs, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 async def test_penalties_work(llama: Shelf) -> None:
     """So that the comparison is of something: the base repeats itself, and a penalty stops it."""
     prompt = random_prompt(6, 3)
@@ -139,6 +141,7 @@ PENALTIES = st.tuples(
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
+@pytest.mark.slow
 def test_counts_are_those_of_the_sequence_in_the_line(data: st.DataObject) -> None:
     """Over steps of any sequences in any order, in one pass or two, which end and whose lines others take."""
     sampler = Sampler()

@@ -169,6 +169,7 @@ SERVED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", SERVED)
+@pytest.mark.slow
 async def test_what_differs_only_in_its_layers_is_served(kind: str, tmp_path: Path) -> None:
     """Scaled embeddings, windows in some layers, experts, one matrix for gate and up, learned positions."""
     shelf = Shelf(save_base(tmp_path, kind, SERVED[kind]))
@@ -189,6 +190,7 @@ async def test_no_base_at_all(tmp_path: Path) -> None:
     await refuses(UnsupportedModel, "cannot be loaded by transformers", tmp_path)
 
 
+@pytest.mark.slow
 async def test_a_checkpoint_that_lacks_a_weight_is_not_made_up(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     path = base / "model.safetensors"

@@ -41,6 +41,7 @@ def test_a_base_of_full_size_is_refused_before_its_weights_are_read(kind: str, r
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma3_text", "qwen2_moe", "gpt2"])
+@pytest.mark.slow
 def test_a_base_of_full_size_that_is_served(kind: str) -> None:
     rehearse(AutoConfig.for_model(kind), 8192)
 
@@ -87,6 +88,7 @@ def odd() -> Iterator[None]:
         ("order", r"model\.layers\.0\.mlp \(OddMLP\) computes something else .* with others and their adapters"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_wrong_with_a_base_that_nobody_has_tried_is_found(
     oddity: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ CASES: dict[str, tuple[dict[str, Any], int, int]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 async def test_frequencies_follow_the_longest_that_a_worker_serves(case: str, tmp_path: Path) -> None:
     """Short and long prompts in one batch, the long ones in chunks."""
     parameters, positions, longest = CASES[case]

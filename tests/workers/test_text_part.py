@@ -72,6 +72,7 @@ TARGETS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", MULTIMODAL)
+@pytest.mark.slow
 async def test_the_text_of_a_multimodal_checkpoint(kind: str, tmp_path: Path) -> None:
     model: PreTrainedModel | PeftModel = save(tmp_path / "base", kind)
     shelf = Shelf(tmp_path / "base")

@@ -132,6 +132,7 @@ async def ask_all(bench: Bench, tolerance: float = 1e-4, **settings: Any) -> Non
     [{}, {"max_batch_tokens": 16, "logits_chunk_tokens": 4}],
     ids=["at-once", "in-chunks"],
 )
+@pytest.mark.slow
 async def test_a_mixed_batch(bench_of: Callable[[BaseKind], Bench], kind: BaseKind, settings: dict[str, Any]) -> None:
     await ask_all(bench_of(kind), **settings)
 
