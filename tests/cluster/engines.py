@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
+from lorafleet.cluster.serving.dispatch import Sink
 from lorafleet.cluster.serving.prompts import Prompts
 from lorafleet.cluster.wire import WorkerCounts
 from lorafleet.workers.config import ModelConfig
@@ -33,9 +34,15 @@ class LocalStream:
         self.worker_id: str | None = worker_id
         self._deltas = deltas
         self._closing: asyncio.Future[None] | None = None
+        self._sink: Sink = lambda delta: False
 
     async def next(self) -> GenerateDelta:
-        return await anext(self._deltas)
+        while (delta := await anext(self._deltas)).finish_reason is None and self._sink(delta):
+            pass
+        return delta
+
+    def pour_into(self, sink: Sink) -> None:
+        self._sink = sink
 
     def cancel(self) -> None:
         self._closing = asyncio.ensure_future(self._deltas.aclose())
