@@ -16,7 +16,7 @@ ALONE = $(PYTEST) tests/workers/test_step_message.py
 # Ray's processes need all cores, so these tests follow each other.
 RAY = $(PYTEST) -m "ray and not gpu"
 
-.PHONY: setup demo serve test lint types unit quick slow ray coverage chaos soak gpu fidelity sweep format docs site wheel lock typings clean
+.PHONY: setup demo serve test lint types unit quick slow ray coverage chaos soak clients gpu fidelity sweep format docs site wheel lock typings clean
 
 setup: $(VENV)/.ready typings
 
@@ -100,6 +100,11 @@ format: setup
 # Faults against a fresh service under load: what clients saw, and for how long. ARGS="--times 20 --clients 50": the full run.
 chaos: setup
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+# Other projects' clients, each installed in an environment of its own: make clients CLIENTS="langchain litellm".
+clients: setup
+	$(BIN)/python -m tests.clients.install $(CLIENTS)
+	$(BIN)/pytest tests/clients
 
 # How fast each process grows while mixed operations run: make soak ARGS="--soak 30".
 soak: setup
