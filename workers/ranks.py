@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -27,6 +28,8 @@ DIRECT_BYTES = 2 << 20
 """Most bytes that a GPU reads of the others' memory for a sum; NCCL adds up longer messages."""
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 """NVLink multicast needs a fabric manager that may not be there, and messages of a step are too small for it."""
+ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+"""Ranks are of one machine. Their ports ask for no secret, so no other machine is to reach them."""
 
 
 class Ranks:
@@ -164,7 +167,7 @@ def connect(
     store: torch's, by which ranks find each other (`FileStore`, `TCPStore`). Raises RuntimeError when not all come
     within `timeout_s`; later collectives fail after as long.
     """
-    for name, value in NO_MULTICAST.items():
+    for name, value in (NO_MULTICAST | ON_LOOPBACK).items():
         os.environ.setdefault(name, value)
     is_cuda = device.type == "cuda"
     if is_cuda:

@@ -13,6 +13,7 @@ import torch
 from lorafleet.workers.config import EngineConfig, PoolConfig
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.kv_cache import KVCache
+from lorafleet.workers.memory.shares import Share
 from lorafleet.workers.model.geometry import TORCH_DTYPES
 from lorafleet.workers.model.loader import BaseModel
 
@@ -84,5 +85,7 @@ def _on_gpu(
 
 
 def _largest_adapter_bytes(base: BaseModel, max_rank: int) -> int:
-    elements = sum(shape.num_elements(max_rank) for shape in base.geometry.modules.values())
+    """Bytes of the part that this rank would hold."""
+    whole = {name: Share.whole(shape) for name, shape in base.geometry.modules.items()}
+    elements = sum(share.shape.num_elements(max_rank) for share in (whole | dict(base.shares)).values())
     return elements * TORCH_DTYPES[base.dtype].itemsize

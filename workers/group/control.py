@@ -23,8 +23,8 @@ class Task:
     engine: EngineConfig
     pool: PoolConfig
     captures: bool
-    store_port: int
-    """Of the store on this machine by which the ranks' collectives find each other."""
+    store_path: str
+    """For `open_store`."""
     num_threads: int
     log_level: int
 

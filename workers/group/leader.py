@@ -23,7 +23,6 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 import torch
-from torch._C._distributed_c10d import TCPStore
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
@@ -44,6 +43,7 @@ from lorafleet.workers.group.control import (
 from lorafleet.workers.group.entries import Allocated, Change, parts_of_change, parts_of_step
 from lorafleet.workers.group.ring import RingWriter
 from lorafleet.workers.group.staging import staged
+from lorafleet.workers.group.store import StoreFile, open_store
 from lorafleet.workers.ranks import Ranks, connect
 from lorafleet.workers.sizing import MemorySizes
 from lorafleet.workers.state import RankState
@@ -53,7 +53,6 @@ logger = logging.getLogger(__name__)
 
 Reply = TypeVar("Reply", bound=FromRank)
 
-LOOPBACK = "127.0.0.1"
 LOOK_S = 0.5
 """How often silence is judged."""
 END_S = 5.0
@@ -120,7 +119,7 @@ class Group:
         self._num_allocations = 0
         self._is_cuda = False
         self._ring = RingWriter(self.size - 1)
-        self._store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+        self._store = StoreFile()
         self._woken, self._wake = Pipe(duplex=False)
         tasks = [
             Task(
@@ -130,7 +129,7 @@ class Group:
                 engine=engine,
                 pool=pool,
                 captures=captures,
-                store_port=self._store.port,
+                store_path=self._store.path,
                 num_threads=torch.get_num_threads(),
                 log_level=logging.getLogger("lorafleet").getEffectiveLevel(),
             )
@@ -148,7 +147,7 @@ class Group:
         self._gather(Started)
         self._is_cuda = device.type == "cuda"
         with self._explaining():
-            self.ranks = connect(0, self.size, device=device, store=self._store)
+            self.ranks = connect(0, self.size, device=device, store=open_store(self._store.path, self.size))
         return self.ranks
 
     def agree(self, sizes: MemorySizes) -> MemorySizes:
@@ -256,7 +255,7 @@ class Group:
         self._wake.close()
         self._woken.close()
         self._ring.release()
-        del self._store
+        self._store.close()
 
     def _write(self, *parts: bytes | memoryview) -> None:
         self.check()
@@ -304,6 +303,16 @@ class Group:
             begun.set_exception(error)
             return
         begun.set_result(None)
+        try:
+            self._look_after()
+        except Exception as error:
+            self._fail(EngineFailed(f"nobody looks after the worker's group any more: {type(error).__name__}: {error}"))
+            raise
+        finally:
+            self._end()
+
+    def _look_after(self) -> None:
+        """Listen to the ranks until the end."""
         lines = {member.line.connection: member for member in self._members}
         while not self._state.is_closing:
             for ready in wait([*lines, self._woken], LOOK_S):
@@ -311,7 +320,6 @@ class Group:
                 if member is not None and not self._hear(member):
                     del lines[member.line.connection]
             self._judge()
-        self._end()
 
     def _start(self, task: Task) -> _Member:
         ours, theirs = Pipe()
@@ -320,7 +328,7 @@ class Group:
         process = subprocess.Popen(
             [sys.executable, "-c", _BOOT, *map(str, (os.getpid(), *descriptors)), *sys.path],
             stdin=subprocess.DEVNULL,
-            pass_fds=descriptors,
+            pass_fds=(*descriptors, self._store.descriptor),
         )
         theirs.close()
         connection.close()

@@ -11,7 +11,6 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 import torch
-from torch._C._distributed_c10d import TCPStore
 
 from lorafleet.workers.errors import EngineFailed, WorkerConfigError
 from lorafleet.workers.group.control import (
@@ -30,13 +29,13 @@ from lorafleet.workers.group.entries import read_entry
 from lorafleet.workers.group.followed import FollowingCache, FollowingPool
 from lorafleet.workers.group.follower import Follower
 from lorafleet.workers.group.ring import RingReader
+from lorafleet.workers.group.store import open_store
 from lorafleet.workers.model_parts import assemble_model, device_of
 from lorafleet.workers.ranks import Ranks, connect
 from lorafleet.workers.sizing import MemorySizes
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
 BEAT_S = 1.0
 """How often the rank shows that it lives, and its loop goes round without an entry."""
 
@@ -81,7 +80,7 @@ class RankProcess:
         threading.Thread(target=self._listen, name="lorafleet-control", daemon=True).start()
         device = device_of(task.engine, task.rank)
         self._line.send(Started())
-        store = TCPStore(LOOPBACK, task.store_port, is_master=False)
+        store = open_store(task.store_path, task.size)
         self.ranks = connect(task.rank, task.size, device=device, store=store)
         parts = assemble_model(
             task.model,

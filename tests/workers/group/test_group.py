@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import re
@@ -39,6 +40,26 @@ async def other_pids(worker: Worker) -> list[int]:
     return [rank.pid for rank in (await worker.state()).ranks[1:]]
 
 
+def open_ports(pid: int) -> list[str]:
+    """Addresses, as hexadecimals, at which a process takes connections."""
+    sockets, found = set(), []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it has just been closed
+            sockets.add(str(descriptor.readlink()))
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            (
+                _,
+                address,
+                _,
+                state,
+                *_,
+            ) = line.split()
+            if state == "0A" and f"socket:[{line.split()[9]}]" in sockets:
+                found.append(address)
+    return found
+
+
 def num_descriptors() -> int:
     gc.collect()
     return len(list(Path("/proc/self/fd").iterdir()))
@@ -69,6 +90,8 @@ async def test_ranks_answer_as_one_and_end_with_one_that_is_killed(llama: Shelf)
         state = await worker.state()
         assert [(rank.rank, rank.device) for rank in state.ranks] == [(0, "cpu"), (1, "cpu")]
         assert state.ranks[0].pid == os.getpid()
+        addresses = {address.partition(":")[0] for rank in state.ranks for address in open_ports(rank.pid)}
+        assert addresses <= {"0100007F"}, "a port that asks for no secret is open beyond 127.0.0.1"
 
         stream = worker.generate(request_of(random_prompt(5, 2), versions[0], greedy(400)))
         await anext(stream)
