@@ -24,8 +24,10 @@ _all_gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or
 
 TIMEOUT_S = 600.0
 """A collective that other ranks do not join fails after this time: ranks start at different speeds."""
-DIRECT_BYTES = 2 << 20
-"""Most bytes that a GPU reads of the others' memory for a sum; NCCL adds up longer messages."""
+DIRECT_BYTES = 16 << 20
+"""Longest message that GPUs sum by reading each other's memory; NCCL sums longer ones."""
+ONE_SHOT_BYTES = 128 << 10
+"""Most bytes of others that each GPU reads and sums by itself. Of longer messages each sums a part, and all read it."""
 NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
 """NVLink multicast needs a fabric manager that may not be there, and messages of a step are too small for it."""
 ON_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
@@ -114,23 +116,36 @@ class ConnectedRanks(Ranks):
 
 
 class _DirectSums:
-    """Sums of small messages that lie in memory which all ranks' GPUs may read: one launch, no copy.
+    """Sums of messages that lie in memory which all ranks' GPUs may read: one launch, no copy.
 
-    Torch's one-shot all-reduce: each rank reads what all others wrote. It waits for them before it reads, and again
-    before it ends, so the memory may be written anew behind it.
+    Torch's one-shot and two-shot all-reduce. They wait for the other ranks before they read, and again before they end,
+    so the memory may be written anew behind them.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         from torch.distributed import _symmetric_memory as symmetric
 
         self._group_name = group.group_name
-        num_bytes = DIRECT_BYTES // (dist.get_world_size(group) - 1)
-        self._memory: Tensor = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
+        self._size = dist.get_world_size(group)
+        self._memory: Tensor = symmetric.empty(DIRECT_BYTES, dtype=torch.uint8, device=device)
         symmetric.rendezvous(self._memory, self._group_name)
-        trial = self._memory[:64].view(torch.float32).fill_(1.0)
-        total = torch.ops.symm_mem.one_shot_all_reduce(trial, "sum", self._group_name)
-        if not bool((total == dist.get_world_size(group)).all()):
-            raise RuntimeError(f"the sum of ones is {total[0].item()}")
+        ops = torch.ops.symm_mem
+        self._try(lambda ones: ops.one_shot_all_reduce(ones, "sum", self._group_name))
+        self._two_shot: Callable[[Tensor], Tensor] = lambda tensor: ops.two_shot_all_reduce_out(
+            tensor, "sum", self._group_name, torch.empty_like(tensor)
+        )
+        try:
+            self._try(self._two_shot)
+        except (RuntimeError, AttributeError):
+            # A release of torch that lacks it has the same with one copy more.
+            self._two_shot = lambda tensor: ops.two_shot_all_reduce_(tensor, "sum", self._group_name).clone()
+            self._try(self._two_shot)
+
+    def _try(self, add_up: Callable[[Tensor], Tensor]) -> None:
+        """Raise ArithmeticError if the sum of the ranks' ones is wrong."""
+        ones = self._memory[: 2 * ONE_SHOT_BYTES].view(torch.float32).fill_(1.0)
+        if not bool((add_up(ones) == self._size).all()):
+            raise ArithmeticError("a sum of ones is wrong")
 
     @classmethod
     def try_make(cls, group: dist.ProcessGroup, device: torch.device) -> _DirectSums | None:
@@ -138,8 +153,8 @@ class _DirectSums:
         made: _DirectSums | None = None
         try:
             made = cls(group, device)
-        except (RuntimeError, ImportError, AttributeError) as error:
-            logger.warning("NCCL sums small messages too, since GPUs cannot read each other's memory: %s", error)
+        except (RuntimeError, ImportError, AttributeError, ArithmeticError) as error:
+            logger.warning("NCCL sums all messages, since GPUs cannot read each other's memory: %s", error)
         can_all = torch.tensor([made is not None], dtype=torch.int32, device=device)
         dist.all_reduce(can_all, op=dist.ReduceOp.MIN, group=group)
         return made if bool(can_all.item()) else None
@@ -155,6 +170,8 @@ class _DirectSums:
         """The sum in new memory, if the tensor is one of `take`."""
         if tensor.data_ptr() != self._memory.data_ptr():
             return None
+        if tensor.nbytes * (self._size - 1) > ONE_SHOT_BYTES:
+            return self._two_shot(tensor)
         total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(tensor, "sum", self._group_name)
         return total
 
