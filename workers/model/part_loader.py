@@ -28,7 +28,7 @@ from lorafleet.workers.model.text_part import KEYS
 
 WEIGHTS = "model.safetensors"
 DUMMY_SPREAD = 0.02
-"""Of made-up weights: what transformers gives most bases."""
+"""Of made-up weights, where the configuration has no `initializer_range`."""
 
 
 def load_part(
@@ -80,13 +80,14 @@ def _unloaded(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 def _fill_with_dummies(model: PreTrainedModel, device: torch.device, shares: Mapping[str, Share]) -> None:
     """Made-up weights: parts that several ranks have are the same on each."""
     generator = torch.Generator(device)
+    spread = getattr(model.config, "initializer_range", None) or DUMMY_SPREAD
     for name, parameter in list(model.named_parameters()):
         share = shares.get(name.rpartition(".")[0])
         place = "" if share is None else f"{share.first_input} {share.first_output}"
         generator.manual_seed(zlib.crc32(f"{name} {place}".encode()))
         if parameter.device.type == "meta":
             value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            value.normal_(0.0, DUMMY_SPREAD, generator=generator)
+            value.normal_(0.0, spread, generator=generator)
         else:
             value = parameter.detach().to(device)
         _set(model, name, value)
