@@ -18,10 +18,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lorafleet.adapter_store.errors import AdapterRefused
+from lorafleet.adapter_store.manifest import Dtype
+from lorafleet.workers.config import ModelConfig
+from lorafleet.workers.model.expert_layers import every_product, grouped_product
 from tests.support.adapters import randomise_adapter
 from tests.support.bases import make_tokenizer
 from tests.workers.harness import Shelf, ask, greedy, open_worker, random_prompt
 from tests.workers.test_refusals import LLAMA4, SHAPE
+from tests.workers.test_replayed_steps import BY_ROW, replay
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 SIZES: dict[str, dict[str, Any]] = {
@@ -95,9 +99,20 @@ async def assert_as_peft(shelf: Shelf, folders: dict[str, Path]) -> None:
         assert name is None or float((expected - logprobs(plain, prompt)).abs().max()) > 0.05, "it does nothing"
 
 
+MIXTRAL = pytest.mark.parametrize("shelf", ["mixtral"], indirect=True)
+
+
 async def test_experts_and_routers(shelf: Shelf) -> None:
     folders = {name: shelf.base.parent / name for name in CASES}
     await assert_as_peft(shelf, {name: folder for name, folder in folders.items() if folder.exists()})
+
+
+@MIXTRAL
+async def test_in_graphs(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are padded to the forms of graphs."""
+    replayed = replay(monkeypatch, BY_ROW)
+    await assert_as_peft(shelf, {name: shelf.base.parent / name for name in ("both", "all-linear")})
+    assert replayed
 
 
 def by_expert(shelf: Shelf, folder: Path) -> Path:
@@ -132,7 +147,38 @@ async def test_experts_one_by_one(shelf: Shelf, tmp_path: Path) -> None:
     await assert_as_peft(shelf, {"single": by_expert(shelf, tmp_path / "single")})
 
 
-MIXTRAL = pytest.mark.parametrize("shelf", ["mixtral"], indirect=True)
+@pytest.mark.parametrize("product", [grouped_product, every_product])
+def test_products_by_group(product: Callable[..., torch.Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, matrices = torch.randn(9, 6, generator=generator), torch.randn(4, 6, 5, generator=generator)
+    ends = torch.tensor([2, 2, 7, 8], dtype=torch.int32)
+    y = product(x, matrices, ends)
+    for row, owner in enumerate([0, 0, 2, 2, 2, 2, 2, 3]):
+        torch.testing.assert_close(y[row], x[row] @ matrices[owner])
+    assert not y[8].any()
+
+
+@pytest.mark.gpu
+async def test_on_a_gpu(shelf: Shelf) -> None:
+    """In captured graphs and in prompts, in bfloat16 and in float32."""
+    names = [name for name in CASES if (shelf.base.parent / name).exists()]
+    prompt = random_prompt(23, 1)
+    bars: dict[Dtype, float] = {"float32": 2e-3, "bfloat16": 0.3}
+    for dtype, bar in bars.items():
+        own = Shelf(shelf.base, dtype=dtype)
+        versions = [own.put(shelf.base.parent / name) for name in names]
+        model = ModelConfig(id="base", source=str(shelf.base), dtype=dtype)
+        async with open_worker(own, model=model, device="cuda") as worker:
+            answers = await asyncio.gather(
+                *(ask(worker, prompt, version, greedy(5, prompt_logprobs=True)) for version in versions)
+            )
+        for name, answer in zip(names, answers, strict=True):
+            given = [delta.prompt_logprobs for delta in answer.deltas if delta.prompt_logprobs]
+            got = torch.tensor([entry.logprob for part in given for entry in part][1:])
+            wanted = logprobs(load(shelf.base, shelf.base.parent / name), prompt)
+            assert float((got - wanted).abs().mean()) < bar, (name, dtype)
+
+
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "one of two": (lambda config: {"target_modules": ["q_proj", "w1"]}, "the base has them as one"),
     "norm": (lambda config: {"target_parameters": [*EXPERTS, "input_layernorm.weight"]}, "LoRA cannot be on here"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafleet.workers import assembly
+from lorafleet.workers import model_parts
 from lorafleet.workers.model.runner import ModelRunner, StepInFlight
 from lorafleet.workers.model.startup import start_runner
 from lorafleet.workers.step import forms as step_forms
@@ -73,7 +73,7 @@ def replay(monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> lis
             runner.graphs = {header.graph_key: graph}
         return launch(runner, message, *rest)
 
-    monkeypatch.setattr(assembly, "start_runner", start)
+    monkeypatch.setattr(model_parts, "start_runner", start)
     monkeypatch.setattr(ModelRunner, "launch", step)
     return headers
 
