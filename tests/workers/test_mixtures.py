@@ -144,7 +144,14 @@ def by_expert(shelf: Shelf, folder: Path) -> Path:
 
 @pytest.mark.parametrize("shelf", ["mixtral", "qwen3_moe"], indirect=True)
 async def test_experts_one_by_one(shelf: Shelf, tmp_path: Path) -> None:
-    await assert_as_peft(shelf, {"single": by_expert(shelf, tmp_path / "single")})
+    folders = {"names": by_expert(shelf, tmp_path / "names"), "regex": by_expert(shelf, tmp_path / "regex")}
+    path = folders["regex"] / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"] = rf".*\.({'|'.join(config['target_modules'])})"
+    path.write_text(json.dumps(config))
+    # The version is that of what is computed, however a config says it.
+    assert shelf.put(folders["names"]) == shelf.put(folders["regex"])
+    await assert_as_peft(shelf, folders)
 
 
 @pytest.mark.parametrize("product", [grouped_product, every_product])
