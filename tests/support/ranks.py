@@ -26,7 +26,7 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[
     """
     # A server imports what a rank needs once; its children begin with that.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.ranks", "lorafleet.workers.assembly", function.__module__])
+    context.set_forkserver_preload(["tests.support.ranks", function.__module__])
     with tempfile.TemporaryDirectory() as folder:
         started = []
         for rank in range(size):
