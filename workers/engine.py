@@ -516,7 +516,7 @@ class Engine:
             sequence.finish_reason, sequence.stop_reason = "stop", token_id
         elif not sampling.ignore_eos and past_min and self._is_end(sequence, token_id):
             sequence.finish_reason = "stop"
-        elif sequence.matcher is not None and token_id in self._runner.base.stop_token_ids:
+        elif sequence.matcher is not None and self._is_end(sequence, token_id):
             sequence.finish_reason = "stop"  # a grammar has no other place for it than its end
         elif num_made >= sequence.max_tokens:
             sequence.finish_reason = "length"
@@ -577,6 +577,8 @@ class Engine:
             self._outbox.append((request.request_id, error))
 
     def _add(self, request: EngineRequest, matcher: Matcher | None = None) -> None:
+        if matcher is not None:
+            matcher.end_token_ids = frozenset(request.end_token_ids).difference(self._runner.base.stop_token_ids)
         num_prompt = len(request.prompt_token_ids)
         room = self._runner.base.max_model_len - num_prompt
         if not request.prompt_token_ids or room < 1:

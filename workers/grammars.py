@@ -46,15 +46,29 @@ class Matcher:
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
+        self._has_ended = False
+        self.end_token_ids: frozenset[int] = frozenset()
+        """Tokens that may end the answer beside the base's own, where the grammar may end: those of the adapter."""
 
     def take(self, token_id: int) -> None:
         """The token that came."""
-        self._matcher.consume_token(token_id)
+        if token_id in self.end_token_ids:
+            self._has_ended = True
+        else:
+            self._matcher.consume_token(token_id)
+
+    def allow_ends(self, mask: npt.NDArray[np.int32]) -> None:
+        """Set the bits of `end_token_ids` in a mask (words,), if the grammar may end here."""
+        if self.end_token_ids and self._matcher.is_accepting():
+            words = mask.view(np.uint32)
+            for token_id in self.end_token_ids:
+                if token_id < 32 * len(words):
+                    words[token_id // 32] |= np.uint32(1 << token_id % 32)
 
     @property
     def is_over(self) -> bool:
         """True if the answer is complete and nothing may follow."""
-        return bool(self._matcher.is_stopped())
+        return self._has_ended or bool(self._matcher.is_stopped())
 
     @property
     def error(self) -> str | None:
@@ -78,6 +92,8 @@ def fill_masks(matchers: Several[Matcher], masks: Masks) -> None:
     for row, each in enumerate(matchers):
         if each.error is not None:
             masks[row] = -1
+        elif not each.is_over:
+            each.allow_ends(masks[row])
 
 
 @cache

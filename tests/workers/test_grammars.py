@@ -23,7 +23,7 @@ from lorafleet.workers.model.sampler import Chosen, Sampler
 from lorafleet.workers.request import SamplingParams, StructuredOutputs
 from lorafleet.workers.step.sampling import DRAW, NO_SAMPLING
 from tests.support.bases import VOCAB_SIZE, make_tokenizer
-from tests.workers.harness import Answer, Shelf, ask, open_worker, random_prompt
+from tests.workers.harness import Answer, Shelf, ask, open_worker, random_prompt, request_of
 
 Schema = dict[str, Any]
 
@@ -89,6 +89,20 @@ async def test_random_schemas(llama: Shelf, count: int) -> None:
             ended += 1
             jsonschema.validate(json.loads(answer.text), schema, jsonschema.Draft202012Validator)
     assert ended > 0.9 * count
+
+
+async def test_an_adapters_own_end_token_ends_a_grammar(llama: Shelf) -> None:
+    """Biased so that it comes as soon as it may, which is where the grammar may end."""
+    end = 0  # the padding token, which no grammar lets come otherwise
+    sampling = constrained({"regex": "[ab]{3,200}"}, max_tokens=50, logit_bias={end: 100.0})
+    asked = request_of(random_prompt(7, 1), llama.versions[0], sampling)
+    async with open_worker(llama) as worker:
+        for ends, num_letters in (((end,), 3), ((), 50)):
+            deltas = [delta async for delta in worker.generate(replace(asked, end_token_ids=ends))]
+            text = "".join(delta.text for delta in deltas)
+            assert re.fullmatch("[ab]+", text)
+            assert len(text) == num_letters
+            assert deltas[-1].finish_reason == ("stop" if ends else "length")
 
 
 LISTED: Schema = {
