@@ -137,7 +137,9 @@ class EngineConfig(Settings):
         default=0.9, gt=0, le=1, description="Share of the GPU that workers on it may take together, weights included."
     )
     stall_s: float = Field(
-        default=30.0, gt=0, description="check_health fails when the step loop has stood still this long."
+        default=30.0,
+        gt=0,
+        description="check_health fails when the step loop, or another rank, has stood still this long.",
     )
 
 

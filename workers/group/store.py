@@ -28,9 +28,13 @@ class StoreFile:
             self.descriptor, self.path = tempfile.mkstemp(prefix="lorafleet-ranks-")
 
     def close(self) -> None:
-        """Let it go, once all ranks have."""
-        os.close(self.descriptor)
+        """Let it go, once all ranks have.
+
+        On Linux the descriptor stays open: torch writes to the path once more when it drops its store,
+        whenever that is, and the number must not be another file's by then.
+        """
         if sys.platform != "linux":
+            os.close(self.descriptor)
             Path(self.path).unlink(missing_ok=True)
 
 

@@ -235,4 +235,4 @@ async def test_closing_leaves_no_process_and_no_descriptor(llama: Shelf) -> None
         del worker
         assert not any(map(is_alive, pids))
         counts.append(num_descriptors())
-    assert counts[2] <= counts[1]
+    assert counts[2] <= counts[1] + 1, "more than the store's"
