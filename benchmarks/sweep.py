@@ -54,7 +54,7 @@ ROOT = HERE.parent
 BAR = 1e-4
 """Largest difference of any logprob."""
 EXCUSED = 3e-3
-"""The same where float32 takes the oracle itself at least as far from its answer in float64."""
+"""The same where float32 takes the oracle itself half as far from its answer in float64: both sides round."""
 TARGETS = ("attention", "all-linear", "embedding", "head", "experts")
 LENGTHS = (3, 22, 45)
 """Of the prompts: the last is longer than every window, and takes several steps."""
@@ -201,7 +201,7 @@ def _serve(case: Case, model: PreTrainedModel, folder: Path) -> Row:
     worst, of = 0.0, ""
     for question, answer in zip(questions, answers, strict=True):
         report = fidelity.compare(oracle, [question], [answer])
-        if BAR < report.largest <= EXCUSED and report.largest <= oracle.rounding(question, answer):
+        if BAR < report.largest <= EXCUSED and report.largest <= 2 * oracle.rounding(question, answer):
             continue  # float32 cannot tell more of it
         if not report.largest <= worst:
             worst, of = report.largest, f"{question.adapter or 'the base'}, a prompt of {len(question.prompt)} tokens"
@@ -339,6 +339,7 @@ def page(rows: Iterable[Row]) -> str:
         f"{version('transformers')} as a tiny",
         "base with random weights, on a CPU. Each base answers a mixed batch of itself and adapters that PEFT made.",
         f"Every logprob of a served base is that of transformers + PEFT, to {BAR:g} in float32.",
+        "Where float32 takes these themselves further from float64, they may differ by twice as much.",
         "",
         f"{counts['served']} are served, {counts['refused']} are refused, {counts['wrong']} are wrong, and "
         f"{counts['not tried']} could not be made tiny.",
