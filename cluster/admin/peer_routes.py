@@ -94,6 +94,9 @@ def _sglang_router(control: ControlPlane) -> APIRouter:
 
     @router.post("/load_lora_adapter", summary="SGLang's: load an adapter")
     async def load(body: LoadAdapter) -> Response:
+        for field in ("lora_name", "lora_path"):
+            if not getattr(body, field):
+                return await _sglang_reply(control, f"Failed to load LoRA adapter: {field} is missing.")
         try:
             if await control.has(body.lora_name):
                 raise NameTaken(

@@ -221,6 +221,9 @@ async def test_vllm_refusals(api: Api, body: dict[str, str], status: int) -> Non
 
 
 async def test_sglang_load_and_unload(api: Api) -> None:
+    for field in ("lora_name", "lora_path"):
+        lacking = await api.http.post("/load_lora_adapter", json={"lora_name": "x", "lora_path": "a", field: ""})
+        assert (lacking.status_code, field in lacking.json()["error_message"]) == (400, True)
     body = {"lora_name": "shout", "lora_path": str(api.root / "adapters" / "a"), "pinned": True}
     response = await api.http.post("/load_lora_adapter", json=body)
     loaded = {"shout": "demo/a"}
