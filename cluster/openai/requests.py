@@ -387,7 +387,7 @@ def parse_body(kind: type[Body], raw: bytes, neutral: Mapping[str, Sequence[obje
     `empty_prompt` or `invalid_value`, naming the field.
     """
     try:
-        body = from_json(raw, allow_inf_nan=False)
+        body = from_json(raw, allow_inf_nan=False, cache_strings="keys")  # values of callers are not kept
     except ValueError as error:
         raise BadRequest(f"the body is not valid JSON: {error}", None, "invalid_json") from None
     if not isinstance(body, dict):
