@@ -11,6 +11,7 @@ import contextlib
 import logging
 from bisect import bisect_right
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from lorafleet.adapter_store.errors import UnknownAdapter
@@ -125,8 +126,11 @@ class Names:
     def observe(self, name: str, entry: NamedVersion | None) -> None:
         """Take note of what was just published under `name`; None: the name is gone."""
         self._num_observed += 1
-        self._names.pop(name, None)
+        known = self._names.pop(name, None)
         if entry is not None:
+            # The store may have told of it already, and also since when it has the version.
+            if known is not None and not entry.created_s and replace(known, created_s=0) == entry:
+                entry = known
             self._names[name] = entry
 
     async def entries(self, after: str = "", limit: int | None = None) -> list[NamedVersion]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 
 import pytest
 
@@ -81,6 +82,16 @@ async def test_a_new_ingress_waits_for_the_first_table(store: FakeStore) -> None
     store.gone.set()
     assert await names.await_table(0.0)  # once is enough
     names.stop()
+
+
+async def test_what_the_store_has_told_already_is_kept(names: Names) -> None:
+    known = replace(await names.resolve("shout"), created_s=7)
+    names.observe("shout", known)
+    names.observe("shout", replace(known, created_s=0))
+    assert names._names["shout"] == known
+    other = replace(known, created_s=0, version="cc" * 32)
+    names.observe("shout", other)
+    assert names._names["shout"] == other
 
 
 async def test_a_call_in_flight_does_not_outlive_the_store(names: Names, store: FakeStore) -> None:
