@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from lorafleet.workers import speculation
 from lorafleet.workers.adapter_loader import AdapterLoader
 from lorafleet.workers.config import EngineConfig
+from lorafleet.workers.deltas import embedding_delta, token_delta
 from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.errors import (
     EngineFailed,
@@ -36,10 +37,11 @@ from lorafleet.workers.errors import (
 )
 from lorafleet.workers.grammars import Grammars, Matcher
 from lorafleet.workers.group.leader import Group
-from lorafleet.workers.model.runner import ModelRunner, StepInFlight
+from lorafleet.workers.launched import LaunchedRows, LaunchedStep, SampledRow
+from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.request import EngineRequest, FinishReason, GenerateDelta, StructuredOutputs, TokenLogprobs
 from lorafleet.workers.scheduler import Scheduler
-from lorafleet.workers.sequence import PromptRows, ScheduledRows, Sequence, pending_token
+from lorafleet.workers.sequence import ScheduledRows, Sequence, pending_token
 from lorafleet.workers.speculation import Guesser
 from lorafleet.workers.stats import EngineStats, ServedCounts
 from lorafleet.workers.step.builder import BatchBuilder, BuiltStep
@@ -64,47 +66,6 @@ class _Commands:
     wake: threading.Event
     lock: threading.Lock
     """Held to add a command and to end the loop: no command is added that would never run."""
-
-
-@dataclass(frozen=True, slots=True)
-class _LaunchedRows:
-    """One sequence's part of a step in flight."""
-
-    sequence: Sequence
-    num_computed: int
-    """Tokens whose KV is there after the step."""
-    num_preemptions: int
-    """The sequence's at launch: pages it has after another preemption are not this step's."""
-
-
-@dataclass(frozen=True, slots=True)
-class _SampledRow:
-    """A row of a step in flight that chooses a token."""
-
-    sequence: Sequence
-    place: int
-    """Of the token among the sequence's."""
-    guess: int | None
-    """The token that the sequence's next row takes for this one; None: it has no next row."""
-
-
-@dataclass(slots=True)
-class _LaunchedStep:
-    step: StepInFlight
-    num_rows: int
-    """Without padding."""
-    rows: tuple[_LaunchedRows, ...]
-    sampled: tuple[_SampledRow, ...]
-    prompts: tuple[PromptRows, ...]
-    pooled: tuple[tuple[_LaunchedRows, int], ...]
-    """With the number of its rows, each sequence that the step pools hidden states of."""
-    started_s: float
-    is_followed: bool = False
-    """Whether the grammars have taken the step's tokens."""
-
-    @property
-    def has_guesses(self) -> bool:
-        return any(row.guess is not None for row in self.sampled)
 
 
 class Engine:
@@ -162,7 +123,7 @@ class Engine:
         """Requests whose grammar is being compiled, which nobody has aborted."""
         self._sequences: dict[str, Sequence] = {}
         self._outbox: list[Delivery] = []
-        self._in_flight: _LaunchedStep | None = None
+        self._in_flight: LaunchedStep | None = None
         self._commands = _Commands(deque(), threading.Event(), threading.Lock())
         self._loop_alive_s = clock()
         self._failure: BaseException | None = None
@@ -305,7 +266,7 @@ class Engine:
             self._collect(before)
         return launched is not None or before is not None
 
-    def _launch(self, scheduled: list[ScheduledRows]) -> _LaunchedStep | None:
+    def _launch(self, scheduled: list[ScheduledRows]) -> LaunchedStep | None:
         if not scheduled:
             return None
         started_s = self._clock()
@@ -318,12 +279,12 @@ class Engine:
         for item in built.rows:
             item.sequence.num_computed += item.num_rows
         rows = tuple(
-            _LaunchedRows(item.sequence, item.sequence.num_computed, item.sequence.num_preemptions)
+            LaunchedRows(item.sequence, item.sequence.num_computed, item.sequence.num_preemptions)
             for item in built.rows
         )
         pooled = tuple((row, count) for row, count in zip(rows, num_pooled, strict=True) if count)
         sampled = tuple(
-            _SampledRow(item.sequence, len(item.sequence.token_ids) + number, guess)
+            SampledRow(item.sequence, len(item.sequence.token_ids) + number, guess)
             for item in built.rows
             if item.num_sampled
             for number, guess in enumerate((*item.guess, None))
@@ -331,7 +292,7 @@ class Engine:
         for index, row in enumerate(sampled):
             row.sequence.token_ids.append(pending_token(index))
         num_rows = sum(item.num_rows for item in built.rows)
-        return _LaunchedStep(step, num_rows, rows, sampled, built.prompts, pooled, started_s)
+        return LaunchedStep(step, num_rows, rows, sampled, built.prompts, pooled, started_s)
 
     def _fill_masks(self, built: BuiltStep) -> None:
         """Ask the grammars which tokens may come, once they have those of the step in flight.
@@ -344,7 +305,7 @@ class Engine:
             self._follow(self._in_flight)
         built.fill_masks()
 
-    def _follow(self, launched: _LaunchedStep) -> None:
+    def _follow(self, launched: LaunchedStep) -> None:
         """Wait for a step, and let the grammars take its tokens."""
         launched.step.wait()
         if launched.is_followed:
@@ -376,11 +337,11 @@ class Engine:
             if sequence.guesser is not None
         }
 
-    def _collect(self, launched: _LaunchedStep) -> None:
+    def _collect(self, launched: LaunchedStep) -> None:
         self._follow(launched)
         chosen = launched.step.sampled
         token_ids = [] if chosen is None else chosen.token_ids.tolist()
-        standing = self._settle(launched.sampled, token_ids)
+        standing = launched.settle(token_ids, self.stats.served)
         for row in launched.rows:
             self._share_pages(row)
         self._note_prompt_logprobs(launched)
@@ -407,29 +368,7 @@ class Engine:
         self.stats.note_step(len(launched.rows), launched.num_rows, self._clock() - launched.started_s)
         self._flush()
 
-    def _settle(self, sampled: tuple[_SampledRow, ...], token_ids: list[int]) -> list[int]:
-        """Put the chosen tokens in their places, and drop what follows a guess that did not come.
-
-        token_ids: chosen by each row. Returns the indices of the rows that stand.
-        """
-        standing: list[int] = []
-        refuted: Sequence | None = None
-        for index, row in enumerate(sampled):
-            sequence = row.sequence
-            self.stats.served.num_guessed_tokens += row.guess is not None
-            if sequence is refuted:
-                continue
-            standing.append(index)
-            sequence.token_ids[row.place] = token_ids[index]
-            if row.guess == token_ids[index]:
-                self.stats.served.num_confirmed_tokens += 1
-            elif row.guess is not None:
-                refuted = sequence
-                del sequence.token_ids[row.place + 1 :]
-                sequence.num_computed = min(sequence.num_computed, row.place)
-        return standing
-
-    def _share_pages(self, row: _LaunchedRows) -> None:
+    def _share_pages(self, row: LaunchedRows) -> None:
         """Offer the pages that this step filled to the prefix cache."""
         sequence, cache = row.sequence, self._runner.cache
         num_computed = min(row.num_computed, sequence.num_computed)
@@ -444,7 +383,7 @@ class Engine:
                 sequence.num_tabled_pages = 0
             sequence.num_shared_pages = num_full
 
-    def _note_prompt_logprobs(self, launched: _LaunchedStep) -> None:
+    def _note_prompt_logprobs(self, launched: LaunchedStep) -> None:
         chosen = launched.step.prompts
         if chosen is None:
             return
@@ -460,7 +399,7 @@ class Engine:
                     sequence.prompt_logprobs.append(found)
                 row += 1
 
-    def _pool(self, launched: _LaunchedStep) -> None:
+    def _pool(self, launched: LaunchedStep) -> None:
         """Add what a step left of prompts to their embeddings, and deliver those that are whole."""
         for index, (row, num_rows) in enumerate(launched.pooled):
             sequence = row.sequence
@@ -479,31 +418,16 @@ class Engine:
         if not np.isfinite(vector).all():
             self._end_unusable(sequence)
             return
-        delta = GenerateDelta(
-            index=0,
-            token_ids=(),
-            text="",
-            logprobs=None,
-            finish_reason="stop",
-            num_prompt_tokens=sequence.num_prompt,
-            num_cached_tokens=sequence.num_cached,
-            worker_id=self._worker_id,
-            version=sequence.version,
-            embedding=vector.astype("<f4").tobytes(),
-        )
-        self._outbox.append((sequence.request.request_id, delta))
+        self._outbox.append((sequence.request.request_id, embedding_delta(sequence, vector, self._worker_id)))
         self.stats.served.note_prompt(sequence.num_prompt, sequence.num_cached)
         self._finish(sequence, "stop", 0)
 
     def _deliver_token(self, sequence: Sequence, place: int, logprobs: tuple[TokenLogprobs, ...] | None) -> None:
-        sampling = sequence.request.sampling
-        token_id = sequence.token_ids[place]
         if sequence.guesser is not None:
-            sequence.guesser.take(token_id)
+            sequence.guesser.take(sequence.token_ids[place])
         num_made = place + 1 - sequence.num_prompt
-        is_first = num_made == 1
         waits_s: tuple[float, float] | None = None
-        if is_first:
+        if num_made == 1:
             sequence.first_token_s = self._clock() - sequence.arrival_s
             assert sequence.queue_s is not None
             waits_s = (sequence.queue_s, sequence.first_token_s - sequence.queue_s)
@@ -511,48 +435,17 @@ class Engine:
                 sequence.first_token_s, sequence.queue_s, sequence.num_prompt, sequence.num_cached
             )
         self.stats.served.num_generated_tokens += 1
-        past_min = num_made >= sampling.min_tokens
-        if token_id in sampling.stop_token_ids and past_min:
-            sequence.finish_reason, sequence.stop_reason = "stop", token_id
-        elif not sampling.ignore_eos and past_min and self._is_end(sequence, token_id):
-            sequence.finish_reason = "stop"
-        elif sequence.matcher is not None and self._is_end(sequence, token_id):
-            sequence.finish_reason = "stop"  # a grammar has no other place for it than its end
-        elif num_made >= sequence.max_tokens:
-            sequence.finish_reason = "length"
-        # A token that ends the answer is no part of its text, unless that is asked for.
-        is_said = sequence.finish_reason != "stop" or sampling.include_stop_str_in_output
-        said = (token_id,) if is_said else ()
-        if sequence.matcher is not None and sequence.matcher.is_over:
-            sequence.finish_reason = "stop"
-        text = sequence.detokenizer.append(said, check_stop=past_min)
-        if sequence.detokenizer.matched_stop is not None:
-            sequence.finish_reason, sequence.stop_reason = "stop", sequence.detokenizer.matched_stop
-        elif sequence.finish_reason is not None:
-            text += sequence.detokenizer.flush()
-        prompt_logprobs = None
-        if is_first and sampling.prompt_logprobs:
-            prompt_logprobs = (TokenLogprobs(sequence.token_ids[0], None, ()), *sequence.prompt_logprobs)
-        delta = GenerateDelta(
-            index=0,
-            token_ids=(token_id,),
-            text=text,
-            logprobs=logprobs,
-            finish_reason=sequence.finish_reason,
-            num_prompt_tokens=sequence.num_prompt,
-            num_cached_tokens=sequence.num_cached,
-            prompt_logprobs=prompt_logprobs,
-            stop_reason=sequence.stop_reason,
-            worker_id=self._worker_id,
-            version=sequence.version,
+        delta = token_delta(
+            sequence,
+            place,
+            logprobs,
+            base_end_ids=self._runner.base.stop_token_ids,
             waits_s=waits_s,
+            worker_id=self._worker_id,
         )
         self._outbox.append((sequence.request.request_id, delta))
-        if sequence.finish_reason is not None:
-            self._finish(sequence, sequence.finish_reason, num_made)
-
-    def _is_end(self, sequence: Sequence, token_id: int) -> bool:
-        return token_id in self._runner.base.stop_token_ids or token_id in sequence.request.end_token_ids
+        if delta.finish_reason is not None:
+            self._finish(sequence, delta.finish_reason, num_made)
 
     def _compile(self, request: EngineRequest, asked: StructuredOutputs | None) -> None:
         """Have the grammar compiled on another thread, and add the request when that is done."""
