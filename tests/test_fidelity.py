@@ -31,6 +31,7 @@ def lines_of(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_report_has_a_line_for_each_comparison(
     fidelity: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,6 +54,7 @@ def test_a_report_has_a_line_for_each_comparison(
         assert {"commit", "device", "torch", "transformers", "peft"} <= line.keys()
 
 
+@pytest.mark.slow
 def test_a_missed_bar_is_told(
     fidelity: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

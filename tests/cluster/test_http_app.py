@@ -116,5 +116,6 @@ async def test_the_api_describes_itself() -> None:
         "/ping",
         "/readyz",
         "/tokenize",
+        "/tokenizer_info",
         "/version",
     }

@@ -265,6 +265,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.mark.slow
 def test_every_reply_is_as_described(run: Run) -> None:
     found = [
         f"{label}, {count} times: {what}" for label, whats in run.failures.items() for what, count in whats.items()

@@ -82,6 +82,7 @@ def test_fields_of_vllm(service: Service, fields: dict[str, Any], expected: tupl
     assert chat.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_a_schema_that_takes_too_long_is_refused_and_keeps_nobody_waiting(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,12 +56,14 @@ def await_end(pid: int) -> None:
 
 
 @pytest.mark.parametrize("does", ["time.sleep(600)", "stuck.append(1); await asyncio.sleep(600)"])
+@pytest.mark.slow
 def test_a_hang_ends_the_process(does: str) -> None:
     with parent(does) as (process, child):
         assert process.wait(20) == -signal.SIGKILL
         await_end(child)
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_ended_within_the_limit() -> None:
     with parent("await asyncio.sleep(600)") as (process, child):
         time.sleep(0.5)

@@ -178,6 +178,7 @@ async def test_deltas_of_many_come_by_one_stream_whatever_comes_first() -> None:
     unknown.cancel()
 
 
+@pytest.mark.slow
 async def test_a_worker_that_falls_silent_loses_its_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "LOOK_S", 0.1)
     monkeypatch.setattr(outbox_module, "BEAT_S", 0.05)

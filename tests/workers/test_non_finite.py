@@ -55,6 +55,7 @@ async def test_others_after_it(llama: Shelf) -> None:
         assert all(bool(tensor.isfinite().all()) for tensor in (*cache.keys, *cache.values))
 
 
+@pytest.mark.slow
 async def test_others_beside_it(llama: Shelf) -> None:
     """Its pages are not finite until the end of its prompt, whose chunks run beside the decodes of others."""
     shelf, huge = with_huge(llama)
@@ -66,6 +67,7 @@ async def test_others_beside_it(llama: Shelf) -> None:
         await asyncio.gather(*refused)
 
 
+@pytest.mark.slow
 async def test_others_after_one_that_left(llama: Shelf) -> None:
     """Nobody saw that its numbers were not finite: it left in the middle of its prompt."""
     shelf, huge = with_huge(llama)

@@ -79,6 +79,7 @@ def replay(monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]) -> lis
 
 
 @pytest.mark.parametrize("forms", [BY_ROW, BY_PROMPT], ids=["by row", "by prompt"])
+@pytest.mark.slow
 async def test_the_answers_are_the_same(
     llama: Shelf, monkeypatch: pytest.MonkeyPatch, forms: tuple[GraphForm, ...]
 ) -> None:

@@ -62,6 +62,7 @@ def pool_for(shelf: Shelf, worker: Worker, num_adapters: int) -> PoolConfig:
     return PoolConfig(max_rank=64, pool_bytes=sum(pages[-num_adapters:]) * pool.layout.page_bytes)
 
 
+@pytest.mark.slow
 async def test_all_are_right_and_none_starves(shelf: Shelf, store: AdapterStore) -> None:
     rng = random.Random(0)
     popularity = [1 / (1 + number) for number in range(NUM_ADAPTERS)]

@@ -62,6 +62,7 @@ def assert_same(answers: list[Answer], expected: list[Answer]) -> None:
         assert [entry.logprob for entry in given[1:]] == pytest.approx([entry.logprob for entry in right[1:]], abs=1e-4)
 
 
+@pytest.mark.slow
 async def test_the_answers_are_the_same(llama: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     """With plenty of memory, in tiny chunks, and with so little memory that requests are preempted all the time."""
     expected, _ = await ask_all(llama)

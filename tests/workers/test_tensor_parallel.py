@@ -79,6 +79,7 @@ def shelf_of(
     return of
 
 
+@pytest.mark.slow
 async def test_two_ranks(shelf_of: Callable[[BaseKind], Shelf], tmp_path: Path) -> None:
     """Tied, with biases, and with DoRA, whose norms are sums over ranks."""
     shelf = Shelf(shelf_of("qwen2").base)
