@@ -10,8 +10,23 @@ from types import ModuleType
 
 import pytest
 
-PROCESSES = ("main", "fp8", "small", "gsm8k", "zipf_pool64", "zipf_resident", "structured", "start_weights")
-LINES = {"no_lora": {"base_no_lora", "base_enabled"}}
+PROCESSES = (
+    "main",
+    "fp8",
+    "small",
+    "gsm8k",
+    "zipf_pool64",
+    "zipf_resident",
+    "structured",
+    "speculation",
+    "start_weights",
+)
+LINES = {
+    "no_lora": {"base_no_lora", "base_enabled"},
+    "speculation": {
+        f"speculation_{text}_{count}" for text in ("one_token", "four_tokens", "random") for count in (1, 8, 64)
+    },
+}
 """Lines of cases that are not one of their own name."""
 
 
