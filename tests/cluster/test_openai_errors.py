@@ -270,6 +270,7 @@ def test_keys() -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
+@pytest.mark.slow
 def test_errors_before_the_first_token_have_a_status(
     service: Service, error: Exception, status: int, code: str, retry_after: str | None, stream: bool
 ) -> None:

@@ -273,6 +273,7 @@ def test_every_reply_is_as_described(run: Run) -> None:
     assert not found, "\n\n".join(found[:20])
 
 
+@pytest.mark.slow
 def test_no_operation_was_only_refused(run: Run) -> None:
     assert sum(count for statuses in run.statuses.values() for count in statuses.values()) > 1000
     assert {label for label, statuses in run.statuses.items() if not statuses[200]} == set()

@@ -116,6 +116,7 @@ def assert_near(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("num_processors", [0, 8], ids=["whole", "split"])
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.slow
 def test_decode_matches_float64(shape: str, num_processors: int, window: int | None, dtype: torch.dtype) -> None:
     lengths = [1, 0, 33, 530]
     cache = make_cache(lengths, SHAPES[shape], dtype)
@@ -132,6 +133,7 @@ def test_decode_matches_float64(shape: str, num_processors: int, window: int | N
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.slow
 def test_extend_matches_float64(shape: str, window: int | None, dtype: torch.dtype) -> None:
     """Chunks of several lengths, the first three rows of the batch being others'."""
     rows, lengths = [5, 1, 0, 33, 7], [5, 30, 16, 40, 75]

@@ -57,6 +57,7 @@ async def test_in_a_mixed_batch(llama: Shelf, version: str | None, alone: Answer
 
 
 @pytest.mark.parametrize("budget", [1, 3, 16])
+@pytest.mark.slow
 async def test_in_chunks(llama: Shelf, version: str | None, alone: Answer, budget: int) -> None:
     async with open_worker(llama, max_batch_tokens=budget) as worker:
         answer = await ask(worker, PROMPT, version, greedy(LENGTH))
