@@ -91,7 +91,11 @@ class WorkerConfig(EngineConfig):
         default="auto", description="`auto`: a GPU if num_gpus is set, else the CPU; or `cpu`, `cuda`, `cuda:N`."
     )
     num_replicas: int = Field(default=1, ge=1, description="Workers, each with the base and a pool of its own.")
-    num_gpus: float = Field(default=0, ge=0, description="GPUs that Ray reserves for each worker.")
+    num_gpus: float = Field(
+        default=0,
+        ge=0,
+        description="GPUs that Ray reserves for each worker: tensor_parallel_size, where that is more than 1.",
+    )
     num_cpus: float = Field(default=0.25, gt=0, description="CPUs that Ray reserves for each worker.")
     cpu_threads: int | None = Field(
         default=None,
