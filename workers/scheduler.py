@@ -102,10 +102,8 @@ class Scheduler:
         """The next step's work; empty when nothing can run now. `guesses`: tokens that may follow, by sequence."""
         scheduled: dict[Sequence, int] = {}
         budget = _Budget(self._max_batch_tokens)
-        active = [sequence for sequence in self._running if not sequence.is_complete]
-        decoding = [sequence for sequence in active if sequence.num_uncomputed == 1]
-        prefilling = [sequence for sequence in active if sequence.num_uncomputed > 1]
-        for sequence in (*decoding, *prefilling):
+        prefilling = [each for each in self._running if not each.is_complete and each.num_uncomputed > 1]
+        for sequence in (*self.decoding, *prefilling):
             if sequence.is_admitted:  # a victim of an earlier one is not
                 self._schedule_running(sequence, scheduled, budget)
         self._admit(scheduled, budget)

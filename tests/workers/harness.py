@@ -20,6 +20,7 @@ from lorafleet.workers.model.geometry import read_geometry
 from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams, TokenLogprobs
 from lorafleet.workers.worker import Worker
 from tests.support.bases import VOCAB_SIZE
+from tests.support.oracle import prompt_logprobs_with_peft
 
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
 ENGINE = EngineConfig(device="cpu", max_batch_tokens=256, kv_bytes=8 << 20, kv_page_tokens=16)
@@ -115,6 +116,18 @@ async def ask(
     async for delta in worker.generate(request_of(prompt, version, sampling)):
         answer.add(delta)
     return answer
+
+
+def assert_pefts(shelf: Shelf, version: str | None, prompt: tuple[int, ...], answer: Answer, tolerance: float) -> None:
+    """Each token of a greedy answer is among the likeliest, and every logprob, the prompt's too, is what PEFT gives."""
+    tokens = (*prompt, *answer.tokens)
+    expected = prompt_logprobs_with_peft(shelf.base, shelf.folders.get(version or ""), tokens)[:-1]
+    chosen = expected.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    given = answer.deltas[0].prompt_logprobs
+    assert given is not None
+    found = torch.tensor([entry.logprob for entry in (*given[1:], *answer.logprobs)])
+    assert (found - chosen).abs().max() < tolerance
+    assert (expected.max(-1).values - chosen)[len(prompt) - 1 :].max() <= tolerance
 
 
 @asynccontextmanager

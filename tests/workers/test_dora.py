@@ -21,7 +21,7 @@ from lorafleet.workers.worker import Worker
 from tests.support.adapters import ALL_SEVEN, make_adapter
 from tests.support.bases import BaseKind
 from tests.support.oracle import prompt_logprobs_with_peft
-from tests.workers.harness import Answer, Shelf, ask, greedy, open_worker, random_prompt
+from tests.workers.harness import Answer, Shelf, ask, assert_pefts, greedy, open_worker, random_prompt
 from tests.workers.test_replayed_steps import BY_PROMPT, BY_ROW, replay
 
 NUM_NEW = 12
@@ -49,14 +49,7 @@ def shelf(base_of: Callable[[BaseKind], Path], tmp_path_factory: pytest.TempPath
 
 def check(shelf: Shelf, version: str | None, prompt: tuple[int, ...], answer: Answer, tolerance: float = 1e-4) -> None:
     """Each token is among the likeliest, and has the logprob that PEFT gives it."""
-    tokens = (*prompt, *answer.tokens)
-    expected = prompt_logprobs_with_peft(shelf.base, shelf.folders.get(version or ""), tokens)[:-1]
-    chosen = expected.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-    given = answer.deltas[0].prompt_logprobs
-    assert given is not None
-    found = torch.tensor([entry.logprob for entry in (*given[1:], *answer.logprobs)])
-    assert (found - chosen).abs().max() < tolerance
-    assert (expected.max(-1).values - chosen)[len(prompt) - 1 :].max() <= tolerance
+    assert_pefts(shelf, version, prompt, answer, tolerance)
     assert len(answer.tokens) == NUM_NEW
 
 

@@ -16,7 +16,7 @@ from tests.support.adapters import make_adapter
 from tests.support.bases import BaseKind, make_base
 from tests.support.oracle import prompt_logprobs_with_peft
 from tests.workers import test_dora, test_extras, test_vocabularies
-from tests.workers.harness import Answer, Shelf, ask, greedy, open_worker, random_prompt
+from tests.workers.harness import Answer, Shelf, ask, assert_pefts, greedy, open_worker, random_prompt
 from tests.workers.test_extras import cases_of
 from tests.workers.test_vocabularies import bench_of
 
@@ -32,14 +32,7 @@ Asked = list[tuple[str | None, tuple[int, ...], Answer]]
 def check(shelf: Shelf, asked: Asked, tolerance: float = 1e-4) -> None:
     """Each token is among the likeliest, and every logprob, the prompt's too, is what PEFT gives."""
     for version, prompt, answer in asked:
-        tokens = (*prompt, *answer.tokens)
-        expected = prompt_logprobs_with_peft(shelf.base, shelf.folders.get(version or ""), tokens)[:-1]
-        chosen = expected.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-        given = answer.deltas[0].prompt_logprobs
-        assert given is not None
-        found = torch.tensor([entry.logprob for entry in (*given[1:], *answer.logprobs)])
-        assert (found - chosen).abs().max() < tolerance
-        assert (expected.max(-1).values - chosen)[len(prompt) - 1 :].max() <= tolerance
+        assert_pefts(shelf, version, prompt, answer, tolerance)
         assert len(answer.tokens) == NUM_NEW
 
 
