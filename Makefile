@@ -16,7 +16,7 @@ ALONE = $(PYTEST) tests/workers/test_step_message.py
 # Ray's processes need all cores, so these tests follow each other.
 RAY = $(PYTEST) -m "ray and not gpu"
 
-.PHONY: setup demo serve test lint types unit quick slow ray coverage chaos soak clients gpu fidelity sweep format docs site wheel lock typings clean
+.PHONY: setup demo serve test lint types unit quick oldest slow ray coverage chaos soak clients gpu fidelity sweep format docs site wheel lock typings clean
 
 setup: $(VENV)/.ready typings
 
@@ -62,6 +62,11 @@ unit: quick ray
 
 quick: setup
 	$(SPREAD) -m "not gpu and not ray and not slow"
+
+# The same beside the oldest transformers that pyproject.toml allows.
+oldest: setup
+	$(PIP) install --quiet --no-deps --upgrade --target build/oldest transformers==5.17.0 "huggingface_hub==1.*"
+	PYTHONPATH=$(CURDIR)/build/oldest $(MAKE) quick
 
 # In several runs: a process that had run nearly all of them ended at once, three times of three.
 slow: setup

@@ -1,13 +1,15 @@
 """Measures HTTP streaming through Ray Serve on a GPU, against the same engines called in their own processes.
 
-    python benchmarks/serve_gpu.py --out benchmarks/results/serve_gpu.jsonl [--workers 2] [--seconds 400]
+    python benchmarks/serve_gpu.py --out benchmarks/results/serve_gpu.jsonl [--workers 2] [--haproxy] [--seconds 400]
+    python benchmarks/serve_gpu.py --gpus 2 --ingresses 2 --haproxy --ways engine,http  # a worker on each of two GPUs
 
 Llama-3.1-8B geometry with random weights, 64 adapters of rank 16 all resident, 64 clients that each send one request
-after another: 512 prompt tokens, 128 output tokens. Three ways are measured, each in processes of its own:
+after another: 512 prompt tokens, 128 output tokens; 64 for each of several GPUs. Three ways are measured, each in
+processes of its own:
 
-- `engine`: one engine on the whole GPU;
-- `engines`: one for each worker, side by side on the GPU, each with its share of the clients;
-- `http`: the service, whose workers take equal shares of the GPU.
+- `engine`: one engine on one whole GPU, with 64 clients;
+- `engines`: one for each worker, side by side on the GPUs, each with its share of the clients;
+- `http`: the service, whose workers take equal shares of the GPUs.
 
 Processes on one GPU take turns, unless CUDA's Multi-Process Service lets them run at once. To have it, start
 `nvidia-cuda-mps-control -d` with CUDA_MPS_PIPE_DIRECTORY set, and set that here too. Each way prints a line of JSON;
@@ -28,7 +30,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -38,7 +40,7 @@ import numpy as np
 import ray
 import torch
 from random_models import GEOMETRIES, MAX_MODEL_LEN, RandomAdapters, kv_bytes, write_adapter, write_base
-from serve_overhead import Ask, Prompt, cpu_seconds, free_port, machine, over_http, service
+from serve_overhead import HAPROXY, Ask, Prompt, cpu_seconds, free_port, machine, over_http, service
 
 from lorafleet.adapter_store.manifest import AdapterWeights
 from lorafleet.cluster.config import AppConfig
@@ -46,10 +48,15 @@ from lorafleet.workers.request import EngineRequest, SamplingParams
 from lorafleet.workers.worker import Worker
 
 WAYS = ("engine", "engines", "http")
-SETUP = ("workers", "mps")
+SETUP = ("workers", "mps", "gpus", "haproxy")
 """Fields of lines that can be held against each other where they are the same."""
 MAX_RANK = 64
-BAR = 0.85
+BAR = 0.97
+BAR_OF_GPUS = 1.94
+"""Tokens/s of two GPUs over those of one, in the service."""
+FIRST_TOKEN_MS = 30
+"""How much later it may come than from the engine, in the median."""
+GAP_P99 = 1.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,8 @@ class Work:
     prompt: int = 512
     output: int = 128
     max_batch_tokens: int = 8192
+    gpus: int = 1
+    ingresses: int = 1
     client_processes: int = 8
     """That ask over HTTP: one would be busy with reading."""
     adapter_files: int = 4
@@ -134,6 +143,8 @@ Outcome = tuple[int, "Taken | str"]
 
 def drive_engine(share: Share, base: str, config: dict[str, Any], barrier: Any, outcomes: Any) -> None:
     """A worker in this process, asked by a share of the clients. Its adapters are made up."""
+    # CUDA has not begun here, so this still counts.
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(share.number % share.work.gpus)
     _report(outcomes, share.number, lambda: _drive_engine(share, base, config, barrier))
 
 
@@ -265,13 +276,15 @@ def app_values(work: Work, folder: Path, workers: int, *, has_gpu: bool) -> dict
         },
         "worker": {
             "num_replicas": workers,
-            "num_gpus": 1 / workers if has_gpu else 0,
+            "num_gpus": work.gpus / workers if has_gpu else 0,
             "cpu_threads": None if has_gpu else 1,
             "max_batch_tokens": work.max_batch_tokens,
             "max_running": work.clients,
             "kv_bytes": kv_bytes(work.geometry, tokens),
             "prefix_cache": False,
+            "max_queued_requests": work.clients,
         },
+        "ingress": {"num_replicas": work.ingresses},
     }
 
 
@@ -299,7 +312,7 @@ def measure(way: str, work: Work, folder: Path, workers: int, seconds: float) ->
         shares = [Share(work, i, work.client_processes, seed=1) for i in range(work.client_processes)]
         object_store = max(200 * 2**20, int(1.2 * config.adapters.host_cache_bytes))
         port = free_port()
-        options = {"object_store_bytes": object_store, "num_gpus": int(has_gpu), "max_start_s": seconds}
+        options = {"object_store_bytes": object_store, "num_gpus": work.gpus * has_gpu, "max_start_s": seconds}
         with service(config, str(folder / "ray"), port, **options):
             before = cpu_seconds()
             taken = together(drive_http, shares, port, seconds=seconds)
@@ -309,6 +322,8 @@ def measure(way: str, work: Work, folder: Path, workers: int, seconds: float) ->
         cpu = {f"cpu_us_per_token_{role}": s * 1e6 / (2 * tokens) for role, s in cpu_s.items() if role != "here"}
     else:
         count = workers if way == "engines" else 1
+        if way == "engine":
+            work = replace(work, clients=work.clients // work.gpus, gpus=1)
         shares = [Share(work, i, count, seed=1) for i in range(count)]
         values = app_values(work, folder, count, has_gpu=has_gpu)
         taken = together(drive_engine, shares, str(folder / "base"), values, seconds=seconds)
@@ -347,20 +362,33 @@ def report(path: Path) -> None:
     for way, lines in results.items():
         print(way, ", ".join(f"{k} {v:,.5g}" for k, v in lines[-1].items() if isinstance(v, int | float)))
     speeds = {way: bars.median(results.get(way), "output_tokens_per_s") for way in WAYS}
-    what = "tokens/s over HTTP, of"
-    bars.print_bars(
-        [
-            bars.at_least(f"{what} one engine on the whole GPU", bars.ratio(speeds["http"], speeds["engine"]), BAR),
-            bars.at_least(f"{what} the same engines in-process", bars.ratio(speeds["http"], speeds["engines"]), BAR),
-        ]
-    )
+    what, gpus = "tokens/s over HTTP, of", int(last.get("gpus", 1))
+    of_engine = bars.ratio(speeds["http"], speeds["engine"])
+    held = [bars.at_least(f"{what} the same engines in-process", bars.ratio(speeds["http"], speeds["engines"]), BAR)]
+    if gpus > 1:
+        held.append(bars.at_least(f"{what} one engine, with {gpus} GPUs", of_engine, BAR_OF_GPUS * gpus / 2))
+    else:
+        held.append(bars.at_least(f"{what} one engine on the whole GPU", of_engine, BAR))
+        first, gap = (
+            [bars.median(results.get(way), name) for way in ("http", "engine")]
+            for name in ("first_token_ms_p50", "gap_ms_p99")
+        )
+        if None not in first:
+            held.append(
+                bars.at_most("first token later than the engine's, p50, ms", first[0] - first[1], FIRST_TOKEN_MS)
+            )
+        held.append(bars.at_most("gap p99 over the engine's", bars.ratio(*gap), GAP_P99))
+    bars.print_bars(held)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure each way, one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "serve_gpu.jsonl")
-    parser.add_argument("--workers", type=int, default=2, help="that share the GPU")
+    parser.add_argument("--workers", type=int, default=2, help="that share the GPUs")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--ingresses", type=int, default=1)
+    parser.add_argument("--haproxy", action="store_true", help="in the place of Serve's own proxy")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--tiny", action="store_true", help="everything small")
     parser.add_argument("--seconds", type=float, default=1800.0, help="for all ways together")
@@ -372,11 +400,16 @@ def main(arguments: list[str] | None = None) -> None:
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     work = TINY if args.tiny else FULL
+    sizes = {"clients": work.clients * args.gpus, "client_processes": work.client_processes * args.gpus}
+    work = replace(work, **sizes, gpus=args.gpus, ingresses=args.ingresses)
+    if args.haproxy:
+        os.environ |= HAPROXY
     deadline = time.monotonic() + args.seconds
     meta = {
         **machine(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "ray": ray.__version__,
+        "haproxy": args.haproxy,
         "mps": "CUDA_MPS_PIPE_DIRECTORY" in os.environ,
         "commit": args.commit,
         "run": time.strftime("%Y-%m-%dT%H:%M:%S"),

@@ -29,7 +29,7 @@ from typing import Any, cast
 import bars
 import metronome
 import uvloop
-from serve_overhead import BASE_ID, DEMO, free_port, machine, service, tree
+from serve_overhead import BASE_ID, DEMO, HAPROXY, free_port, machine, service, tree
 from serve_overhead import cpu_seconds as cpu_of_processes
 
 from lorafleet.cluster import app
@@ -207,7 +207,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["METRONOME_BEATS_PER_S"] = str(args.beats)
     if args.haproxy:
-        os.environ |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+        os.environ |= HAPROXY
     app.WorkerReplica = metronome.replica_class()  # type: ignore[misc]
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="lorafleet-", ignore_cleanup_errors=True) as folder:

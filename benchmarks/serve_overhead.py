@@ -99,6 +99,8 @@ class Round:
         }
 
 
+HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
+"""Environment in which Serve starts HAProxy."""
 Prompt = str | Sequence[int]
 Ask = Callable[[str, Prompt], AsyncIterator[Sequence[int]]]
 """Model and prompt to the token ids of one message after another."""

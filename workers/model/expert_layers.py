@@ -54,7 +54,7 @@ class LoraExperts(nn.Module):
         up = self._project(x, self.up_name, routed, top_k_index)
         up = experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
         down = self._project(up, self.down_name, routed, top_k_index)
-        if experts.has_post_expert_norm:
+        if getattr(experts, "has_post_expert_norm", False):  # Since transformers 5.20.
             down = experts.post_expert_norm(down)
         down = down * top_k_weights.reshape(-1)[routed.order, None]
         by_row = torch.empty_like(down).index_copy_(0, routed.order, down)

@@ -18,7 +18,7 @@ ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
 def is_experts(module: nn.Module) -> bool:
     """Return True for experts of transformers' `use_experts_implementation`: tensors of matrices, one an expert."""
     known: Any = module
-    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_apply_gate")
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
     return (
         all(hasattr(known, flag) for flag in flags)
         and len(inspect.signature(type(module).forward).parameters) == 1 + len(ARGUMENTS)

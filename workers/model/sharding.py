@@ -93,7 +93,10 @@ def _plan(model: PreTrainedModel) -> dict[re.Pattern[str], str]:
         )
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     plan = {re.compile(re.escape(prefix + name).replace(r"\*", r"\d+")): style for name, style in written.items()}
-    names = [*(name for name, _ in model.named_modules()), *(name for name, _ in model.named_parameters())]
+    # Embedding and head are always cut by tokens, whatever a version of transformers says of them.
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    modules = [name for name, module in model.named_modules() if not any(module is end for end in ends)]
+    names = [*modules, *(name for name, _ in model.named_parameters())]
     for pattern, style in plan.items():
         if style in ("colwise", "rowwise") or style in WHOLE:
             continue
