@@ -1,13 +1,16 @@
 """Measures the CPU time of the way from a worker to its clients, with metronomes in the place of engines.
 
-    python benchmarks/serve_metronome.py [--beats 50] [--streams 64] [--workers 1] [--ingresses 1] [--haproxy]
-    python benchmarks/serve_metronome.py --workers 8 --streams 512 --beats 6.25 --haproxy  # as many tokens, 8 workers
-    python benchmarks/serve_metronome.py --streams 256 --beats 200 --ingresses 8 --haproxy  # a burst of first tokens
+    python benchmarks/serve_metronome.py --haproxy                            # 1 worker, 64 streams of 50 tokens/s each
+    python benchmarks/serve_metronome.py --haproxy --workers 8 --streams 512  # as many a worker: 8 times the tokens
+    python benchmarks/serve_metronome.py --haproxy --workers 8 --streams 512 --beats 6.25  # as many tokens in all
+    python benchmarks/serve_metronome.py --haproxy --burst 256                # 256 first tokens at once
 
 A metronome gives each stream a token a beat, so nothing but the way is measured. Three loads tell three costs apart:
 nothing at all (CPU a second), answers of one token (CPU a request) and long answers (CPU a token). A token's cost has
-the idle time and the request taken off; `cpu_us_per_token_all` has them in it. Each event is checked: its text, its
-token ids, and how many there are. Appends a line of JSON to results/serve_metronome.jsonl.
+the idle time and the request taken off; `cpu_us_per_token_all` has them in it. A burst is answers of one token that
+begin at once; a wait of up to one beat is in its times, and the client's own work. Each event is checked: its text, its
+token ids, and how many there are. Appends a line of JSON to results/serve_metronome.jsonl. A case takes some 40 s after
+the start of the service, and a burst 10 s.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -38,8 +42,14 @@ from lorafleet.cluster.config import AppConfig
 OURS = ("haproxy", "proxy", "ingress", "worker")
 """Roles on the way of a token."""
 SHORT_TOKENS = 1
-BURST = 256
-"""Streams that count as a burst where all begin at once."""
+LONG_S = 8.0
+"""How long a long answer takes, unless told otherwise."""
+SHORT_REQUESTS = 1024
+"""About as many answers of one token are asked for, unless told otherwise."""
+BURST_ROUNDS = 12
+BURST_BEATS = 200.0
+WORKERS_PER_INGRESS = 4
+BURST_INGRESSES = 8
 IDLE_S = 10.0
 
 
@@ -186,25 +196,68 @@ async def measure(args: argparse.Namespace, port: int) -> dict[str, Any]:
         "cpu_ms_per_request": round(sum(found["request_ms"].get(role, 0.0) for role in OURS), 2),
         **found,
         "first_token_ms_p50": round(statistics.median(short.first_s) * 1e3, 1),
-        "first_token_ms_p99": round(short.first_s[int(len(short.first_s) * 0.99)] * 1e3, 1),
+        "first_token_ms_p99": round(percentile(short.first_s, 99) * 1e3, 1),
         "gap_ms_p50": round(statistics.median(long.gaps_s) * 1e3, 1),
-        "gap_ms_p99": round(long.gaps_s[int(len(long.gaps_s) * 0.99)] * 1e3, 1),
+        "gap_ms_p99": round(percentile(long.gaps_s, 99) * 1e3, 1),
     }
+
+
+async def measure_burst(args: argparse.Namespace, port: int) -> dict[str, Any]:
+    """Bursts of answers of one token, after two that do not count."""
+    await run_rounds(port, 2, args.burst, SHORT_TOKENS)
+    await asyncio.sleep(3.0)
+    load = await run_rounds(port, BURST_ROUNDS, args.burst, SHORT_TOKENS)
+    return {
+        **{f"first_token_ms_p{share}": round(percentile(load.first_s, share) * 1e3, 1) for share in (50, 90, 99)},
+        "cpu_ms_per_request": round(sum(load.cpu_s[role] for role in OURS) / load.num_requests * 1e3, 2),
+        "request_ms": {role: round(s / load.num_requests * 1e3, 3) for role, s in sorted(load.cpu_s.items())},
+        "requests_per_s": round(load.num_requests / load.wall_s, 1),
+    }
+
+
+def verdicts(path: Path, line: bars.Line) -> list[bars.Bar]:
+    """Bars of a case. One of many workers is held against the last one of a single worker on this machine."""
+    if line["case"] == "burst":
+        return [bars.at_most("first tokens of a burst, p99, ms", line["first_token_ms_p99"], 100)]
+    held = [bars.at_most("CPU of a token, us", line["cpu_us_per_token"], 60)]
+    if line["workers"] > 1:
+        alone = bars.read(path, case="costs", workers=1, haproxy=line["haproxy"], machine=line["machine"])
+        ratio = bars.ratio(line["cpu_us_per_token"], alone[-1]["cpu_us_per_token"] if alone else None)
+        held.append(bars.at_most("CPU of a token against one worker's", ratio, 1.1))
+    return held
+
+
+def percentile(ordered: Sequence[float], share: int) -> float:
+    """Of values in ascending order. share: percent."""
+    return ordered[min(len(ordered) - 1, len(ordered) * share // 100)]
+
+
+def shape_of(args: argparse.Namespace) -> None:
+    """Fill in what was not said."""
+    args.streams = args.burst or args.streams
+    args.ingresses = args.ingresses or (BURST_INGRESSES if args.burst else -(-args.workers // WORKERS_PER_INGRESS))
+    args.beats = args.beats or (BURST_BEATS if args.burst else 50.0)
+    args.max_tokens = SHORT_TOKENS if args.burst else args.max_tokens or round(LONG_S * args.beats)
+    args.short_rounds = args.short_rounds or max(2, SHORT_REQUESTS // args.streams)
 
 
 def main() -> None:
     """Measure and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "serve_metronome.jsonl")
-    parser.add_argument("--beats", type=float, default=50.0, help="tokens a second of each stream")
+    parser.add_argument("--beats", type=float, help="tokens a second of each stream; 50, in a burst 200")
     parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--max-tokens", type=int, default=400)
+    parser.add_argument("--max-tokens", type=int, help=f"of a long answer; as many as it takes to last {LONG_S:.0f} s")
     parser.add_argument("--rounds", type=int, default=2, help="of long answers")
-    parser.add_argument("--short-rounds", type=int, default=8, help="of answers of one token")
+    parser.add_argument("--short-rounds", type=int, help=f"of answers of one token; about {SHORT_REQUESTS} in all")
+    parser.add_argument("--burst", type=int, metavar="STREAMS", help="measure nothing but so many first tokens at once")
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--ingresses", type=int, default=1)
+    parser.add_argument(
+        "--ingresses", type=int, help=f"one to {WORKERS_PER_INGRESS} workers; in a burst {BURST_INGRESSES}"
+    )
     parser.add_argument("--haproxy", action="store_true")
     args = parser.parse_args()
+    shape_of(args)
     os.environ["METRONOME_BEATS_PER_S"] = str(args.beats)
     if args.haproxy:
         os.environ |= HAPROXY
@@ -220,15 +273,12 @@ def main() -> None:
             }
         )
         with service(config, folder, port):
-            figures = uvloop.run(measure(args, port))
+            figures = uvloop.run((measure_burst if args.burst else measure)(args, port))
     shape = {key: getattr(args, key) for key in ("streams", "beats", "max_tokens", "workers", "ingresses", "haproxy")}
-    line = {"case": "costs", **figures, **shape, **machine()}
+    line = {"case": "burst" if args.burst else "costs", **figures, **shape, **machine()}
     bars.append(args.out, line)
     print(json.dumps(line, indent=1))
-    held = [bars.at_most("CPU of a token, us", line["cpu_us_per_token"], 60)]
-    if args.streams >= BURST:
-        held.append(bars.at_most("first tokens of a burst, p99, ms", line["first_token_ms_p99"], 100))
-    bars.print_bars(held)
+    bars.print_bars(verdicts(args.out, line))
 
 
 if __name__ == "__main__":
