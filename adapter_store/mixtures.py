@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-from transformers import conversion_mapping
 
 from lorafleet.adapter_store.errors import AdapterRefused
 from lorafleet.adapter_store.manifest import BaseGeometry
@@ -52,6 +51,8 @@ def old_names(geometry: BaseGeometry) -> OldNames | None:
 @cache
 def _families() -> Mapping[str, str]:
     """`model_type` -> the one whose names it shares, by the table of transformers that PEFT reads."""
+    from transformers import conversion_mapping  # takes seconds, and ingresses and controllers need none
+
     table: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
     return {**table, "mixtral": "mixtral"}
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Final, Literal
 
-from lorafleet.adapter_store.manifest import AdapterManifest
+from lorafleet.adapter_store.manifest import NAME_GRAMMAR, AdapterManifest
+
+NAME_PATTERN: Final = re.compile(NAME_GRAMMAR)
+"""Names are matched in full."""
 
 Origin = Literal["admin", "config", "resolve"]
 """Who gave a name: the admin API, a config's desired adapters, or a request for an adapter of a `resolve` source."""

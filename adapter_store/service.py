@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import re
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from lorafleet.adapter_store.base_weights import BaseWeights
 from lorafleet.adapter_store.catalog import Catalog
@@ -35,18 +34,18 @@ from lorafleet.adapter_store.errors import (
 )
 from lorafleet.adapter_store.host_cache import HostCache
 from lorafleet.adapter_store.manifest import (
-    NAME_GRAMMAR,
     NAME_RULE,
     AdapterManifest,
     AdapterWeights,
     BaseGeometry,
 )
-from lorafleet.adapter_store.names import NamedAdapter, NameRecord, NameTable, VersionsToKeep
+from lorafleet.adapter_store.names import NAME_PATTERN, NamedAdapter, NameRecord, NameTable, VersionsToKeep
 from lorafleet.adapter_store.peft_format import AdapterReader
 from lorafleet.adapter_store.records import Damage, DesiredRecord, DesiredState
 from lorafleet.adapter_store.resolution import AbsentNames, first_offer, unknown_adapter
 from lorafleet.adapter_store.single_flight import SingleFlight
-from lorafleet.adapter_store.sources import Source, SourceConfig, checked_key, open_source
+from lorafleet.adapter_store.source_config import SourceConfig
+from lorafleet.adapter_store.sources import Source, checked_key, open_source
 
 __all__ = [
     "AdapterStore",
@@ -62,7 +61,6 @@ __all__ = [
 
 Result = TypeVar("Result")
 
-NAME_PATTERN: Final = re.compile(NAME_GRAMMAR)
 
 GRACE_S = 600.0
 """How long a version without a name stays published, and how long a worker that fell silent is believed to hold any."""

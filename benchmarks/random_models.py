@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, ModuleManifest, ModuleShape
+from lorafleet.workers.checkpoint import read_config
 from lorafleet.workers.config import ModelConfig
-from lorafleet.workers.model.geometry import empty_model, read_config, read_geometry
+from lorafleet.workers.model.geometry import empty_model, read_geometry
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "llama-8b": {

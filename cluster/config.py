@@ -16,7 +16,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lorafleet.adapter_store.manifest import NAME_GRAMMAR
-from lorafleet.adapter_store.sources import DirectoryConfig, HubConfig, SourceConfig
+from lorafleet.adapter_store.source_config import DirectoryConfig, HubConfig, SourceConfig
 from lorafleet.cluster.errors import EmptySecret
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.validation import with_integers

@@ -39,6 +39,7 @@ from lorafleet.cluster.store.client import StoreClient
 from lorafleet.cluster.tracing import Traces
 from lorafleet.cluster.watchdog import Watchdog
 from lorafleet.cluster.worker.client import WorkersClient
+from lorafleet.workers.checkpoint import without_torch
 from lorafleet.workers.request import GenerateDelta, GenerateRequest
 
 STORE_PATIENCE_S = 60.0
@@ -72,7 +73,8 @@ class Ingress:
         self._traces = Traces.to(tracing.endpoint, tracing.sample_ratio) if tracing.endpoint is not None else None
         self._names = Names(StoreClient(store))
         client = WorkersClient(workers)
-        prompts = Prompts.load(config.model)
+        with without_torch():
+            prompts = Prompts.load(config.model)
         self._dispatcher = Dispatcher(
             config.model.id,
             prompts,

@@ -9,13 +9,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from lorafleet.cluster.tracing import Traces, caller_ids
-from lorafleet.workers.memory.residency import ResidencySnapshot
 from lorafleet.workers.state import WorkerState
 from lorafleet.workers.stats import LATENCY_BOUNDS_S, TOKEN_BOUNDS_S, EngineStats
+
+if TYPE_CHECKING:
+    from lorafleet.workers.memory.residency import ResidencySnapshot  # imports torch, which ingresses do without
 
 MAX_ADAPTER_LABELS = 100
 OTHER = "other"

@@ -6,9 +6,9 @@ from pathlib import Path
 from lorafleet.adapter_store.base_weights import CheckpointWeights
 from lorafleet.adapter_store.manifest import AdapterWeights
 from lorafleet.adapter_store.peft_format import AdapterReader
+from lorafleet.workers.checkpoint import load_tokenizer
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
 from lorafleet.workers.model.geometry import read_geometry
-from lorafleet.workers.model.loader import load_tokenizer
 from lorafleet.workers.request import EngineRequest, SamplingParams
 from lorafleet.workers.worker import Worker
 

@@ -11,6 +11,7 @@ import torch
 
 from lorafleet.adapter_store.manifest import AdapterWeights
 from lorafleet.workers.adapter_loader import AdapterLoader
+from lorafleet.workers.checkpoint import load_tokenizer
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
 from lorafleet.workers.engine import Delivery, Engine
 from lorafleet.workers.group.leader import Group
@@ -18,7 +19,6 @@ from lorafleet.workers.group.leading import LeadingCache, LeadingPool
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.residency import Residency
-from lorafleet.workers.model.loader import load_tokenizer
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model_parts import ModelParts, assemble_model, device_of
 from lorafleet.workers.ranks import Ranks

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
+from lorafleet.workers.checkpoint import max_model_len, read_config
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.pool_layout import PoolLayout
-from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, read_config, resolve_device
-from lorafleet.workers.model.loader import BaseModel, load_base, max_model_len
+from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, resolve_device
+from lorafleet.workers.model.loader import BaseModel, load_base
 from lorafleet.workers.model.rehearsal import rehearse
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model.startup import start_runner

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from lorafleet.adapter_store.errors import UnknownAdapter
-from lorafleet.adapter_store.service import NAME_PATTERN
+from lorafleet.adapter_store.names import NAME_PATTERN
 from lorafleet.cluster.errors import ModelNotFound, StoreUnavailable
 from lorafleet.cluster.wire import NamedVersion, NamesAt
 

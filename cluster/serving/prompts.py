@@ -22,11 +22,10 @@ from lorafleet.cluster.http.incoming import MAX_BODY_BYTES, Bounds
 from lorafleet.cluster.serving.answer_formats import TEXT_ONLY, AnswerFormat
 from lorafleet.cluster.serving.fair_threads import FairThreads
 from lorafleet.cluster.serving.time_limit import within
+from lorafleet.workers.checkpoint import load_tokenizer, max_model_len, read_config
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import GrammarRefused
 from lorafleet.workers.grammars import Grammars
-from lorafleet.workers.model.geometry import read_config
-from lorafleet.workers.model.loader import load_tokenizer, max_model_len
 from lorafleet.workers.request import GenerateRequest, StructuredOutputs, TemplateOptions
 
 TEMPLATE_S = 2.0

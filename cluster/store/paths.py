@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorafleet.adapter_store.errors import InvalidKey, UnknownKey
-from lorafleet.adapter_store.sources import DirectoryConfig, HubConfig, SourceConfig
+from lorafleet.adapter_store.source_config import DirectoryConfig, HubConfig, SourceConfig
 
 
 def locate(path: str, sources: Sequence[SourceConfig]) -> tuple[str, str]:

@@ -25,8 +25,8 @@ from lorafleet.cluster.metrics import StoreMetrics
 from lorafleet.cluster.store.paths import locate
 from lorafleet.cluster.watchdog import Watchdog
 from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights, StoreProblem, named_version, replying
+from lorafleet.workers.checkpoint import load_tokenizer
 from lorafleet.workers.model.geometry import read_geometry
-from lorafleet.workers.model.loader import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from lorafleet.adapter_store.base_weights import CheckpointWeights
 from lorafleet.adapter_store.manifest import BaseGeometry, Dtype, ModuleShape
 from lorafleet.adapter_store.peft_format import AdapterReader
 from lorafleet.adapter_store.service import AdapterStore
-from lorafleet.adapter_store.sources import DirectoryConfig
+from lorafleet.adapter_store.source_config import DirectoryConfig
 from tests.support.adapters import make_adapter
 from tests.support.bases import BaseKind
 from tests.support.clock import Clock

@@ -38,7 +38,7 @@ from lorafleet.adapter_store.manifest import (
 )
 from lorafleet.adapter_store.names import NamedAdapter, NameRecord, NameTable
 from lorafleet.adapter_store.service import GRACE_S, AdapterStore, StoreUsage
-from lorafleet.adapter_store.sources import DirectoryConfig, ObjectStoreConfig
+from lorafleet.adapter_store.source_config import DirectoryConfig, ObjectStoreConfig
 from tests.adapter_store.conftest import AdapterCopy, Base, staged_files
 from tests.support.clock import Clock
 

@@ -26,16 +26,8 @@ from lorafleet.adapter_store.errors import (
     UnknownKey,
 )
 from lorafleet.adapter_store.peft_format import INDEX_FILES
-from lorafleet.adapter_store.sources import (
-    DirectoryConfig,
-    DirectorySource,
-    HubConfig,
-    ObjectStoreConfig,
-    ObjectStoreSource,
-    Source,
-    SourceConfig,
-    open_source,
-)
+from lorafleet.adapter_store.source_config import DirectoryConfig, HubConfig, ObjectStoreConfig, SourceConfig
+from lorafleet.adapter_store.sources import DirectorySource, ObjectStoreSource, Source, open_source
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 LIMIT = 1000

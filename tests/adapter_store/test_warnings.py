@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lorafleet.adapter_store.errors import AdapterRefused
 from lorafleet.adapter_store.service import AdapterStore
-from lorafleet.adapter_store.sources import DirectoryConfig
+from lorafleet.adapter_store.source_config import DirectoryConfig
 from tests.adapter_store.conftest import AdapterCopy, Base
 from tests.adapter_store.test_fields import assert_does_as_peft
 

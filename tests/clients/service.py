@@ -13,7 +13,7 @@ from typing import Any
 
 from lorafleet.adapter_store.errors import UnknownAdapter
 from lorafleet.adapter_store.names import NameRecord
-from lorafleet.adapter_store.sources import DirectoryConfig
+from lorafleet.adapter_store.source_config import DirectoryConfig
 from lorafleet.cluster.serving.prompts import Prompts
 from lorafleet.cluster.store.paths import locate
 from lorafleet.cluster.wire import WorkerCounts

@@ -11,7 +11,7 @@ from lorafleet.adapter_store.errors import StaleGeneration, UnknownAdapter, Unkn
 from lorafleet.adapter_store.manifest import AdapterManifest
 from lorafleet.adapter_store.names import NamedAdapter, NameRecord
 from lorafleet.adapter_store.records import DesiredRecord, DesiredState
-from lorafleet.adapter_store.sources import SourceConfig
+from lorafleet.adapter_store.source_config import SourceConfig
 from lorafleet.cluster.errors import WorkerGone
 from lorafleet.cluster.store.paths import locate
 from lorafleet.cluster.wire import StoreProblem

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from lorafleet.adapter_store.errors import InvalidKey, UnknownKey
-from lorafleet.adapter_store.sources import DirectoryConfig, HubConfig, SourceConfig
+from lorafleet.adapter_store.source_config import DirectoryConfig, HubConfig, SourceConfig
 from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.admin.routes import build_router
 from lorafleet.cluster.errors import StoreUnavailable

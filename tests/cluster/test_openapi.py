@@ -17,7 +17,7 @@ from schemathesis.core.transport import Response
 from schemathesis.engine import Status, events, from_schema
 
 from lorafleet.adapter_store.names import NamedAdapter
-from lorafleet.adapter_store.sources import DirectoryConfig
+from lorafleet.adapter_store.source_config import DirectoryConfig
 from lorafleet.cluster.admin import routes as admin_routes
 from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.anthropic import routes as anthropic_routes

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from lorafleet.workers.checkpoint import read_config
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.model import rehearsal
-from lorafleet.workers.model.geometry import read_config
 from lorafleet.workers.model.rehearsal import NARROW, rehearse, small_config
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from lorafleet.adapter_store.base_weights import CheckpointWeights
 from lorafleet.adapter_store.service import AdapterStore
-from lorafleet.adapter_store.sources import DirectoryConfig
+from lorafleet.adapter_store.source_config import DirectoryConfig
 from lorafleet.workers.config import ModelConfig, PoolConfig
 from lorafleet.workers.model.geometry import read_geometry
 from lorafleet.workers.worker import Worker

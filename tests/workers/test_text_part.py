@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from lorafleet.workers.checkpoint import read_config
 from lorafleet.workers.config import ModelConfig
-from lorafleet.workers.model.geometry import read_config
 from tests.support.adapters import randomise_adapter
 from tests.support.bases import make_tokenizer
 from tests.workers.harness import Shelf, ask, greedy, open_worker, random_prompt

@@ -15,19 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from lorafleet.adapter_store.manifest import BaseGeometry, Dtype, ModuleShape
+from lorafleet.workers.checkpoint import read_config
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.model.experts import expert_shapes, is_dense_experts, is_experts, is_router
-from lorafleet.workers.model.text_part import text_config, whole_names
+from lorafleet.workers.model.text_part import whole_names
 
 TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-
-DEQUANTISED = ("fp8", "mxfp4")
-"""Methods of quantisation that transformers undoes on load; what it leaves quantised is refused then."""
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules of one parent that are always applied to the same tensor, one after another; they are fused."""
@@ -55,32 +53,6 @@ def resolve_dtype(model: ModelConfig, config: PretrainedConfig, device: torch.de
     if device.type == "cpu":
         return "float32"
     return "float16" if getattr(config, "dtype", None) == torch.float16 else "bfloat16"
-
-
-def read_config(model: ModelConfig) -> PretrainedConfig:
-    """The base's configuration. Raises UnsupportedModel for what is not a decoder-only text model."""
-    try:
-        config = AutoConfig.from_pretrained(model.source)
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"model.source {model.source!r} cannot be loaded by transformers: {error}") from error
-    if config.is_encoder_decoder:
-        raise UnsupportedModel(f"{config.model_type} is an encoder-decoder model; only decoder-only models are served")
-    _refuse_quantised(model, config)
-    return text_config(config)
-
-
-def _refuse_quantised(model: ModelConfig, config: PretrainedConfig) -> None:
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is None:
-        return
-    if not isinstance(quantisation, dict):
-        quantisation = quantisation.to_dict()
-    method = getattr(quantisation.get("quant_method"), "value", quantisation.get("quant_method"))
-    if method not in DEQUANTISED:
-        raise UnsupportedModel(
-            f"model.source {model.source!r} is quantised by {method}, which is not supported: use the checkpoint "
-            "that it was made from"
-        )
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -12,24 +12,23 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from lorafleet.adapter_store.manifest import BaseGeometry, Dtype
+from lorafleet.workers.checkpoint import max_model_len, read_config
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.kv_cache import LayerKV
 from lorafleet.workers.memory.shares import Share
 from lorafleet.workers.model import text_part
 from lorafleet.workers.model.attention_calls import AttentionCall, read_calls
-from lorafleet.workers.model.geometry import TORCH_DTYPES, empty_model, geometry_of, read_config, resolve_dtype
+from lorafleet.workers.model.geometry import TORCH_DTYPES, empty_model, geometry_of, resolve_dtype
 from lorafleet.workers.model.part_loader import load_part, read_generation_config
 from lorafleet.workers.model.quantisation import pack_weights, refuse_device, round_weights, rounding_inputs
-from lorafleet.workers.model.rope import fix_frequencies, longest_model_len
+from lorafleet.workers.model.rope import fix_frequencies
 from lorafleet.workers.model.sharding import computing_together, shares_of
 from lorafleet.workers.ranks import Ranks
 
@@ -73,28 +72,6 @@ class BaseModel:
         """KV heads and head width that each layer keeps on pages; zeros for layers that do not attend."""
         calls = (self.calls.get(layer) for layer in range(max(self.calls) + 1))
         return tuple(LayerKV(0, 0) if call is None else LayerKV(call.num_kv_heads, call.width) for call in calls)
-
-
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
-    """The base's tokenizer; None when the folder has none (benchmarks send token ids). Raises WorkerConfigError."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
-        return None
-    except ImportError as error:
-        raise WorkerConfigError(f"the tokenizer of model.source {source!r} lacks a package: {error}") from error
-    return tokenizer
-
-
-def max_model_len(model: ModelConfig, config: PretrainedConfig) -> int:
-    """`model.max_model_len`, or the base's own. Raises UnsupportedModel when it is more than the base was made for."""
-    if model.max_model_len is None:
-        own: int | None = getattr(config, "max_position_embeddings", None)
-        return own or 2048
-    longest = longest_model_len(config)
-    if longest is not None and model.max_model_len > longest:
-        raise UnsupportedModel(f"max_model_len={model.max_model_len} is more than the base's {longest} positions")
-    return model.max_model_len
 
 
 def load_base(model: ModelConfig, device: torch.device, ranks: Ranks | None = None) -> BaseModel:

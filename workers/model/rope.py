@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 FIXED = "fixed"
@@ -43,16 +43,3 @@ def _fix(module: Any, rope_type: str, max_model_len: int, layer_type: str | None
         chosen, _ = ROPE_INIT_FUNCTIONS[rope_type](config, frequencies.device, seq_len=max_model_len, **arguments)
         frequencies.copy_(chosen)
     return FIXED
-
-
-def longest_model_len(config: PretrainedConfig) -> int | None:
-    """The most positions that the base is made for; None: it has no bound.
-
-    That is `max_position_embeddings`, or more where the recipe of YaRN or dynamic RoPE stretches it by a factor.
-    """
-    longest: int | None = getattr(config, "max_position_embeddings", None)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if longest is None or parameters.get("rope_type") not in ("yarn", "dynamic") or not parameters.get("factor"):
-        return longest
-    original = parameters.get("original_max_position_embeddings") or longest
-    return max(longest, int(original * parameters["factor"]))
