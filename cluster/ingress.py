@@ -6,6 +6,7 @@ A plain class: `cluster/app.py` makes a Serve deployment of it, with `take_http_
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -131,6 +132,8 @@ class Ingress:
         # Serve asks for the first time after it has given the replica its user_config, and sends requests afterwards.
         if not self._tasks:
             await self._names.await_table(STORE_PATIENCE_S)
+            gc.collect()
+            gc.freeze()  # what the start has made stays: a collection that looks through it holds up every stream
             self._tasks = [
                 asyncio.create_task(self._relay.run()),
                 asyncio.create_task(self._readiness.run()),

@@ -9,11 +9,14 @@ from typing import Annotated, Any, Literal
 from msgspec import Struct
 from msgspec.structs import replace
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticKnownError
 
 FinishReason = Literal["stop", "length", "abort"]
 
 MAX_N = 128
 """Most answers to one prompt, as with OpenAI."""
+
+MAX_BIASES = 1024
 
 _DECIMAL = re.compile("0|[1-9][0-9]{0,18}")
 
@@ -21,6 +24,14 @@ _DECIMAL = re.compile("0|[1-9][0-9]{0,18}")
 def _token_id(key: object) -> object:
     """JSON has only texts for keys."""
     return int(key) if isinstance(key, str) and _DECIMAL.fullmatch(key) else key
+
+
+def _few_biases(value: object) -> object:
+    """Count entries before they are checked: pydantic checks all, and holds up every thread meanwhile."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        context = {"field_type": "Dictionary", "max_length": MAX_BIASES, "actual_length": len(value)}
+        raise PydanticKnownError("too_long", context)
+    return value
 
 
 def _not_zero(value: int) -> int:
@@ -116,9 +127,11 @@ class SamplingParams(BaseModel):
         description="Divides the logit of each token of prompt and answer so far where it is positive, and multiplies "
         "it where it is negative.",
     )
-    logit_bias: dict[TokenIdKey, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
+    logit_bias: Annotated[
+        dict[TokenIdKey, Annotated[float, Field(ge=-100.0, le=100.0)]], BeforeValidator(_few_biases)
+    ] = Field(
         default={},
-        max_length=1024,
+        max_length=MAX_BIASES,
         description="Added to the logits of these token ids.",
         json_schema_extra={"propertyNames": {"pattern": f"^({_DECIMAL.pattern})$"}},
     )

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lorafleet.cluster.errors import BadRequest
 from lorafleet.cluster.openai.requests import MAX_STOPS, ChatBody
 from lorafleet.cluster.openai.tools import MAX_TOOLS
-from lorafleet.cluster.validation import refusal_of
+from lorafleet.cluster.validation import Incoming, refusal_of
 
 _PASSED_OVER = ConfigDict(frozen=True, extra="ignore", json_schema_extra={"additionalProperties": True})
 
@@ -54,7 +54,7 @@ def _blocks(content: object) -> object:
 _Texts = Annotated[tuple[TextBlock, ...], BeforeValidator(_blocks, json_schema_input_type=str | tuple[TextBlock, ...])]
 
 
-class ToolResultBlock(BaseModel):
+class ToolResultBlock(Incoming):
     """The answer of a tool."""
 
     model_config = _PASSED_OVER
@@ -87,7 +87,7 @@ Block = Annotated[
 ]
 
 
-class Message(BaseModel):
+class Message(Incoming):
     """One turn of a conversation."""
 
     model_config = _PASSED_OVER
@@ -178,7 +178,7 @@ class OutputConfig(BaseModel):
     format: OutputFormat | None = None
 
 
-class CountBody(BaseModel):
+class CountBody(Incoming):
     """Body of POST /v1/messages/count_tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

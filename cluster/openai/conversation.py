@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from lorafleet.cluster.openai.messages import RESERVED_OPTIONS, check_template_options
 from lorafleet.cluster.openai.tools import ToolChoice, Tools
+from lorafleet.cluster.validation import Incoming
 from lorafleet.workers.request import TemplateOptions
 
 
-class ConversationSettings(BaseModel):
+class ConversationSettings(Incoming):
     """Tools and settings that a chat template is given beside the messages."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from lorafleet.cluster.errors import BadRequest
 from lorafleet.cluster.http.auth import Keys
@@ -21,12 +21,12 @@ from lorafleet.cluster.http.guards import client_guard
 from lorafleet.cluster.http.sse import ClientGone, while_connected
 from lorafleet.cluster.openai.answering import CLIENT_CLOSED_REQUEST, answer_errors
 from lorafleet.cluster.openai.replies import to_json
-from lorafleet.cluster.openai.requests import PromptShapes, parsed, prompts_of, request_of
+from lorafleet.cluster.openai.requests import MAX_PROMPTS, PromptShapes, parsed, prompts_of, request_of
 from lorafleet.cluster.serving.dispatch import Dispatcher, PreparedRequest
+from lorafleet.cluster.validation import Incoming
 from lorafleet.workers.config import Settings
 from lorafleet.workers.request import GenerateRequest, NumKept, Pooling
 
-MAX_INPUTS = 2048
 """Most prompts of one body, as with OpenAI."""
 AT_ONCE = 32
 """How many of them are sent to the workers at a time."""
@@ -43,7 +43,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 Vector = npt.NDArray[np.float32]
 
 
-class EmbeddingsBody(BaseModel):
+class EmbeddingsBody(Incoming):
     """Body of POST /v1/embeddings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,7 +52,7 @@ class EmbeddingsBody(BaseModel):
     input: Annotated[
         tuple[str | tuple[int, ...], ...], BeforeValidator(prompts_of, json_schema_input_type=PromptShapes)
     ] = Field(
-        max_length=MAX_INPUTS, description="A text, a list of texts, a list of token ids, or a list of such lists."
+        max_length=MAX_PROMPTS, description="A text, a list of texts, a list of token ids, or a list of such lists."
     )
     encoding_format: Literal["float", "base64"] = Field(
         default="float", description="`base64`: of little-endian float32."

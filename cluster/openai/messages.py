@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic_core import from_json
 
 from lorafleet.cluster.errors import BadRequest
+from lorafleet.cluster.validation import Incoming
 
 _PASSED_OVER = ConfigDict(frozen=True, extra="ignore", strict=True, json_schema_extra={"additionalProperties": True})
 
@@ -82,7 +83,7 @@ class PastToolCall(BaseModel):
     function: CalledFunction
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Incoming):
     """One message of a conversation."""
 
     model_config = _PASSED_OVER | ConfigDict(json_schema_extra=_describe_nulls)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from lorafleet.cluster.openai.conversation import ConversationSettings
 from lorafleet.cluster.openai.messages import ChatMessage
+from lorafleet.cluster.validation import Incoming
 from lorafleet.workers.config import Settings
 
 _Ids = Annotated[tuple[int, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
@@ -51,7 +52,7 @@ class TokenizerInfo(BaseModel):
     pad_token: str | None
 
 
-class DetokenizeBody(BaseModel):
+class DetokenizeBody(Incoming):
     """Body of POST /detokenize."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

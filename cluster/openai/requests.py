@@ -20,7 +20,7 @@ from lorafleet.cluster.openai.peer_defaults import INERT, PEER_DEFAULTS, is_amon
 from lorafleet.cluster.openai.tools import check_tools, outputs_of
 from lorafleet.cluster.serving.answer_formats import TEXT_ONLY, AnswerFormat
 from lorafleet.cluster.serving.fair_threads import FairThreads
-from lorafleet.cluster.validation import refusal_of, with_integers
+from lorafleet.cluster.validation import Incoming, refusal_of, with_integers
 from lorafleet.workers.request import (
     MAX_N,
     GenerateRequest,
@@ -34,6 +34,8 @@ DEFAULT_MAX_TOKENS = 16
 MAX_STOPS = 16
 MAX_ANSWERS = 256
 """Most answers to one body: prompts times `n`."""
+MAX_PROMPTS = 2048
+"""Most prompts of any body."""
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     **PEER_DEFAULTS,
@@ -94,6 +96,8 @@ def prompts_of(value: object, info: ValidationInfo) -> object:
     if isinstance(value, list):
         if not value:
             raise BadRequest(f"{info.field_name} must not be empty", info.field_name, "empty_prompt")
+        if len(value) > MAX_PROMPTS and type(value[0]) is not int:
+            raise ValueError(f"must be at most {MAX_PROMPTS} prompts")
         if all(type(item) is int for item in value):
             return (tuple(value),)
         if all(isinstance(item, str) for item in value):
@@ -154,7 +158,7 @@ class ResponseFormat(BaseModel):
         return StructuredOutputs(json_schema=self.json_schema.schema_)
 
 
-class SharedBody(SamplingParams):
+class SharedBody(Incoming, SamplingParams):
     """Fields that both routes take: sampling parameters, the form of the answer, and fields without an effect."""
 
     # Numbers and switches are as lax as vLLM's: "1", 1.0 and true for 1, and 0, "off" and their like for false.

@@ -11,7 +11,7 @@ from lorafleet.cluster.errors import BadRequest
 from lorafleet.cluster.openai.messages import TextPart
 from lorafleet.cluster.openai.requests import ChatBody, StreamOptions
 from lorafleet.cluster.openai.tools import MAX_TOOLS
-from lorafleet.cluster.validation import refusal_of
+from lorafleet.cluster.validation import Incoming, refusal_of
 
 _PASSED_OVER = ConfigDict(frozen=True, extra="ignore", json_schema_extra={"additionalProperties": True})
 
@@ -36,7 +36,7 @@ def _parts(content: object) -> object:
 _Texts = Annotated[tuple[TextPart, ...], BeforeValidator(_parts, json_schema_input_type=str | tuple[TextPart, ...])]
 
 
-class MessageItem(BaseModel):
+class MessageItem(Incoming):
     """A message of the conversation."""
 
     model_config = _PASSED_OVER
@@ -57,7 +57,7 @@ class FunctionCallItem(BaseModel):
     arguments: str = Field(description="JSON.")
 
 
-class FunctionOutputItem(BaseModel):
+class FunctionOutputItem(Incoming):
     """The answer of a function."""
 
     model_config = _PASSED_OVER
@@ -75,7 +75,7 @@ class ReasoningText(BaseModel):
     text: str
 
 
-class ReasoningItem(BaseModel):
+class ReasoningItem(Incoming):
     """The reasoning of an earlier answer, for templates that show it."""
 
     model_config = _PASSED_OVER
@@ -156,7 +156,7 @@ class Reasoning(BaseModel):
     summary: str | None = Field(default=None, description="Accepted; the reasoning itself is given.")
 
 
-class ResponsesBody(BaseModel):
+class ResponsesBody(Incoming):
     """Body of POST /v1/responses."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

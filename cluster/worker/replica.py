@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -150,6 +151,8 @@ class WorkerReplica:
         """
         if not self._may_begin:
             await self._reconciler.await_first(STORE_PATIENCE_S)
+            gc.collect()
+            gc.freeze()  # what the start has made stays: a collection that looks through it holds up a step
             self._may_begin = True
         self._worker.check_health()
 

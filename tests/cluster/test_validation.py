@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from typing import Annotated, Any, Literal, get_args
 
@@ -9,6 +10,12 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import core_schema
 
+from lorafleet.cluster.anthropic.requests import CountBody, MessagesBody
+from lorafleet.cluster.errors import BadRequest
+from lorafleet.cluster.openai.embeddings import EmbeddingsBody
+from lorafleet.cluster.openai.peer_schemas import DetokenizeBody, TokenizeBody
+from lorafleet.cluster.openai.requests import ChatBody, CompletionBody, parse_body
+from lorafleet.cluster.responses.requests import ResponsesBody
 from lorafleet.cluster.validation import refusal_of
 
 
@@ -116,3 +123,70 @@ def test_no_type_of_pydantic_speaks_for_itself() -> None:
 class _AnyContext(dict[str, Any]):
     def __missing__(self, key: str) -> str:
         return "x"
+
+
+BODIES = (
+    ChatBody,
+    CompletionBody,
+    CountBody,
+    DetokenizeBody,
+    EmbeddingsBody,
+    MessagesBody,
+    ResponsesBody,
+    TokenizeBody,
+)
+MANY = [1.5] * 1000
+"""Items that no list takes."""
+
+
+def num_errors(kind: type[BaseModel], field: str, value: object) -> int:
+    try:
+        kind.model_validate({field: value})
+    except ValidationError as error:
+        return sum(each["loc"][:1] == (field,) for each in error.errors(include_url=False))
+    return 0
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_the_first_wrong_item_of_a_list_is_the_last(kind: type[BaseModel]) -> None:
+    assert max(num_errors(kind, field, MANY) for field in kind.model_fields) in (1, 2)  # two kinds of prompts
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "item"),
+    [
+        (ChatBody, "messages", {"role": "user", "content": MANY}),
+        (ChatBody, "messages", {"role": "assistant", "tool_calls": MANY}),
+        (MessagesBody, "messages", {"role": "user", "content": MANY}),
+        (MessagesBody, "messages", {"role": "user", "content": [{"type": "tool_result", "content": MANY}]}),
+        (ResponsesBody, "input", {"type": "message", "role": "user", "content": MANY}),
+        (ResponsesBody, "input", {"type": "function_call_output", "call_id": "1", "output": MANY}),
+        (ResponsesBody, "input", {"type": "reasoning", "content": MANY}),
+    ],
+)
+def test_lists_in_lists_too(kind: type[BaseModel], field: str, item: object) -> None:
+    assert 1 <= num_errors(kind, field, [item]) <= 3  # the item may lack something, too
+
+
+def test_too_many_biases_are_counted_and_not_checked() -> None:
+    biases = dict.fromkeys(map(str, range(2000)), "no number")
+    assert num_errors(CompletionBody, "logit_bias", biases) == 1
+    with pytest.raises(BadRequest, match="logit_bias must have at most 1024 entries") as refused:
+        parse_body(CompletionBody, json.dumps({"model": "m", "prompt": "x", "logit_bias": biases}).encode())
+    assert len(str(refused.value)) < 200
+
+
+def test_too_many_prompts_are_counted_and_not_read() -> None:
+    with pytest.raises(BadRequest, match="prompt must be at most 2048 prompts"):
+        parse_body(CompletionBody, json.dumps({"model": "m", "prompt": [[1]] * 3000}).encode())
+
+
+@pytest.mark.parametrize(
+    "value", [MANY, {"a": MANY}, "x" * 1000, ["é" * 1000]], ids=["list", "object", "text", "texts"]
+)
+def test_an_error_shows_the_beginning_of_a_large_value(value: object) -> None:
+    shown = str(refusal_of([{"type": "bool_type", "loc": ("field",), "input": value}]))
+    begun = shown.partition("got ")[2]
+    assert begun.endswith("...")
+    assert len(begun) == 80
+    assert json.dumps(value, ensure_ascii=False).startswith(begun[:-3])
