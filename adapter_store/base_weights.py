@@ -18,7 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 from lorafleet.adapter_store.errors import SourceUnavailable
 from lorafleet.adapter_store.manifest import BaseGeometry
 from lorafleet.adapter_store.renaming import renamed
-from lorafleet.adapter_store.tensor_file import TensorFile
+from lorafleet.adapter_store.tensor_file import TensorFile, tag_of
 from lorafleet.adapter_store.tensors import Tensor
 
 _WEIGHTS = "model.safetensors"
@@ -28,7 +28,7 @@ class BaseWeights(Protocol):
     """Reads weights of the base."""
 
     def read(self, module: str, leaf: str, rows: Sequence[int] | None = None) -> Tensor | None:
-        """`read("lm_head", "weight")`, or None if the base stores no such weight (it may be tied to another).
+        """`read("lm_head", "weight")`, or None if the base stores no such weight, or in fewer bits than floats have.
 
         With `rows` only these of its rows, in this order. Raises SourceUnavailable when the base's checkpoint cannot be
         reached now.
@@ -51,7 +51,10 @@ class CheckpointWeights:
                 return None
             (name,) = ends
         path = self._path(self._file_of[name])
-        return TensorFile.open(path).read(name, rows) if path is not None else None
+        if path is None:
+            return None
+        file = TensorFile.open(path)
+        return file.read(name, rows) if tag_of(file.entries[name]) is not None else None
 
     @cached_property
     def _file_of(self) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """Rows and weights in 8-bit floating point (e4m3), and the product of them.
 
-A row of activations has one scale, and a weight has one, all powers of two. So rounding to e4m3 is the only error:
-scales never round, and a rounded weight is exact in bfloat16. Finer scales would gain nothing: e4m3 is a floating-point
-format, with all its bits for what is larger than 1/32768 of the largest.
+A row of activations has one scale, and a weight that is rounded here has one, all powers of two. So rounding to e4m3 is
+the only error: scales never round, and a rounded weight is exact in bfloat16. Finer scales would gain nothing: e4m3 is
+a floating-point format, with all its bits for what is larger than 1/32768 of the largest. Weights that were rounded
+elsewhere may have a scale of any value for each output.
 """
 
 from __future__ import annotations
@@ -44,6 +45,15 @@ def quantise_weight(*matrices: Tensor) -> Fp8Weight:
     return Fp8Weight(values, scale.repeat(values.shape[0]))
 
 
+def values_at(matrix: Tensor, scales: Tensor) -> Tensor:
+    """Round (rows, width) at these scales, (rows,). What was dequantised with them gives its very values again.
+
+    That holds in bfloat16, too: its rounding is far less than the distance of two values in fp8.
+    """
+    divisors = scales.float().clamp(min=2.0**-100)[:, None]
+    return (matrix.float() / divisors).clamp_(-LARGEST, LARGEST).to(DTYPE)
+
+
 def dequantise(rounded: Fp8Rows | Fp8Weight, dtype: torch.dtype) -> Tensor:
     """Return the matrix in `dtype`."""
     return (rounded.values.to(torch.promote_types(dtype, torch.float32)) * rounded.scales[:, None]).to(dtype)
@@ -52,9 +62,9 @@ def dequantise(rounded: Fp8Rows | Fp8Weight, dtype: torch.dtype) -> Tensor:
 def product(x: Fp8Rows, weight: Fp8Weight, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Compute x.values @ weight^T in bfloat16, on a GPU of compute capability 8.9 or later.
 
-    Returns (rows, out_dim) and, for up to FEW_ROWS rows, the scales (rows,) that the output is still to be multiplied
-    with before `bias` (out_dim,) bfloat16 is added. The kernel that reads the output does that in passing. For more
-    rows the scales are None, and the product has applied scales and bias. Raises ValueError.
+    Returns (rows, out_dim) and, for up to FEW_ROWS rows of a weight of one scale, the scales (rows,) that the output is
+    still to be multiplied with before `bias` (out_dim,) bfloat16 is added. The kernel that reads the output does that
+    in passing. Otherwise the scales are None: those of rows and outputs, and the bias, are applied. Raises ValueError.
     """
     if x.values.shape[1] != weight.values.shape[1] or not fits(*weight.values.shape):
         raise ValueError(
@@ -66,26 +76,33 @@ def product(x: Fp8Rows, weight: Fp8Weight, bias: Tensor | None = None) -> tuple[
         x.values,
         weight.values.t(),
         scale_a=_one(x.values.device) if are_few else x.scales[:, None],
-        scale_b=weight.scales[0] if are_few else weight.scales[None],
+        scale_b=(weight.scales[0] if weight.is_uniform else _one(x.values.device)) if are_few else weight.scales[None],
         bias=None if are_few else bias,
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
+    if are_few and not weight.is_uniform:
+        return rescale(y, x.scales, bias, weight.scales), None
     return y, x.scales if are_few else None
 
 
-def rescale(y: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute y = y * scales[:, None] + bias in place; return y.
+def rescale(y: Tensor, scales: Tensor, bias: Tensor | None = None, of_outputs: Tensor | None = None) -> Tensor:
+    """Compute y = y * scales[:, None] * of_outputs + bias in place; return y.
 
-    y: (rows, out_dim), unit stride along out_dim. scales: (rows,) float32. bias: (out_dim,). Raises ValueError.
+    y: (rows, out_dim), unit stride along out_dim. scales: (rows,) float32. bias: (out_dim,). of_outputs: (out_dim,)
+    float32. Raises ValueError.
     """
     check_rows("y", y)
     check_scales(scales, y)
+    if of_outputs is not None:
+        check_scales(of_outputs, y.t())
     if y.is_cuda:
         from lorafleet.kernels import fp8_triton
 
-        return fp8_triton.rescale(y, scales, bias)
+        return fp8_triton.rescale(y, scales, bias, of_outputs)
     wide = scaled(y, scales)
+    if of_outputs is not None:
+        wide *= of_outputs
     return y.copy_(wide if bias is None else wide + bias)
 
 

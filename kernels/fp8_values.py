@@ -29,4 +29,6 @@ class Fp8Weight:
     values: Tensor
     """(out_dim, in_dim) e4m3, contiguous."""
     scales: Tensor
-    """(out_dim,) float32, all the same."""
+    """(out_dim,) float32."""
+    is_uniform: bool = True
+    """True if all scales are the same, as those of weights that are rounded here."""

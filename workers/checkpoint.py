@@ -15,12 +15,10 @@ from transformers.utils import import_utils
 
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
+from lorafleet.workers.weight_format import format_of, quantisation_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-DEQUANTISED = ("fp8", "mxfp4")
-"""Methods of quantisation that transformers undoes on load; what it leaves quantised is refused then."""
 
 MADE_FROM: Mapping[str, str] = {
     "qwen2_vl_text": "qwen2",
@@ -57,22 +55,11 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
         raise UnsupportedModel(f"model.source {model.source!r} cannot be loaded by transformers: {error}") from error
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{config.model_type} is an encoder-decoder model; only decoder-only models are served")
-    _refuse_quantised(model, config)
-    return text_config(config)
-
-
-def _refuse_quantised(model: ModelConfig, config: PretrainedConfig) -> None:
-    quantisation = getattr(config, "quantization_config", None)
-    if quantisation is None:
-        return
-    if not isinstance(quantisation, dict):
-        quantisation = quantisation.to_dict()
-    method = getattr(quantisation.get("quant_method"), "value", quantisation.get("quant_method"))
-    if method not in DEQUANTISED:
-        raise UnsupportedModel(
-            f"model.source {model.source!r} is quantised by {method}, which is not supported: use the checkpoint "
-            "that it was made from"
-        )
+    format_of(model.source, config)
+    text, quantisation = text_config(config), quantisation_of(config)
+    if quantisation is not None:
+        text.quantization_config = quantisation
+    return text
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:

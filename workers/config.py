@@ -63,9 +63,10 @@ class ModelConfig(Settings):
     )
     quantization: Literal["none", "fp8"] = Field(
         default="none",
-        description="`fp8` rounds the weights of linear layers to 8 bits while loading, one scale for each output "
-        "channel, and on a GPU multiplies them with activations rounded row by row: about 1.5 times as fast in half "
-        "the memory. Adapters, embedding and head stay as they are.",
+        description="`fp8` rounds the weights of linear layers to 8 bits while loading, and on a GPU multiplies them "
+        "with activations rounded row by row: about 1.5 times as fast in half the memory. Adapters, embedding and head "
+        "stay as they are. `none` serves what the checkpoint has. A GPU multiplies fp8 weights with a scale for each "
+        "matrix or output as they are; other quantised weights are dequantised while loading.",
     )
     max_model_len: int | None = Field(
         default=None,

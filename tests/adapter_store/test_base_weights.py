@@ -42,6 +42,11 @@ def test_weights_of_the_model(
     assert weights.read("lm_head", "bias") is None
 
 
+def test_a_weight_of_fewer_bits_is_not_at_hand(tmp_path: Path) -> None:
+    save_file({"lm_head.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    assert CheckpointWeights(tmp_path).read("lm_head", "weight") is None
+
+
 def test_rows_of_a_weight(base_of: Callable[[BaseKind], Path]) -> None:
     weights = CheckpointWeights(base_of("llama"))
     whole, some = weights.read("lm_head", "weight"), weights.read("lm_head", "weight", (303, 0, 7))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorafleet.kernels import fp8, fp8_triton, fused, fused_triton
-from lorafleet.kernels.fp8_values import Fp8Rows
+from lorafleet.kernels.fp8_values import Fp8Rows, Fp8Weight
 from lorafleet.kernels.kv_place import KVPlace
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,12 +87,26 @@ def test_a_row_that_is_not_finite_stays_so(poison: float, backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_rescale(with_bias: bool, backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("by_output", [False, True])
+def test_rescale(by_output: bool, with_bias: bool, backend: str, dtype: torch.dtype) -> None:
     y, scales = randn(5, 40, dtype=dtype), powers(5, 1)
     bias = randn(40, dtype=dtype, seed=3) if with_bias else None
-    expected = y.double() * scales[:, None] + (0 if bias is None else bias.double())
+    of_outputs = randn(40, seed=4).abs() if by_output else None
+    expected = y.double() * scales[:, None] * (1 if of_outputs is None else of_outputs.double())
+    expected += 0 if bias is None else bias.double()
     run = fp8_triton.rescale if backend == "triton" else fp8.rescale
-    torch.testing.assert_close(run(y, scales, bias), expected.to(dtype))
+    torch.testing.assert_close(run(y, scales, bias, of_outputs), expected.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_of_a_dequantised_weight_are_found_again(dtype: torch.dtype) -> None:
+    """All 256 values, at scales of all sizes, one of them zero."""
+    values = torch.arange(256).byte().view(torch.float8_e4m3fn).repeat(7, 1)
+    scales = torch.tensor([3.1e-3, 1.7, 2.0**-20, 1e-6, 999.0, 0.1, 0.0])
+    matrix = (values.double() * scales.double()[:, None]).to(dtype)
+    found = fp8.values_at(matrix, scales).float()
+    assert torch.equal(found[:6].nan_to_num(5e3), values[:6].float().nan_to_num(5e3))
+    assert not found[6].nan_to_num(0.0).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -161,11 +175,14 @@ def test_a_weight_has_one_scale_for_all_its_parts() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 7, 64, 1000, 4099])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_product_matches_float64(cuda: torch.device, with_bias: bool, rows: int) -> None:
+@pytest.mark.parametrize("is_uniform", [False, True])
+def test_product_matches_float64(cuda: torch.device, is_uniform: bool, with_bias: bool, rows: int) -> None:
     x, weight = fp8.quantise_rows(randn(rows, 512, seed=1)), fp8.quantise_weight(randn(96, 512, seed=2) * 0.02)
+    if not is_uniform:
+        weight = Fp8Weight(weight.values, weight.scales * (0.5 + randn(96, seed=5).abs()), is_uniform=False)
     bias = randn(96, dtype=torch.bfloat16, seed=3) if with_bias else None
     y, scales = fp8.product(x, weight, bias)
-    assert (scales is None) == (rows > fp8.FEW_ROWS)
+    assert (scales is None) == (rows > fp8.FEW_ROWS or not is_uniform)
     if scales is not None:
         fp8.rescale(y, scales, bias)
     expected = fp8.dequantise(x, torch.float64) @ fp8.dequantise(weight, torch.float64).t()

@@ -21,7 +21,7 @@ from lorafleet.kernels.segments import build_segments
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.model.lora_layers import FusedProjection, LoraContext
-from lorafleet.workers.model.quantisation import pack_weights
+from lorafleet.workers.model.quantisation import pack_weights, round_weights
 from tests.kernels.paged import paged_linear
 from tests.support.adapters import make_adapter
 from tests.support.bases import BaseKind, make_base
@@ -106,10 +106,16 @@ async def test_on_a_gpu_rows_are_rounded_and_adapters_are_not(kind: BaseKind, fu
     overrides: dict[str, Any] = {} if fused else {"hidden_act": "gelu"}
     base = make_base(tmp_path / "base", kind, dtype=torch.bfloat16, max_position_embeddings=2048, **overrides)
     oracle = write_rounded(base, tmp_path / "rounded")
-    shelf = Shelf(base, dtype="bfloat16")
-    folders = [None, make_adapter(tmp_path / "a", base, "rank16"), make_adapter(tmp_path / "b", base, "rank4_qv")]
+    await assert_rows_are_rounded(
+        ModelConfig(id="base", source=str(base), quantization="fp8", dtype="bfloat16"), oracle, tmp_path
+    )
+
+
+async def assert_rows_are_rounded(model: ModelConfig, oracle: Path, adapters: Path) -> None:
+    """Logprobs are as far from the exact ones, of the oracle's base, as when transformers rounds the same inputs."""
+    shelf = Shelf(Path(model.source), dtype="bfloat16")
+    folders = [None, make_adapter(adapters / "a", oracle, "rank16"), make_adapter(adapters / "b", oracle, "rank4_qv")]
     versions = [None if folder is None else shelf.put(folder) for folder in folders]
-    model = ModelConfig(id="base", source=str(base), quantization="fp8", dtype="bfloat16")
     sampling = greedy(NUM_TOKENS, logprobs=0, prompt_logprobs=True)
     prompts = [random_prompt(length, length) for length in (40, 1200)]
     asked = [(prompt, folder, version) for prompt in prompts for folder, version in zip(folders, versions, strict=True)]
@@ -128,7 +134,8 @@ async def test_on_a_gpu_rows_are_rounded_and_adapters_are_not(kind: BaseKind, fu
             entry.logprob for entry in answer.logprobs
         ]
         error, effect = (torch.tensor(got) - exact).abs().mean(), (exact - expected).abs().mean()
-        print(f"{kind} {len(prompt)} {folder and folder.name}: {error:.4f} off, rounding in transformers {effect:.4f}")
+        name = f"{oracle.parent.name} {len(prompt)} {folder and folder.name}"
+        print(f"{name}: {error:.4f} off, rounding in transformers {effect:.4f}")
         assert error < 1.5 * effect
         assert effect < 0.5
 
@@ -156,7 +163,9 @@ def test_a_projection_on_a_gpu_matches_float64(with_bias: bool, rows: int) -> No
     expected_weight = rounded(torch.cat([linear.weight.detach().double() for linear in linears]).flatten()).view(-1, 96)
     names = ("mlp.gate_proj", "mlp.up_proj")
     shapes = {name: ModuleShape("linear", 96, width) for name, width in zip(names, (64, 32), strict=True)}
-    pack_weights(cast("PreTrainedModel", _Layer(linears)), BaseGeometry(modules=shapes, dtype="bfloat16"))
+    geometry, layer = BaseGeometry(modules=shapes, dtype="bfloat16"), cast("PreTrainedModel", _Layer(linears))
+    round_weights(layer, geometry)
+    pack_weights(layer, geometry)
     context = LoraContext()
     projection = FusedProjection(names, [*linears], paged.weights, context, place="body", is_head=False)
     x = torch.randn(rows, 96, device=cuda, dtype=torch.bfloat16)

@@ -83,18 +83,19 @@ def logprobs(model: PreTrainedModel | PeftModel, prompt: tuple[int, ...]) -> tor
     return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
 
 
-async def assert_as_peft(shelf: Shelf, folders: dict[str, Path]) -> None:
-    """Ask for prompts with the base and with all adapters at once."""
+async def assert_as_peft(shelf: Shelf, folders: dict[str, Path], oracle: Path | None = None) -> None:
+    """Ask for prompts with the base and with all adapters at once. `oracle`: the base that PEFT loads, if another."""
+    oracle = oracle or shelf.base
     versions: dict[str | None, str | None] = {None: None, **{name: shelf.put(path) for name, path in folders.items()}}
     questions = [(name, random_prompt(length, length)) for length in (23, 7) for name in versions]
     sampling = greedy(1, prompt_logprobs=True)
     async with open_worker(shelf, max_batch_tokens=32) as worker:
         answers = await asyncio.gather(*(ask(worker, prompt, versions[name], sampling) for name, prompt in questions))
-    plain = load(shelf.base)
+    plain = load(oracle)
     for (name, prompt), answer in zip(questions, answers, strict=True):
         given = [delta.prompt_logprobs for delta in answer.deltas if delta.prompt_logprobs]
         got = torch.tensor([entry.logprob for part in given for entry in part][1:])
-        expected = logprobs(plain if name is None else load(shelf.base, folders[name]), prompt)
+        expected = logprobs(plain if name is None else load(oracle, folders[name]), prompt)
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0, msg=f"{name}, {len(prompt)} tokens")
         assert name is None or float((expected - logprobs(plain, prompt)).abs().max()) > 0.05, "it does nothing"
 

@@ -144,9 +144,9 @@ def test_a_base_is_rehearsed_once(home: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_quantised_base_is_refused_by_the_name_of_its_method(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("quantised")
     config = AutoConfig.for_model("llama")
-    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.quantization_config = {"quant_method": "hqq"}
     config.save_pretrained(folder)
-    with pytest.raises(UnsupportedModel, match="quantised by gptq, which is not supported"):
+    with pytest.raises(UnsupportedModel, match="quantised by hqq, which is not supported"):
         read_config(ModelConfig(id="base", source=str(folder)))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -27,10 +29,20 @@ from lorafleet.workers.model import text_part
 from lorafleet.workers.model.attention_calls import AttentionCall, read_calls
 from lorafleet.workers.model.geometry import TORCH_DTYPES, empty_model, geometry_of, resolve_dtype
 from lorafleet.workers.model.part_loader import load_part, read_generation_config
-from lorafleet.workers.model.quantisation import pack_weights, refuse_device, round_weights, rounding_inputs
+from lorafleet.workers.model.quantisation import (
+    has_fp8,
+    keep_scales,
+    pack_weights,
+    refuse_device,
+    round_weights,
+    rounding_inputs,
+    why_not_multiplied,
+)
 from lorafleet.workers.model.rope import fix_frequencies
 from lorafleet.workers.model.sharding import computing_together, shares_of
+from lorafleet.workers.model.stored_weights import QuantisedWeight, StoredWeights, name_in
 from lorafleet.workers.ranks import Ranks
+from lorafleet.workers.weight_format import quantisation_of
 
 logger = logging.getLogger(__name__)
 
@@ -81,20 +93,22 @@ def load_base(model: ModelConfig, device: torch.device, ranks: Ranks | None = No
     """
     config = read_config(model)
     dtype = resolve_dtype(model, config, device)
-    is_fp8 = model.quantization == "fp8"
-    if is_fp8:
+    rounds = model.quantization == "fp8"
+    if rounds:
         refuse_device(device, dtype)
     if ranks is not None and ranks.size > 1:
         return _load_part(model, config, dtype, device, ranks)
     with device:
         if model.load == "dummy":
             loaded = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[dtype])
-        else:
+        elif quantisation_of(config) is None:
             loaded = _load_weights(model.source, config, TORCH_DTYPES[dtype], device)
-    if is_fp8:
+        else:
+            loaded = _load_quantised(model.source, config, TORCH_DTYPES[dtype], device)
+    if rounds:
         round_weights(loaded, geometry_of(empty_model(config, TORCH_DTYPES[dtype]), dtype))
     base = base_of(loaded, config, dtype, max_model_len(model, config))
-    if is_fp8 and device.type == "cuda":
+    if device.type == "cuda" and not why_not_multiplied(device, dtype) and has_fp8(loaded, base.geometry):
         with torch.inference_mode(), rounding_inputs(loaded, base.geometry):
             rounded = loaded(input_ids=base.probe_token_ids[None], use_cache=False).logits[0]
         base = dataclasses.replace(base, rounded_probe_logits=rounded)
@@ -159,16 +173,25 @@ def base_of(
     )
 
 
-def _load_weights(source: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _load_weights(
+    source: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """As transformers loads it, from these weights if there are any."""
+    cls: Any = AutoModelForCausalLM if weights is None else type(empty_model(config, dtype))
     try:
-        loaded, found = AutoModelForCausalLM.from_pretrained(
-            source,
+        loaded, found = cls.from_pretrained(
+            source if weights is None else None,
             config=config,
             dtype=dtype,
             key_mapping=dict(text_part.KEYS),
             use_safetensors=True,
             device_map=str(device),
             output_loading_info=True,
+            **({} if weights is None else {"state_dict": weights}),
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -180,6 +203,19 @@ def _load_weights(source: str, config: PretrainedConfig, dtype: torch.dtype, dev
         raise UnsupportedModel(f"model.source {source!r} {_what_is_missing(loaded, sorted(found['missing_keys']))}")
     model: PreTrainedModel = loaded
     return model
+
+
+def _load_quantised(source: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The base with dequantised weights. Scales of fp8 weights are kept beside them."""
+    stored_weights = StoredWeights(source, config, device)
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    loaded = _load_weights(source, plain, dtype, device, dict(stored_weights))
+    loaded.generation_config = read_generation_config(source) or loaded.generation_config
+    for stored, weight in stored_weights.items():
+        if isinstance(weight, QuantisedWeight):
+            keep_scales(loaded, name_in(loaded, stored), weight.row_scales)
+    return loaded
 
 
 def _what_is_missing(model: PreTrainedModel, names: list[str]) -> str:

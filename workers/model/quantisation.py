@@ -1,7 +1,9 @@
-"""A base whose linear weights are rounded to fp8 while it is loaded.
+"""A base whose linear weights are fp8: rounded while it is loaded, or as its checkpoint has them.
 
-Scales are powers of two (`kernels/fp8.py`), so that rounded weights are exact in bfloat16 and float32 too.
-A GPU stores them as fp8 and rounds activations to fp8 as well, row by row. A CPU keeps them in the base's dtype.
+Scales of weights that are rounded here are powers of two (`kernels/fp8.py`), so that such weights are exact in bfloat16
+and float32 too. A checkpoint's own scales stand beside dequantised weights as the buffer `fp8_scales` until
+`pack_weights`. A GPU stores both kinds as fp8 and rounds activations to fp8 as well, row by row. A CPU keeps them in
+the base's dtype.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lorafleet.adapter_store.manifest import BaseGeometry, Dtype
 from lorafleet.kernels import fp8
-from lorafleet.kernels.fp8_values import Fp8Weight
+from lorafleet.kernels.fp8_values import DTYPE, Fp8Weight
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.model.geometry import projection_groups
 
@@ -23,32 +25,53 @@ MIN_CAPABILITY = (8, 9)
 """Of GPUs that multiply fp8."""
 
 
+def why_not_multiplied(device: torch.device, dtype: Dtype) -> str | None:
+    """Return why a GPU does not multiply fp8 in a base of this dtype; None where it does."""
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return (
+            f"needs a GPU of compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or later, and "
+            f"{torch.cuda.get_device_name(device)} is older: use quantization: none"
+        )
+    return None if dtype == "bfloat16" else f"is computed in bfloat16 on a GPU, not in {dtype}"
+
+
 def refuse_device(device: torch.device, dtype: Dtype) -> None:
     """Raise WorkerConfigError if fp8 weights cannot be served on the device in this dtype."""
-    if device.type != "cuda":
+    reason = why_not_multiplied(device, dtype) if device.type == "cuda" else None
+    if reason is not None:
+        raise WorkerConfigError(f"model.quantization: fp8 {reason}")
+
+
+def keep_scales(model: PreTrainedModel, parameter: str, scales: Tensor | None) -> None:
+    """Put a checkpoint's scales, (out_dim,) float32, beside the weight that was dequantised with them."""
+    if scales is None or not parameter.endswith(".weight"):
         return
-    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        raise WorkerConfigError(
-            f"model.quantization: fp8 needs a GPU of compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or "
-            f"later, and {torch.cuda.get_device_name(device)} is older: use quantization: none"
-        )
-    if dtype != "bfloat16":
-        raise WorkerConfigError(f"model.quantization: fp8 is computed in bfloat16 on a GPU, not in {dtype}")
+    module = _linear(model, parameter.removesuffix(".weight"))
+    if module is not None and scales.shape == module.weight.shape[:1]:
+        module.register_buffer("fp8_scales", scales, persistent=False)
 
 
 @torch.no_grad()
 def round_weights(model: PreTrainedModel, geometry: BaseGeometry) -> None:
     """Round the weights of the body's linear modules to fp8, and keep them in their dtype.
 
-    Modules that share their input have one scale. Embedding, head and norms stay as they are. Raises UnsupportedModel
-    if there is nothing to round.
+    Modules that share their input have one scale. Those that come from fp8, embedding, head and norms stay as they are.
+    Raises UnsupportedModel if there is nothing to round.
     """
     groups = list(_groups(model, geometry))
     if not groups:
         raise UnsupportedModel(f"{type(model).__name__} has no linear module that model.quantization: fp8 could round")
     for group in groups:
-        for linear, weight in zip(group, _rounded(group), strict=True):
-            linear.weight.copy_(fp8.dequantise(weight, linear.weight.dtype))
+        if _own_scales(group) is None:
+            rounded = _rounded(group)
+            for linear, weight in zip(group, rounded, strict=True):
+                linear.weight.copy_(fp8.dequantise(weight, linear.weight.dtype))
+                linear.register_buffer("fp8_scales", weight.scales, persistent=False)
+
+
+def has_fp8(model: PreTrainedModel, geometry: BaseGeometry) -> bool:
+    """Return True if `pack_weights` finds weights to store."""
+    return any(_own_scales(group) is not None for group in _groups(model, geometry))
 
 
 @contextmanager
@@ -59,7 +82,8 @@ def rounding_inputs(model: PreTrainedModel, geometry: BaseGeometry) -> Iterator[
         rows = inputs[0].flatten(0, -2)
         return (fp8.dequantise(fp8.quantise_rows(rows), rows.dtype).view_as(inputs[0]),)
 
-    hooks = [linear.register_forward_pre_hook(round_input) for group in _groups(model, geometry) for linear in group]
+    groups = [group for group in _groups(model, geometry) if _own_scales(group) is not None]
+    hooks = [linear.register_forward_pre_hook(round_input) for group in groups for linear in group]
     try:
         yield
     finally:
@@ -68,18 +92,30 @@ def rounding_inputs(model: PreTrainedModel, geometry: BaseGeometry) -> Iterator[
 
 
 def pack_weights(model: PreTrainedModel, geometry: BaseGeometry) -> None:
-    """Store the weights that `round_weights` rounded as fp8, which halves their memory. They lose nothing by it."""
+    """Store the weights that have scales beside them as fp8, which halves their memory. They lose nothing by it.
+
+    A group of modules that share their input, of which some have none, stays as it is.
+    """
     for group in _groups(model, geometry):
-        for linear, weight in zip(group, _rounded(group), strict=True):
-            linear.weight = nn.Parameter(weight.values, requires_grad=False)
-            linear.register_buffer("fp8_scales", weight.scales, persistent=False)
+        scales = _own_scales(group)
+        for linear, own in zip(group, scales or (), strict=scales is not None):
+            values = fp8.values_at(linear.weight.data, own)
+            linear.weight = nn.Parameter(values, requires_grad=False)
 
 
 def packed(group: Sequence[nn.Module]) -> Fp8Weight | None:
     """Return the weights of a group's modules, one below the other, if `pack_weights` stored them as fp8."""
+    weights = [linear.weight.data for linear in group if isinstance(linear.weight, Tensor)]
+    if any(weight.dtype != DTYPE for weight in weights):
+        return None
+    scales = torch.cat([scale for linear in group if isinstance(scale := linear.fp8_scales, Tensor)])
+    return Fp8Weight(torch.cat(weights), scales, is_uniform=bool((scales == scales[0]).all()))
+
+
+def _own_scales(group: Sequence[nn.Module]) -> list[Tensor] | None:
+    """The scales beside a group's weights; None unless all have some."""
     scales = [scale for linear in group if isinstance(scale := getattr(linear, "fp8_scales", None), Tensor)]
-    values = [linear.weight.data for linear in group if isinstance(linear.weight, Tensor)]
-    return Fp8Weight(torch.cat(values), torch.cat(scales)) if len(scales) == len(group) else None
+    return scales if len(scales) == len(group) else None
 
 
 def _rounded(group: Sequence[nn.Linear]) -> list[Fp8Weight]:
@@ -87,6 +123,14 @@ def _rounded(group: Sequence[nn.Linear]) -> list[Fp8Weight]:
     widths = [linear.out_features for linear in group]
     parts = zip(torch.split(whole.values, widths), torch.split(whole.scales, widths), strict=True)
     return [Fp8Weight(values, scales) for values, scales in parts]
+
+
+def _linear(model: PreTrainedModel, name: str) -> nn.Linear | None:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    return module if type(module) is nn.Linear else None
 
 
 def _groups(model: PreTrainedModel, geometry: BaseGeometry) -> Iterator[list[nn.Linear]]:
