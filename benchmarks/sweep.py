@@ -39,6 +39,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
@@ -240,6 +241,19 @@ def _adapter(model: PreTrainedModel, targets: Mapping[str, list[str] | str], fol
     return adapted
 
 
+class _InFloat64(TorchFunctionMode):
+    """Takes float64 where a model's code asks for float32 by its name, as norms and recurrences do."""
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function with the other dtype."""
+        func = Tensor.double if func is Tensor.float else func
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        named = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        return func(*args, **named)
+
+
 @dataclass
 class Oracle:
     """Transformers with PEFT, one request at a time, in one pass."""
@@ -253,7 +267,8 @@ class Oracle:
         model = copy.deepcopy(self.adapters.get(question.adapter, self.model)).double()
         own: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
         own.set_experts_implementation("eager")  # torch has no others in float64
-        exact = Oracle(own, self.settings, {question.adapter: model}).logprobs(question, answer)
+        with _InFloat64():
+            exact = Oracle(own, self.settings, {question.adapter: model}).logprobs(question, answer)
         return float((exact - self.logprobs(question, answer)).abs().max())
 
     @torch.inference_mode()

@@ -184,6 +184,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "rel_extent": 32,
         "unpadded_vocab_size": VOCAB_SIZE,
     },
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, "position_embedding_type": "rope"},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},

@@ -19,6 +19,7 @@ from lorafleet.workers.group.leading import LeadingCache, LeadingPool
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.residency import Residency
+from lorafleet.workers.memory.state_store import StateStore
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model_parts import ModelParts, assemble_model, device_of
 from lorafleet.workers.ranks import Ranks
@@ -89,6 +90,16 @@ def assemble(
         parts.pool.layout.page_bytes,
         ", ".join(f"{part} {seconds:.1f}" for part, seconds in startup_s.items()),
     )
+    if parts.runner.states.has_states:
+        logger.log(
+            logging.INFO if engine.speculation is None else logging.WARNING,
+            "worker %s: %s has recurrent layers, which keep %.1f MiB of each sequence in %d slots; without a prefix "
+            "cache and without speculation",
+            worker_id,
+            model.id,
+            StateStore.slot_bytes(parts.base.states) / 2**20,
+            engine.max_running,
+        )
     if device.type == "cuda":
         free, total = (num_bytes / 2**30 for num_bytes in torch.cuda.mem_get_info(device))
         logger.info("worker %s: %.1f of the GPU's %.1f GiB are left", worker_id, free, total)

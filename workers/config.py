@@ -116,7 +116,7 @@ class EngineConfig(Settings):
         default="shared",
         description="Keep KV pages of finished requests for prompts that start alike: of all callers (`shared`), or of "
         "the same API key (`per_key`), so that nobody learns from `cached_tokens` or from timing what others ask. "
-        "`off` keeps none.",
+        "`off` keeps none. A base with recurrent layers has none, whatever is set.",
     )
     logits_chunk_tokens: int = Field(
         default=512,
@@ -132,7 +132,8 @@ class EngineConfig(Settings):
     speculation: SpeculationConfig | None = Field(
         default=None,
         description="Guess tokens and have one step confirm several, where few sequences run and their text repeats. "
-        "Answers stay the same. Sequences with penalties or a grammar are not guessed for.",
+        "Answers stay the same. Sequences with penalties or a grammar are not guessed for, nor with a base that has "
+        "recurrent layers.",
     )
     gpu_memory_utilization: float = Field(
         default=0.9, gt=0, le=1, description="Share of the GPU that workers on it may take together, weights included."

@@ -92,6 +92,8 @@ class Engine:
         self._loader = loader
         self._tokenizer = tokenizer
         self._config = config
+        # A guess that does not stand could not be taken out of a state.
+        self._speculation = None if runner.states.has_states else config.speculation
         self._deliver = deliver
         self._worker_id = worker_id
         self._group = group
@@ -99,6 +101,7 @@ class Engine:
         self._scheduler = Scheduler(
             runner.cache,
             loader,
+            runner.states,
             max_batch_tokens=config.max_batch_tokens,
             max_running=config.max_running,
             max_wait_s=config.max_wait_s,
@@ -114,6 +117,7 @@ class Engine:
             graph_forms=runner.graph_forms,
             extra_forms=runner.extra_forms,
             null_page=next(iter(runner.null_pages), 0),
+            has_states=runner.states.has_states,
         )
         self._grammars = Grammars(
             tokenizer, vocab_size=runner.base.vocab_size, stop_token_ids=runner.base.stop_token_ids
@@ -321,14 +325,14 @@ class Engine:
     @property
     def _guesses_pay(self) -> bool:
         """True if the next step should compute guessed tokens, too."""
-        asked = self._config.speculation
+        asked = self._speculation
         if asked is None or self._scheduler.num_running > speculation.MAX_ROWS:
             return False
         return speculation.pays([sequence.guesser for sequence in self._scheduler.decoding], asked.tokens)
 
     def _guesses(self) -> dict[Sequence, list[int]]:
         """Return the tokens to guess behind those that the host knows; none where it does not know the last."""
-        asked = self._config.speculation
+        asked = self._speculation
         if asked is None or self._in_flight is not None or not self._guesses_pay:
             return {}
         return {
@@ -516,7 +520,7 @@ class Engine:
     def _guesser(self, request: EngineRequest) -> Guesser | None:
         """A guesser for an answer in which each row's choice depends on its own prefix alone."""
         depends = request.sampling.has_penalties or request.sampling.structured_outputs is not None
-        if self._config.speculation is None or request.pooling is not None or depends:
+        if self._speculation is None or request.pooling is not None or depends:
             return None
         return Guesser(request.prompt_token_ids)
 

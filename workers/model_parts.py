@@ -14,6 +14,7 @@ from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.pool_layout import PoolLayout
+from lorafleet.workers.memory.state_store import StateStore
 from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, resolve_device
 from lorafleet.workers.model.loader import BaseModel, load_base
 from lorafleet.workers.model.rehearsal import rehearse
@@ -89,19 +90,24 @@ def assemble_model(
         page_tokens=engine.kv_page_tokens,
         dtype=TORCH_DTYPES[base.dtype],
         device=device,
-        prefix_cache=engine.prefix_cache != "off",
+        # What a prefix left in states is not kept.
+        prefix_cache=engine.prefix_cache != "off" and not base.states,
     )
+    states = StateStore(base.states, num_slots=engine.max_running, device=device)
     max_pages = cache.pages_for(base.max_model_len + 1)
     num_weights = sum(
         shape.in_dim * shape.out_dim * shape.num_experts
         for shape in base.geometry.modules.values()
         if shape.kind != "embedding"
     )
-    forms = graph_forms(engine.max_running, engine.max_batch_tokens, max_pages, num_weights)
+    forms = graph_forms(
+        engine.max_running, engine.max_batch_tokens, max_pages, num_weights, has_states=states.has_states
+    )
     runner = start_runner(
         base,
         cache,
         adapter_pool,
+        states,
         max_pages=max_pages,
         graph_forms=forms if captures else (),
         max_batch_tokens=engine.max_batch_tokens,

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from lorafleet.workers.memory.kv_cache import KVCache
+from lorafleet.workers.memory.state_store import NULL_SLOT, StateStore
 from lorafleet.workers.sequence import AdapterReadiness, ScheduledRows, Sequence
 
 NO_GUESSES: Mapping[Sequence, list[int]] = MappingProxyType({})
@@ -45,6 +46,7 @@ class Scheduler:
         self,
         cache: KVCache,
         gate: AdapterGate,
+        states: StateStore,
         *,
         max_batch_tokens: int,
         max_running: int,
@@ -53,6 +55,7 @@ class Scheduler:
     ) -> None:
         self._cache = cache
         self._gate = gate
+        self._states = states
         self._max_batch_tokens = max_batch_tokens
         # Every running sequence needs a token a step, or the last ones would stand still.
         self._max_running = min(max_running, max_batch_tokens)
@@ -88,12 +91,12 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is, and give back its KV pages and its lease."""
+        """Take a sequence out, wherever it is, and give back its memory and its lease."""
         if sequence in self._running:
             self._running.remove(sequence)
         else:
             self._waiting.remove(sequence)
-        self._release_pages(sequence)
+        self._release_memory(sequence)
         if sequence.lease is not None:
             sequence.lease.release()
             sequence.lease = None
@@ -172,7 +175,7 @@ class Scheduler:
         sequence.num_computed = num_cached
         num_rows = min(sequence.num_uncomputed, budget.tokens)
         if num_rows == 0 or not self._cache.can_allocate(missing):
-            self._release_pages(sequence)
+            self._release_memory(sequence)
             return num_rows == 0
         sequence.kv_pages += self._cache.allocate(missing)
         if sequence.num_preemptions == 0:
@@ -180,6 +183,7 @@ class Scheduler:
         self._waiting.remove(sequence)
         self._running.append(sequence)
         sequence.is_admitted = True
+        sequence.state_slot = self._states.acquire()
         if sequence.queue_s is None:
             sequence.queue_s = self._clock() - sequence.arrival_s
         self._take(sequence, num_rows, scheduled, budget)
@@ -193,17 +197,19 @@ class Scheduler:
         return max(0, self._cache.pages_for(num_tokens) - len(sequence.kv_pages))
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue, without pages; its adapter stays leased, so it resumes on the same version."""
+        """Back to the head of the queue without memory; its adapter stays leased, so it resumes on the same version."""
         self._running.remove(sequence)
-        self._release_pages(sequence)
+        self._release_memory(sequence)
         sequence.is_admitted = False
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self._waiting.appendleft(sequence)
 
-    def _release_pages(self, sequence: Sequence) -> None:
+    def _release_memory(self, sequence: Sequence) -> None:
         self._cache.free(sequence.kv_pages)
         sequence.kv_pages = []
         sequence.num_shared_pages = 0
         sequence.num_tabled_pages = 0
         sequence.num_computed = 0
+        self._states.release(sequence.state_slot)
+        sequence.state_slot = NULL_SLOT

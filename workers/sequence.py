@@ -11,6 +11,7 @@ import numpy.typing as npt
 from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.grammars import Matcher
 from lorafleet.workers.memory.residency import AdapterLease
+from lorafleet.workers.memory.state_store import NULL_SLOT
 from lorafleet.workers.request import EngineRequest, FinishReason, TokenLogprobs
 from lorafleet.workers.speculation import Guesser
 
@@ -69,6 +70,8 @@ class Sequence:
     kv_pages: list[int] = field(default_factory=list)
     num_shared_pages: int = 0
     """The first `kv_pages`, which the prefix cache already knows."""
+    state_slot: int = NULL_SLOT
+    """Where its recurrent states are, if the base has any and it is admitted."""
     batch_line: int | None = None
     """Its line in the batch builder's arrays."""
     num_tabled_pages: int = 0

@@ -14,6 +14,7 @@ from lorafleet.workers.config import EngineConfig, PoolConfig
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.shares import Share
+from lorafleet.workers.memory.state_store import StateStore
 from lorafleet.workers.model.geometry import TORCH_DTYPES
 from lorafleet.workers.model.loader import BaseModel
 
@@ -44,11 +45,14 @@ def memory_sizes(base: BaseModel, engine: EngineConfig, pool: PoolConfig) -> Mem
     wanted_pool = AUTO_ADAPTERS * _largest_adapter_bytes(base, pool.max_rank)
     set_pool = pool.pool_bytes if pool.max_slots else 0
     if base.device.type == "cuda":
-        kv_bytes, pool_bytes = _on_gpu(base.device, engine, set_pool, wanted_kv, wanted_pool)
+        # One slot beside the sequences': captured graphs' padding rows write to it.
+        state_bytes = StateStore.slot_bytes(base.states) * (engine.max_running + 1)
+        kv_bytes, pool_bytes = _on_gpu(base.device, engine, set_pool, wanted_kv, wanted_pool, state_bytes)
     else:
         kv_bytes = min(wanted_kv, CPU_KV_BYTES) if engine.kv_bytes == "auto" else engine.kv_bytes
         pool_bytes = min(wanted_pool, CPU_POOL_BYTES) if set_pool == "auto" else set_pool
-    num_kv_pages = kv_bytes // page_bytes
+    # A base of recurrent layers alone keeps nothing on its pages.
+    num_kv_pages = kv_bytes // page_bytes if page_bytes else pages_per_sequence * engine.max_running + 1
     where = "" if engine.tensor_parallel_size == 1 else f" on each of {engine.tensor_parallel_size} devices"
     if num_kv_pages < pages_per_sequence + 1:
         raise WorkerConfigError(
@@ -60,11 +64,16 @@ def memory_sizes(base: BaseModel, engine: EngineConfig, pool: PoolConfig) -> Mem
 
 
 def _on_gpu(
-    device: torch.device, engine: EngineConfig, set_pool: int | Literal["auto"], wanted_kv: int, wanted_pool: int
+    device: torch.device,
+    engine: EngineConfig,
+    set_pool: int | Literal["auto"],
+    wanted_kv: int,
+    wanted_pool: int,
+    state_bytes: int,
 ) -> tuple[int, int]:
     free, total = torch.cuda.mem_get_info(device)
     # What the worker may use beside what is taken already: weights, other workers on this GPU, other programs.
-    left = int(total * engine.gpu_memory_utilization) - (total - free)
+    left = int(total * engine.gpu_memory_utilization) - (total - free) - state_bytes
     if set_pool != "auto":
         pages = set_pool
     elif engine.kv_bytes != "auto":
@@ -72,11 +81,16 @@ def _on_gpu(
     else:
         pages = min(wanted_pool, int(left * GPU_POOL_SHARE))
     kv = min(wanted_kv, left - pages) if engine.kv_bytes == "auto" else engine.kv_bytes
-    if kv <= 0 or (pages <= 0 and set_pool != 0) or kv + pages > left:
+    if (kv <= 0 < wanted_kv) or (pages <= 0 and set_pool != 0) or kv + pages > left:
         size = engine.tensor_parallel_size
         where = "GPU memory" if size == 1 else f"memory on one of the worker's {size} GPUs"
+        states = (
+            f" and the recurrent states ({state_bytes / 2**30:.1f} GiB for worker.max_running={engine.max_running})"
+            if state_bytes
+            else ""
+        )
         raise WorkerConfigError(
-            f"{left / 2**30:.1f} GiB of {where} are left beside the weights, not enough for worker.kv_bytes "
+            f"{left / 2**30:.1f} GiB of {where} are left beside the weights{states}, not enough for worker.kv_bytes "
             f"({kv / 2**30:.1f} GiB) and adapters.pool_bytes ({pages / 2**30:.1f} GiB): lower one of them, raise "
             f"worker.gpu_memory_utilization ({engine.gpu_memory_utilization}) or worker.tensor_parallel_size ({size}), "
             "or take a smaller base"

@@ -17,6 +17,14 @@ class KVPages(Settings):
     total: int
 
 
+class StateSlots(Settings):
+    """Slots of recurrent states. Where there are any, there is no prefix cache."""
+
+    used: int = Field(description="Held by running requests.")
+    total: int
+    slot_bytes: int = Field(description="Bytes that one sequence takes over all layers.")
+
+
 class AdapterPages(Settings):
     """Pages of the adapter pool."""
 
@@ -56,6 +64,7 @@ class WorkerState(Settings):
     waiting: int = Field(description="Sequences that wait to be admitted.")
     leases: int = Field(description="Requests that hold an adapter version.")
     kv_pages: KVPages
+    state_slots: StateSlots | None = Field(default=None, description="null for a base without recurrent layers.")
     adapter_pages: AdapterPages
     ranks: tuple[RankState, ...] = Field(
         default=(), description="The worker's processes: one, or `worker.tensor_parallel_size`."

@@ -8,7 +8,7 @@ import itertools
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TypeVar
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
@@ -18,8 +18,9 @@ from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
 from lorafleet.workers.engine import Delivery
 from lorafleet.workers.memory.kv_cache import KVPageCounts
 from lorafleet.workers.memory.residency import ResidencySnapshot
+from lorafleet.workers.memory.state_store import StateSlotCounts
 from lorafleet.workers.request import EngineRequest, GenerateDelta
-from lorafleet.workers.state import AdapterPages, KVPages, RankState, ResidentAdapter, WorkerState
+from lorafleet.workers.state import AdapterPages, KVPages, RankState, ResidentAdapter, StateSlots, WorkerState
 from lorafleet.workers.stats import EngineStats, ServedCounts
 
 Result = TypeVar("Result")
@@ -178,7 +179,7 @@ class Worker:
     async def state(self) -> WorkerState:
         """Return the worker's residents, memory and load now."""
         # The engine's thread only counts: to describe a thousand residents takes milliseconds.
-        snapshot, kv, running, waiting = await self._on_engine(self._counts)
+        snapshot, kv, slots, running, waiting = await self._on_engine(self._counts)
         reserved = len(self._parts.runner.null_pages)
         device, group = str(self._parts.runner.base.device), self._parts.group
         first = RankState(rank=0, pid=os.getpid(), device=device, silent_s=0.0)
@@ -191,6 +192,7 @@ class Worker:
             waiting=waiting,
             leases=sum(entry.leases for entry in snapshot.adapters),
             kv_pages=KVPages(used=kv.used - reserved, cached=kv.cached, total=kv.total - reserved),
+            state_slots=StateSlots(**asdict(slots)) if slots.total else None,
             adapter_pages=AdapterPages(used=snapshot.pages_used, total=snapshot.pages_total),
             ranks=(first, *(() if group is None else group.states())),
             adapters=tuple(
@@ -206,10 +208,11 @@ class Worker:
             ),
         )
 
-    def _counts(self) -> tuple[ResidencySnapshot, KVPageCounts, int, int]:
-        """Residents, KV pages, running and waiting sequences; on the engine's thread, so that they fit together."""
-        engine = self._engine
-        return self._parts.residency.snapshot(), self._parts.cache.counts, engine.num_running, engine.num_waiting
+    def _counts(self) -> tuple[ResidencySnapshot, KVPageCounts, StateSlotCounts, int, int]:
+        """Residents, memory, running and waiting sequences; on the engine's thread, so that they fit together."""
+        engine, parts = self._engine, self._parts
+        pages, slots = parts.cache.counts, parts.runner.states.counts
+        return parts.residency.snapshot(), pages, slots, engine.num_running, engine.num_waiting
 
     async def served(self) -> ServedCounts:
         """Return the worker's counts of work since it started."""

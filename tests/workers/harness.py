@@ -165,3 +165,4 @@ async def assert_idle(worker: Worker) -> None:
     """Nothing is left of any request: no sequence, no lease, no KV page."""
     state = await worker.state()
     assert (state.running, state.waiting, state.leases, state.kv_pages.used) == (0, 0, 0, 0), state
+    assert state.state_slots is None or state.state_slots.used == 0

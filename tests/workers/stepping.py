@@ -10,6 +10,7 @@ import torch
 
 from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.memory.kv_cache import KVCache, LayerKV
+from lorafleet.workers.memory.state_store import NULL_SLOT, StateShape, StateStore
 from lorafleet.workers.request import EngineRequest, SamplingParams
 from lorafleet.workers.scheduler import Scheduler
 from lorafleet.workers.sequence import AdapterReadiness, ScheduledRows, Sequence, pending_token
@@ -109,9 +110,12 @@ class Stepping:
             device=torch.device("cpu"),
             prefix_cache=self.prefix_cache,
         )
+        shapes = {"layer": StateShape((1,), torch.float32)}
+        self.states = StateStore(shapes, num_slots=self.max_running, device=torch.device("cpu"))
         self.scheduler = Scheduler(
             self.cache,
             self.gate,
+            self.states,
             max_batch_tokens=self.max_batch_tokens,
             max_running=self.max_running,
             max_wait_s=self.max_wait_s,
@@ -174,12 +178,15 @@ class Stepping:
         return list(self.scheduler)
 
     def check(self) -> None:
-        """Pages and leases belong to live sequences, and to nobody else."""
+        """Pages, slots and leases belong to live sequences, and to nobody else."""
         held = {page for sequence in self.live for page in sequence.kv_pages}
         assert self.cache.counts.used == len(held)
         for sequence in self.live:
             assert len(sequence.kv_pages) * PAGE_TOKENS >= sequence.num_computed
             assert sequence.is_admitted or not sequence.kv_pages
+        slots = [sequence.state_slot for sequence in self.live if sequence.is_admitted]
+        assert len({*slots, NULL_SLOT}) == len(slots) + 1, "each has a slot of its own"
+        assert self.states.counts.used == len(slots) == sum(one.state_slot != NULL_SLOT for one in self.live)
         leased = Counter(sequence.version for sequence in self.live if sequence.lease is not None)
         assert +self.gate.leases == leased
         assert self.scheduler.num_running <= self.max_running

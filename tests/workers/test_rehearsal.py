@@ -30,9 +30,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("kind", "reason"),
     [
         ("doge", "its own mask"),
-        ("falcon_h1", "recurrent state"),
+        ("jamba", "recurrent state"),
         ("deepseek_v32", "hands attention indices"),
-        ("lfm3", r"layers\.0\.conv \(Lfm3ShortConv\) .* when a prompt comes in parts"),
+        ("zaya", r"qkv_proj \(ZayaCCAProjection\) .* when a prompt comes in parts"),
     ],
 )
 def test_a_base_of_full_size_is_refused_before_its_weights_are_read(kind: str, reason: str) -> None:

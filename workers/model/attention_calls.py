@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from lorafleet.workers.errors import UnsupportedModel
+from lorafleet.workers.model.recurrent_layers import is_recurrent
 
 RECORDER = "lorafleet_recorder"
 NUM_TOKENS = 2
@@ -55,7 +56,7 @@ class AttentionCall:
 
 @torch.inference_mode()
 def read_calls(model: PreTrainedModel, max_model_len: int) -> dict[int, AttentionCall]:
-    """The call of each layer that attends, by the layer's number.
+    """The call of each layer that attends, by the layer's number; none may where layers keep states.
 
     Raises UnsupportedModel for a call that attention over pages cannot answer within `max_model_len` tokens.
     """
@@ -70,7 +71,7 @@ def read_calls(model: PreTrainedModel, max_model_len: int) -> dict[int, Attentio
             raise UnsupportedModel(
                 f"{_name(model)} needs attention masks, which are not made here ({error})"
             ) from error
-    if not found:
+    if not found and not is_recurrent(model):
         raise UnsupportedModel(
             f"{_name(model)} does not attend through transformers' attention functions, which is not supported"
         )

@@ -25,6 +25,7 @@ from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.kv_cache import LayerKV
 from lorafleet.workers.memory.shares import Share
+from lorafleet.workers.memory.state_store import StateShape
 from lorafleet.workers.model import text_part
 from lorafleet.workers.model.attention_calls import AttentionCall, read_calls
 from lorafleet.workers.model.geometry import TORCH_DTYPES, empty_model, geometry_of, resolve_dtype
@@ -38,6 +39,7 @@ from lorafleet.workers.model.quantisation import (
     rounding_inputs,
     why_not_multiplied,
 )
+from lorafleet.workers.model.recurrent_layers import is_recurrent, read_states
 from lorafleet.workers.model.rope import fix_frequencies
 from lorafleet.workers.model.sharding import computing_together, shares_of
 from lorafleet.workers.model.stored_weights import QuantisedWeight, StoredWeights, name_in
@@ -64,6 +66,8 @@ class BaseModel:
     """Tokens that end an answer."""
     calls: Mapping[int, AttentionCall]
     """How each layer that attends calls attention."""
+    states: Mapping[str, StateShape]
+    """What each operation of layers that do not attend keeps of a sequence."""
     probe_token_ids: torch.Tensor
     """(PROBE_TOKENS,) int64: a fixed prompt."""
     probe_logits: torch.Tensor
@@ -82,7 +86,7 @@ class BaseModel:
     @property
     def layers(self) -> tuple[LayerKV, ...]:
         """KV heads and head width that each layer keeps on pages; zeros for layers that do not attend."""
-        calls = (self.calls.get(layer) for layer in range(max(self.calls) + 1))
+        calls = (self.calls.get(layer) for layer in range(max(self.calls, default=-1) + 1))
         return tuple(LayerKV(0, 0) if call is None else LayerKV(call.num_kv_heads, call.width) for call in calls)
 
 
@@ -126,6 +130,11 @@ def _load_part(
             f"model.quantization: {model.quantization} is not supported with {ranks.size} ranks: use quantization: none"
         )
     empty = empty_model(config, TORCH_DTYPES[dtype])
+    if is_recurrent(empty):
+        raise UnsupportedModel(
+            f"{type(empty).__name__} has layers that keep a recurrent state, which cannot be cut for "
+            f"{ranks.size} ranks: set worker.tensor_parallel_size to 1"
+        )
     geometry = geometry_of(empty, dtype)
     shares = shares_of(empty, geometry, ranks)
     part = load_part(model, config, TORCH_DTYPES[dtype], device, shares)
@@ -150,9 +159,9 @@ def base_of(
 
     `longest`: tokens of the longest sequence. `probe_tokens`: length of its probe.
     """
-    refuse_recurrent(loaded)
     device = loaded.device
     loaded.eval().requires_grad_(False)
+    states = read_states(loaded)
     fix_frequencies(loaded, longest)
     if "logits_to_keep" not in inspect.signature(loaded.forward).parameters:
         raise UnsupportedModel(f"{type(loaded).__name__} cannot give the logits of chosen rows only")
@@ -168,6 +177,7 @@ def base_of(
         max_model_len=longest,
         stop_token_ids=_stop_token_ids(loaded),
         calls=read_calls(loaded, longest),
+        states=states,
         probe_token_ids=probe,
         probe_logits=probe_logits,
     )
@@ -236,16 +246,6 @@ def _why_not_loaded(error: Exception) -> str:
     if "size mismatch" in str(error) or "ignore_mismatched_sizes" in str(error):
         return "its weights have other shapes than its config.json says"
     return "its weights are not those of its config.json"
-
-
-def refuse_recurrent(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModel when layers of the model keep a recurrent state beside keys and values."""
-    for name, module in model.named_modules():
-        if hasattr(module, "A_log"):
-            raise UnsupportedModel(
-                f"{type(model).__name__} has layers that do not attend but keep a recurrent state ({name}), "
-                "which pages cannot hold"
-            )
 
 
 def _stop_token_ids(loaded: PreTrainedModel) -> frozenset[int]:

@@ -55,7 +55,7 @@ def install(model: PreTrainedModel, context: AttentionContext) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             module.__dict__["attention_context"] = context
-    if context.cache.keys[0].is_cuda:
+    if context.calls and context.cache.keys[0].is_cuda:
         context.workspaces = _workspaces(context.calls, context.cache.keys[0].device)
 
 

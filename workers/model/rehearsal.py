@@ -28,12 +28,14 @@ from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.pool_layout import PoolLayout
+from lorafleet.workers.memory.state_store import StateStore
 from lorafleet.workers.model import probe
 from lorafleet.workers.model.attention_calls import read_calls
 from lorafleet.workers.model.geometry import projection_groups
-from lorafleet.workers.model.loader import base_of, refuse_recurrent
+from lorafleet.workers.model.loader import base_of
 from lorafleet.workers.model.module_trace import Trace, first_difference
 from lorafleet.workers.model.probe import Piece
+from lorafleet.workers.model.recurrent_layers import is_recurrent
 from lorafleet.workers.model.rehearsal_adapters import Factors, applied, publish
 from lorafleet.workers.model.startup import start_runner
 
@@ -173,7 +175,7 @@ def _copy(config: PretrainedConfig, sizes: dict[str, int], max_model_len: int) -
         small = small_config(config, sizes, max_model_len)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(small)
-        refuse_recurrent(empty)
+        is_recurrent(empty)  # in a form that is known, or it raises
         num_parameters = sum(value.numel() for value in empty.parameters())
         if num_parameters > MAX_PARAMETERS:
             return None
@@ -217,8 +219,10 @@ class _Rehearsal:
         self.adapters: list[Factors] = [{}, *publish(pool, base.geometry, RANK, generator)]
         self.prompts = torch.randint(base.vocab_size, (len(self.adapters), num_tokens), generator=generator).tolist()
         self.pages = [self.cache.allocate(self.cache.pages_for(num_tokens)) for _ in self.prompts]
+        states = StateStore(base.states, num_slots=len(self.prompts), device=base.device)
+        self.states = [states.acquire() for _ in self.prompts]
         self.runner = start_runner(
-            base, self.cache, pool, max_pages=self.cache.pages_for(max_model_len + 1), is_probed=False
+            base, self.cache, pool, states, max_pages=self.cache.pages_for(max_model_len + 1), is_probed=False
         )
 
     def run(self) -> None:
@@ -227,7 +231,7 @@ class _Rehearsal:
         try:
             if self._is_right(self._mixed()):
                 return
-            if self.runner.body.may_keep:
+            if self.runner.can_recompute:
                 self.runner.body.may_keep = False
                 if self._is_right(self._mixed()):
                     return
@@ -259,7 +263,7 @@ class _Rehearsal:
         ]
 
     def _piece(self, index: int, start: int, end: int) -> Piece:
-        return Piece(self.prompts[index], start, end, self.pages[index], slot=index - 1)
+        return Piece(self.prompts[index], start, end, self.pages[index], self.states[index], slot=index - 1)
 
     def _is_right(self, steps: Steps, index: int | None = None) -> bool:
         """Return True if the answers of the steps, or only to one of the prompts, are transformers' own."""

@@ -13,11 +13,13 @@ from lorafleet.kernels.segments import Segments
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
+from lorafleet.workers.memory.state_store import StateStore
 from lorafleet.workers.model.cuda_graphs import StepGraph
 from lorafleet.workers.model.loader import BaseModel
 from lorafleet.workers.model.logits import BodyOnce
 from lorafleet.workers.model.lora_layers import LoraContext
 from lorafleet.workers.model.paged_attention import AttentionContext
+from lorafleet.workers.model.recurrent_layers import RecurrentContext
 from lorafleet.workers.model.sampler import Chosen, Sampler, with_logprobs
 from lorafleet.workers.ranks import Ranks
 from lorafleet.workers.step.batch import StepInputs
@@ -52,6 +54,7 @@ class Substituted:
 
     lora: LoraContext
     attention: AttentionContext
+    recurrent: RecurrentContext
     body: BodyOnce
     """Computes what lies below the head."""
     is_fused: bool
@@ -66,6 +69,7 @@ class ModelRunner:
         base: BaseModel,
         cache: KVCache,
         pool: AdapterPool,
+        states: StateStore,
         substituted: Substituted,
         *,
         max_pages: int,
@@ -79,10 +83,12 @@ class ModelRunner:
         self.base = base
         self.cache = cache
         self.pool = pool
+        self.states = states
         self.body = substituted.body
         self.is_fused = substituted.is_fused
         self._lora = substituted.lora
         self._attention = substituted.attention
+        self._recurrent = substituted.recurrent
         self.ranks = ranks or Ranks()
         self._sampler = Sampler()
         self.graphs: dict[tuple[GraphForm, int], StepGraph] = {}
@@ -102,6 +108,11 @@ class ModelRunner:
     def can_pool(self) -> bool:
         """True if hidden states can be had beside logits."""
         return self.body.may_keep and self.body.was_called
+
+    @property
+    def can_recompute(self) -> bool:
+        """True if a pass over the head may compute the body anew, and does not yet. States would go on twice."""
+        return self.body.may_keep and not self.states.has_states
 
     @property
     def is_asynchronous(self) -> bool:
@@ -204,13 +215,14 @@ class ModelRunner:
     def step(self, inputs: StepInputs) -> Iterator[None]:
         """All layers read these inputs, and what lies below the head is computed once."""
         self._attention.batch = inputs.attention
+        self._recurrent.begin(inputs)
         self._lora.segments = _if_lora(inputs.segments)
         self._lora.has_extras = inputs.has_extras
         try:
             with self.body.once():
                 yield
         finally:
-            self._attention.batch = None
+            self._attention.batch = self._recurrent.pieces = None
             self._lora.segments = self._lora.logits_segments = None
 
     def logits_of(self, inputs: StepInputs, logits_pass: LogitsPass) -> torch.Tensor:

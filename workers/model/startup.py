@@ -15,7 +15,16 @@ from lorafleet.kernels.launching import compiled_ahead
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
-from lorafleet.workers.model import expert_layers, fused_layers, lora_layers, norm_layers, paged_attention, probe
+from lorafleet.workers.memory.state_store import StateStore
+from lorafleet.workers.model import (
+    expert_layers,
+    fused_layers,
+    lora_layers,
+    norm_layers,
+    paged_attention,
+    probe,
+    recurrent_layers,
+)
 from lorafleet.workers.model.cuda_graphs import capture, kernel_shapes
 from lorafleet.workers.model.experts import projections
 from lorafleet.workers.model.geometry import projection_groups
@@ -23,6 +32,7 @@ from lorafleet.workers.model.loader import BaseModel
 from lorafleet.workers.model.logits import BodyOnce
 from lorafleet.workers.model.lora_layers import LoraContext
 from lorafleet.workers.model.paged_attention import AttentionContext
+from lorafleet.workers.model.recurrent_layers import RecurrentContext
 from lorafleet.workers.model.row_norms import RowNorms
 from lorafleet.workers.model.runner import ModelRunner, Substituted
 from lorafleet.workers.model.sampler import with_logprobs
@@ -38,6 +48,7 @@ def start_runner(
     base: BaseModel,
     cache: KVCache,
     pool: AdapterPool,
+    states: StateStore,
     *,
     max_pages: int,
     graph_forms: tuple[GraphForm, ...] = (),
@@ -56,7 +67,8 @@ def start_runner(
         base,
         cache,
         pool,
-        substitute(base, cache, pool, ranks),
+        states,
+        substitute(base, cache, pool, states, ranks),
         max_pages=max_pages,
         graph_forms=graph_forms,
         max_pass_rows=max_pass_rows,
@@ -70,8 +82,10 @@ def start_runner(
     return runner
 
 
-def substitute(base: BaseModel, cache: KVCache, pool: AdapterPool, ranks: Ranks | None = None) -> Substituted:
-    """Replace the base's leaves by layers that know about adapters and pages. Raises UnsupportedModel."""
+def substitute(
+    base: BaseModel, cache: KVCache, pool: AdapterPool, states: StateStore, ranks: Ranks | None = None
+) -> Substituted:
+    """Replace the base's leaves by layers that know about adapters, pages and states. Raises UnsupportedModel."""
     lora, attention = (
         LoraContext(pool.extras, resident_vocabularies=pool.vocabularies),
         AttentionContext(cache, base.calls),
@@ -103,6 +117,8 @@ def substitute(base: BaseModel, cache: KVCache, pool: AdapterPool, ranks: Ranks 
         counts[name.rpartition(".")[2]] += 1
     norm_layers.substitute_norms(model, geometry.vectors, lora, pool.vector)
     paged_attention.install(model, attention)
+    recurrent = RecurrentContext(states)
+    recurrent_layers.install(model, recurrent)
     why_not_fused = fused_layers.substitute(model, attention)
     pool.untabled = frozenset(geometry.vectors) - fused_layers.tabled_norms(model)
     logger.info(
@@ -113,7 +129,7 @@ def substitute(base: BaseModel, cache: KVCache, pool: AdapterPool, ranks: Ranks 
         "fused layers" if why_not_fused is None else f"transformers' own layers ({why_not_fused})",
     )
     pool.row_norms = RowNorms(model)
-    return Substituted(lora, attention, BodyOnce(model), why_not_fused is None)
+    return Substituted(lora, attention, recurrent, BodyOnce(model), why_not_fused is None)
 
 
 @torch.inference_mode()

@@ -50,5 +50,8 @@ class StepInputs:
     """Over the head: together they take the rows whose logits are wanted, in that order."""
     targets: Tensor
     """(num_logits,) int32, by wanted row: the token whose logprob a prompt's row gives; 0 elsewhere."""
+    state_slots: Tensor
+    """(num_sequences,) int32: where each sequence's recurrent states are; NULL_SLOT for a base that has none."""
+    host_state_slots: list[int]
     has_extras: bool = False
     """Whether any adapter has more than low-rank factors."""

@@ -49,11 +49,12 @@ class BatchBuilder:
         graph_forms: tuple[GraphForm, ...] = (),
         extra_forms: tuple[GraphForm, ...] = (),
         null_page: int = 0,
+        has_states: bool = False,
     ) -> None:
         """`max_pages`: KV pages of the longest sequence. `num_slots`: most adapters in a batch. `pass_rows`: fewest and
         most of a pass over the head. `graph_forms`, rising: a batch of one pass that fits one is padded to it.
         `extra_forms`: the same for batches of which an adapter has extras. `null_page` takes the keys and values of
-        padding rows.
+        padding rows. `has_states`: the base has recurrent states, so graphs are for decodes alone.
         """
         self._page_tokens = page_tokens
         self._sampling = SamplingTable(stop_token_ids, vocab_size)
@@ -62,6 +63,7 @@ class BatchBuilder:
         self._graph_forms = graph_forms
         self._extra_forms = extra_forms
         self._null_page = null_page
+        self._has_states = has_states
         self._tables = np.zeros((0, max_pages), dtype=np.int32)
         self._free_lines: list[int] = []
 
@@ -114,6 +116,8 @@ class BatchBuilder:
             graph_forms = ()  # a graph gives logits only
 
         extended = lengths > 1
+        if self._has_states and extended.any():
+            graph_forms = ()
         keys = int((lengths[extended] * ends[extended]).sum())
         form, max_chunks = None, None
         num_pages = int(-(-ends.max() // self._page_tokens))
@@ -137,6 +141,7 @@ class BatchBuilder:
             tables=tables,
             logits_rows=logits_rows,
             targets=np.array([token_id for _, one in prompts for token_id in one.targets], dtype=np.int64),
+            state_slots=np.array([seq.state_slot for seq in sequences]),
         )
         if form is not None:
             slots = row_slots if special else slots

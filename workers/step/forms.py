@@ -59,14 +59,22 @@ class GraphForm:
 
 
 def graph_forms(
-    max_running: int, max_batch_tokens: int, max_pages: int, num_weights: int = MAX_ROWS_WEIGHTS
+    max_running: int,
+    max_batch_tokens: int,
+    max_pages: int,
+    num_weights: int = MAX_ROWS_WEIGHTS,
+    *,
+    has_states: bool = False,
 ) -> tuple[GraphForm, ...]:
     """Rising forms for up to `max_running` sequences of up to `max_pages` KV pages. `num_weights`: of linear layers.
+    `has_states`: the base has recurrent states; a graph then computes decodes alone.
 
     They go beyond `max_running` rows so that decodes with prompts beside them have one: below some 1,500 rows a step
     without a graph takes longer to launch than to compute.
     """
     most = max(max_running, max_batch_tokens)
+    if has_states:
+        return tuple(GraphForm(n, n, max_pages) for n in _sizes(min(max_running, max_batch_tokens)))
     forms = [GraphForm(n, n, max_pages) for n in _sizes(min(most, max(max_running, 512)))]
     max_rows = max(MAX_ROWS, MAX_ROWS * MAX_ROWS_WEIGHTS // max(1, num_weights))
     for num_rows in _sizes(min(most, max(max_running, max_rows))):

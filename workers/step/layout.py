@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lorafleet.kernels.segments import BASE_SLOT, SegmentShape, plan_segments
+from lorafleet.workers.memory.state_store import NULL_SLOT
 from lorafleet.workers.step.forms import GraphForm
 from lorafleet.workers.step.message import StepHeader, StepMessage
 from lorafleet.workers.step.passes import plan_passes
@@ -51,6 +52,8 @@ class Layout:
     logits_rows: Ints
     targets: Ints
     """Of the prompts' rows, the first of `logits_rows`; the others have none."""
+    state_slots: Ints
+    """By sequence; NULL_SLOT for a base without recurrent states."""
 
     @property
     def num_decodes(self) -> int:
@@ -66,16 +69,17 @@ class Layout:
         padding = form.num_rows - len(self.token_ids)
         query_lengths: Ints
         if form.num_prompts == 0:
+            # A sequence of several rows has as many lines, unless it has states, which lines cannot share.
             places = np.arange(len(self.token_ids))
             query_lengths, context_lengths = np.ones(form.num_lines, dtype=np.int64), self.positions + 1
-            tables = self.tables[row_sequence]
+            tables, state_slots = self.tables[row_sequence], self.state_slots[row_sequence]
         else:
             assert self.num_decodes <= form.num_decodes, "the scheduler runs no more than the engine was made for"
             places = np.arange(len(self.tables))
             places[self.num_decodes :] += form.num_decodes - self.num_decodes
             query_lengths = _spread(self.query_lengths, places, form.num_lines)
             query_lengths[-1] = padding
-            context_lengths, tables = self.context_lengths, self.tables
+            context_lengths, tables, state_slots = self.context_lengths, self.tables, self.state_slots
         return Layout(
             token_ids=_pad(self.token_ids, padding, 0),
             positions=_pad(self.positions, padding, 0),
@@ -87,6 +91,7 @@ class Layout:
             tables=_spread(tables, places, form.num_lines, form.num_pages),
             logits_rows=_pad(self.logits_rows, min(form.num_rows, max_logits) - len(self.logits_rows), 0),
             targets=self.targets,
+            state_slots=_spread(state_slots, places, form.num_lines),
         )
 
     def pack(
@@ -143,6 +148,7 @@ class Layout:
         parts.logits_rows[:] = self.logits_rows
         parts.targets[: len(self.targets)] = self.targets
         parts.targets[len(self.targets) :] = 0
+        parts.state_slots[:] = self.state_slots
         parts.block_tables[:] = self.tables
         parts.segments[:] = segments.packed
         for part, (_, plan) in zip(parts.passes, passes, strict=True):
@@ -177,7 +183,7 @@ def blank_batch(
     """
     none = np.zeros(0, dtype=np.int64)
     tables = np.zeros((0, form.num_pages), dtype=np.int32)
-    layout = Layout(none, none, none, none, none.astype(np.int32), none, none, tables, none, none)
+    layout = Layout(none, none, none, none, none.astype(np.int32), none, none, tables, none, none, none)
     return _blank(
         layout.in_form(form, none, null_page, max_logits),
         form=form,
@@ -244,6 +250,7 @@ def blank_prompt(
         tables=np.full((1, num_pages), null_page, dtype=np.int32),
         logits_rows=positions[-1:] if max_pass_rows is None else positions,
         targets=np.zeros(0, dtype=np.int64),
+        state_slots=np.full(1, NULL_SLOT),
     )
     return _blank(
         layout,

@@ -38,6 +38,8 @@ class StepParts(Generic[Array]):
     """(num_logits,): the rows whose logits are wanted: of prompts, then those to sample, then padding."""
     targets: Array
     """(num_logits,): the token whose logprob a prompt's row gives; 0 elsewhere."""
+    state_slots: Array
+    """(num_lines,): slot of each line's recurrent states; NULL_SLOT for lines that no sequence has."""
     block_tables: Array
     """(num_lines, num_table_pages): KV pages of each line; the tail is unused."""
     segments: Array
@@ -93,7 +95,7 @@ class StepHeader:
     @property
     def size(self) -> int:
         """Integers of the packed array."""
-        size = 4 * self.num_rows + 2 * self.num_lines + 1 + 2 * self.num_logits + self.num_lines * self.num_table_pages
+        size = 4 * self.num_rows + 3 * self.num_lines + 1 + 2 * self.num_logits + self.num_lines * self.num_table_pages
         return size + self.segments.size + sum(each.segments.size for each in self.passes)
 
     def split(self, packed: Array) -> StepParts[Array]:
@@ -114,6 +116,7 @@ class StepHeader:
             context_lengths=take(self.num_lines),
             logits_rows=take(self.num_logits),
             targets=take(self.num_logits),
+            state_slots=take(self.num_lines),
             block_tables=take(self.num_lines * self.num_table_pages).reshape(self.num_lines, self.num_table_pages),
             segments=take(self.segments.size),
             passes=tuple(take(each.segments.size) for each in self.passes),
@@ -156,5 +159,7 @@ class StepMessage:
             segments=header.segments.view(parts.segments, host.segments),
             passes=passes,
             targets=parts.targets,
+            state_slots=parts.state_slots,
+            host_state_slots=host.state_slots.tolist(),
             has_extras=header.has_extras,
         )
