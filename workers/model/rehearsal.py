@@ -61,6 +61,10 @@ SMALL: dict[str, int] = {
 """Sizes that are lowered to this, in models that can be made so."""
 NARROW: dict[str, int] = {**SMALL, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 """The same for a copy that is narrower, too; `head_dim` stays."""
+STATE_SPACES = (("mamba_n_heads", "mamba_d_head", "mamba_expand"), ("num_heads", "head_dim", "expand"))
+"""Fields of Mamba 2's heads and their width, which together are so many times as wide as the hidden state."""
+NUM_STATE_HEADS = 8
+"""Of a narrow copy: as many as there are groups at most."""
 MAX_PARAMETERS = 64_000_000
 """A copy that has more parameters takes seconds; it is not made."""
 POOL_BYTES = 32 << 20
@@ -149,6 +153,12 @@ def small_config(config: PretrainedConfig, sizes: dict[str, int], max_model_len:
     for name, most in sizes.items():
         if type(_field(small, name)) is int:
             setattr(small, name, min(_field(small, name), most))
+    for name_of_heads, name_of_width, factor in STATE_SPACES:
+        is_free = getattr(small, "mamba_d_ssm", None) is not None  # the width says itself
+        fields = (name_of_heads, name_of_width, factor)
+        if "hidden_size" in sizes and not is_free and all(hasattr(small, name) for name in fields):
+            setattr(small, name_of_heads, NUM_STATE_HEADS)
+            setattr(small, name_of_width, int(small.hidden_size * getattr(small, factor)) // NUM_STATE_HEADS)
     own_fields = getattr(vars(small).get("_heterogeneity_spec"), "per_layer_overrides", {})
     if own_fields:  # of layers that differ from the others
         small.per_layer_config = {
