@@ -205,9 +205,9 @@ class Ours:
             self._is_done.set()
 
     @property
-    def is_fused(self) -> bool:
-        """Return True if fused layers compute the base."""
-        return self._parts.runner.is_fused
+    def layers(self) -> str:
+        """The share of the base that fused layers compute, in a word."""
+        return self._parts.runner.layers
 
     def close(self) -> None:
         """End the engine and give its memory back."""

@@ -88,8 +88,8 @@ class Row:
     """Why it is refused, or how it is wrong."""
     targets: Mapping[str, str] = field(default_factory=dict)
     """Of `TARGETS`: "yes", or why an adapter on it is refused."""
-    is_fused: bool = False
-    """Whether fused layers compute it."""
+    layers: str = "transformers'"
+    """Whose layers compute it: `fused`, `in part` or `transformers'`."""
     difference: float = 0.0
     """The largest of any logprob."""
     seconds: float = 0.0
@@ -197,7 +197,7 @@ def _serve(case: Case, model: PreTrainedModel, folder: Path) -> Row:
         for name in (None, *folders)
     ]
     answers = ours.ask(questions, NUM_TOKENS)
-    is_fused = ours.is_fused
+    layers = ours.layers
     ours.close()
     worst, of = 0.0, ""
     for question, answer in zip(questions, answers, strict=True):
@@ -207,7 +207,7 @@ def _serve(case: Case, model: PreTrainedModel, folder: Path) -> Row:
         if not report.largest <= worst:
             worst, of = report.largest, f"{question.adapter or 'the base'}, a prompt of {len(question.prompt)} tokens"
     reason = f"a logprob is {worst:.2g} off: {of}" if not worst <= BAR else ""
-    return Row(case.name, case.kind, "wrong" if reason else "served", reason, targets, is_fused, worst)
+    return Row(case.name, case.kind, "wrong" if reason else "served", reason, targets, layers, worst)
 
 
 def _targets(model: PreTrainedModel) -> dict[str, list[str] | str]:
@@ -361,14 +361,12 @@ def page(rows: Iterable[Row]) -> str:
         "",
         "## Served",
         "",
-        "Fused layers are the fast ones. Targets are what an adapter may be put on.",
+        "Fused layers are the fast ones; `in part`: some of their modules are transformers'.",
+        "Targets are what an adapter may be put on.",
         "",
         *_table(
             ("class", "model_type", "layers", *TARGETS),
-            [
-                (row.name, f"`{row.kind}`", "fused" if row.is_fused else "transformers'", *_cells(row))
-                for row in groups["served"]
-            ],
+            [(row.name, f"`{row.kind}`", row.layers, *_cells(row)) for row in groups["served"]],
         ),
         "",
         "### Targets that are refused",

@@ -28,7 +28,7 @@ PARTS = {
     "embedding look-up": r"_lookup_kernel",
     "products of the base, head included": r"nvjet|splitKreduce",
     "attention over pages": r"decode_kernel|extend_kernel",
-    "norms with residual, SiLU, rotary with the write to pages": r"_rms_norm|_silu_mul|_rotate_and_store",
+    "norms with residual, SiLU, rotary with the write to pages": r"_rms_norm|_silu_mul|_gated|_rotate_and_store",
     "sampling, inputs and what torch does beside": r".",
 }
 """Part of a step -> pattern of its kernels' names. The first part that matches has the kernel."""

@@ -1,7 +1,7 @@
-"""Operations between a decoder layer's products, one launch each: residual and norm, rotary and KV write, SiLU and up.
+"""Operations between a decoder layer's products, one launch each: residual and norms, rotary and KV write, gate and up.
 
 Entry points: CUDA runs the Triton kernels of `fused_triton`, other devices the plain torch here, which is also their
-oracle. All round where transformers' Llama modules round, so that a layer keeps its values. Nothing synchronises.
+oracle. All round where transformers' modules round, or less, so that a layer keeps its values. Nothing synchronises.
 
 `scales`: (rows,) float32, what a product of fp8 rows is still to be multiplied with; it is rounded after that. The
 functions ending in `_fp8` also return their output in fp8, for the next product.
@@ -15,56 +15,75 @@ from torch.nn import functional as F
 
 from lorafleet.kernels import fp8
 from lorafleet.kernels.fp8_values import Fp8Rows
-from lorafleet.kernels.kv_place import HeadNorm, KVPlace
+from lorafleet.kernels.kv_place import HeadNorm, KVPlace, Rotation
+from lorafleet.kernels.norms import PLAIN, Activation, Branch, Norm, NormRule
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, scales: Tensor | None = None
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None = None,
+    scales: Tensor | None = None,
+    branch: Branch = PLAIN,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Compute weight * x / sqrt(mean(x^2) + eps) over the last dimension, in float32, rounded before the weight.
+    """Compute `norm` of x, or of the residual with x added.
 
-    x: (rows, width), rows may be strided. weight: (width,) in x's dtype. With `residual` (rows, width), x is added to
-    it in place first, and the sum is what is normalised. Returns (rows, width). Raises ValueError.
+    x: (rows, width), rows may be strided. norm.weight: (width,) in x's dtype. With `residual` (rows, width), what
+    `branch` makes of x is added to it in place first, and the sum is what is normalised. Returns `out`, (rows, width),
+    which may be x. Raises ValueError.
     """
-    _check_norm(x, weight, residual, scales)
+    _check_norm(x, norm, residual, scales, branch)
     if x.is_cuda:
         from lorafleet.kernels import fused_triton
 
-        return fused_triton.rms_norm(x, weight, eps, residual, scales)
+        return fused_triton.rms_norm(x, norm, residual, scales, branch, out)
     x = _rounded(x, scales)
     if residual is not None:
-        x = residual.add_(x)
-    return _normalise(x, weight, eps)
+        x = residual.add_(_through(branch, x))
+    y = _normalise(x, norm.weight, norm.rule)
+    return y if out is None else out.copy_(y)
 
 
 def rms_norm_fp8(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, scales: Tensor | None = None
+    x: Tensor, norm: Norm, residual: Tensor | None = None, scales: Tensor | None = None, branch: Branch = PLAIN
 ) -> tuple[Tensor, Fp8Rows]:
     """Compute `rms_norm`, and its output in fp8."""
     if x.is_cuda:
         from lorafleet.kernels import fused_triton
 
-        _check_norm(x, weight, residual, scales)
-        return fused_triton.rms_norm_fp8(x, weight, eps, residual, scales)
-    y = rms_norm(x, weight, eps, residual, scales)
+        _check_norm(x, norm, residual, scales, branch)
+        return fused_triton.rms_norm_fp8(x, norm, residual, scales, branch)
+    y = rms_norm(x, norm, residual, scales, branch)
     return y, fp8.quantise_rows(y)
+
+
+def add(x: Tensor, residual: Tensor, scales: Tensor | None = None, branch: Branch = PLAIN) -> None:
+    """Add what `branch` makes of x to the residual in place. Arguments as in `rms_norm`."""
+    _check_norm(x, None, residual, scales, branch)
+    if x.is_cuda:
+        from lorafleet.kernels import fused_triton
+
+        fused_triton.add(x, residual, scales, branch)
+        return
+    residual.add_(_through(branch, _rounded(x, scales)))
 
 
 def rotate_and_store(
     qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
     place: KVPlace,
+    rotation: Rotation,
     norm: HeadNorm | None = None,
     scales: Tensor | None = None,
 ) -> Tensor:
     """Rotate the queries in place, and write the rotated keys and the values to their pages.
 
     qkv: (rows, (num_heads + 2 num_kv_heads) * head_dim): query heads, then key heads, then value heads. Rows may be
-    strided. cos, sin: (rows, head_dim) in qkv's dtype, halves rotated against each other. Returns a view of the
-    queries, (rows, num_heads, head_dim). Raises ValueError.
+    strided. angles: cos and sin, (rows, at least rotation.num_angles) in qkv's dtype; None without rotation. Returns a
+    view of the queries, (rows, num_heads, head_dim). Raises ValueError.
     """
     num_kv_heads, head_dim = place.keys.shape[1], place.keys.shape[3]
     num_heads = qkv.shape[-1] // head_dim - 2 * num_kv_heads
@@ -72,29 +91,30 @@ def rotate_and_store(
     if num_heads <= 0:
         raise ValueError(f"rows of {qkv.shape[-1]} elements hold no query beside {num_kv_heads} KV heads of {head_dim}")
     _check_place(place, qkv.shape[0])
-    if head_dim % 2:
-        raise ValueError(f"head_dim must be even to be rotated, got {head_dim}")
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        _check_rows(name, tensor, (qkv.shape[0], head_dim), qkv)
+    _check_rotation(qkv, angles, rotation, head_dim)
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if norm is not None:
-        for name, weight in (("query_weight", norm.query_weight), ("key_weight", norm.key_weight)):
-            _check_vector(name, weight, cos)
+        for name, each in (("query", norm.query), ("key", norm.key)):
+            _check_vector(f"the {name}'s weight", each.weight, query)
+        if norm.query.rule != norm.key.rule:
+            raise ValueError(f"query and key must have norms of one rule, got {norm.query.rule} and {norm.key.rule}")
     if scales is not None:
         fp8.check_scales(scales, qkv)
         if not qkv.is_cuda:
             fp8.rescale(qkv, scales)
-    heads = qkv.view(qkv.shape[0], -1, head_dim)
-    query, key, value = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     if qkv.is_cuda:
         from lorafleet.kernels import fused_triton
 
-        fused_triton.rotate_and_store(qkv, cos, sin, place, norm, scales)
+        fused_triton.rotate_and_store(qkv, angles, place, rotation, norm, scales)
         return query
     if norm is not None:
-        key = _normalise(key, norm.key_weight, norm.eps)
-        query.copy_(_normalise(query, norm.query_weight, norm.eps))
-    query.copy_(_rotate(query, cos, sin))
-    place.keys[place.row_pages, :, place.row_offsets] = _rotate(key, cos, sin)
+        key = _normalise(key, norm.key.weight, norm.key.rule)
+        query.copy_(_normalise(query, norm.query.weight, norm.query.rule))
+    if rotation.width and angles is not None:
+        key = _rotate(key, angles, rotation)
+        query.copy_(_rotate(query, angles, rotation))
+    place.keys[place.row_pages, :, place.row_offsets] = key
     place.values[place.row_pages, :, place.row_offsets] = value
     return query
 
@@ -117,8 +137,8 @@ def store(key: Tensor, value: Tensor, place: KVPlace) -> None:
     place.values[place.row_pages, :, place.row_offsets] = value
 
 
-def silu_mul(gate_up: Tensor, scales: Tensor | None = None) -> Tensor:
-    """Compute silu(gate) * up.
+def gated(gate_up: Tensor, activation: Activation = "silu", scales: Tensor | None = None) -> Tensor:
+    """Compute activation(gate) * up.
 
     gate_up: (rows, 2 * width), gate before up; rows may be strided. Returns (rows, width). Raises ValueError.
     """
@@ -126,19 +146,21 @@ def silu_mul(gate_up: Tensor, scales: Tensor | None = None) -> Tensor:
     if gate_up.is_cuda:
         from lorafleet.kernels import fused_triton
 
-        return fused_triton.silu_mul(gate_up, scales)
+        return fused_triton.gated(gate_up, activation, scales)
     gate, up = _rounded(gate_up, scales).chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    if activation == "silu":
+        return F.silu(gate).mul_(up)
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none").mul_(up)
 
 
-def silu_mul_fp8(gate_up: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Fp8Rows]:
-    """Compute `silu_mul`, and its output in fp8."""
+def gated_fp8(gate_up: Tensor, activation: Activation = "silu", scales: Tensor | None = None) -> tuple[Tensor, Fp8Rows]:
+    """Compute `gated`, and its output in fp8."""
     if gate_up.is_cuda:
         from lorafleet.kernels import fused_triton
 
         _check_gate_up(gate_up, scales)
-        return fused_triton.silu_mul_fp8(gate_up, scales)
-    y = silu_mul(gate_up, scales)
+        return fused_triton.gated_fp8(gate_up, activation, scales)
+    y = gated(gate_up, activation, scales)
     return y, fp8.quantise_rows(y)
 
 
@@ -146,25 +168,57 @@ def _rounded(x: Tensor, scales: Tensor | None) -> Tensor:
     return fp8.scaled(x, scales).to(x.dtype)
 
 
-def _normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _through(branch: Branch, x: Tensor) -> Tensor:
+    if branch.norm is not None:
+        x = _normalise(x, branch.norm.weight, branch.norm.rule)
+    return x if branch.factor == 1.0 else x * branch.factor
+
+
+def _normalise(x: Tensor, weight: Tensor, rule: NormRule) -> Tensor:
     wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps))
-    return (wide * scale).to(x.dtype).mul_(weight)
+    if rule.is_centred:
+        wide = wide - wide.mean(-1, keepdim=True)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(rule.eps))
+    if not rule.is_wide:
+        return wide.to(x.dtype).mul_(weight + rule.offset if rule.offset else weight)
+    return wide.mul_(weight.float() + rule.offset).to(x.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, angles: tuple[Tensor, Tensor], rotation: Rotation) -> Tensor:
     """x: (rows, heads, head_dim)."""
-    low, high = x.chunk(2, dim=-1)
-    return (x * cos[:, None]).add_(torch.cat((-high, low), dim=-1).mul_(sin[:, None]))
+    rotated, rest = x[..., : rotation.width], x[..., rotation.width :]
+    cos, sin = (table[:, None, : rotation.num_angles : rotation.step] for table in angles)
+    if rotation.is_interleaved:
+        low, high = rotated.float().reshape(*rotated.shape[:-1], -1, 2).unbind(-1)
+        cos, sin = cos.float(), sin.float()
+        pairs = torch.stack((low * cos - high * sin, high * cos + low * sin), dim=-1)
+        turned = pairs.flatten(-2).to(x.dtype)
+    else:
+        low, high = rotated.chunk(2, dim=-1)
+        turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-def _check_norm(x: Tensor, weight: Tensor, residual: Tensor | None, scales: Tensor | None) -> None:
+def _check_norm(x: Tensor, norm: Norm | None, residual: Tensor | None, scales: Tensor | None, branch: Branch) -> None:
     _check_rows("x", x, x.shape)
-    _check_vector("weight", weight, x)
+    for each in (norm, branch.norm):
+        if each is not None:
+            _check_vector("weight", each.weight, x)
     if residual is not None:
         _check_rows("residual", residual, x.shape, x)
     if scales is not None:
         fp8.check_scales(scales, x)
+
+
+def _check_rotation(qkv: Tensor, angles: tuple[Tensor, Tensor] | None, rotation: Rotation, head_dim: int) -> None:
+    if rotation.width % 2 or not 0 <= rotation.width <= head_dim:
+        raise ValueError(f"an even number of a head's {head_dim} elements can be rotated, got {rotation.width}")
+    if rotation.width == 0:
+        return
+    if angles is None:
+        raise ValueError("cos and sin must be given to rotate")
+    for name, tensor in zip(("cos", "sin"), angles, strict=True):
+        _check_rows(name, tensor, (qkv.shape[0], max(rotation.num_angles, tensor.shape[-1])), qkv)
 
 
 def _check_gate_up(gate_up: Tensor, scales: Tensor | None) -> None:

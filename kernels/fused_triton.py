@@ -15,61 +15,103 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from lorafleet.kernels import fp8_triton
 from lorafleet.kernels.fp8_triton import round_row
 from lorafleet.kernels.fp8_values import LARGEST, Fp8Rows
-from lorafleet.kernels.kv_place import HeadNorm, KVPlace
+from lorafleet.kernels.kv_place import HeadNorm, KVPlace, Rotation
 from lorafleet.kernels.launching import launch
+from lorafleet.kernels.norms import PLAIN, Activation, Branch, Norm, NormRule
 from lorafleet.kernels.tiling import dependent_launch
 
 _BLOCK_HEADS = 8
-_BLOCK_SILU = 1024
+_BLOCK_GATED = 1024
 _FEW_ROWS = 256
+NO_RULE = NormRule(0.0)
 _PLACES = ("row_pages", "row_offsets")
 """Views into a step's one array: where they start must not make another kernel of it."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, scales: Tensor | None = None) -> Tensor:
-    """One program a row."""
-    return _rms_norm(x, weight, eps, residual, scales, None)
-
-
-def rms_norm_fp8(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, scales: Tensor | None = None
-) -> tuple[Tensor, Fp8Rows]:
-    """One program a row."""
-    rows = fp8_triton.empty(x.shape[0], x.shape[1], x.device)
-    return _rms_norm(x, weight, eps, residual, scales, rows), rows
-
-
-def _rms_norm(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, scales: Tensor | None, fp8_rows: Fp8Rows | None
+def rms_norm(
+    x: Tensor,
+    norm: Norm,
+    residual: Tensor | None,
+    scales: Tensor | None = None,
+    branch: Branch = PLAIN,
+    out: Tensor | None = None,
 ) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    num_rows, width = x.shape
-    if num_rows:
-        block = triton.next_power_of_2(width)
-        pdl = dependent_launch(x)
-        launch(_rms_norm_kernel, (num_rows,))(
-            x,
-            x if residual is None else residual,
-            weight,
-            out,
-            scales,
-            *_matrix(fp8_rows),
-            x.stride(0),
-            x.stride(0) if residual is None else residual.stride(0),
-            width,
-            eps,
-            HAS_RESIDUAL=residual is not None,
-            LARGEST=LARGEST,
-            BLOCK=block,
-            PDL=pdl,
-            num_warps=min(16, max(1, block // 512)),
-            launch_pdl=pdl,
-        )
+    """One program a row."""
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _join(x, norm, residual, scales, branch, out, None)
     return out
 
 
+def rms_norm_fp8(
+    x: Tensor, norm: Norm, residual: Tensor | None, scales: Tensor | None = None, branch: Branch = PLAIN
+) -> tuple[Tensor, Fp8Rows]:
+    """One program a row."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = fp8_triton.empty(x.shape[0], x.shape[1], x.device)
+    _join(x, norm, residual, scales, branch, out, rows)
+    return out, rows
+
+
+def add(x: Tensor, residual: Tensor, scales: Tensor | None, branch: Branch) -> None:
+    """One program a row."""
+    _join(x, None, residual, scales, branch, None, None)
+
+
+def _join(
+    x: Tensor,
+    norm: Norm | None,
+    residual: Tensor | None,
+    scales: Tensor | None,
+    branch: Branch,
+    out: Tensor | None,
+    fp8_rows: Fp8Rows | None,
+) -> None:
+    num_rows, width = x.shape
+    if not num_rows:
+        return
+    block = triton.next_power_of_2(width)
+    pdl = dependent_launch(x)
+    rule = NO_RULE if norm is None else norm.rule
+    ahead = NO_RULE if branch.norm is None else branch.norm.rule
+    launch(_rms_norm_kernel, (num_rows,))(
+        x,
+        x if residual is None else residual,
+        None if norm is None else norm.weight,
+        None if branch.norm is None else branch.norm.weight,
+        out,
+        scales,
+        *_matrix(fp8_rows),
+        x.stride(0),
+        x.stride(0) if residual is None else residual.stride(0),
+        x.stride(0) if out is None else out.stride(0),
+        width,
+        rule.eps,
+        ahead.eps,
+        branch.factor,
+        HAS_RESIDUAL=residual is not None,
+        HAS_FACTOR=branch.factor != 1.0,
+        OFFSET=rule.offset,
+        IS_WIDE=rule.is_wide,
+        IS_CENTRED=rule.is_centred,
+        BRANCH_OFFSET=ahead.offset,
+        BRANCH_IS_WIDE=ahead.is_wide,
+        BRANCH_IS_CENTRED=ahead.is_centred,
+        LARGEST=LARGEST,
+        BLOCK=block,
+        PDL=pdl,
+        num_warps=min(16, max(1, block // 512)),
+        launch_pdl=pdl,
+    )
+
+
 def rotate_and_store(
-    qkv: Tensor, cos: Tensor, sin: Tensor, place: KVPlace, norm: HeadNorm | None, scales: Tensor | None = None
+    qkv: Tensor,
+    angles: tuple[Tensor, Tensor] | None,
+    place: KVPlace,
+    rotation: Rotation,
+    norm: HeadNorm | None,
+    scales: Tensor | None = None,
 ) -> None:
     """One program takes a few heads of one kind (query, key or value) of one row."""
     num_rows = qkv.shape[0]
@@ -80,6 +122,10 @@ def rotate_and_store(
     if not num_rows:
         return
     pdl = dependent_launch(qkv)
+    is_rotated = rotation.width > 0 and angles is not None
+    cos, sin = angles if is_rotated and angles is not None else (qkv, qkv)
+    width = rotation.width if is_rotated else head_dim
+    rule = NO_RULE if norm is None else norm.query.rule
     launch(_rotate_and_store_kernel, (num_rows, query_blocks + 2 * kv_blocks))(
         qkv,
         cos,
@@ -88,23 +134,31 @@ def rotate_and_store(
         place.values,
         place.row_pages,
         place.row_offsets,
-        qkv if norm is None else norm.query_weight,
-        qkv if norm is None else norm.key_weight,
+        qkv if norm is None else norm.query.weight,
+        qkv if norm is None else norm.key.weight,
         scales,
-        0.0 if norm is None else norm.eps,
+        rule.eps,
         qkv.stride(0),
         cos.stride(0),
         sin.stride(0),
         place.keys.stride(0),
         place.keys.stride(1),
         HAS_NORM=norm is not None,
+        OFFSET=rule.offset,
+        IS_WIDE=rule.is_wide,
+        IS_CENTRED=rule.is_centred,
+        IS_ROTATED=is_rotated,
+        IS_INTERLEAVED=is_rotated and rotation.is_interleaved,
+        STEP=rotation.step,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         QUERY_BLOCKS=query_blocks,
         KV_BLOCKS=kv_blocks,
         BLOCK_HEADS=block_heads,
         HEAD_DIM=head_dim,
-        BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+        WIDTH=width,
+        BLOCK_HALF=triton.next_power_of_2(width // 2),
+        BLOCK_REST=triton.next_power_of_2(max(1, head_dim - width)),
         PDL=pdl,
         num_warps=4,
         launch_pdl=pdl,
@@ -137,20 +191,20 @@ def store(key: Tensor, value: Tensor, place: KVPlace) -> None:
     )
 
 
-def silu_mul(gate_up: Tensor, scales: Tensor | None = None) -> Tensor:
+def gated(gate_up: Tensor, activation: Activation, scales: Tensor | None = None) -> Tensor:
     """One program takes a run of one row."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if num_rows and width:
         pdl = dependent_launch(gate_up)
-        launch(_silu_mul_kernel, (num_rows, triton.cdiv(width, _BLOCK_SILU)))(
-            gate_up, out, scales, None, None, gate_up.stride(0), width,
-            LARGEST=LARGEST, BLOCK=_BLOCK_SILU, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        launch(_gated_kernel, (num_rows, triton.cdiv(width, _BLOCK_GATED)))(
+            gate_up, out, scales, None, None, gate_up.stride(0), width, ACTIVATION=activation,
+            LARGEST=LARGEST, BLOCK=_BLOCK_GATED, PDL=pdl, num_warps=4, launch_pdl=pdl,
         )  # fmt: skip
     return out
 
 
-def silu_mul_fp8(gate_up: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Fp8Rows]:
+def gated_fp8(gate_up: Tensor, activation: Activation, scales: Tensor | None = None) -> tuple[Tensor, Fp8Rows]:
     """One program a row, whose scale depends on all of it."""
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_rows, width), dtype=gate_up.dtype, device=gate_up.device)
@@ -160,8 +214,8 @@ def silu_mul_fp8(gate_up: Tensor, scales: Tensor | None = None) -> tuple[Tensor,
         block = triton.next_power_of_2(width)
         # Few rows leave the GPU's other processors idle, so that each row takes all that one has.
         most_warps = 32 if num_rows <= _FEW_ROWS else 16
-        launch(_silu_mul_kernel, (num_rows, 1))(
-            gate_up, out, scales, *_matrix(rows), gate_up.stride(0), width,
+        launch(_gated_kernel, (num_rows, 1))(
+            gate_up, out, scales, *_matrix(rows), gate_up.stride(0), width, ACTIVATION=activation,
             LARGEST=LARGEST, BLOCK=block, PDL=pdl, num_warps=min(most_warps, max(4, block // 512)), launch_pdl=pdl,
         )  # fmt: skip
     return out, rows
@@ -172,19 +226,43 @@ def _matrix(rows: Fp8Rows | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 @triton.jit
+def normed(values, weight, inside, width, eps, OFFSET: tl.constexpr, IS_WIDE: tl.constexpr, IS_CENTRED: tl.constexpr):
+    """The norm of one row, `values` with zeros outside, in their dtype."""
+    wide = values.to(tl.float32)
+    if IS_CENTRED:
+        wide = tl.where(inside, wide - tl.sum(wide, 0) / width, 0.0)
+    wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    if not IS_WIDE:
+        # Rounded before the weight, as most of transformers' do.
+        wide = wide.to(values.dtype).to(tl.float32)
+    return (wide * (weight.to(tl.float32) + OFFSET)).to(values.dtype)
+
+
+@triton.jit
 def _rms_norm_kernel(
     x,
     residual,
     weight,
+    branch_weight,
     out,
     scales,
     fp8_values,
     fp8_scales,
     x_stride,
     residual_stride,
+    out_stride,
     width,
     eps,
+    branch_eps,
+    factor,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    OFFSET: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
+    BRANCH_OFFSET: tl.constexpr,
+    BRANCH_IS_WIDE: tl.constexpr,
+    BRANCH_IS_CENTRED: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -192,26 +270,32 @@ def _rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    scale = tl.load(weight + columns, mask=inside, other=0.0)
+    if weight is not None:
+        scale = tl.load(weight + columns, mask=inside, other=0.0)
+    if branch_weight is not None:
+        branch_scale = tl.load(branch_weight + columns, mask=inside, other=0.0)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0)
     if scales is not None:
         values = (values.to(tl.float32) * tl.load(scales + row)).to(x.dtype.element_ty)
+    if branch_weight is not None:
+        values = normed(
+            values, branch_scale, inside, width, branch_eps, BRANCH_OFFSET, BRANCH_IS_WIDE, BRANCH_IS_CENTRED
+        )
+    if HAS_FACTOR:
+        values = (values.to(tl.float32) * factor).to(x.dtype.element_ty)
     if HAS_RESIDUAL:
         pointers = residual + row * residual_stride + columns
         before = tl.load(pointers, mask=inside, other=0.0)
         values = (before.to(tl.float32) + values.to(tl.float32)).to(x.dtype.element_ty)
         tl.store(pointers, values, mask=inside)
-    wide = values.to(tl.float32)
-    normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
-    # Rounded before the weight, as transformers does.
-    normed = normed.to(x.dtype.element_ty).to(tl.float32) * scale.to(tl.float32)
-    normed = normed.to(x.dtype.element_ty)
-    tl.store(out + row * width + columns, normed, mask=inside)
-    if fp8_values is not None:
-        round_row(normed.to(tl.float32), fp8_values, fp8_scales, row, width, columns, inside, LARGEST)
+    if weight is not None:
+        values = normed(values, scale, inside, width, eps, OFFSET, IS_WIDE, IS_CENTRED)
+        tl.store(out + row * out_stride + columns, values, mask=inside)
+        if fp8_values is not None:
+            round_row(values.to(tl.float32), fp8_values, fp8_scales, row, width, columns, inside, LARGEST)
 
 
 @triton.jit(do_not_specialize_on_alignment=_PLACES)
@@ -233,65 +317,116 @@ def _rotate_and_store_kernel(
     page_stride,
     head_stride,
     HAS_NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
+    IS_ROTATED: tl.constexpr,
+    IS_INTERLEAVED: tl.constexpr,
+    STEP: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     QUERY_BLOCKS: tl.constexpr,
     KV_BLOCKS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """A head is `low` and `high`, the elements of its pairs, and the rest behind the first WIDTH."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    HALF: tl.constexpr = HEAD_DIM // 2
+    HALF: tl.constexpr = WIDTH // 2
+    SPREAD: tl.constexpr = 2 if IS_INTERLEAVED else 1
+    APART: tl.constexpr = 1 if IS_INTERLEAVED else HALF
+    HAS_REST: tl.constexpr = WIDTH < HEAD_DIM
     dtype = qkv.dtype.element_ty
     dims = tl.arange(0, BLOCK_HALF)
     in_half = dims < HALF
+    rest_dims = WIDTH + tl.arange(0, BLOCK_REST)
+    in_rest = rest_dims < HEAD_DIM
     is_query = block < QUERY_BLOCKS
     is_value = block >= QUERY_BLOCKS + KV_BLOCKS
     # The block's first head among those of its kind, and how many heads of other kinds lie before it in the row.
     kind_block = tl.where(is_query, block, tl.where(is_value, block - QUERY_BLOCKS - KV_BLOCKS, block - QUERY_BLOCKS))
     kind_start = tl.where(is_query, 0, tl.where(is_value, NUM_HEADS + NUM_KV_HEADS, NUM_HEADS))
     heads = kind_block * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-    mask = (heads < tl.where(is_query, NUM_HEADS, NUM_KV_HEADS))[:, None] & in_half[None, :]
-    source = qkv + row * qkv_stride + ((kind_start + heads) * HEAD_DIM)[:, None] + dims[None, :]
+    has_head = (heads < tl.where(is_query, NUM_HEADS, NUM_KV_HEADS))[:, None]
+    mask, rest_mask = has_head & in_half[None, :], has_head & in_rest[None, :]
+    start = qkv + row * qkv_stride + ((kind_start + heads) * HEAD_DIM)[:, None]
+    source = start + (dims * SPREAD)[None, :]
     low = tl.load(source, mask=mask, other=0.0)
-    high = tl.load(source + HALF, mask=mask, other=0.0)
+    high = tl.load(source + APART, mask=mask, other=0.0)
+    if HAS_REST:
+        rest = tl.load(start + rest_dims[None, :], mask=rest_mask, other=0.0)
     if scales is not None:
         row_scale = tl.load(scales + row)
         low = (low.to(tl.float32) * row_scale).to(dtype)
         high = (high.to(tl.float32) * row_scale).to(dtype)
+        if HAS_REST:
+            rest = (rest.to(tl.float32) * row_scale).to(dtype)
     if not is_value:
         if HAS_NORM:
             wide_low, wide_high = low.to(tl.float32), high.to(tl.float32)
+            if IS_CENTRED:
+                total = tl.sum(wide_low + wide_high, 1)
+                if HAS_REST:
+                    total += tl.sum(rest.to(tl.float32), 1)
+                mean = (total / HEAD_DIM)[:, None]
+                wide_low = tl.where(mask, wide_low - mean, 0.0)
+                wide_high = tl.where(mask, wide_high - mean, 0.0)
             squares = tl.sum(wide_low * wide_low + wide_high * wide_high, 1)
+            if HAS_REST:
+                wide_rest = rest.to(tl.float32)
+                if IS_CENTRED:
+                    wide_rest = tl.where(rest_mask, wide_rest - mean, 0.0)
+                squares += tl.sum(wide_rest * wide_rest, 1)
             scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
             weight = query_weight if is_query else key_weight
-            weight_low = tl.load(weight + dims, mask=in_half, other=0.0).to(tl.float32)[None, :]
-            weight_high = tl.load(weight + HALF + dims, mask=in_half, other=0.0).to(tl.float32)[None, :]
-            low = ((wide_low * scale).to(dtype).to(tl.float32) * weight_low).to(dtype)
-            high = ((wide_high * scale).to(dtype).to(tl.float32) * weight_high).to(dtype)
-        cos_low = tl.load(cos + row * cos_stride + dims, mask=in_half, other=0.0)[None, :]
-        cos_high = tl.load(cos + row * cos_stride + HALF + dims, mask=in_half, other=0.0)[None, :]
-        sin_low = tl.load(sin + row * sin_stride + dims, mask=in_half, other=0.0)[None, :]
-        sin_high = tl.load(sin + row * sin_stride + HALF + dims, mask=in_half, other=0.0)[None, :]
-        rotated = _rounded_product(low, cos_low) - _rounded_product(high, sin_low)
-        high = (_rounded_product(high, cos_high) + _rounded_product(low, sin_high)).to(dtype)
-        low = rotated.to(dtype)
+            weight_low = tl.load(weight + dims * SPREAD, mask=in_half, other=0.0).to(tl.float32)[None, :]
+            weight_high = tl.load(weight + dims * SPREAD + APART, mask=in_half, other=0.0).to(tl.float32)[None, :]
+            low = _weighted(wide_low * scale, weight_low + OFFSET, dtype, IS_WIDE)
+            high = _weighted(wide_high * scale, weight_high + OFFSET, dtype, IS_WIDE)
+            if HAS_REST:
+                weight_rest = tl.load(weight + rest_dims, mask=in_rest, other=0.0).to(tl.float32)[None, :]
+                rest = _weighted(wide_rest * scale, weight_rest + OFFSET, dtype, IS_WIDE)
+        if IS_ROTATED:
+            cosines = tl.load(cos + row * cos_stride + dims * STEP, mask=in_half, other=0.0)[None, :]
+            sines = tl.load(sin + row * sin_stride + dims * STEP, mask=in_half, other=0.0)[None, :]
+            if IS_INTERLEAVED:
+                wide_low, wide_high = low.to(tl.float32), high.to(tl.float32)
+                cosines, sines = cosines.to(tl.float32), sines.to(tl.float32)
+                low = (wide_low * cosines - wide_high * sines).to(dtype)
+                high = (wide_high * cosines + wide_low * sines).to(dtype)
+            else:
+                rotated = _rounded_product(low, cosines) - _rounded_product(high, sines)
+                high = (_rounded_product(high, cosines) + _rounded_product(low, sines)).to(dtype)
+                low = rotated.to(dtype)
     if is_query:
         tl.store(source, low, mask=mask)
-        tl.store(source + HALF, high, mask=mask)
+        tl.store(source + APART, high, mask=mask)
+        if (HAS_REST and HAS_NORM) or (HAS_REST and scales is not None):
+            tl.store(start + rest_dims[None, :], rest, mask=rest_mask)
     else:
         cache = values if is_value else keys
         page = tl.load(row_pages + row).to(tl.int64)
         offset = tl.load(row_offsets + row)
-        target = cache + page * page_stride + (heads * head_stride + offset * HEAD_DIM)[:, None] + dims[None, :]
-        tl.store(target, low, mask=mask)
-        tl.store(target + HALF, high, mask=mask)
+        target = cache + page * page_stride + (heads * head_stride + offset * HEAD_DIM)[:, None]
+        tl.store(target + (dims * SPREAD)[None, :], low, mask=mask)
+        tl.store(target + (dims * SPREAD)[None, :] + APART, high, mask=mask)
+        if HAS_REST:
+            tl.store(target + rest_dims[None, :], rest, mask=rest_mask)
+
+
+@triton.jit
+def _weighted(wide, weight, dtype: tl.constexpr, IS_WIDE: tl.constexpr):
+    if not IS_WIDE:
+        wide = wide.to(dtype).to(tl.float32)
+    return (wide * weight).to(dtype)
 
 
 @triton.jit
@@ -333,7 +468,7 @@ def _store_kernel(
 
 
 @triton.jit
-def _silu_mul_kernel(
+def _gated_kernel(
     gate_up,
     out,
     scales,
@@ -341,6 +476,7 @@ def _silu_mul_kernel(
     fp8_scales,
     stride,
     width,
+    ACTIVATION: tl.constexpr,
     LARGEST: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -357,7 +493,15 @@ def _silu_mul_kernel(
         scale = tl.load(scales + row)
         gate = (gate * scale).to(out.dtype.element_ty).to(tl.float32)
         up = (up * scale).to(out.dtype.element_ty).to(tl.float32)
-    activated = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
+    if ACTIVATION == "silu":
+        activated = gate / (1.0 + tl.exp(-gate))
+    elif ACTIVATION == "gelu":
+        activated = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:
+        # tanh by the logistic function, whose exponential never overflows to what is no number.
+        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+        activated = gate / (1.0 + tl.exp(-inner))
+    activated = activated.to(out.dtype.element_ty).to(tl.float32)
     activated = (activated * up).to(out.dtype.element_ty)
     tl.store(out + row * width + columns, activated, mask=inside)
     if fp8_values is not None:

@@ -1,4 +1,4 @@
-"""Arguments of rotary embedding beside its rows: the place of keys and values, and the norms ahead of it."""
+"""Arguments of rotary embedding beside its rows: the place of keys and values, the pairs, and the norms ahead of it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,33 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lorafleet.kernels.norms import Norm
+
 
 @dataclass(frozen=True, slots=True)
 class HeadNorm:
-    """RMSNorm over each head of the query and of the key before they are rotated (Qwen3)."""
+    """Norms over each head of the query and of the key before they are rotated."""
 
-    query_weight: Tensor
-    """(head_dim,)"""
-    key_weight: Tensor
-    """(head_dim,)"""
-    eps: float
+    query: Norm
+    key: Norm
+    """Their weights are (head_dim,); they differ in nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Pairs of a head's elements that are rotated, and the place of each pair's angle in a row of cos and sin."""
+
+    width: int
+    """The first so many elements of a head are rotated, 0: none are."""
+    is_interleaved: bool = False
+    """A pair is two neighbours; otherwise element i and element width / 2 + i."""
+    step: int = 1
+    """Pair i has entry i * step."""
+
+    @property
+    def num_angles(self) -> int:
+        """Entries that a row of cos and sin has at least."""
+        return (self.width // 2 - 1) * self.step + 1 if self.width else 0
 
 
 @dataclass(frozen=True, slots=True)

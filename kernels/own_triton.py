@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lorafleet.kernels.fused_triton import normed
 from lorafleet.kernels.launching import launch
+from lorafleet.kernels.norms import NormRule
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import ROW_ALIGN, OwnMatrix, OwnVector
 
@@ -22,8 +24,8 @@ _CHUNK_GROUPS = 8
 """Programs that share the chunks of a run of outputs."""
 
 
-def norm_rows(x: Tensor, y: Tensor, weight: OwnVector, segments: Segments, eps: float) -> None:
-    """Compute y[row] = weight * x[row] / sqrt(mean(x[row]^2) + eps) for rows with a weight of their own.
+def norm_rows(x: Tensor, y: Tensor, weight: OwnVector, segments: Segments, rule: NormRule) -> None:
+    """Compute y[row], x[row] normalised, for rows with a weight of their own.
 
     It rounds as `fused.rms_norm` does. x, y: (rows, width), unit stride along width, in the pool's dtype.
     """
@@ -41,7 +43,10 @@ def norm_rows(x: Tensor, y: Tensor, weight: OwnVector, segments: Segments, eps: 
             weight.starts.stride(0),
             weight.entry,
             width,
-            eps,
+            rule.eps,
+            OFFSET=rule.offset,
+            IS_WIDE=rule.is_wide,
+            IS_CENTRED=rule.is_centred,
             ROW_ALIGN=ROW_ALIGN,
             BLOCK=block,
             num_warps=min(16, max(1, block // 512)),
@@ -128,6 +133,9 @@ def _norm_rows_kernel(
     entry,
     width,
     eps,
+    OFFSET: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    IS_CENTRED: tl.constexpr,
     ROW_ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -140,11 +148,10 @@ def _norm_rows_kernel(
         return
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    wide = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(pool + start * ROW_ALIGN + columns, mask=inside, other=0.0).to(tl.float32)
-    normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
-    normed = normed.to(x.dtype.element_ty).to(tl.float32) * scale
-    tl.store(y + row * y_stride + columns, normed.to(y.dtype.element_ty), mask=inside)
+    values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0)
+    scale = tl.load(pool + start * ROW_ALIGN + columns, mask=inside, other=0.0)
+    values = normed(values, scale, inside, width, eps, OFFSET, IS_WIDE, IS_CENTRED)
+    tl.store(y + row * y_stride + columns, values, mask=inside)
 
 
 @triton.jit(do_not_specialize=["entry"], do_not_specialize_on_alignment=["row_slots", "token_ids", "pointers"])

@@ -31,6 +31,7 @@ from triton.runtime.errors import OutOfResources
 
 from lorafleet.kernels import fused
 from lorafleet.kernels.expand_triton import expand
+from lorafleet.kernels.norms import Norm, NormRule
 from lorafleet.kernels.segments import Segments, build_segments
 from lorafleet.kernels.shrink_triton import shrink
 from lorafleet.kernels.tiling import FEW_ROWS, ExpandTiling, ShrinkTiling, table_path
@@ -201,7 +202,7 @@ class _Bench:
 
     def pair(self, i: int, shrink_tiling: ShrinkTiling, expand_tiling: ExpandTiling) -> None:
         """Both, amid what is around them in the engine where rows are few: how they begin and end counts then."""
-        x = fused.rms_norm(self.x, self.norm, 1e-5) if self.is_few else self.x
+        x = fused.rms_norm(self.x, Norm(self.norm, NormRule(1e-5))) if self.is_few else self.x
         self.expand(i, shrink(x, self.weights[i], self.segments, shrink_tiling), expand_tiling)
         if self.is_few:
             torch.addmm(self.y, x, self.bases[i].t(), out=self.y)

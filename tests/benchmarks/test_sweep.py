@@ -65,7 +65,7 @@ def test_the_page_shows_each_row(script: Script) -> None:
     text = sweep.page(
         [
             sweep.Row("B", "b", "refused", "it is | odd"),
-            sweep.Row("A", "a", "served", targets={**yes, "head": "too large"}, is_fused=True),
+            sweep.Row("A", "a", "served", targets={**yes, "head": "too large"}, layers="fused"),
         ]
     )
     assert "1 are served, 1 are refused, 0 are wrong" in text

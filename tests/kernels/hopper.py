@@ -24,8 +24,9 @@ from lorafleet.kernels import (
     shrink_triton,
 )
 from lorafleet.kernels.attention import DecodeWorkspace
-from lorafleet.kernels.kv_place import HeadNorm, KVPlace
+from lorafleet.kernels.kv_place import HeadNorm, KVPlace, Rotation
 from lorafleet.kernels.launching import compiled_ahead
+from lorafleet.kernels.norms import Activation, Branch, Norm, NormRule
 from lorafleet.kernels.segments import build_segments
 from tests.kernels.paged import paged_embedding, paged_linear
 
@@ -42,7 +43,7 @@ KERNELS = {
     "rms_norm": fused_triton._rms_norm_kernel,
     "rotate_and_store": fused_triton._rotate_and_store_kernel,
     "store": fused_triton._store_kernel,
-    "silu_mul": fused_triton._silu_mul_kernel,
+    "gated": fused_triton._gated_kernel,
     "copy_rows": row_copy_triton._copy_rows_kernel,
 }
 
@@ -99,11 +100,18 @@ def launch_each() -> None:
     place = KVPlace(keys, values, *torch.zeros(2, 4, dtype=torch.int32))
     weight = torch.zeros(64, dtype=DTYPE)
     rotation = torch.zeros(4, 64, dtype=DTYPE)
-    norm = HeadNorm(weight, weight, 1e-5)
-    fused_triton.rotate_and_store(torch.zeros(4, 12 * 64, dtype=DTYPE), rotation, rotation, place, norm)
+    norms = [Norm(weight, NormRule(1e-5, *others)) for others in ((), (1.0, True), (0.0, True, True))]
+    qkv, angles = torch.zeros(4, 12 * 64, dtype=DTYPE), (rotation, rotation)
+    for each, pairs in zip(norms, (Rotation(64), Rotation(32, is_interleaved=True), Rotation(0)), strict=True):
+        fused_triton.rotate_and_store(qkv, angles, place, pairs, HeadNorm(each, each))
     fused_triton.store(torch.zeros(4, 2, 64, dtype=DTYPE), torch.zeros(4, 2, 64, dtype=DTYPE), place)
-    fused_triton.rms_norm(rotation, weight, 1e-5, rotation.clone())
-    fused_triton.silu_mul(torch.zeros(4, 128, dtype=DTYPE))
+    for each in norms:
+        fused_triton.rms_norm(rotation, norms[0], rotation.clone(), None, Branch(each, 0.5))
+        fused_triton.rms_norm(rotation, each, rotation.clone())
+    fused_triton.add(rotation, rotation.clone(), None, Branch(norms[0]))
+    activations: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
+    for activation in activations:
+        fused_triton.gated(torch.zeros(4, 128, dtype=DTYPE), activation)
 
     rows = torch.zeros(3, 5, dtype=torch.int64)
     for is_aligned in (True, False):

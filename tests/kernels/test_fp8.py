@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from lorafleet.kernels import fp8, fp8_triton, fused, fused_triton
 from lorafleet.kernels.fp8_values import Fp8Rows, Fp8Weight
-from lorafleet.kernels.kv_place import KVPlace
+from lorafleet.kernels.kv_place import KVPlace, Rotation
+from lorafleet.kernels.norms import Norm, NormRule
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -119,18 +120,19 @@ def test_layers_take_and_make_fp8_rows(is_scaled: bool, backend: str, dtype: tor
     scales = powers(3, 4) if is_scaled else None
     scaled = fp8.scaled(x, scales).to(dtype)
     sums = residual.clone()
-    expected = ours.rms_norm(scaled, weight, 1e-5, sums)
+    norm = Norm(weight, NormRule(1e-5))
+    expected = ours.rms_norm(scaled, norm, sums)
     own_sums = residual.clone()
-    assert torch.equal(ours.rms_norm(x, weight, 1e-5, own_sums, scales), expected)
+    assert torch.equal(ours.rms_norm(x, norm, own_sums, scales), expected)
     assert torch.equal(own_sums, sums)
-    y, rows = ours.rms_norm_fp8(x, weight, 1e-5, residual.clone(), scales)
+    y, rows = ours.rms_norm_fp8(x, norm, residual.clone(), scales)
     assert torch.equal(y, expected)
     assert_is_rounded(rows, y, backend)
 
     expected = F.silu(scaled[:, :24]) * scaled[:, 24:]
-    torch.testing.assert_close(ours.silu_mul(x, scales), expected, rtol=4e-3, atol=4e-3)
-    y, rows = ours.silu_mul_fp8(x, scales)
-    assert torch.equal(y, ours.silu_mul(x, scales))
+    torch.testing.assert_close(ours.gated(x, "silu", scales), expected, rtol=4e-3, atol=4e-3)
+    y, rows = ours.gated_fp8(x, "silu", scales)
+    assert torch.equal(y, ours.gated(x, "silu", scales))
     assert_is_rounded(rows, y, backend)
 
 
@@ -150,8 +152,8 @@ def test_scaled_heads_are_rotated_and_stored(backend: str, dtype: torch.dtype) -
     places = [place(), place()]
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     expected, own = fp8.scaled(qkv, scales).to(dtype), qkv.clone()
-    run(expected, cos, sin, places[0], None)
-    run(own, cos, sin, places[1], None, scales)
+    run(expected, (cos, sin), places[0], Rotation(8), None)
+    run(own, (cos, sin), places[1], Rotation(8), None, scales)
     assert torch.equal(own[:, :32], expected[:, :32])
     torch.testing.assert_close(places[1].keys, places[0].keys, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(places[1].values, places[0].values, rtol=0, atol=0, equal_nan=True)

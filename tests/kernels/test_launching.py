@@ -14,6 +14,7 @@ import torch
 
 from lorafleet.kernels import fused_triton
 from lorafleet.kernels.launching import compiled_ahead, launch
+from lorafleet.kernels.norms import Norm, NormRule
 from tests.kernels import hopper
 
 ROOT = Path(__file__).parents[2]
@@ -75,9 +76,9 @@ def test_what_fails_in_it_leaves_it() -> None:
 def test_nothing_is_written(interpreter: None) -> None:
     x, weight, residual = torch.ones(2, 32), torch.ones(32), torch.full((2, 32), 3.0)
     with compiled_ahead(1):
-        fused_triton.rms_norm(x, weight, 1e-5, residual)
+        fused_triton.rms_norm(x, Norm(weight, NormRule(1e-5)), residual)
     assert (residual == 3.0).all()
-    fused_triton.rms_norm(x, weight, 1e-5, residual)
+    fused_triton.rms_norm(x, Norm(weight, NormRule(1e-5)), residual)
     assert (residual == 4.0).all()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorafleet.kernels import own_triton
+from lorafleet.kernels.norms import NormRule
 from lorafleet.kernels.segments import Segments, build_segments
 from lorafleet.kernels.weights import ROW_ALIGN, OwnMatrix, OwnVector, aligned
 
@@ -68,7 +69,7 @@ def test_norms(dtype: torch.dtype, width: int) -> None:
     segments = bench.segments(19)
     x, y = bench.random(19, width + 3)[:, :width], bench.random(19, width)
     before = y.clone()
-    own_triton.norm_rows(x, y, bench.vector, segments, 1e-5)
+    own_triton.norm_rows(x, y, bench.vector, segments, NormRule(1e-5))
     slots = segments.host_row_slots.tolist()
     expected = {
         row: F.rms_norm(x[row].double(), (width,), bench.row(slot, -1), 1e-5)

@@ -18,6 +18,7 @@ from lorafleet.workers.memory import extra_rows
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.model import fused_layers
+from lorafleet.workers.model.fused_parts import Output
 from lorafleet.workers.model.lora_layers import FusedProjection, LoraContext, LoraEmbedding
 from lorafleet.workers.model.norm_layers import AdapterNorm
 from tests.workers.memory.geometries import EVERYTHING, decoder, groups_of, manifest_of
@@ -241,7 +242,8 @@ def test_fused_norms_of_their_own(bench: Bench, has_residual: bool) -> None:
     def run(context: LoraContext) -> Tensor:
         changed = residual.clone() if has_residual else None
         norm = AdapterNorm(base, NORM, context, "body", bench.pool.vector(f"{NORM}.weight"))
-        y = fused_layers._norm(norm, fused_layers.Output(x), changed).values
+        entry = fused_layers.Entry(norm, {})
+        y = (entry(Output(x), changed) if changed is not None else entry(None, x.clone())).values
         assert changed is None or torch.equal(changed, total)
         return y
 

@@ -50,7 +50,7 @@ async def test_a_mixed_batch_says_what_peft_says(
                     for version in versions
                 )
             )
-    assert "fused layers" in caplog.text
+    assert "fused of 2 layers: 2 layers, 2 attentions, 2 MLPs" in caplog.text
     cases = [(prompt, folder) for prompt in prompts for folder in folders]
     for (prompt, folder), answer in zip(cases, answers, strict=True):
         expected = generate_with_peft(base, folder, prompt, NUM_TOKENS)
@@ -60,17 +60,22 @@ async def test_a_mixed_batch_says_what_peft_says(
 
 
 @pytest.mark.parametrize(
-    ("kind", "overrides"), [("gpt2", {}), ("llama", {"hidden_act": "gelu"})], ids=["gpt2", "llama_gelu"]
+    ("kind", "overrides", "parts"),
+    [
+        ("gpt2", {}, "2 layers, 2 attentions, 0 MLPs"),
+        ("llama", {"hidden_act": "relu2"}, "2 layers, 2 attentions, 0 MLPs"),
+    ],
+    ids=["gpt2", "llama_relu2"],
 )
 @pytest.mark.slow
-async def test_another_kind_runs_transformers_own_layers(
-    kind: BaseKind, overrides: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_what_no_kernel_computes_runs_in_transformers_own_modules(
+    kind: BaseKind, overrides: dict[str, Any], parts: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = make_base(tmp_path / "base", kind, **overrides)
     with caplog.at_level(logging.INFO):
         async with open_worker(Shelf(base)) as worker:
             answer = await ask(worker, range(5, 20), None, greedy(8))
-    assert "transformers' own layers (" in caplog.text
+    assert f"fused of 2 layers: {parts}" in caplog.text
     assert answer.tokens == generate_with_peft(base, None, range(5, 20), 8).tokens
 
 
@@ -87,7 +92,7 @@ class _Steps:
             if "embed" not in group[0]:
                 substitute_projections(model, group, None, LoraContext())  # type: ignore[arg-type]
         paged_attention.install(model, self.context)
-        assert fused_layers.substitute(model, self.context) is None
+        assert fused_layers.substitute(model, self.context, 256).kind == "fused"
         self.model = model
         # Each of two sequences has half of the pages.
         self.tables = torch.arange(32, dtype=torch.int32, device="cuda").view(2, 16)

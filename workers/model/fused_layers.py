@@ -1,233 +1,313 @@
-"""Decoder layers of Llama's kind, run with one launch between every two products instead of transformers' own modules.
+"""Decoder layers run with one launch between every two products, instead of transformers' own code.
 
-`substitute` exchanges a model's body (Llama, Mistral, Qwen2, Qwen3) for a `FusedBody`. Weights, embedding, final norm,
-rotary module and head stay transformers' (or `lora_layers`'); a model of another kind is left as it is.
+`substitute` looks at what each module of a model does, not at its class. Norms, gated MLPs and attention that the fused
+kernels can compute get another forward. A layer that only joins such parts, in one of the known ways, is computed as a
+whole. What it adds to the residual, the norms around that, and the next layer's norm are one launch then. All modules
+keep their places and names. Whatever is not recognised runs as transformers has it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lorafleet.kernels import fused
-from lorafleet.kernels.fp8_values import Fp8Rows
-from lorafleet.kernels.kv_place import HeadNorm, KVPlace
-from lorafleet.kernels.scores import Scores
-from lorafleet.workers.model.lora_layers import FusedProjection, ProjectionSlice
+from lorafleet.kernels.norms import PLAIN, Branch, Norm, NormRule
+from lorafleet.workers.model.fused_parts import (
+    ANGLES,
+    FusedAttention,
+    FusedMLP,
+    FusedNorm,
+    Input,
+    Output,
+    attention_of,
+    mlp_of,
+    rule_of,
+)
+from lorafleet.workers.model.lora_layers import FusedProjection
 from lorafleet.workers.model.norm_layers import AdapterNorm
-from lorafleet.workers.model.paged_attention import AttentionContext, attend
+from lorafleet.workers.model.paged_attention import AttentionContext
+from lorafleet.workers.model.wiring import (
+    BodyCalls,
+    BranchWiring,
+    Wiring,
+    attention_child,
+    is_norm,
+    read_body,
+    read_layer,
+    untouched,
+)
 
-_WINDOWS: dict[str, Callable[[Any], int | None]] = {
-    "llama.modeling_llama.Llama": lambda attention: None,
-    "mistral.modeling_mistral.Mistral": lambda attention: getattr(attention.config, "sliding_window", None),
-    "qwen2.modeling_qwen2.Qwen2": lambda attention: getattr(attention, "sliding_window", None),
-    "qwen3.modeling_qwen3.Qwen3": lambda attention: getattr(attention, "sliding_window", None),
-}
-"""Kinds of models whose layers are computed here -> the sliding window that such a kind's attention module uses."""
-
-
-class Output(NamedTuple):
-    """Output of a projection, (rows, width), and (rows,) what it is still to be multiplied with."""
-
-    values: Tensor
-    scales: Tensor | None = None
-
-
-class Input(NamedTuple):
-    """Input of a projection, (rows, width), also in fp8 if that was made with it."""
-
-    values: Tensor
-    in_fp8: Fp8Rows | None = None
+Rules = dict[tuple[object, ...], NormRule | None]
+"""Rules of norms, by what tells them apart."""
+Compute = Callable[[Input, Mapping[str, Any]], Output]
+"""A layer's branch: its input and the layer's arguments -> what is added to the residual."""
 
 
-class FusedLayer(nn.Module):
-    """One decoder layer. Its modules keep their names; those that the fused kernels replace give their weights only."""
+class Entry:
+    """The way into a branch or the head: what is left to add goes into the residual, and the sum is normed."""
 
-    def __init__(
-        self,
-        layer: Any,
-        projections: list[FusedProjection],
-        index: int,
-        window: int | None,
-        context: AttentionContext,
-    ) -> None:
-        """`projections`: q/k/v, o, gate/up and down."""
-        super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
-        self.input_layernorm: nn.Module = layer.input_layernorm
-        self.self_attn: nn.Module = attention
-        self.post_attention_layernorm: nn.Module = layer.post_attention_layernorm
-        self.mlp: nn.Module = mlp
-        # Registered above already, under the names of their members.
-        self.__dict__["projections"] = projections
-        self.head_norm = None
-        if hasattr(attention, "q_norm"):
-            query_norm, key_norm = attention.q_norm, attention.k_norm
-            self.head_norm = HeadNorm(query_norm.weight, key_norm.weight, _untouched(query_norm).variance_epsilon)
-        self.index = index
-        self.scores = Scores(attention.scaling, window)
-        self.context = context
+    def __init__(self, norm: nn.Module | None, rules: Rules, reader: FusedProjection | None = None) -> None:
+        """`norm`: None where the residual itself is read. `reader`: the projection that reads the result."""
+        self.norm, self._reader = norm, reader
+        self._rule = None if norm is None else rule_of(untouched(norm), rules)
 
-    def forward(self, x: Output, residual: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Output, Tensor]:
-        """x: (rows, width), what the layer before left to be added to `residual`; None at the first layer.
+    @property
+    def tabled(self) -> str | None:
+        """The parameter that adapters may replace in a captured step."""
+        is_tabled = isinstance(self.norm, AdapterNorm) and self._rule is not None
+        return f"{self.norm.name}.weight" if is_tabled and isinstance(self.norm, AdapterNorm) else None
 
-        Returns the same pair for the next layer; `residual` is changed in place.
-        """
-        qkv_proj, o_proj, gate_up_proj, down_proj = self.__dict__["projections"]
-        normed = _norm(self.input_layernorm, x, residual, qkv_proj)
-        if residual is None:
-            residual = x.values
-        query = self._rotate_and_store(_project(qkv_proj, normed), cos, sin)
-        attended = attend(query, self.context, self.index, self.scores)
-        x = _project(o_proj, Input(attended.flatten(1)))
-        normed = _norm(self.post_attention_layernorm, x, residual, gate_up_proj)
-        x = _project(down_proj, _silu_mul(_project(gate_up_proj, normed), down_proj))
-        return x, residual
+    def __call__(self, x: Output | None, residual: Tensor, branch: Branch = PLAIN) -> Input:
+        """x: (rows, width), to be added to `residual` in place by way of `branch`; None: nothing is."""
+        if self.norm is None or self._rule is None:
+            if x is not None:
+                fused.add(x.values, residual, x.scales, branch)
+            return Input(residual if self.norm is None else self.norm(residual[None])[0])
+        weight = untouched(self.norm).get_parameter("weight")
+        norm = Norm(weight, self._rule)
+        what = (residual, norm) if x is None else (x.values, norm, residual, x.scales, branch)
+        if self._reader is None or self._reader.fp8_weight is None:
+            y = Input(fused.rms_norm(*what))
+        else:
+            y = Input(*fused.rms_norm_fp8(*what))
+        return self._with_own(self.norm, y, residual) if isinstance(self.norm, AdapterNorm) else y
 
-    def _rotate_and_store(self, qkv: Output, cos: Tensor, sin: Tensor) -> Tensor:
-        """As `fused.rotate_and_store`, which writes rows with head norms of their own once more."""
-        place = self.context.place(self.index)
-        # Rows of adapters come scaled.
-        own_norms = [(rows, norm, qkv.values.index_select(0, rows)) for rows, norm in self._own_head_norms()]
-        query = fused.rotate_and_store(qkv.values, cos, sin, place, self.head_norm, qkv.scales)
-        for rows, norm, own_qkv in own_norms:
-            own_cos, own_sin, pages, offsets = (
-                table.index_select(0, rows) for table in (cos, sin, place.row_pages, place.row_offsets)
-            )
-            own_place = KVPlace(place.keys, place.values, pages, offsets)
-            query.index_copy_(0, rows, fused.rotate_and_store(own_qkv, own_cos, own_sin, own_place, norm))
-        return query
-
-    def _own_head_norms(self) -> Iterator[tuple[Tensor, HeadNorm]]:
-        """Rows of the running pass whose adapter replaces a norm of queries or keys, and what norms them."""
-        base = self.head_norm
-        if base is None:
-            return
-        query_norm, key_norm = self.self_attn.q_norm, self.self_attn.k_norm
-        if not isinstance(query_norm, AdapterNorm) or not isinstance(key_norm, AdapterNorm):
-            return
-        for owner in query_norm.context.owners(query_norm.context.segments):
-            query, key = query_norm.parameters_of(owner), key_norm.parameters_of(owner)
-            if query or key:
-                norm = HeadNorm(query.get("weight", base.query_weight), key.get("weight", base.key_weight), base.eps)
-                yield owner.rows, norm
-
-
-class FusedBody(nn.Module):
-    """The model between token ids and the head; it takes the place of transformers' own body, under its names."""
-
-    def __init__(self, body: Any, layers: list[FusedLayer]) -> None:
-        super().__init__()
-        self.config = body.config
-        self.embed_tokens = body.embed_tokens
-        self.layers = nn.ModuleList(layers)
-        self.norm = body.norm
-        self.rotary_emb = body.rotary_emb
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor, **_: object) -> BaseModelOutputWithPast:
-        """input_ids, position_ids: (1, rows); the rest of what transformers' heads pass on is not used."""
-        embedded: Tensor = self.embed_tokens(input_ids)[0]
-        cos, sin = (table[0] for table in self.rotary_emb(embedded[None], position_ids))
-        x, residual = Output(embedded), None
-        for layer in self.layers:
-            x, residual = layer(x, residual, cos, sin)
-        return BaseModelOutputWithPast(last_hidden_state=_norm(self.norm, x, residual).values[None])
-
-
-def substitute(model: PreTrainedModel, context: AttentionContext) -> str | None:
-    """Let fused layers compute `model`, whose projections have been substituted already.
-
-    Returns None when that is done, and otherwise why it is not: the model is left as it was.
-    """
-    body: Any = model.base_model
-    kind = f"{type(body).__module__}.{type(body).__name__}".removeprefix("transformers.models.").removesuffix("Model")
-    if kind not in _WINDOWS or body is model:
-        return f"none are fused for {type(body).__name__}"
-    if body.config.hidden_act not in ("silu", "swish"):
-        return f"its activation is {body.config.hidden_act}"
-    layers = []
-    for index, layer in enumerate(body.layers):
-        attention, mlp = layer.self_attn, layer.mlp
-        for part, name in ((attention, "Attention"), (mlp, "MLP")):
-            if f"{type(part).__module__}.{type(part).__name__}" != f"transformers.models.{kind}{name}":
-                return f"layer {index} has a {type(part).__name__}"
-        projections = [
-            _fused_of(attention.q_proj, attention.k_proj, attention.v_proj),
-            _fused_of(attention.o_proj),
-            _fused_of(mlp.gate_proj, mlp.up_proj),
-            _fused_of(mlp.down_proj),
-        ]
-        fused_projections = [projection for projection in projections if projection is not None]
-        if len(fused_projections) < len(projections):
-            return f"projections of layer {index} are not plain linear ones"
-        layers.append(FusedLayer(layer, fused_projections, index, _WINDOWS[kind](attention), context))
-    model.set_submodule(model.base_model_prefix, FusedBody(body, layers))
-    return None
-
-
-def tabled_norms(model: PreTrainedModel) -> frozenset[str]:
-    """Parameters of norms that adapters may replace in a captured step: those between the products of fused layers.
-
-    Norms of heads are not among them, nor any norm of a model whose layers are not fused.
-    """
-    body: Any = model.base_model
-    if not isinstance(body, FusedBody):
-        return frozenset()
-    norms = [body.norm]
-    for layer in body.layers:
-        norms += [layer.input_layernorm, layer.post_attention_layernorm]
-    return frozenset(f"{norm.name}.weight" for norm in norms if isinstance(norm, AdapterNorm))
-
-
-def _norm(module: nn.Module, x: Output, residual: Tensor | None, reader: FusedProjection | None = None) -> Input:
-    """Add x to the residual and norm the sum, also in fp8 if the projection that reads it wants that."""
-    weight, eps = module.weight, _untouched(module).variance_epsilon
-    assert isinstance(weight, Tensor)
-    assert isinstance(eps, float)
-    if reader is None or reader.fp8_weight is None:
-        y, in_fp8 = fused.rms_norm(x.values, weight, eps, residual, x.scales), None
-    else:
-        y, in_fp8 = fused.rms_norm_fp8(x.values, weight, eps, residual, x.scales)
-    if isinstance(module, AdapterNorm):
-        summed = x.values if residual is None else residual
+    def _with_own(self, module: AdapterNorm, y: Input, summed: Tensor) -> Input:
+        """The rows of adapters with a weight of their own are normed with that."""
+        assert self._rule is not None
         segments = module.context.segments_at(module.place, module.name, summed.shape[0])
         if summed.is_cuda and module.own_weight is not None and segments is not None:
             if module.context.has_extras:
                 from lorafleet.kernels import own_triton
 
-                own_triton.norm_rows(summed, y, module.own_weight, segments, eps)
-                in_fp8 = None
-            return Input(y, in_fp8)
-        for rows, parameters in module.replaced(summed.shape[0]):
-            y.index_copy_(0, rows, fused.rms_norm(summed.index_select(0, rows), parameters["weight"], eps))
-            in_fp8 = None
-    return Input(y, in_fp8)
+                own_triton.norm_rows(summed, y.values, module.own_weight, segments, self._rule)
+                return Input(y.values)
+            return y
+        replaced = module.replaced(summed.shape[0])
+        for rows, parameters in replaced:
+            own = fused.rms_norm(summed.index_select(0, rows), Norm(parameters["weight"], self._rule))
+            y.values.index_copy_(0, rows, own)
+        return Input(y.values) if replaced else y
 
 
-def _silu_mul(gate_up: Output, reader: FusedProjection) -> Input:
-    if reader.fp8_weight is None:
-        return Input(fused.silu_mul(gate_up.values, gate_up.scales))
-    return Input(*fused.silu_mul_fp8(gate_up.values, gate_up.scales))
+class Exit:
+    """The way out of a branch: a norm, if there is one, and a factor."""
+
+    def __init__(self, norm: nn.Module | None, factor: float, rules: Rules) -> None:
+        self._norm = norm
+        rule = None if norm is None else rule_of(untouched(norm), rules)
+        self._after_norm = Branch(factor=factor)
+        self._branch = self._after_norm
+        self._is_fused = norm is None or rule is not None
+        if norm is not None and rule is not None:
+            self._branch = Branch(Norm(untouched(norm).get_parameter("weight"), rule), factor)
+
+    def __call__(self, x: Output) -> tuple[Output, Branch]:
+        """x: (rows, width) -> what is to be added, and by which way."""
+        norm = self._norm
+        has_own = isinstance(norm, AdapterNorm) and norm.context.has_extras
+        if norm is None or (self._is_fused and not has_own):
+            return x, self._branch
+        return Output(norm(x.finished()[None])[0]), self._after_norm
 
 
-def _project(projection: FusedProjection, x: Input) -> Output:
-    return Output(*projection.unscaled(x.values, x.in_fp8))
+@dataclass(slots=True, eq=False)
+class Carry:
+    """The sum that a layer leaves to the next one, or to the norm behind the last."""
+
+    _hidden: Tensor | None = None
+    _left: tuple[Output, Branch] | None = None
+
+    def give(self, hidden: Tensor, x: Output, branch: Branch) -> Tensor:
+        """Return `hidden`, which lacks x."""
+        self._hidden, self._left = hidden, (x, branch)
+        return hidden
+
+    def take(self, hidden: Tensor) -> tuple[Output | None, Branch]:
+        """Return what `hidden` lacks."""
+        left = self._left if self._hidden is hidden else None
+        assert left is not None or self._hidden is None, "a layer was not given what the one before it gave"
+        self._hidden, self._left = None, None
+        return (None, PLAIN) if left is None else left
 
 
-def _untouched(norm: nn.Module) -> Any:
-    """Transformers' own norm."""
-    return norm.base if isinstance(norm, AdapterNorm) else norm
+class FusedLayer:
+    """Stands for the forward of a decoder layer."""
+
+    def __init__(
+        self, layer: nn.Module, names: Sequence[str], wiring: Wiring, parts: Parts, carry: Carry, *, hands_over: bool
+    ) -> None:
+        """`names`: of its parameters. `hands_over`: whether what it returns goes to another that knows `carry`."""
+        self._layer, self._names, self._carry, self._hands_over = layer, names, carry, hands_over
+        self._is_parallel = wiring.is_parallel
+        attention, mlp = layer.get_submodule(wiring.attention.module), layer.get_submodule(wiring.mlp.module)
+        part, mlp_part = parts.attentions.get(attention), parts.mlps.get(mlp)
+        self._attend = _attention(attention, part, wiring)
+        self._feed = _mlp(mlp, mlp_part, wiring.mlp)
+        rules = parts.rules
+        self.entries = [Entry(_child(layer, wiring.attention.norm), rules, None if part is None else part.reader)]
+        if not wiring.is_parallel:
+            reader = None if mlp_part is None else mlp_part.reader
+            self.entries.append(Entry(_child(layer, wiring.mlp.norm), rules, reader))
+        self._exits = [
+            Exit(_child(layer, branch.post_norm), branch.factor, rules) for branch in (wiring.attention, wiring.mlp)
+        ]
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **arguments: Any) -> Tensor:
+        """hidden_states: (1, rows, width) -> the same shape."""
+        arguments.update(zip(self._names[1:], args, strict=False))
+        x, branch = self._carry.take(hidden_states)
+        if x is None:
+            hidden_states = hidden_states.clone()  # it is added to in place
+        residual = hidden_states[0]
+        normed = self.entries[0](x, residual, branch)
+        x, branch = self._exits[0](self._attend(normed, arguments))
+        if self._is_parallel:
+            left = self._feed(normed, arguments)
+            fused.add(x.values, residual, x.scales, branch)
+        else:
+            left = self._feed(self.entries[1](x, residual, branch), arguments)
+        x, branch = self._exits[1](left)
+        # Hooks are to see the sum.
+        if self._hands_over and not self._layer._forward_hooks:
+            return self._carry.give(hidden_states, x, branch)
+        fused.add(x.values, residual, x.scales, branch)
+        return hidden_states
 
 
-def _fused_of(*members: nn.Module) -> FusedProjection | None:
-    """The product of these modules, if they are all the members of one group, in order."""
-    fused_of = {id(member.fused) for member in members if isinstance(member, ProjectionSlice)}
-    first = members[0]
-    if len(fused_of) != 1 or not isinstance(first, ProjectionSlice) or len(first.fused.widths) != len(members):
-        return None
-    indices = [member.index for member in members if isinstance(member, ProjectionSlice)]
-    return first.fused if indices == list(range(len(members))) else None
+class FusedEnd:
+    """Stands for the forward of the norm behind the last layer."""
+
+    def __init__(self, norm: nn.Module, rules: Rules, carry: Carry) -> None:
+        self.entry = Entry(norm, rules)
+        self._own, self._carry = norm.forward, carry
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states: (1, rows, width) -> the same shape."""
+        x, branch = self._carry.take(hidden_states)
+        if x is None:
+            y: Tensor = self._own(hidden_states)
+            return y
+        return self.entry(x, hidden_states[0], branch).values[None]
+
+
+@dataclass(slots=True, eq=False)
+class Parts:
+    """The parts of a model that fused kernels compute."""
+
+    num_layers: int = 0
+    """That attend."""
+    layers: list[FusedLayer] = field(default_factory=list)
+    end: FusedEnd | None = None
+    attentions: dict[nn.Module, FusedAttention] = field(default_factory=dict)
+    mlps: dict[nn.Module, FusedMLP] = field(default_factory=dict)
+    num_norms: int = 0
+    rules: Rules = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """One word for it: `fused`, `in part` or `transformers'`."""
+        if self.num_layers == len(self.layers) == len(self.attentions):
+            return "fused"
+        return "in part" if self.layers or self.attentions or self.mlps or self.num_norms else "transformers'"
+
+    def tabled_norms(self) -> frozenset[str]:
+        """Parameters of norms that adapters may replace in a captured step: those of ways into a branch or the head."""
+        entries = [entry for layer in self.layers for entry in layer.entries]
+        entries += [] if self.end is None else [self.end.entry]
+        return frozenset(name for entry in entries if (name := entry.tabled) is not None)
+
+    def __str__(self) -> str:
+        found = {"layers": self.layers, "attentions": self.attentions, "MLPs": self.mlps}
+        counts = [f"{len(each)} {name}" for name, each in found.items()]
+        return f"fused of {self.num_layers} layers: {', '.join(counts)}, {self.num_norms} norms"
+
+
+def substitute(model: PreTrainedModel, context: AttentionContext, max_model_len: int) -> Parts:
+    """Let fused kernels compute what they can of `model`, whose leaves and attention have been substituted already."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        return _substitute(model, context, max_model_len)
+
+
+def _substitute(model: PreTrainedModel, context: AttentionContext, max_model_len: int) -> Parts:
+    body = read_body(model, max_model_len)
+    parts = Parts(num_layers=len(context.calls) if body is None else len(body.layers))
+    reads = [] if body is None else [read_layer(layer, call.arguments) for layer, call in _pairs(body)]
+    for module in [*model.modules()]:
+        if (mlp := mlp_of(module)) is not None:
+            parts.mlps[module] = mlp
+    for (layer, call), read in zip([] if body is None else _pairs(body), reads, strict=True):
+        name = attention_child(layer)
+        assert name is not None
+        module = layer.get_submodule(name)
+        cos_and_sin = call.arguments.get(ANGLES)
+        has_dtype = not isinstance(cos_and_sin, tuple) or all(each.dtype == model.dtype for each in cos_and_sin)
+        known = context.calls.get(module.layer_idx) if isinstance(module.layer_idx, int) else None
+        if known is not None and read.attention_arguments is not None and has_dtype:
+            found = attention_of(module, read.attention_arguments, known, context, parts.rules)
+            if found is not None:
+                parts.attentions[module] = found
+    for module in [*model.modules()]:
+        rule = rule_of(module, parts.rules) if is_norm(module) and not isinstance(module, AdapterNorm) else None
+        if rule is not None:
+            module.__dict__["forward"] = FusedNorm(module, rule)
+            parts.num_norms += 1
+    for part_of in (parts.mlps, parts.attentions):
+        for module, part in part_of.items():
+            module.__dict__["forward"] = part.forward
+    if body is not None:
+        _substitute_layers(body, [read.wiring for read in reads], parts)
+    return parts
+
+
+def _substitute_layers(body: BodyCalls, wirings: list[Wiring | None], parts: Parts) -> None:
+    carry = Carry()
+    last = len(wirings) - 1
+    for index, ((layer, call), wiring) in enumerate(zip(_pairs(body), wirings, strict=True)):
+        if wiring is None:
+            continue
+        has_next = body.norm is not None if index == last else wirings[index + 1] is not None
+        fused_layer = FusedLayer(layer, call.names, wiring, parts, carry, hands_over=call.hands_over and has_next)
+        parts.layers.append(fused_layer)
+        layer.__dict__["forward"] = fused_layer
+    if body.norm is not None and body.calls[last].hands_over and wirings[last] is not None:
+        parts.end = FusedEnd(body.norm, parts.rules, carry)
+        body.norm.__dict__["forward"] = parts.end
+
+
+def _pairs(body: BodyCalls) -> list[tuple[nn.Module, Any]]:
+    return list(zip(body.layers, body.calls, strict=True))
+
+
+def _child(layer: nn.Module, name: str | None) -> nn.Module | None:
+    return None if name is None else layer.get_submodule(name)
+
+
+def _attention(module: nn.Module, part: FusedAttention | None, wiring: Wiring) -> Compute:
+    if part is not None:
+        angles = wiring.arguments.get(ANGLES)
+        return lambda x, given: part(x, part.angles(None if angles is None else given[angles]))
+
+    def compute(x: Input, given: Mapping[str, Any]) -> Output:
+        arguments = {name: given[source] for name, source in wiring.arguments.items()}
+        return Output(module(x.values[None], **arguments, **wiring.constants)[0].reshape(x.values.shape))
+
+    return compute
+
+
+def _mlp(module: nn.Module, part: FusedMLP | None, wiring: BranchWiring) -> Compute:
+    if part is not None:
+        return lambda x, _: part(x)
+
+    def compute(x: Input, _: Mapping[str, Any]) -> Output:
+        y = module(x.values[None])
+        return Output((y[0] if wiring.is_tuple else y).reshape(x.values.shape))
+
+    return compute

@@ -314,4 +314,4 @@ class _Rehearsal:
                     if piece.slot + 1 == index
                 )
                 rows.append((next(spans, range(0)), total))
-        return first_difference(own, ours, rows) or ("a fused layer" if self.runner.is_fused else "its head")
+        return first_difference(own, ours, rows) or "its head"

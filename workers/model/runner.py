@@ -57,8 +57,8 @@ class Substituted:
     recurrent: RecurrentContext
     body: BodyOnce
     """Computes what lies below the head."""
-    is_fused: bool
-    """True if fused layers compute the base."""
+    layers: str
+    """As `fused_layers.Parts.kind`."""
 
 
 class ModelRunner:
@@ -85,7 +85,7 @@ class ModelRunner:
         self.pool = pool
         self.states = states
         self.body = substituted.body
-        self.is_fused = substituted.is_fused
+        self.layers = substituted.layers
         self._lora = substituted.lora
         self._attention = substituted.attention
         self._recurrent = substituted.recurrent

@@ -119,17 +119,17 @@ def substitute(
     paged_attention.install(model, attention)
     recurrent = RecurrentContext(states)
     recurrent_layers.install(model, recurrent)
-    why_not_fused = fused_layers.substitute(model, attention)
-    pool.untabled = frozenset(geometry.vectors) - fused_layers.tabled_norms(model)
+    parts = fused_layers.substitute(model, attention, base.max_model_len)
+    pool.untabled = frozenset(geometry.vectors) - parts.tabled_norms()
     logger.info(
         "%s: substituted %s; attention reads pages of %d tokens; %s",
         type(model).__name__,
         ", ".join(f"{count} {name}" for name, count in counts.items()),
         cache.page_tokens,
-        "fused layers" if why_not_fused is None else f"transformers' own layers ({why_not_fused})",
+        parts,
     )
     pool.row_norms = RowNorms(model)
-    return Substituted(lora, attention, recurrent, BodyOnce(model), why_not_fused is None)
+    return Substituted(lora, attention, recurrent, BodyOnce(model), parts.kind)
 
 
 @torch.inference_mode()
