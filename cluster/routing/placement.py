@@ -10,7 +10,9 @@ An adapter that is resident nowhere goes to the less loaded of two workers; at e
 pages. Requests for the base do the same. While no worker can fetch adapters, a request waits for one that has its
 adapter.
 
-Loads count the requests of other routers too, as workers report them.
+Loads count the requests of other routers too, as workers report them, but divided by the number of routers. Reports are
+old, and all routers read the same ones: if each made up for a difference whole, they would all send to one worker at
+once. Divided, they make up for it once together.
 
 Bound: a worker holds at most `max_load` requests of this router. If all workers are full, none is chosen and the
 request waits.
@@ -40,11 +42,13 @@ class Candidate:
     free_pages: int = 0
     others: int = 0
     """Requests of other routers that it holds, as of its last report."""
+    num_routers: int = 2
+    """Routers that send to it, with this one."""
 
     @property
-    def load(self) -> int:
-        """All requests that it holds, as far as is known."""
-        return self.held + self.others
+    def load(self) -> float:
+        """Requests that it holds, as they weigh in a choice."""
+        return self.held + self.others / self.num_routers
 
 
 @dataclass(slots=True)

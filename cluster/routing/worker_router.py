@@ -50,6 +50,7 @@ class WorkerRouter(DirectRouter):
         self._listening: set[tuple[ReplicaID, str]] = set()  # calls that are no work, and last as long as the worker
         self._reports: dict[ReplicaID, RoutingReport] = {}
         self._outbox_ids: set[str] = set()  # whose answers this router's calls ask for
+        self._other_outbox_ids: set[str] = set()  # of routers that have requests on workers, as of their last reports
         self._metrics = QueueMetrics()
         note_router(self)
 
@@ -142,7 +143,10 @@ class WorkerRouter(DirectRouter):
     def _candidate(self, replica_id: ReplicaID) -> Candidate:
         report = self._reports.get(replica_id, _NO_REPORT)
         others = sum(count for outbox_id, count in report.answering if outbox_id not in self._outbox_ids)
-        return Candidate(replica_id.unique_id, self._in_flight[replica_id], report.resident, report.free_pages, others)
+        held = self._in_flight[replica_id]
+        return Candidate(
+            replica_id.unique_id, held, report.resident, report.free_pages, others, 1 + len(self._other_outbox_ids)
+        )
 
     def _release(self, replica_id: ReplicaID) -> None:
         self._in_flight[replica_id] = max(0, self._in_flight[replica_id] - 1)
@@ -171,6 +175,8 @@ class WorkerRouter(DirectRouter):
             self._forget(replica_id)
         for replica_id, replica in self.replicas.items():
             self._reports[replica_id] = RoutingReport.unpacked(replica.routing_stats)
+        told = {outbox_id for report in self._reports.values() for outbox_id, _ in report.answering}
+        self._other_outbox_ids = told - self._outbox_ids
         self._place_waiting()
 
     def _forget(self, replica_id: ReplicaID) -> None:

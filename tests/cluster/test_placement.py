@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from lorafleet.cluster.routing.placement import MAX_REMEMBERED, Candidate, Placement
@@ -134,10 +136,34 @@ def test_memory_is_bounded() -> None:
     assert len(workers.placement._sent) == MAX_REMEMBERED
 
 
-def test_requests_of_other_routers_weigh_like_ones_own_and_do_not_count_as_room_taken() -> None:
+def test_requests_of_other_routers_count_and_do_not_count_as_room_taken() -> None:
     busy, free = Candidate("w0", held=0, others=30), Candidate("w1", held=5)
     assert make().choose(None, [busy, free], 0.0) == "w1"
     spilled = Candidate("w0", held=1, resident=prefix(SHOUT), others=30), Candidate("w1", held=5)
     assert make(spill_gap=8).choose(SHOUT, spilled, 0.0) == "w1"
     assert make(max_load=2).choose(None, [Candidate("w0", held=1, others=30)], 0.0) == "w0"
     assert make(max_load=2).choose(None, [Candidate("w0", held=2)], 0.0) is None
+
+
+def test_routers_that_read_the_same_old_reports_do_not_all_send_to_one_worker() -> None:
+    """Eight routers, eight workers, 512 requests that each end after some two reports and come again."""
+    num, clients, rng = 8, 512, random.Random(0)
+    routers = [make(max_load=10**6, seed=seed) for seed in range(num)]
+    held = np.zeros((num, num), int)
+    """[router, worker]"""
+    reported, most, next_report_s = held.copy(), 0, 0.0
+    ends: list[tuple[float, int, int]] = [(rng.random() * 0.1, client % num, -1) for client in range(clients)]
+    heapq.heapify(ends)
+    for _ in range(6 * clients):
+        now_s, router, worker = heapq.heappop(ends)
+        if now_s > next_report_s:
+            reported, next_report_s = held.copy(), now_s + 1.0
+        if worker >= 0:
+            held[router, worker] -= 1
+        others = reported.sum(axis=0) - reported[router]
+        candidates = [Candidate(str(w), held[router, w], others=others[w], num_routers=num) for w in range(num)]
+        worker = int(routers[router].choose(None, candidates, now_s) or 0)
+        held[router, worker] += 1
+        most = max(most, int(held.sum(axis=0).max()))
+        heapq.heappush(ends, (now_s + 1.9 * rng.uniform(0.97, 1.03), router, worker))
+    assert most < 1.3 * clients / num

@@ -249,5 +249,5 @@ async def test_what_other_routers_sent_counts_and_ones_own_does_not_count_twice(
     assert {replica.replica_id.unique_id for replica in chosen} == {"w0"}
     router.update_replicas([report("w0", (mine, 10), (theirs, 20)), report("w1", (theirs, 15))])
     assert (await router.choose(ask(), is_retry=False)).replica_id.unique_id == "w1"
-    router.update_replicas([report("w0", (mine, 10)), report("w1", (mine, 1), (theirs, 15))])
+    router.update_replicas([report("w0", (mine, 10)), report("w1", (mine, 1), (theirs, 30))])
     assert (await router.choose(ask(), is_retry=False)).replica_id.unique_id == "w0"
