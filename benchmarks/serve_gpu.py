@@ -252,7 +252,8 @@ def app_values(work: Work, folder: Path, workers: int, *, has_gpu: bool) -> dict
     """`args` of the service: as `deploy/serve/gpu.yaml`, but with several workers on one GPU."""
     adapters = RandomAdapters(folder / "base")
     clients = -(-work.clients // workers)
-    tokens = clients * (work.prompt + work.output + 32) + 2 * MAX_MODEL_LEN
+    # A quarter more than an even share: workers of a real service have room as well.
+    tokens = int(1.25 * clients) * (work.prompt + work.output + 32) + 2 * MAX_MODEL_LEN
     preload = [
         {"name": f"a{i}", "source": "made", "key": f"a{i}", "pinned": True, "warm": "all"} for i in range(work.adapters)
     ]

@@ -53,11 +53,11 @@ ENGINE_CASES = {
 }
 
 SERVE_SETUPS = {
-    "one worker": {"workers": 1, "mps": False},
-    "two workers": {"workers": 2, "mps": False},
-    "two workers, with CUDA's Multi-Process Service": {"workers": 2, "mps": True},
+    "one worker": {"workers": 1, "gpus": 1, "haproxy": True},
+    "two GPUs, a worker and an ingress each": {"workers": 2, "gpus": 2, "haproxy": True},
+    "two workers on one GPU, with CUDA's Multi-Process Service": {"workers": 2, "mps": True},
 }
-SERVE_WAYS = {"http": "over HTTP", "engines": "in-process"}
+SERVE_WAYS = {"http": "over HTTP", "engines": "in-process", "engine": "one engine alone"}
 
 
 def bar_rows(bars: Iterable[Bar]) -> Rows:
@@ -181,12 +181,11 @@ def serve_rows() -> Rows:
     for setup, of in SERVE_SETUPS.items():
         results = latest(RESULTS / "serve_gpu.jsonl", **of)
         for way, name in SERVE_WAYS.items():
-            (line,) = results[way]
-            yield (
-                f"{setup}, {name}",
-                number(line["output_tokens_per_s"]),
-                *(f"{line[f'{kind}_ms_p50']:,.0f}, {line[f'{kind}_ms_p99']:,.0f}" for kind in ("first_token", "gap")),
-            )
+            for line in results.get(way, ()):
+                times = (
+                    f"{line[f'{kind}_ms_p50']:,.0f}, {line[f'{kind}_ms_p99']:,.0f}" for kind in ("first_token", "gap")
+                )
+                yield f"{setup}, {name}", number(line["output_tokens_per_s"]), *times
 
 
 def prompt_graph_rows() -> Rows:
