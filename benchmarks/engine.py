@@ -4,7 +4,8 @@
     python benchmarks/engine.py --out benchmarks/results/engine.jsonl --report
 
 Random weights and random token ids, so nothing is downloaded: 256 requests of 512 prompt and 128 output tokens;
-adapters of rank 16 on all seven projections. Each engine shape has a process of its own. Every case runs after a
+adapters of rank 16 on all seven projections. Cases of other geometries are in `geometry_cases.py`: `--process moe`,
+`gemma` or `latent`. Each engine shape has a process of its own. Every case runs after a
 warm-up of itself and writes its lines of JSON at once.
 
 `--report` holds the last run against the bars and draws it, with the results of `fidelity.py` on a GPU. It also reads
@@ -25,13 +26,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import bars
+import engine_cases
 import engine_report
+import geometry_cases
 import torch
 import transformers
 import triton
-from engine_cases import CASES, FULL, PROCESSES, TINY, Case, Lab
-from random_models import GEOMETRIES
+from engine_cases import FULL, TINY, Case, Lab
+from random_models import GEOMETRIES, TINY_OF
 from running_engine import Figures
+
+PROCESSES = engine_cases.PROCESSES | geometry_cases.PROCESSES
+CASES = {case.__name__: process for process, (_, cases) in PROCESSES.items() for case in cases}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +73,10 @@ def run_cases(
 ) -> None:
     """The cases of one process, in this one. A `geometry` of `tiny` makes everything small."""
     of_process, known = PROCESSES[process]
-    geometry = geometry or of_process
+    work = TINY if geometry == "tiny" else FULL
+    geometry = TINY_OF.get(of_process, "tiny") if geometry == "tiny" else geometry or of_process
     with ExitStack() as stack:
-        lab = Lab(TINY if geometry == "tiny" else FULL, geometry, repeats, stack)
+        lab = Lab(work, geometry, repeats, stack)
         for case in known:
             if case.__name__ not in cases:
                 continue

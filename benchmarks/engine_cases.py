@@ -436,4 +436,3 @@ PROCESSES: dict[str, tuple[str, tuple[Case, ...]]] = {
     "start_weights": ("llama-8b", (start_weights,)),
 }
 """Cases that can share a process, and the geometry of their base."""
-CASES = {case.__name__: process for process, (_, cases) in PROCESSES.items() for case in cases}

@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights, ModuleManifest, ModuleShape
 from lorafleet.workers.checkpoint import read_config
@@ -57,6 +58,56 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "vocab_size": 151936,
     },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "initializer_range": 0.01,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
+    "gemma3-27b": {
+        "model_type": "gemma3_text",
+        "hidden_size": 5376,
+        "intermediate_size": 21504,
+        "num_hidden_layers": 62,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "query_pre_attn_scalar": 168,
+        "sliding_window": 1024,
+        "vocab_size": 262208,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.01,
+    },
+    "deepseek-v2-lite": {
+        "model_type": "deepseek_v2",
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "vocab_size": 102400,
+        "initializer_range": 0.01,
+    },
     "tiny": {
         "hidden_size": 128,
         "intermediate_size": 256,
@@ -66,6 +117,29 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "vocab_size": 512,
     },
 }
+_TINY: dict[str, int] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 6,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "sliding_window": 32,
+    "vocab_size": 512,
+}
+TINY_OF = {name: f"tiny-{name}" for name in ("qwen3-30b-a3b", "gemma3-27b", "deepseek-v2-lite")}
+"""Geometry -> a tiny one of its kind."""
+for _name, _tiny in TINY_OF.items():
+    GEOMETRIES[_tiny] = {name: _TINY.get(name, value) for name, value in GEOMETRIES[_name].items()}
+GEOMETRIES[TINY_OF["deepseek-v2-lite"]]["num_key_value_heads"] = 4
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_MODEL_LEN = 2048
 SHARD_BYTES = 2 << 30
@@ -80,12 +154,13 @@ def device() -> str:
 
 def write_base(folder: Path, geometry: str) -> Path:
     """A folder with the configuration of a base; its weights are made up when it is loaded with `load: dummy`."""
-    config = transformers.LlamaConfig(
-        **GEOMETRIES[geometry],
+    fields = {"model_type": "llama", "tie_word_embeddings": False, "rms_norm_eps": 1e-5, **GEOMETRIES[geometry]}
+    kind = fields.pop("model_type")
+    config = transformers.AutoConfig.for_model(
+        kind,
+        **fields,
         max_position_embeddings=MAX_MODEL_LEN,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        architectures=["LlamaForCausalLM"],
+        architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]],
         dtype="bfloat16",
     )
     config.save_pretrained(folder)
@@ -138,7 +213,9 @@ def write_weights(base: Path) -> None:
 def kv_bytes(geometry: str, num_tokens: int) -> int:
     """Bytes that the keys and values of so many tokens take, in two bytes an element."""
     shape = GEOMETRIES[geometry]
-    head_dim = shape["hidden_size"] // shape["num_attention_heads"]
+    head_dim = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
+    if "kv_lora_rank" in shape:  # keys and values are as wide as the wider
+        head_dim = max(shape["qk_nope_head_dim"] + shape["qk_rope_head_dim"], shape["v_head_dim"])
     return int(4 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head_dim * num_tokens)
 
 
@@ -161,7 +238,7 @@ class RandomAdapters:
 
     def num_bytes(self, rank: int) -> int:
         """Of the weights of an adapter."""
-        return sum(2 * rank * (shape.in_dim + shape.out_dim) for shape in self._modules.values())
+        return sum(2 * rank * shape.num_experts * (shape.in_dim + shape.out_dim) for shape in self._modules.values())
 
     def _of_rank(self, rank: int) -> AdapterWeights:
         if rank not in self._made:
@@ -178,9 +255,10 @@ class RandomAdapters:
 
 
 def _random_pair(shape: ModuleShape, rank: int) -> Pair:
-    a_shape = (shape.in_dim, rank) if shape.kind == "embedding" else (rank, shape.in_dim)
+    num_rows = rank * shape.num_experts
+    a_shape = (shape.in_dim, rank) if shape.kind == "embedding" else (num_rows, shape.in_dim)
     a = torch.randn(a_shape, device=device()) * shape.in_dim**-0.5
-    b = torch.randn((rank, shape.out_dim), device=device()) * 0.01
+    b = torch.randn((num_rows, shape.out_dim), device=device()) * 0.01
     first, second = (t.bfloat16().view(torch.uint16).cpu().numpy() for t in (a, b))
     return first, second
 

@@ -20,6 +20,9 @@ PROCESSES = (
     "structured",
     "speculation",
     "start_weights",
+    "moe",
+    "gemma",
+    "latent",
 )
 LINES = {
     "no_lora": {"base_no_lora", "base_enabled"},
