@@ -127,6 +127,8 @@ VARIANTS = (
     Case("Phi3ForCausalLM, longrope", "phi3", {**_rope("longrope", **_LONG), "original_max_position_embeddings": 32}),
     Case("Qwen2ForCausalLM, window", "qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
     Case("Qwen2MoeForCausalLM, window", "qwen2_moe", {"use_sliding_window": True, "max_window_layers": 2}),
+    Case("Qwen3_5ForCausalLM, text alone", "qwen3_5_text"),
+    Case("Qwen3_5MoeForCausalLM, text alone", "qwen3_5_moe_text"),
     Case("Qwen3ForCausalLM, window", "qwen3", {"use_sliding_window": True, "max_window_layers": 2}),
     Case("FalconForCausalLM, ALiBi", "falcon", {"alibi": True}),
     Case("FalconForCausalLM, new decoder", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),

@@ -133,13 +133,17 @@ class _Convolution(_Operation):
 
 
 class _DeltaRule(_Operation):
-    """The gated delta rule of linear attention. Keeps (heads, width of keys, width of values) in float32."""
+    """The gated delta rule of linear attention, or Kimi's, which forgets each element of a key at a pace of its own.
+
+    Keeps (heads, width of keys, width of values) in float32.
+    """
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """query, key, value: (1, num_rows, heads, width); g, beta: (1, num_rows, heads)."""
-        chunks, by_row = (self.own[f"torch_{kind}_gated_delta_rule"] for kind in ("chunk", "recurrent"))
+        """query, key, value: (1, num_rows, heads, width); g, beta: (1, num_rows, heads), or g of the keys' width."""
+        called = self.name.rpartition(".")[2]
+        chunks, by_row = self.own[called], self.own[called.replace("chunk", "recurrent")]
         kwargs |= {"output_final_state": True}
 
         def compute(rows: tuple[Tensor, ...], before: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -209,6 +213,7 @@ def _one_row(
 OPERATIONS: Mapping[str, Callable[[str, Functions, RecurrentContext], Callable[..., Any]]] = {
     "causal_conv1d_fn": _Convolution,
     "torch_chunk_gated_delta_rule": _DeltaRule,
+    "chunk_kimi_delta_attention": _DeltaRule,
     "mamba2_chunk_scan": _StateSpace,
 }
 """By the name of the function that transformers' layers call for a whole sequence."""
@@ -216,9 +221,12 @@ OPERATIONS: Mapping[str, Callable[[str, Functions, RecurrentContext], Callable[.
 
 def recurrent_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The layers that keep a state in a form that is known. Raises UnsupportedModel for those of another form."""
+    known = "/"  # before the names of modules within the last layer whose recurrence is known
     for name, module in model.named_modules():
         called = _called(module)
-        if hasattr(module, "A_log") and not called - {"causal_conv1d_fn"}:
+        if called - {"causal_conv1d_fn"}:
+            known = f"{name}."
+        if hasattr(module, "A_log") and not f"{name}.".startswith(known):
             raise UnsupportedModel(
                 f"{type(model).__name__} has layers that do not attend but keep a recurrent state ({name}), in a form "
                 "that is not supported"
