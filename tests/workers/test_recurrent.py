@@ -44,7 +44,7 @@ MAMBA = {
     "mamba_n_heads": 8,
     "mamba_d_head": 8,
     "mamba_d_state": 8,
-    "mamba_n_groups": 2,
+    "mamba_n_groups": 1,
     "mamba_chunk_size": 8,
     "mamba_expand": 2,
 }
@@ -71,7 +71,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
     },
-    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
+    "falcon_h1": {**MAMBA, "mamba_n_groups": 2, "mamba_d_ssm": 64},
 }
 CASES: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
@@ -175,7 +175,7 @@ async def test_slots_of_the_aborted_are_given_on(shelf: Shelf) -> None:
             slots = (await worker.state()).state_slots
             assert slots is not None
             assert (slots.used, slots.total) == (1, 1)
-            assert slots.slot_bytes == 4 * (8 * 8 * 8 + 3 * (64 + 2 * 2 * 8))  # heads and taps in float32
+            assert slots.slot_bytes == 4 * (8 * 8 * 8 + 3 * (64 + 2 * 8))  # heads and taps in float32
             await stream.aclose()
         answer: Answer = await ask(worker, prompt, None, sampling)
     assert_pefts(shelf, None, prompt, answer, 1e-4)

@@ -6,6 +6,7 @@ arithmetic gives the same numbers, it is a part; any other module stays transfor
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -61,6 +62,8 @@ def project(projection: FusedProjection, x: Input) -> Output:
 
 def rule_of(norm: nn.Module, rules: dict[tuple[object, ...], NormRule | None]) -> NormRule | None:
     """The rule of transformers' own norm, whatever its weight; None for another kind. `rules` keeps what was found."""
+    if len(inspect.signature(norm.forward).parameters) != 1:
+        return None  # it may be called with a gate
     parameters = dict(norm.named_parameters())
     eps = next((getattr(norm, name) for name in _EPS_NAMES if isinstance(getattr(norm, name, None), float)), None)
     if parameters.keys() != {"weight"} or parameters["weight"].dim() != 1 or eps is None:
