@@ -220,7 +220,10 @@ class FusedAttention:
 
     def angles(self, given: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
         """Cos and sin as `__call__` takes them, from those of (1, rows, ...) that the module is given."""
-        return (given[0][0], given[1][0]) if self.rotation.width and given is not None else None
+        if not self.rotation.width or given is None:
+            return None
+        # Some rotary embeddings give columns that are neighbours in memory, and the kernels read rows.
+        return given[0][0].contiguous(), given[1][0].contiguous()
 
     def rotated(self, qkv: Output, angles: tuple[Tensor, Tensor] | None) -> Tensor:
         """As `fused.rotate_and_store`, which writes rows with head norms of their own once more."""
