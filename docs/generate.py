@@ -353,6 +353,9 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
         ("graphs", "40 a second: p99, ms", "60 a second: p99, ms", "60 a second: tokens/s"),
         measured.prompt_graph_rows(),
     ),
+    "groups": lambda: table(
+        ("", "sequences", "adapters", "step, ms", "bytes alone, ms", "over bytes and sums"), measured.group_rows()
+    ),
     "routes": routes,
     "serve-gpu": lambda: table(
         ("", "output tokens/s", "first token, ms: p50, p99", "between tokens, ms: p50, p99"), measured.serve_rows()

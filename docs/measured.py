@@ -188,6 +188,30 @@ def serve_rows() -> Rows:
                 yield f"{setup}, {name}", number(line["output_tokens_per_s"]), *times
 
 
+def group_rows() -> Rows:
+    """Decode steps of workers with one GPU and with two, beside their bytes and sums."""
+    lines = read(RESULTS / "tensor_parallel.jsonl")
+    collectives = [line for line in lines if line["case"] == "collectives"]
+    sums = {(line["geometry"], line["rows"]): line["all_reduce_us"] for line in collectives}
+    steps: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for line in lines:
+        if line["case"].startswith("decode_"):
+            steps[line["geometry"], line["size"], line["case"]] = line
+    for (geometry, size, case), line in steps.items():
+        kind, count = re.fullmatch(r"decode_([a-z]+)(\d+)", case).groups()  # type: ignore[union-attr]
+        layers = GEOMETRIES[geometry]["num_hidden_layers"]
+        sum_us = sums.get((geometry, float(count))) if size > 1 else 0.0
+        floor_ms = None if sum_us is None else line["bytes_floor_ms"] + 2 * layers * sum_us / 1e3
+        yield (
+            f"{geometry}, {size} GPU{'s' * (size > 1)}",
+            count,
+            "" if kind == "base" else count,
+            f"{line['gap_ms_p50']:.2f}",
+            f"{line['bytes_floor_ms']:.2f}",
+            "" if floor_ms is None else f"{line['gap_ms_p50'] / floor_ms:.2f}",
+        )
+
+
 def prompt_graph_rows() -> Rows:
     """First tokens and speed by the kind of graph for prompts beside decodes, and by its largest batch."""
     lines = read(RESULTS / "engine_tried.jsonl", case="prompt_graphs", work="zipf_resident")
