@@ -233,14 +233,14 @@ def hot_rows() -> Rows:
 
 
 def chaos_run() -> str:
-    """The conditions of the last run of `make chaos`."""
+    """The conditions of `make chaos`."""
     run = _chaos("run")[-1]["run"]
     damage = _chaos("damage")[-1]
     named = ", ".join(f"{kind}: {count}" for kind, count in sorted(damage["named"].items()))
     return (
-        f"{run['clients']} clients asked at all times, on {run['cores']} cores that other work shared, with Ray "
-        f"{run['ray']}. A store was started on each of {damage['damage']:,} folders with one damaged byte. Every one "
-        f"started, and named what was lost: {named}."
+        f"All clients asked at all times, on {run['cores']} cores that other work shared, with Ray {run['ray']}. "
+        f"A store was started on each of {damage['damage']:,} folders with one damaged byte. Every one started, and "
+        f"named what was lost: {named}."
     )
 
 

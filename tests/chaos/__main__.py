@@ -1,6 +1,7 @@
 """Runs faults and hostile clients against a fresh service, and prints what they cost.
 
 `make chaos` runs each fault once under a few clients; the full run is `make chaos ARGS="--times 20 --clients 50"`.
+With `--haproxy` the same is done behind HAProxy and two ingresses, with `--nodes` nodes leave a cluster of several.
 `make soak` prints how fast each process grows.
 """
 
@@ -14,16 +15,19 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import ray
 
-from tests.chaos.faults import FAULTS, Fault
+from tests.chaos.faults import FAULTS, HAPROXY_FAULTS, Fault, haproxy_environment
 from tests.chaos.health import await_whole, leftovers
 from tests.chaos.hostile import KINDS, attacker
 from tests.chaos.load import Load, Oracle, Question, oracle_of
+from tests.chaos.nodes import WORKER_CPUS, node_faults, ray_nodes
+from tests.chaos.processes import cpu_s_beside, processes
 from tests.chaos.soak import RATE, soak
 from tests.chaos.table import HEAD, HOSTILE_HEAD, Siege, Trial, hostile_rows, rows, siege_of, text, trial_of
 from tests.cluster.live.service import BASE_ID, TOKEN, LiveService, args_for, live_service, ray_cluster
@@ -58,12 +62,14 @@ def fresh_args(root: Path) -> dict[str, Any]:
 
 def strike(service: LiveService, fault: Fault, oracle: Oracle, num_clients: int) -> Trial:
     """Strike once under load, and wait until all is well."""
+    old = frozenset(process.pid for each in processes().values() for process in each)
     with Load(service.url, oracle, num_clients) as load:
         time.sleep(WARM_S)
         struck_s = time.monotonic()
         whole_s = await_whole(service, fault.strike(service))
+        start_cpu_s = cpu_s_beside(old)
         time.sleep(AFTER_S)
-    return trial_of(fault.name, num_clients, struck_s, whole_s, load.outcomes)
+    return trial_of(fault.name, num_clients, struck_s, whole_s, load.outcomes, start_cpu_s)
 
 
 def besiege(service: LiveService, kind: str, oracle: Oracle, num_clients: int) -> Siege:
@@ -96,6 +102,25 @@ def judge(service: LiveService, fault: Fault, trial: Trial) -> Iterator[str]:
         yield f"{fault.name}: {leftover}"
 
 
+@contextmanager
+def running(options: argparse.Namespace) -> Iterator[tuple[LiveService, tuple[Fault, ...]]]:
+    """A service as the options have it, and the faults that are put to it."""
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, ExitStack() as stack:
+        args = fresh_args(Path(folder))
+        if options.nodes:
+            args["worker"]["num_cpus"] = WORKER_CPUS
+            nodes = stack.enter_context(ray_nodes(LORAFLEET_ADMIN_TOKEN=TOKEN))
+            yield stack.enter_context(live_service(Path(folder), args)), node_faults(nodes)
+            return
+        environment = haproxy_environment(Path(folder)) if options.haproxy else {}
+        stack.enter_context(ray_cluster(LORAFLEET_ADMIN_TOKEN=TOKEN, **environment))
+        service = stack.enter_context(live_service(Path(folder), args))
+        if options.haproxy:
+            service.deploy(num_workers=2, num_ingresses=2)
+            await_whole(service)
+        yield service, HAPROXY_FAULTS if options.haproxy else FAULTS
+
+
 def chosen(names: list[str], words: list[str]) -> list[str]:
     """The names that have one of the words; all of them if there is no word."""
     return [name for name in names if not words or any(word in name for word in words)]
@@ -110,6 +135,8 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=12, help="requests that are under way at all times")
     parser.add_argument("--only", action="append", default=[], help="what has this word in its name; repeatable")
     parser.add_argument("--flips", type=int, default=60, help="damaged bytes of the state folder; in full 1000")
+    parser.add_argument("--haproxy", action="store_true", help="with HAProxy in the place of Serve's proxy")
+    parser.add_argument("--nodes", action="store_true", help="with several nodes, of which one leaves")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="only operate for so long, and print growth")
     parser.add_argument("--rate", type=float, default=RATE, help="operations a second of a soak")
     parser.add_argument("--out", type=Path, help="append what was measured to this file, a JSON object a line")
@@ -126,13 +153,9 @@ def main() -> int:
 
     if options.soak is None:
         note({"run": {"clients": options.clients, "cores": os.cpu_count(), "ray": ray.__version__}})
-    if options.soak is None and chosen(["a damaged byte"], options.only):
+    if options.soak is None and not (options.haproxy or options.nodes) and chosen(["a damaged byte"], options.only):
         note(damage(options.flips))
-    with (
-        tempfile.TemporaryDirectory(prefix="chaos-") as folder,
-        ray_cluster(LORAFLEET_ADMIN_TOKEN=TOKEN),
-        live_service(Path(folder), fresh_args(Path(folder))) as service,
-    ):
+    with running(options) as (service, faults):
         if options.soak is not None:
             for name, rise in soak(service, options.soak, options.rate).items():
                 print(f"{name:>24} {rise:8.1f} MB/h")
@@ -141,14 +164,14 @@ def main() -> int:
         oracle = oracle_of(service.url, questions)
         try:
             for _ in range(options.times):
-                for fault in FAULTS:
+                for fault in faults:
                     if chosen([fault.name], options.only):
                         trial = strike(service, fault, oracle, options.clients)
                         note(trial.row())
                         fault.undo(service)
                         await_whole(service)
                         problems += judge(service, fault, trial)
-                for kind in chosen(list(KINDS), options.only):
+                for kind in chosen(list(KINDS) if faults is FAULTS else [], options.only):
                     siege = besiege(service, kind, oracle, options.clients)
                     note(siege.row())
                     if siege.gap_ratio > MAX_GAP_RATIO or siege.num_failed:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tests.chaos.processes import processes
-from tests.cluster.live.service import LiveService
+from tests.cluster.live.service import LiveService, free_port
 
 USER_CONFIGS: tuple[dict[str, Any], ...] = (
     {"adapters": [{"name": "wanted", "source": "demo", "key": "thin"}]},
@@ -114,3 +116,25 @@ FAULTS: tuple[Fault, ...] = (
     Fault("another `max_running`", deploy("worker", max_running=48), is_harmless=True),
     Fault("another pool size", deploy("adapters", pool_bytes="640KiB"), is_harmless=True),
 )
+
+_BEHIND = ", behind HAProxy"
+HAPROXY_FAULTS: tuple[Fault, ...] = (
+    *(replace(fault, name=fault.name + _BEHIND) for fault in FAULTS if "proxy" not in fault.name),
+    Fault("HAProxy is killed", kill("HAProxy")),
+    Fault("HAProxy's manager is killed", kill("HAProxy's manager")),
+)
+
+
+def haproxy_environment(folder: Path) -> dict[str, str]:
+    """Write our way to start HAProxy into a folder; return the variables that have Serve use it."""
+    program = folder / "lorafleet-haproxy"
+    program.write_text(f"#!{sys.executable}\nfrom lorafleet.deploy.haproxy import main\n\nmain()\n")
+    program.chmod(0o755)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(program),
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+    }

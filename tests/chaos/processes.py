@@ -13,6 +13,7 @@ TITLES = {
     "controller": "ray::ServeReplica:lorafleet:controller",
     "ingress": "ray::ServeReplica:lorafleet:ingress",
     "proxy": "ray::ProxyActor",
+    "HAProxy's manager": "ray::HAProxyManager",
     "Serve's controller": "ray::ServeController",
 }
 
@@ -23,9 +24,21 @@ def processes() -> dict[str, list[psutil.Process]]:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             title = " ".join(process.cmdline()[:1])
-            for kind, start in TITLES.items():
-                if title.startswith(start) and process.status() != psutil.STATUS_ZOMBIE:
-                    found[kind].append(process)
+            kind = next((kind for kind, start in TITLES.items() if title.startswith(start)), None)
+            if title.endswith("/haproxy"):
+                kind = "HAProxy"
+            if kind is not None and process.status() != psutil.STATUS_ZOMBIE:
+                found[kind].append(process)
     for kind in found:
         found[kind].sort(key=lambda process: process.create_time())
     return dict(found)
+
+
+def cpu_s_beside(old: frozenset[int]) -> float:
+    """CPU seconds so far of the processes that are none of `old`."""
+    seconds = 0.0
+    for process in (process for each in processes().values() for process in each if process.pid not in old):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            seconds += times.user + times.system
+    return seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from tests.chaos.load import Outcome
 
 HEAD = (
     "fault",
+    "clients",
     "requests",
     "whole",
     "failed before a token",
@@ -20,6 +22,7 @@ HEAD = (
     "new requests failed for (s)",
     "longest pause (s)",
     "all back after (s)",
+    "CPU of new processes (s)",
 )
 
 
@@ -44,6 +47,8 @@ class Trial:
     """From the strike until the last request that failed was begun; 0 if all that failed were under way."""
     longest_pause_s: float
     """Longest time without a token in a stream that came to its end."""
+    start_cpu_s: float
+    """CPU time of the processes that were started in place of others, until all was well."""
     failures: dict[str, int]
     """Kinds of failures, with the codes of errors."""
 
@@ -52,7 +57,9 @@ class Trial:
         return asdict(self)
 
 
-def trial_of(fault: str, num_clients: int, struck_s: float, whole_s: float, outcomes: Iterable[Outcome]) -> Trial:
+def trial_of(
+    fault: str, num_clients: int, struck_s: float, whole_s: float, outcomes: Iterable[Outcome], start_cpu_s: float = 0.0
+) -> Trial:
     """Count what came of the requests that ended after the strike."""
     seen = [outcome for outcome in outcomes if outcome.ended_s >= struck_s and outcome.began_s <= whole_s]
     failed = [outcome for outcome in seen if outcome.is_failed]
@@ -69,6 +76,7 @@ def trial_of(fault: str, num_clients: int, struck_s: float, whole_s: float, outc
         num_wrong=sum(outcome.kind == "wrong" for outcome in failed),
         failing_s=max((outcome.began_s - struck_s for outcome in failed if outcome.began_s > struck_s), default=0.0),
         longest_pause_s=max((outcome.longest_gap_s for outcome in seen if not outcome.is_failed), default=0.0),
+        start_cpu_s=start_cpu_s,
         failures=dict(
             Counter(
                 " ".join(
@@ -81,17 +89,20 @@ def trial_of(fault: str, num_clients: int, struck_s: float, whole_s: float, outc
 
 
 def rows(trials: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A row for each fault: counts over all its trials, and the longest times."""
+    """A row for each fault: counts over all its trials, the longest times, and the median of CPU."""
     found = []
     for fault in dict.fromkeys(trial["fault"] for trial in trials):
         of = [trial for trial in trials if trial["fault"] == fault]
         counts = ("num_requests", "num_whole", "num_unbegun", "num_error_events", "num_cut", "num_wrong")
+        cpu_s = [trial["start_cpu_s"] for trial in of if "start_cpu_s" in trial]
         times = ("failing_s", "longest_pause_s", "whole_again_s")
         found.append(
             (
                 f"{fault} ({len(of)} times)" if len(of) > 1 else fault,
+                " and ".join(str(number) for number in sorted({trial["num_clients"] for trial in of})),
                 *(str(sum(trial[key] for trial in of)) for key in counts),
                 *(f"{max(trial[key] for trial in of):.1f}" for key in times),
+                f"{statistics.median(cpu_s):.1f}" if cpu_s else "-",
             )
         )
     return found

@@ -66,7 +66,7 @@ async def test_every_end_of_a_stream_is_told(url: str, prompt: str) -> None:
     assert trial.num_unbegun == (prompt in ("refused", "plain", "unreachable"))
     assert (trial.num_error_events, trial.num_cut) == (prompt == "error_event", prompt == "cut")
     (row,) = rows([trial.row()])
-    assert row[:2] == ("a fault", "1")
+    assert row[:3] == ("a fault", "1", "1")
     siege = siege_of("a client", 1, [], [outcome], {})
     assert (siege.num_requests, siege.num_failed) == (1, outcome.is_failed)
 

@@ -136,36 +136,46 @@ def free_port() -> int:
 
 
 @contextmanager
-def ray_cluster(**environment: str) -> Iterator[None]:
-    """A Ray cluster of this machine alone; `environment` reaches every process of it."""
+def serve_environment(**environment: str) -> Iterator[None]:
+    """Variables that every process of a Ray inherits which is started meanwhile, beside those that are advised."""
     environment |= {
         "RAY_SERVE_PROXY_USE_GRPC": "1",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "lorafleet.cluster.http.proxy.prepare",
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy machine it needs more than 5
+        "RAY_worker_niceness": "0",  # 15 unless set: other work on the machine would come first
     }
     saved = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     try:
-        ray.init(
-            address="local",
-            namespace="serve",
-            num_cpus=2,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            log_to_driver=False,
-            _system_config={"metrics_report_interval_ms": 1000},
-        )
         yield
     finally:
-        serve.shutdown()
-        ray.shutdown()
         for name, value in saved.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def ray_cluster(**environment: str) -> Iterator[None]:
+    """A Ray cluster of this machine alone; `environment` reaches every process of it."""
+    with serve_environment(**environment):
+        try:
+            ray.init(
+                address="local",
+                namespace="serve",
+                num_cpus=2,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                _system_config={"metrics_report_interval_ms": 1000},
+            )
+            yield
+        finally:
+            serve.shutdown()
+            ray.shutdown()
 
 
 def args_for(root: Path) -> dict[str, Any]:
@@ -184,9 +194,9 @@ def args_for(root: Path) -> dict[str, Any]:
 
 @contextmanager
 def live_service(root: Path, args: dict[str, Any]) -> Iterator[LiveService]:
-    """Deploy on the running Ray cluster, and take it down afterwards."""
+    """Deploy on the running Ray cluster, and take it down afterwards. Of several nodes, the first one has a proxy."""
     port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     service = LiveService(f"http://127.0.0.1:{port}", root, args)
     try:
         service.deploy()
