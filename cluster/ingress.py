@@ -6,7 +6,6 @@ A plain class: `cluster/app.py` makes a Serve deployment of it, with `take_http_
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -17,6 +16,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
+from lorafleet.cluster import heap
 from lorafleet.cluster.admin import routes as admin
 from lorafleet.cluster.admin.client import ControllerClient
 from lorafleet.cluster.admin.readiness import Readiness
@@ -132,12 +132,12 @@ class Ingress:
         # Serve asks for the first time after it has given the replica its user_config, and sends requests afterwards.
         if not self._tasks:
             await self._names.await_table(STORE_PATIENCE_S)
-            gc.collect()
-            gc.freeze()  # what the start has made stays: a collection that looks through it holds up every stream
+            heap.settle()
             self._tasks = [
                 asyncio.create_task(self._relay.run()),
                 asyncio.create_task(self._readiness.run()),
                 asyncio.create_task(Watchdog().run()),
+                asyncio.create_task(heap.trim_often()),
             ]
 
     def _is_serving(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from lorafleet.adapter_store.names import NameRecord
+from lorafleet.cluster import heap
 from lorafleet.cluster.admin.desired import DesiredSet
 from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.config import AppConfig, Warm
@@ -37,7 +38,11 @@ class Controller:
             self._rollout, config.adapters.preload, store=client, num_workers=config.worker.num_replicas
         )
         self._is_told = asyncio.Event()
-        self._tasks = [asyncio.create_task(self._apply()), asyncio.create_task(Watchdog().run())]
+        self._tasks = [
+            asyncio.create_task(self._apply()),
+            asyncio.create_task(Watchdog().run()),
+            asyncio.create_task(heap.trim_often()),
+        ]
 
     @replying
     async def put(self, name: str, *, source: str, key: str, pinned: bool, warm: Warm, replace: bool) -> Placed:

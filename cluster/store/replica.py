@@ -20,6 +20,7 @@ from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
 from lorafleet.adapter_store.names import NamedAdapter, NameRecord, VersionsToKeep
 from lorafleet.adapter_store.records import Damage, DesiredRecord, DesiredState
 from lorafleet.adapter_store.service import AdapterStore
+from lorafleet.cluster import heap
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.metrics import StoreMetrics
 from lorafleet.cluster.store.paths import locate
@@ -60,7 +61,11 @@ class StoreReplica:
         )
         self._created_s: dict[str, int] = {}
         self._metrics = StoreMetrics()
-        self._tasks = [asyncio.create_task(self._report()), asyncio.create_task(Watchdog().run())]
+        self._tasks = [
+            asyncio.create_task(self._report()),
+            asyncio.create_task(Watchdog().run()),
+            asyncio.create_task(heap.trim_often()),
+        ]
 
     @replying
     async def publish(self, source: str, key: str) -> AdapterManifest:

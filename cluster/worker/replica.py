@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -21,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from lorafleet.adapter_store.manifest import AdapterManifest
 from lorafleet.adapter_store.names import VersionsToKeep
+from lorafleet.cluster import heap
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.metrics import WorkerMetrics
 from lorafleet.cluster.store.client import StoreClient
@@ -151,8 +151,7 @@ class WorkerReplica:
         """
         if not self._may_begin:
             await self._reconciler.await_first(STORE_PATIENCE_S)
-            gc.collect()
-            gc.freeze()  # what the start has made stays: a collection that looks through it holds up a step
+            heap.settle()
             self._may_begin = True
         self._worker.check_health()
 
