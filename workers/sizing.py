@@ -89,9 +89,10 @@ def _on_gpu(
             if state_bytes
             else ""
         )
+        lowered = "one of them or worker.max_running" if state_bytes else "one of them"
         raise WorkerConfigError(
             f"{left / 2**30:.1f} GiB of {where} are left beside the weights{states}, not enough for worker.kv_bytes "
-            f"({kv / 2**30:.1f} GiB) and adapters.pool_bytes ({pages / 2**30:.1f} GiB): lower one of them, raise "
+            f"({kv / 2**30:.1f} GiB) and adapters.pool_bytes ({pages / 2**30:.1f} GiB): lower {lowered}, raise "
             f"worker.gpu_memory_utilization ({engine.gpu_memory_utilization}) or worker.tensor_parallel_size ({size}), "
             "or take a smaller base"
         )

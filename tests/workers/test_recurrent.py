@@ -6,6 +6,7 @@ import asyncio
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorafleet.adapter_store.manifest import Dtype
-from lorafleet.workers.config import EngineConfig, ModelConfig, SpeculationConfig
-from lorafleet.workers.errors import UnsupportedModel
+from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig, SpeculationConfig
+from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
+from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.state_store import StateStore
 from lorafleet.workers.model import recurrent_layers
 from lorafleet.workers.model.loader import load_base
 from lorafleet.workers.model.recurrent_layers import MOST_ROWS
 from lorafleet.workers.model.rehearsal import rehearse
+from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.ranks import Ranks
+from lorafleet.workers.sizing import memory_sizes
 from tests.support.adapters import randomise_adapter
 from tests.support.bases import make_tokenizer
 from tests.support.oracle import load_with_peft, prompt_logprobs_with_peft
@@ -157,8 +161,12 @@ async def test_preempted(shelf: Shelf) -> None:
 
 @ONE
 async def test_in_graphs(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decodes are padded to the forms of graphs. No step with prompts is: lines of a graph cannot share a state."""
+    """Decodes are padded to the forms of graphs, and launched before the step before them is collected.
+
+    No step with prompts is: lines of a graph cannot share a state.
+    """
     replayed = replay(monkeypatch, BY_ROW)
+    monkeypatch.setattr(ModelRunner, "is_asynchronous", True)
     await assert_as_peft(shelf)
     assert replayed
     assert all(header.num_rows in (4, 16, 64) and header.num_sampled_rows <= header.num_rows for header in replayed)
@@ -199,6 +207,24 @@ def test_more_ranks_are_refused(shelf: Shelf) -> None:
     model = ModelConfig(id="base", source=str(shelf.base), dtype="float32")
     with pytest.raises(UnsupportedModel, match=r"recurrent state.* for 2 ranks: set worker.tensor_parallel_size to 1"):
         load_base(model, torch.device("cpu"), Ranks(0, 2))
+
+
+@ONE
+def test_states_are_taken_off_the_memory_for_pages(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(ModelConfig(id="base", source=str(shelf.base), dtype="float32"), torch.device("cpu"))
+    on_gpu = replace(base, device=torch.device("cuda"))
+    engine, pool = EngineConfig(max_running=64, gpu_memory_utilization=1), PoolConfig(pool_bytes=1 << 20)
+    state_bytes = StateStore.slot_bytes(base.states) * 65
+    free = (1 << 20) + state_bytes + (1 << 19)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    page_bytes = KVCache.page_bytes(base.layers, engine.kv_page_tokens, torch.float32)
+    assert memory_sizes(on_gpu, engine, pool).num_kv_pages == (1 << 19) // page_bytes
+    free = state_bytes
+    with pytest.raises(
+        WorkerConfigError,
+        match=r"beside the weights and the recurrent states .*max_running=64.*lower one of them or worker.max_running",
+    ):
+        memory_sizes(on_gpu, engine, pool)
 
 
 async def test_a_base_without_attention(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ class _StateSpace(_Operation):
             x, dt, b, c = rows
             if x.shape[1] == 1 and before is not None:
                 return _one_row(x[:, 0], dt[:, 0], a, b[:, 0], c[:, 0], before, **kwargs)
-            size = min(chunk_size, x.shape[1])
+            size = min(chunk_size, max(16, 1 << (x.shape[1] - 1).bit_length()))  # no padding to a chunk of 256
             given: tuple[Tensor, Tensor] = scan(x, dt, a, b, c, size, **kwargs | {"initial_states": before})
             return given
 
