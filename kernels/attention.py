@@ -13,6 +13,8 @@ import triton
 from torch import Tensor
 
 from lorafleet.kernels.attention_triton import decode_kernel, extend_kernel
+from lorafleet.kernels.fp8_values import DTYPE
+from lorafleet.kernels.kv_place import check_scales
 from lorafleet.kernels.launching import launch
 from lorafleet.kernels.tiling import dependent_launch
 
@@ -90,6 +92,8 @@ def decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
     """Compute out[s, h] = softmax(query[s, h] . K[s] * scaling) V[s] over the tokens of sequence s.
 
@@ -99,12 +103,15 @@ def decode(
     context_lengths: (num_sequences,) int32 or int64, the query's own token included. Zeros are written where it is 0.
     window: only the last `window` tokens are read.
     softcap, sinks: as in `Scores`.
+    key_scales, value_scales: (num_pages, num_kv_heads, page_tokens) float32, where keys and values are in fp8.
 
     Raises ValueError for a wrong shape, stride, dtype or device. The caller guarantees that lengths fit the tables and
     page ids the cache.
     """
     num_sequences = query.shape[0]
     _check(query, keys, values, block_tables, context_lengths, out, num_sequences, window, softcap, sinks)
+    check_scales("key_scales", key_scales, keys)
+    check_scales("value_scales", value_scales, values)
     if num_sequences == 0:
         return
     num_heads, head_dim = query.shape[1:]
@@ -131,6 +138,8 @@ def decode(
         query if sinks is None else sinks,
         workspace.partials,
         workspace.arrivals,
+        key_scales,
+        value_scales,
         query.stride(0),
         query.stride(1),
         out.stride(0),
@@ -176,6 +185,8 @@ def extend(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> None:
     """Compute causal attention of each sequence's last rows over all its tokens, which lie in the cache already.
 
@@ -185,6 +196,8 @@ def extend(
     """
     num_sequences = query_indptr.shape[0] - 1
     _check(query, keys, values, block_tables, context_lengths, out, num_sequences, window, softcap, sinks)
+    check_scales("key_scales", key_scales, keys)
+    check_scales("value_scales", value_scales, values)
     _check_ints("query_indptr", query_indptr, 1, num_sequences + 1, query.device)
     num_rows, num_heads, head_dim = query.shape
     if num_sequences == 0 or num_rows == 0:
@@ -206,6 +219,8 @@ def extend(
         query_indptr,
         out,
         query if sinks is None else sinks,
+        key_scales,
+        value_scales,
         query.stride(0),
         query.stride(1),
         out.stride(0),
@@ -297,7 +312,8 @@ def _check(
         if tensor.stride(2) != 1:
             raise ValueError(f"{name} must have unit stride along head_dim, got strides {tensor.stride()}")
     for name, tensor in (("keys", keys), ("values", values), ("out", out)):
-        if tensor.dtype != query.dtype or tensor.device != query.device:
+        is_own = tensor.dtype == query.dtype or (tensor is not out and tensor.dtype == DTYPE)
+        if not is_own or tensor.device != query.device:
             raise ValueError(
                 f"{name} must be {query.dtype} on {query.device}, as query is, got {tensor.dtype} on {tensor.device}"
             )

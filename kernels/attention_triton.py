@@ -45,6 +45,32 @@ def _load_block(
 
 
 @triton.jit
+def _load_scales(
+    scales, table, positions, end, kv_head_offset, page_stride,
+    MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_TOKENS: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_TOKENS,) scales of the fp8 keys or values that `_load_block` loads with the same arguments."""
+    if MASKED:
+        pages = tl.load(table + positions // PAGE_TOKENS, mask=positions < end, other=0)
+    else:
+        pages = tl.load(table + positions // PAGE_TOKENS)
+    lines = (pages.to(tl.int64) * page_stride + kv_head_offset) // HEAD_DIM + positions % PAGE_TOKENS
+    if MASKED:
+        return tl.load(scales + lines, mask=positions < end, other=0.0)
+    return tl.load(scales + lines)
+
+
+@triton.jit
+def _add_fp8(q, weights, v, scales, result):
+    """Return result + weights @ (v * scales), computed in the dtype of queries."""
+    if q.dtype == tl.float16:
+        # Scales are small: with weights they may be too small for float16.
+        scaled = (v.to(tl.float32) * scales[:, None]).to(tl.float16)
+        return tl.dot(weights.to(tl.float16), scaled, result, input_precision="ieee")
+    return tl.dot((weights * scales[None, :]).to(q.dtype), v.to(q.dtype), result, input_precision="ieee")
+
+
+@triton.jit
 def _scores(q, k, scaling, softcap, HAS_SOFTCAP: tl.constexpr):
     """Products of queries and keys in units of log 2: scaled, or scaled to units of the cap and capped."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
@@ -73,6 +99,8 @@ def decode_kernel(
     sinks,
     partials,
     arrivals,
+    key_scales,
+    value_scales,
     query_stride,
     query_head_stride,
     out_stride,
@@ -134,7 +162,13 @@ def decode_kernel(
         k = _load_block(
             keys, table, positions, end, kv_head_offset, page_stride, True, HEAD_DIM, BLOCK_DIM, PAGE_TOKENS
         )
-        scores = _scores(q, k, scaling, softcap, HAS_SOFTCAP)
+        if key_scales is None:
+            scores = _scores(q, k, scaling, softcap, HAS_SOFTCAP)
+        else:
+            token_scales = _load_scales(
+                key_scales, table, positions, end, kv_head_offset, page_stride, True, HEAD_DIM, PAGE_TOKENS
+            )
+            scores = _scores(q, k.to(q.dtype), scaling * token_scales[None, :], softcap, HAS_SOFTCAP)
         scores = tl.where((positions < end)[None, :], scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         weights = tl.exp2(scores - new_maximum[:, None])
@@ -143,7 +177,14 @@ def decode_kernel(
         v = _load_block(
             values, table, positions, end, kv_head_offset, page_stride, True, HEAD_DIM, BLOCK_DIM, PAGE_TOKENS
         )
-        result = tl.dot(weights.to(v.dtype), v, result * decay[:, None], input_precision="ieee")
+        result = result * decay[:, None]
+        if value_scales is None:
+            result = tl.dot(weights.to(v.dtype), v, result, input_precision="ieee")
+        else:
+            token_scales = _load_scales(
+                value_scales, table, positions, end, kv_head_offset, page_stride, True, HEAD_DIM, PAGE_TOKENS
+            )
+            result = _add_fp8(q, weights, v, token_scales, result)
         maximum = new_maximum
 
     out_rows = out + sequence.to(tl.int64) * out_stride + kv_head * GROUP * out_head_stride
@@ -205,6 +246,8 @@ def _extend_block(
     q,
     keys,
     values,
+    key_scales,
+    value_scales,
     table,
     positions,
     row_positions,
@@ -226,7 +269,13 @@ def _extend_block(
 ):
     """Attend to one block of tokens; without `CAUSAL` every row sees all of them."""
     k = _load_block(keys, table, positions, end, kv_head_offset, page_stride, CAUSAL, HEAD_DIM, BLOCK_DIM, PAGE_TOKENS)
-    scores = _scores(q, k, scaling, softcap, HAS_SOFTCAP)
+    if key_scales is None:
+        scores = _scores(q, k, scaling, softcap, HAS_SOFTCAP)
+    else:
+        token_scales = _load_scales(
+            key_scales, table, positions, end, kv_head_offset, page_stride, CAUSAL, HEAD_DIM, PAGE_TOKENS
+        )
+        scores = _scores(q, k.to(q.dtype), scaling * token_scales[None, :], softcap, HAS_SOFTCAP)
     if CAUSAL:
         scores = tl.where(positions[None, :] <= row_positions[:, None], scores, float("-inf"))
     if HAS_WINDOW:
@@ -240,7 +289,14 @@ def _extend_block(
     v = _load_block(
         values, table, positions, end, kv_head_offset, page_stride, CAUSAL, HEAD_DIM, BLOCK_DIM, PAGE_TOKENS
     )
-    result = tl.dot(weights.to(v.dtype), v, result * decay[:, None], input_precision="ieee")
+    result = result * decay[:, None]
+    if value_scales is None:
+        result = tl.dot(weights.to(v.dtype), v, result, input_precision="ieee")
+    else:
+        token_scales = _load_scales(
+            value_scales, table, positions, end, kv_head_offset, page_stride, CAUSAL, HEAD_DIM, PAGE_TOKENS
+        )
+        result = _add_fp8(q, weights, v, token_scales, result)
     return new_maximum, total, result
 
 
@@ -254,6 +310,8 @@ def extend_kernel(
     query_indptr,
     out,
     sinks,
+    key_scales,
+    value_scales,
     query_stride,
     query_head_stride,
     out_stride,
@@ -319,15 +377,15 @@ def extend_kernel(
     seen_by_all = tl.maximum((first_position + 1) // BLOCK_TOKENS * BLOCK_TOKENS, begin)
     for start in tl.range(begin, seen_by_all, BLOCK_TOKENS, num_stages=STAGES):
         maximum, total, result = _extend_block(
-            q, keys, values, table, start + tl.arange(0, BLOCK_TOKENS), row_positions, length, kv_head_offset,
-            page_stride, scaling, softcap, window, maximum, total, result, False, HAS_WINDOW, HAS_SOFTCAP, HEAD_DIM,
-            BLOCK_DIM, PAGE_TOKENS,
+            q, keys, values, key_scales, value_scales, table, start + tl.arange(0, BLOCK_TOKENS), row_positions, length,
+            kv_head_offset, page_stride, scaling, softcap, window, maximum, total, result, False, HAS_WINDOW,
+            HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, PAGE_TOKENS,
         )  # fmt: skip
     for start in tl.range(seen_by_all, last_position + 1, BLOCK_TOKENS, num_stages=STAGES):
         maximum, total, result = _extend_block(
-            q, keys, values, table, start + tl.arange(0, BLOCK_TOKENS), row_positions, length, kv_head_offset,
-            page_stride, scaling, softcap, window, maximum, total, result, True, HAS_WINDOW, HAS_SOFTCAP, HEAD_DIM,
-            BLOCK_DIM, PAGE_TOKENS,
+            q, keys, values, key_scales, value_scales, table, start + tl.arange(0, BLOCK_TOKENS), row_positions, length,
+            kv_head_offset, page_stride, scaling, softcap, window, maximum, total, result, True, HAS_WINDOW,
+            HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, PAGE_TOKENS,
         )  # fmt: skip
     if HAS_SINKS:
         maximum, total, share = _with_sinks(sinks, heads, inside, maximum, total)

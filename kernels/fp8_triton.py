@@ -56,12 +56,17 @@ def rescale(y: Tensor, scales: Tensor, bias: Tensor | None, of_outputs: Tensor |
 
 
 @triton.jit
-def round_row(wide, values, scales, row, width, columns, inside, LARGEST: tl.constexpr):
-    """Write a row (float32, zero outside) as e4m3 values and its scale."""
-    largest = tl.max(tl.abs(wide), 0)
+def power_of_two(largest, LARGEST: tl.constexpr):
+    """Return the smallest powers of two by which float32 magnitudes can be divided to lie within LARGEST."""
     bits = tl.maximum(largest / LARGEST, 7.888609052210118e-31).to(tl.int32, bitcast=True)  # 2^-100
     # The next power of two: a mantissa that is not zero carries into the exponent. Infinity stays what it is.
-    scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_row(wide, values, scales, row, width, columns, inside, LARGEST: tl.constexpr):
+    """Write a row (float32, zero outside) as e4m3 values and its scale."""
+    scale = power_of_two(tl.max(tl.abs(wide), 0), LARGEST)
     tl.store(values + row * width + columns, (wide * (1.0 / scale)).to(values.dtype.element_ty), mask=inside)
     tl.store(scales + row, scale)
 

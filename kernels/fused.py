@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from lorafleet.kernels import fp8
 from lorafleet.kernels.fp8_values import Fp8Rows
-from lorafleet.kernels.kv_place import HeadNorm, KVPlace, Rotation
+from lorafleet.kernels.kv_place import HeadNorm, KVPlace, Rotation, check_scales
 from lorafleet.kernels.norms import PLAIN, Activation, Branch, Norm, NormRule
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -87,7 +87,7 @@ def rotate_and_store(
     """
     num_kv_heads, head_dim = place.keys.shape[1], place.keys.shape[3]
     num_heads = qkv.shape[-1] // head_dim - 2 * num_kv_heads
-    _check_rows("qkv", qkv, (place.row_pages.shape[0], (num_heads + 2 * num_kv_heads) * head_dim), place.keys)
+    _check_rows("qkv", qkv, (place.row_pages.shape[0], (num_heads + 2 * num_kv_heads) * head_dim), _like(place))
     if num_heads <= 0:
         raise ValueError(f"rows of {qkv.shape[-1]} elements hold no query beside {num_kv_heads} KV heads of {head_dim}")
     _check_place(place, qkv.shape[0])
@@ -114,27 +114,43 @@ def rotate_and_store(
     if rotation.width and angles is not None:
         key = _rotate(key, angles, rotation)
         query.copy_(_rotate(query, angles, rotation))
-    place.keys[place.row_pages, :, place.row_offsets] = key
-    place.values[place.row_pages, :, place.row_offsets] = value
+    _write(key, place.keys, place.key_scales, place)
+    _write(value, place.values, place.value_scales, place)
     return query
 
 
 def store(key: Tensor, value: Tensor, place: KVPlace) -> None:
-    """Write keys and values to their pages as they are.
+    """Write keys and values to their pages as they are, or rounded to fp8 where the place has scales.
 
     key, value: (rows, num_kv_heads, head_dim), unit stride along head_dim. Raises ValueError.
     """
     shape = (place.row_pages.shape[0], place.keys.shape[1], place.keys.shape[3])
     _check_place(place, shape[0])
     for name, tensor in (("key", key), ("value", value)):
-        _check_rows(name, tensor, shape, place.keys)
+        _check_rows(name, tensor, shape, _like(place))
     if key.is_cuda:
         from lorafleet.kernels import fused_triton
 
         fused_triton.store(key, value, place)
         return
-    place.keys[place.row_pages, :, place.row_offsets] = key
-    place.values[place.row_pages, :, place.row_offsets] = value
+    _write(key, place.keys, place.key_scales, place)
+    _write(value, place.values, place.value_scales, place)
+
+
+def _write(rows: Tensor, cache: Tensor, scales: Tensor | None, place: KVPlace) -> None:
+    """rows: (rows, num_kv_heads, head_dim)."""
+    if scales is None:
+        cache[place.row_pages, :, place.row_offsets] = rows
+        return
+    rounded = fp8.quantise_rows(rows.reshape(-1, rows.shape[2]))
+    # As bytes, which torch can index.
+    cache.view(torch.uint8)[place.row_pages, :, place.row_offsets] = rounded.values.view(torch.uint8).view(rows.shape)
+    scales[place.row_pages, :, place.row_offsets] = rounded.scales.view(rows.shape[:2])
+
+
+def _like(place: KVPlace) -> Tensor | None:
+    """The cache, if rows must be of its dtype."""
+    return place.keys if place.key_scales is None else None
 
 
 def gated(gate_up: Tensor, activation: Activation = "silu", scales: Tensor | None = None) -> Tensor:
@@ -256,6 +272,8 @@ def _check_place(place: KVPlace, num_rows: int) -> None:
         )
     if keys.stride()[2:] != (keys.shape[3], 1):
         raise ValueError(f"the tokens of a page must be contiguous, got strides {keys.stride()}")
+    for name, scales in (("key_scales", place.key_scales), ("value_scales", place.value_scales)):
+        check_scales(name, scales, keys)
     for name, rows in (("row_pages", place.row_pages), ("row_offsets", place.row_offsets)):
         if rows.shape != (num_rows,) or rows.stride() != (1,) or rows.dtype != torch.int32:
             raise ValueError(f"{name} must be a contiguous int32 ({num_rows},), got {rows.dtype} {tuple(rows.shape)}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lorafleet.kernels import fp8_triton
-from lorafleet.kernels.fp8_triton import round_row
+from lorafleet.kernels.fp8_triton import power_of_two, round_row
 from lorafleet.kernels.fp8_values import LARGEST, Fp8Rows
 from lorafleet.kernels.kv_place import HeadNorm, KVPlace, Rotation
 from lorafleet.kernels.launching import launch
@@ -132,6 +132,8 @@ def rotate_and_store(
         sin,
         place.keys,
         place.values,
+        place.key_scales,
+        place.value_scales,
         place.row_pages,
         place.row_offsets,
         qkv if norm is None else norm.query.weight,
@@ -150,6 +152,7 @@ def rotate_and_store(
         IS_ROTATED=is_rotated,
         IS_INTERLEAVED=is_rotated and rotation.is_interleaved,
         STEP=rotation.step,
+        LARGEST=LARGEST,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         QUERY_BLOCKS=query_blocks,
@@ -175,6 +178,8 @@ def store(key: Tensor, value: Tensor, place: KVPlace) -> None:
         value,
         place.keys,
         place.values,
+        place.key_scales,
+        place.value_scales,
         place.row_pages,
         place.row_offsets,
         key.stride(0),
@@ -185,6 +190,7 @@ def store(key: Tensor, value: Tensor, place: KVPlace) -> None:
         place.keys.stride(1),
         NUM_KV_HEADS=num_kv_heads,
         BLOCK_HEADS=triton.next_power_of_2(num_kv_heads),
+        LARGEST=LARGEST,
         HEAD_DIM=head_dim,
         BLOCK_DIM=triton.next_power_of_2(head_dim),
         num_warps=4,
@@ -305,6 +311,8 @@ def _rotate_and_store_kernel(
     sin,
     keys,
     values,
+    key_scales,
+    value_scales,
     row_pages,
     row_offsets,
     query_weight,
@@ -323,6 +331,7 @@ def _rotate_and_store_kernel(
     IS_ROTATED: tl.constexpr,
     IS_INTERLEAVED: tl.constexpr,
     STEP: tl.constexpr,
+    LARGEST: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     QUERY_BLOCKS: tl.constexpr,
@@ -415,11 +424,38 @@ def _rotate_and_store_kernel(
         cache = values if is_value else keys
         page = tl.load(row_pages + row).to(tl.int64)
         offset = tl.load(row_offsets + row)
-        target = cache + page * page_stride + (heads * head_stride + offset * HEAD_DIM)[:, None]
-        tl.store(target + (dims * SPREAD)[None, :], low, mask=mask)
-        tl.store(target + (dims * SPREAD)[None, :] + APART, high, mask=mask)
-        if HAS_REST:
-            tl.store(target + rest_dims[None, :], rest, mask=rest_mask)
+        lines = page * page_stride + heads * head_stride + offset * HEAD_DIM
+        target = cache + lines[:, None]
+        pairs = target + (dims * SPREAD)[None, :]
+        if key_scales is None:
+            tl.store(pairs, low, mask=mask)
+            tl.store(pairs + APART, high, mask=mask)
+            if HAS_REST:
+                tl.store(target + rest_dims[None, :], rest, mask=rest_mask)
+        else:
+            largest = tl.maximum(_largest(low), _largest(high))
+            if HAS_REST:
+                largest = tl.maximum(largest, _largest(rest))
+            head_scales = power_of_two(largest, LARGEST)
+            kind: tl.constexpr = keys.dtype.element_ty
+            tl.store(pairs, _divided(low, head_scales, kind), mask=mask)
+            tl.store(pairs + APART, _divided(high, head_scales, kind), mask=mask)
+            if HAS_REST:
+                tl.store(target + rest_dims[None, :], _divided(rest, head_scales, kind), mask=rest_mask)
+            line_scales = value_scales if is_value else key_scales
+            tl.store(line_scales + lines // HEAD_DIM, head_scales, mask=heads < NUM_KV_HEADS)
+
+
+@triton.jit
+def _largest(rows):
+    """(heads,) float32: the largest magnitude of each."""
+    return tl.max(tl.abs(rows.to(tl.float32)), 1)
+
+
+@triton.jit
+def _divided(rows, scales, kind: tl.constexpr):
+    """Return heads divided by their scales, in fp8."""
+    return (rows.to(tl.float32) / scales[:, None]).to(kind)
 
 
 @triton.jit
@@ -441,6 +477,8 @@ def _store_kernel(
     value,
     keys,
     values,
+    key_scales,
+    value_scales,
     row_pages,
     row_offsets,
     key_stride,
@@ -451,6 +489,7 @@ def _store_kernel(
     head_stride,
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
+    LARGEST: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
@@ -460,11 +499,24 @@ def _store_kernel(
     mask = (heads < NUM_KV_HEADS)[:, None] & (dims < HEAD_DIM)
     page = tl.load(row_pages + row).to(tl.int64)
     offset = tl.load(row_offsets + row)
-    target = page * page_stride + (heads * head_stride + offset * HEAD_DIM)[:, None] + dims
-    row_key = tl.load(key + row * key_stride + (heads * key_head_stride)[:, None] + dims, mask=mask)
-    row_value = tl.load(value + row * value_stride + (heads * value_head_stride)[:, None] + dims, mask=mask)
-    tl.store(keys + target, row_key, mask=mask)
-    tl.store(values + target, row_value, mask=mask)
+    lines = page * page_stride + heads * head_stride + offset * HEAD_DIM
+    row_key = tl.load(key + row * key_stride + (heads * key_head_stride)[:, None] + dims, mask=mask, other=0.0)
+    row_value = tl.load(value + row * value_stride + (heads * value_head_stride)[:, None] + dims, mask=mask, other=0.0)
+    _store_heads(row_key, keys, key_scales, lines, dims, mask, heads < NUM_KV_HEADS, LARGEST, HEAD_DIM)
+    _store_heads(row_value, values, value_scales, lines, dims, mask, heads < NUM_KV_HEADS, LARGEST, HEAD_DIM)
+
+
+@triton.jit
+def _store_heads(
+    rows, cache, scales, lines, dims, mask, is_head, LARGEST: tl.constexpr, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """Write the heads of one token, (heads, dims), rounded to fp8 where the cache has scales."""
+    if scales is None:
+        tl.store(cache + lines[:, None] + dims, rows, mask=mask)
+    else:
+        head_scales = power_of_two(_largest(rows), LARGEST)
+        tl.store(cache + lines[:, None] + dims, _divided(rows, head_scales, cache.dtype.element_ty), mask=mask)
+        tl.store(scales + lines // HEAD_DIM, head_scales, mask=is_head)
 
 
 @triton.jit

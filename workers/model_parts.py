@@ -15,13 +15,13 @@ from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.memory.state_store import StateStore
-from lorafleet.workers.model.geometry import TORCH_DTYPES, projection_groups, resolve_device
+from lorafleet.workers.model.geometry import projection_groups, resolve_device
 from lorafleet.workers.model.loader import BaseModel, load_base
 from lorafleet.workers.model.rehearsal import rehearse
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model.startup import start_runner
 from lorafleet.workers.ranks import Ranks
-from lorafleet.workers.sizing import MemorySizes, memory_sizes
+from lorafleet.workers.sizing import MemorySizes, kv_dtype, memory_sizes
 from lorafleet.workers.step.forms import graph_forms
 
 
@@ -88,7 +88,7 @@ def assemble_model(
         base.layers,
         num_pages=sizes.num_kv_pages,
         page_tokens=engine.kv_page_tokens,
-        dtype=TORCH_DTYPES[base.dtype],
+        dtype=kv_dtype(base, engine),
         device=device,
         # What a prefix left in states is not kept.
         prefix_cache=engine.prefix_cache != "off" and not base.states,

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from lorafleet.kernels.fp8_values import DTYPE as FP8
 from lorafleet.workers.config import EngineConfig, PoolConfig
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.kv_cache import KVCache
@@ -17,6 +18,7 @@ from lorafleet.workers.memory.shares import Share
 from lorafleet.workers.memory.state_store import StateStore
 from lorafleet.workers.model.geometry import TORCH_DTYPES
 from lorafleet.workers.model.loader import BaseModel
+from lorafleet.workers.model.quantisation import MIN_CAPABILITY
 
 CPU_KV_BYTES = 1 << 30
 """Most that `kv_bytes: auto` takes on a CPU."""
@@ -36,9 +38,22 @@ class MemorySizes:
     pool_bytes: int
 
 
+def kv_dtype(base: BaseModel, engine: EngineConfig) -> torch.dtype:
+    """Dtype of keys and values on pages. Raises WorkerConfigError for one that the device does not have."""
+    if engine.kv_dtype == "auto":
+        return TORCH_DTYPES[base.dtype]
+    device = base.device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        raise WorkerConfigError(
+            f"worker.kv_dtype: fp8 needs a GPU of compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or later, "
+            f"and {torch.cuda.get_device_name(device)} is older: use kv_dtype: auto"
+        )
+    return FP8
+
+
 def memory_sizes(base: BaseModel, engine: EngineConfig, pool: PoolConfig) -> MemorySizes:
     """Sizes for this base on its device. Raises WorkerConfigError, naming the setting to change."""
-    page_bytes = KVCache.page_bytes(base.layers, engine.kv_page_tokens, TORCH_DTYPES[base.dtype])
+    page_bytes = KVCache.page_bytes(base.layers, engine.kv_page_tokens, kv_dtype(base, engine))
     pages_per_sequence = -(-base.max_model_len // engine.kv_page_tokens)
     # One page beside the sequences': captured graphs' padding rows write to it.
     wanted_kv = page_bytes * (pages_per_sequence * engine.max_running + 1)

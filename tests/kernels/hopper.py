@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from lorafleet.kernels import (
@@ -113,10 +114,32 @@ def launch_each() -> None:
     for activation in activations:
         fused_triton.gated(torch.zeros(4, 128, dtype=DTYPE), activation)
 
+    for dtype, head_dim in ((DTYPE, 128), (torch.float16, 128), (DTYPE, 512)):
+        launch_in_fp8(dtype, head_dim, tables, lengths, starts)
+
     rows = torch.zeros(3, 5, dtype=torch.int64)
     for is_aligned in (True, False):
         for part in (rows, rows[:, :1], rows[:, 1:]):
             row_copy_triton.copy_rows(weight, rotation.view(-1), part, is_aligned=is_aligned)
+
+
+def launch_in_fp8(dtype: torch.dtype, head_dim: int, tables: Tensor, lengths: Tensor, starts: Tensor) -> None:
+    """What reads and writes keys and values in fp8."""
+    keys, values = torch.zeros(2, 8, 2, 16, head_dim).to(torch.float8_e4m3fn)
+    scales = torch.zeros(2, 8, 2, 16)
+    query, out = torch.zeros(2, 4, 8, head_dim, dtype=dtype)
+    workspace = DecodeWorkspace.allocate(num_heads=8, num_kv_heads=2, head_dim=head_dim, device=CPU, num_processors=132)
+    how: dict[str, Any] = {"scaling": 0.1, "key_scales": scales[0], "value_scales": scales[1]}
+    attention.decode(query, keys, values, tables, lengths, out, workspace, **how)
+    attention.extend(query, keys, values, tables, lengths, starts, out, **how)
+    pages = torch.zeros(4, dtype=torch.int32)
+    place = KVPlace(keys, values, pages, pages, scales[0], scales[1])
+    angles = torch.zeros(4, head_dim, dtype=dtype)
+    for rotation in (Rotation(head_dim), Rotation(32, is_interleaved=True)):
+        qkv = torch.zeros(4, 12 * head_dim, dtype=dtype)
+        fused_triton.rotate_and_store(qkv, (angles, angles), place, rotation, None)
+    rows = torch.zeros(4, 2, head_dim, dtype=dtype)
+    fused_triton.store(rows, rows, place)
 
 
 def variants(kernel: Any) -> list[Any]:

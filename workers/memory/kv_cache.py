@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorafleet.kernels.fp8_values import DTYPE as FP8
 from lorafleet.workers.memory.pages import PageAllocator
 from lorafleet.workers.memory.prefix_cache import PrefixCache, Tokens
 
@@ -35,8 +36,9 @@ class KVPageCounts:
 class KVCache:
     """The paged K and V tensors of every layer; a page id means the same page in all of them.
 
-    `keys[layer]`, `values[layer]`: (num_pages, num_kv_heads, page_tokens, head_dim). Every page id that `allocate`,
-    `acquire_prefix` or `insert` returned is held until `free` is called with it.
+    `keys[layer]`, `values[layer]`: (num_pages, num_kv_heads, page_tokens, head_dim). Where they are in fp8,
+    `key_scales[layer]`, `value_scales[layer]`: (num_pages, num_kv_heads, page_tokens) float32. Every page id that
+    `allocate`, `acquire_prefix` or `insert` returned is held until `free` is called with it.
     """
 
     def __init__(
@@ -57,6 +59,8 @@ class KVCache:
         self._zeroes_pages = device.type == "cpu"
         self.keys: tuple[Tensor, ...] = tuple(self._zeros(layer, num_pages, dtype, device) for layer in layers)
         self.values: tuple[Tensor, ...] = tuple(self._zeros(layer, num_pages, dtype, device) for layer in layers)
+        self.key_scales = self._scales(layers, num_pages, device) if dtype == FP8 else None
+        self.value_scales = self._scales(layers, num_pages, device) if dtype == FP8 else None
         self._pages = PageAllocator(num_pages)
         self._num_holders = [0] * num_pages
         self._prefixes = PrefixCache(page_tokens) if prefix_cache else None
@@ -65,14 +69,20 @@ class KVCache:
         shape = (num_pages, layer.num_kv_heads, self.page_tokens, layer.head_dim)
         return torch.zeros(shape, dtype=dtype, device=device)
 
+    def _scales(self, layers: Sequence[LayerKV], num_pages: int, device: torch.device) -> tuple[Tensor, ...]:
+        shapes = ((num_pages, layer.num_kv_heads, self.page_tokens) for layer in layers)
+        return tuple(torch.zeros(shape, device=device) for shape in shapes)
+
     def pages_for(self, num_tokens: int) -> int:
         """Return the number of pages that a sequence's tokens take."""
         return -(-num_tokens // self.page_tokens)
 
     @staticmethod
     def page_bytes(layers: Sequence[LayerKV], page_tokens: int, dtype: torch.dtype) -> int:
-        """Bytes that one page takes over all layers, K and V."""
-        return 2 * page_tokens * dtype.itemsize * sum(layer.num_kv_heads * layer.head_dim for layer in layers)
+        """Bytes that one page takes over all layers, K and V, with their scales where they are in fp8."""
+        of_scale = torch.float32.itemsize if dtype == FP8 else 0
+        of_token = sum(layer.num_kv_heads * (layer.head_dim * dtype.itemsize + of_scale) for layer in layers)
+        return 2 * page_tokens * of_token
 
     @property
     def counts(self) -> KVPageCounts:
@@ -161,8 +171,9 @@ class KVCache:
     def _zero(self, pages: list[int]) -> None:
         """After all that was launched before, on a GPU."""
         indices = torch.tensor(pages, device=self._device)
-        for tensor in (*self.keys, *self.values):
-            tensor.index_fill_(0, indices, 0.0)
+        for tensor in (*self.keys, *self.values, *(self.key_scales or ()), *(self.value_scales or ())):
+            # Zero is zero bytes, and torch cannot index fp8.
+            (tensor.view(torch.uint8) if tensor.dtype == FP8 else tensor).index_fill_(0, indices, 0)
 
     def _hold(self, page: int) -> None:
         if self._num_holders[page] == 0:

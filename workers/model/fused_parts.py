@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -237,7 +238,7 @@ class FusedAttention:
         for rows, norm, own_qkv in own_norms:
             own_angles = None if angles is None else tuple(table.index_select(0, rows) for table in angles)
             pages, offsets = (table.index_select(0, rows) for table in (place.row_pages, place.row_offsets))
-            own_place = KVPlace(place.keys, place.values, pages, offsets)
+            own_place = replace(place, row_pages=pages, row_offsets=offsets)
             own_query = fused.rotate_and_store(own_qkv, own_angles, own_place, self.rotation, norm)  # type: ignore[arg-type]
             query.index_copy_(0, rows, own_query)
         return query

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 IMPLEMENTATION = "lorafleet_paged"
 
 
+class Pages(NamedTuple):
+    """One layer's keys, or its values, on the pages of the cache."""
+
+    values: Tensor
+    """(num_pages, num_kv_heads, page_tokens, head_dim)."""
+    scales: Tensor | None
+    """(num_pages, num_kv_heads, page_tokens) float32, if they are in fp8."""
+
+
 @dataclass(slots=True)
 class AttentionContext:
     """The KV cache, and the batch of the running forward pass. The runner sets the batch."""
@@ -45,7 +54,16 @@ class AttentionContext:
         """Place in `layer`'s cache of the running pass's keys and values."""
         batch = self.batch
         assert batch is not None, "a forward pass outside the runner"
-        return KVPlace(self.cache.keys[layer], self.cache.values[layer], batch.row_pages, batch.row_offsets)
+        keys, values = self.pages(layer)
+        return KVPlace(keys.values, values.values, batch.row_pages, batch.row_offsets, keys.scales, values.scales)
+
+    def pages(self, layer: int) -> tuple[Pages, Pages]:
+        """Keys and values of `layer`."""
+        cache = self.cache
+        return (
+            Pages(cache.keys[layer], None if cache.key_scales is None else cache.key_scales[layer]),
+            Pages(cache.values[layer], None if cache.value_scales is None else cache.value_scales[layer]),
+        )
 
 
 def install(model: PreTrainedModel, context: AttentionContext) -> None:
@@ -134,7 +152,7 @@ def attend(query: Tensor, context: AttentionContext, layer: int, scores: Scores)
     """
     batch = context.batch
     assert batch is not None, "a forward pass outside the runner"
-    keys, values = context.cache.keys[layer], context.cache.values[layer]
+    keys, values = context.pages(layer)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if query.is_cuda:
         _attend_cuda(query, keys, values, batch, context.workspaces[layer], scores, out)
@@ -146,8 +164,8 @@ def attend(query: Tensor, context: AttentionContext, layer: int, scores: Scores)
 
 def _attend_cuda(
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: Pages,
+    values: Pages,
     batch: AttentionBatch,
     workspace: DecodeWorkspace,
     scores: Scores,
@@ -161,45 +179,50 @@ def _attend_cuda(
         "window": scores.window,
         "softcap": scores.softcap,
         "sinks": scores.sinks,
+        "key_scales": keys.scales,
+        "value_scales": values.scales,
     }
+    paged = keys.values, values.values
     if num:
-        kernels.decode(query[:num], keys, values, tables[:num], lengths[:num], out[:num], workspace, **how)
+        kernels.decode(query[:num], *paged, tables[:num], lengths[:num], out[:num], workspace, **how)
     if num < lengths.shape[0]:
         # After the decodes, since a graph's empty lines write zeros where rows of prompts may be.
-        kernels.extend(query, keys, values, tables[num:], lengths[num:], batch.query_indptr[num:], out, **how)
+        kernels.extend(query, *paged, tables[num:], lengths[num:], batch.query_indptr[num:], out, **how)
 
 
-def _decode(query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, scores: Scores, out: Tensor) -> None:
+def _decode(query: Tensor, keys: Pages, values: Pages, batch: AttentionBatch, scores: Scores, out: Tensor) -> None:
     """All one-row sequences in one call: the query heads of a KV head stand in the place of query positions."""
     num = batch.num_decodes
     if num == 0:
         return
-    num_pages = -(-max(batch.host_context_lengths[:num]) // keys.shape[2])
+    num_pages = -(-max(batch.host_context_lengths[:num]) // keys.values.shape[2])
     if num_pages == 0:
         out[:num] = 0
         return
     table = batch.block_tables[:num, :num_pages]
-    if (-1, keys.shape[1]) not in batch.gathers:
-        table = _own_pages(table, batch.context_lengths[:num], keys.shape[2])
+    if (-1, keys.values.shape[1]) not in batch.gathers:
+        table = _own_pages(table, batch.context_lengths[:num], keys.values.shape[2])
     window = scores.window
     mask = batch.masks.get((-1, window))
     if mask is None:
         lengths = batch.context_lengths[:num, None]
-        positions = torch.arange(num_pages * keys.shape[2], device=query.device)
+        positions = torch.arange(num_pages * keys.values.shape[2], device=query.device)
         mask = positions < lengths
         if window is not None:
             mask &= positions >= lengths - window
         batch.masks[-1, window] = mask = mask[:, None, None, :]
-    grouped = query[:num].reshape(num, keys.shape[1], -1, query.shape[-1])
-    rows = _rows_to_gather(batch, -1, keys, table)
-    attended = _weigh(grouped, _gather(keys, rows, num), _gather(values, rows, num), mask, scores)
+    grouped = query[:num].reshape(num, keys.values.shape[1], -1, query.shape[-1])
+    rows = _rows_to_gather(batch, -1, keys.values, table)
+    attended = _weigh(
+        grouped, _gather(keys, rows, num, query.dtype), _gather(values, rows, num, query.dtype), mask, scores
+    )
     out[:num] = attended.reshape(num, query.shape[1], -1)
 
 
-def _prefill(query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch, scores: Scores, out: Tensor) -> None:
+def _prefill(query: Tensor, keys: Pages, values: Pages, batch: AttentionBatch, scores: Scores, out: Tensor) -> None:
     """Sequences with several rows, one after another."""
     start = sum(batch.query_lengths[: batch.num_decodes])
-    page_tokens, window = keys.shape[2], scores.window
+    page_tokens, window = keys.values.shape[2], scores.window
     for index in range(batch.num_decodes, len(batch.query_lengths)):
         num_rows, length = batch.query_lengths[index], batch.host_context_lengths[index]
         if length == 0:
@@ -215,11 +238,11 @@ def _prefill(query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch,
             if window is not None:
                 mask &= positions > own - window
             batch.masks[index, window] = mask
-        rows = _rows_to_gather(batch, index, keys, table)
+        rows = _rows_to_gather(batch, index, keys.values, table)
         attended = _weigh(
             query[None, start : start + num_rows].transpose(1, 2),
-            _gather(keys, rows, 1)[:, :, :length],
-            _gather(values, rows, 1)[:, :, :length],
+            _gather(keys, rows, 1, query.dtype)[:, :, :length],
+            _gather(values, rows, 1, query.dtype)[:, :, :length],
             mask,
             scores,
         )
@@ -273,8 +296,15 @@ def _rows_to_gather(batch: AttentionBatch, index: int, cache: Tensor, table: Ten
     return rows
 
 
-def _gather(cache: Tensor, rows: Tensor, num_sequences: int) -> Tensor:
-    """(pages, kv_heads, page_tokens, head_dim) -> (sequences, kv_heads, tokens, head_dim), copied once."""
+def _gather(pages: Pages, rows: Tensor, num_sequences: int, dtype: torch.dtype) -> Tensor:
+    """(pages, kv_heads, page_tokens, head_dim) -> (sequences, kv_heads, tokens, head_dim) in `dtype`, copied once."""
+    cache, scales = pages
     num_heads, page_tokens, head_dim = cache.shape[1:]
-    gathered = cache.view(-1, page_tokens * head_dim).index_select(0, rows)
+    if scales is None:
+        gathered = cache.view(-1, page_tokens * head_dim).index_select(0, rows)
+    else:
+        # As bytes, which torch can index.
+        taken = cache.view(torch.uint8).view(-1, page_tokens * head_dim).index_select(0, rows).view(cache.dtype)
+        of_tokens = scales.view(-1, page_tokens).index_select(0, rows)
+        gathered = (taken.view(*of_tokens.shape, head_dim).float() * of_tokens[..., None]).to(dtype)
     return gathered.view(num_sequences, num_heads, -1, head_dim)

@@ -6,7 +6,8 @@ Used on the base itself at start (`check`), and by the rehearsal on a small copy
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from lorafleet.kernels.segments import BASE_SLOT
 from lorafleet.workers.errors import UnsupportedModel
+from lorafleet.workers.memory.kv_cache import KVCache
+from lorafleet.workers.model.geometry import TORCH_DTYPES
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.step.layout import Layout
 from lorafleet.workers.step.message import StepMessage
@@ -25,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 TOLERANCE = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1.5e-1}
 """Mean difference from the untouched model's logprobs, over the likeliest tokens, that rounding explains."""
+MOST_OF_KV = 0.5
+"""Most that the rounding of keys and values may add."""
 TOP = 32
 PASS_ROWS = 4
 """Rows of a pass over the head: a probe takes several."""
@@ -111,16 +116,44 @@ def check(runner: ModelRunner) -> None:
     if base.rounded_probe_logits is not None:
         # Both round activations, and hardly ever the same way.
         tolerance += 2 * difference(base.rounded_probe_logits, base.probe_logits)
-    off = _difference(runner)
-    if not off <= tolerance and runner.can_recompute:
-        runner.body.may_keep = False
+    with _exact_cache(runner):
         off = _difference(runner)
-        logger.info("%s: its body is computed anew for each pass over the head", name)
+        if not off <= tolerance and runner.can_recompute:
+            runner.body.may_keep = False
+            off = _difference(runner)
+            logger.info("%s: its body is computed anew for each pass over the head", name)
     if not off <= tolerance:
         raise UnsupportedModel(
             f"{name} computes something that is not supported: a probe's logprobs are {off:.2g} off transformers' own "
             f"in the mean, more than {tolerance:g}"
         )
+    if runner.cache.key_scales is not None:
+        rounded_off = _difference(runner)
+        logger.info("%s: fp8 keys and values move a probe's logprobs by %.2g in the mean", name, rounded_off - off)
+        if not rounded_off <= tolerance + MOST_OF_KV:
+            raise UnsupportedModel(
+                f"{name} needs more exact keys and values than worker.kv_dtype: fp8: a probe's logprobs are "
+                f"{rounded_off:.2g} off transformers' own in the mean: use kv_dtype: auto"
+            )
+
+
+@contextmanager
+def _exact_cache(runner: ModelRunner) -> Iterator[None]:
+    """Within it, keys and values are kept in the base's dtype: their rounding to fp8 is no error of the layers."""
+    cache, base = runner.cache, runner.base
+    if cache.key_scales is None:
+        yield
+        return
+    num_pages = cache.pages_for(len(base.probe_token_ids))
+    exact = KVCache(
+        base.layers,
+        num_pages=num_pages,
+        page_tokens=cache.page_tokens,
+        dtype=TORCH_DTYPES[base.dtype],
+        device=base.device,
+    )
+    with runner.reading(exact):
+        yield
 
 
 def _difference(runner: ModelRunner) -> float:

@@ -119,6 +119,16 @@ class ModelRunner:
         """True if `launch` returns before the step is computed."""
         return self.base.device.type == "cuda"
 
+    @contextmanager
+    def reading(self, cache: KVCache) -> Iterator[None]:
+        """Within it, steps without a graph keep keys and values in another cache of the same shape of pages."""
+        own = self.cache
+        self.cache = self._attention.cache = cache
+        try:
+            yield
+        finally:
+            self.cache = self._attention.cache = own
+
     @torch.inference_mode()
     def logits(self, message: StepMessage) -> list[torch.Tensor]:
         """(rows, vocab) logits of each pass of a step, computed at once and without a graph."""

@@ -223,3 +223,20 @@ class KVCacheMachine(RuleBasedStateMachine):
 
 TestKVCacheMachine = KVCacheMachine.TestCase
 TestKVCacheMachine.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
+
+
+def test_a_cache_in_fp8_has_scales() -> None:
+    fp8, fp8_layers = torch.float8_e4m3fn, (LayerKV(2, 4), LayerKV(1, 8))
+    cache = KVCache(fp8_layers, num_pages=5, page_tokens=P, dtype=fp8, device=torch.device("cpu"))
+    assert cache.key_scales is not None
+    assert cache.value_scales is not None
+    assert [tuple(scales.shape) for scales in cache.key_scales] == [(5, 2, P), (5, 1, P)]
+    tensors = [*cache.keys, *cache.values, *cache.key_scales, *cache.value_scales]
+    assert sum(tensor.nbytes for tensor in tensors) == 5 * KVCache.page_bytes(fp8_layers, P, fp8)
+    pages = cache.allocate(2)
+    for tensor in tensors:
+        tensor.copy_(torch.full(tensor.shape, torch.nan))
+    cache.scrub(pages)
+    for tensor in tensors:
+        is_zero = [not bool(page.float().any()) for page in tensor]
+        assert is_zero == [index in pages for index in range(5)]
