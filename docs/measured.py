@@ -212,6 +212,21 @@ def group_rows() -> Rows:
         )
 
 
+MIXTURE_STEPS = {
+    "moe_decode_base": "base",
+    "moe_decode_lora64": "64 adapters on attention",
+    "moe_decode_experts64": "64 adapters on experts",
+}
+
+
+def mixture_rows() -> Rows:
+    """Decode steps of 64 sequences of a mixture."""
+    results = latest(RESULTS / "geometries.jsonl")
+    for case, name in MIXTURE_STEPS.items():
+        for line in results.get(case, ()):
+            yield name, f"{line['gap_ms_p50']:.1f}", number(line["output_tokens_per_s"])
+
+
 def prompt_graph_rows() -> Rows:
     """First tokens and speed by the kind of graph for prompts beside decodes, and by its largest batch."""
     lines = read(RESULTS / "engine_tried.jsonl", case="prompt_graphs", work="zipf_resident")
