@@ -72,7 +72,8 @@ def shelf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @cache
 def load(folder: Path, adapter: Path | None = None) -> PreTrainedModel | PeftModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # transformers 5.17 dequantises MXFP4 to bfloat16, whatever it is asked for.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).float().eval()
     return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
 
 

@@ -102,7 +102,6 @@ async def test_experts_answer_as_pefts(mixture: tuple[Path, Path], tmp_path: Pat
         warnings.simplefilter("ignore")
         model = load.__wrapped__(plain)
         assert "experts.0" not in " ".join(name for name, _ in model.named_modules())
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         peft = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **CASES["up"]))
     randomise_adapter(peft, 0.7)
     peft.save_pretrained(tmp_path / "up")

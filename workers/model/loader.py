@@ -112,7 +112,11 @@ def load_base(model: ModelConfig, device: torch.device, ranks: Ranks | None = No
     if rounds:
         round_weights(loaded, geometry_of(empty_model(config, TORCH_DTYPES[dtype]), dtype))
     base = base_of(loaded, config, dtype, max_model_len(model, config))
-    if device.type == "cuda" and not why_not_multiplied(device, dtype) and has_fp8(loaded, base.geometry):
+    if device.type == "cuda" and has_fp8(loaded, base.geometry):
+        reason = why_not_multiplied(device, dtype)
+        if reason is not None:
+            logger.info("%s serves its fp8 weights dequantised: their product %s", type(loaded).__name__, reason)
+            return base
         with torch.inference_mode(), rounding_inputs(loaded, base.geometry):
             rounded = loaded(input_ids=base.probe_token_ids[None], use_cache=False).logits[0]
         base = dataclasses.replace(base, rounded_probe_logits=rounded)

@@ -30,7 +30,7 @@ def why_not_multiplied(device: torch.device, dtype: Dtype) -> str | None:
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return (
             f"needs a GPU of compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or later, and "
-            f"{torch.cuda.get_device_name(device)} is older: use quantization: none"
+            f"{torch.cuda.get_device_name(device)} is older"
         )
     return None if dtype == "bfloat16" else f"is computed in bfloat16 on a GPU, not in {dtype}"
 
@@ -39,7 +39,7 @@ def refuse_device(device: torch.device, dtype: Dtype) -> None:
     """Raise WorkerConfigError if fp8 weights cannot be served on the device in this dtype."""
     reason = why_not_multiplied(device, dtype) if device.type == "cuda" else None
     if reason is not None:
-        raise WorkerConfigError(f"model.quantization: fp8 {reason}")
+        raise WorkerConfigError(f"model.quantization: fp8 {reason}: use quantization: none")
 
 
 def keep_scales(model: PreTrainedModel, parameter: str, scales: Tensor | None) -> None:
