@@ -28,11 +28,10 @@ NUM_TOKENS = 2
 """Of the pass that reads the shapes of states."""
 
 Compute = Callable[[tuple[Tensor, ...], Tensor | None], tuple[Tensor, Tensor]]
-"""(rows, each (sequences, length, ...); state before them, (sequences, ...), None for zeros)
--> (what they give, (sequences, length, ...); state after them, which may be overwritten where it is not None)."""
-
-
+"""(rows, each (sequences, length, ...); state before them, (sequences, ...), which may be overwritten; None for zeros)
+-> (what they give, (sequences, length, ...); state after them)."""
 Functions = Mapping[str, Callable[..., Any]]
+"""Functions of transformers, by name."""
 
 
 @dataclass(frozen=True, slots=True)
