@@ -1,6 +1,7 @@
 """The deployment of the adapter store: `adapter_store.service.AdapterStore` over Ray's object store.
 
-One replica; its catalogue is on disk, so another one goes on where it stopped.
+One replica; its catalogue is on disk, so another one goes on where it stopped. Where a node is drained, Serve starts
+the other one first: it asks this one to end, for only one may have the folder.
 """
 
 from __future__ import annotations
@@ -8,14 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import ray
 import torch
+from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from lorafleet.adapter_store.base_weights import CheckpointWeights
 from lorafleet.adapter_store.conversations import BaseTokens
+from lorafleet.adapter_store.errors import StoreUnusable
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
 from lorafleet.adapter_store.names import NamedAdapter, NameRecord, VersionsToKeep
 from lorafleet.adapter_store.records import Damage, DesiredRecord, DesiredState
@@ -36,6 +44,16 @@ WATCH_S = 1.0
 METRICS_PERIOD_S = 5.0
 
 
+HAND_OVER_S = 10.0
+"""How long the replica that has the state folder may take to hear that it is to end."""
+
+
+def own_deployment() -> DeploymentHandle[Any]:
+    """The way to the replica of this deployment that takes calls."""
+    context = serve.get_replica_context()
+    return serve.get_deployment_handle(context.deployment, context.app_name)
+
+
 def put(weights: AdapterWeights) -> StoredWeights:
     """Move weights to shared memory; they stay as long as somebody has the reference."""
     return StoredWeights(ray.put(weights))
@@ -44,12 +62,14 @@ def put(weights: AdapterWeights) -> StoredWeights:
 class StoreReplica:
     """The one adapter store of a service."""
 
-    def __init__(self, config: AppConfig) -> None:
+    def __init__(self, config: AppConfig, predecessor: Callable[[], DeploymentHandle[Any]] = own_deployment) -> None:
+        """predecessor: the way to the replica that may have the state folder."""
         torch.set_num_threads(1)
         model = config.model
         tokenizer = load_tokenizer(model.source)
         self._sources = config.adapters.sources
-        self._store = AdapterStore(
+        self._open = partial(
+            AdapterStore,
             state_dir=config.state_dir,
             sources=config.adapters.sources,
             geometry=read_geometry(model, config.worker.resolved_device),
@@ -59,6 +79,12 @@ class StoreReplica:
             base_weights=CheckpointWeights(model.source) if model.load == "weights" else None,
             base_tokens=None if tokenizer is None else BaseTokens(tokenizer.get_vocab()),
         )
+        self._predecessor = predecessor
+        try:
+            self._store = self._open()
+        except StoreUnusable as error:
+            if error.code != "store_locked":
+                raise
         self._created_s: dict[str, int] = {}
         self._metrics = StoreMetrics()
         self._tasks = [
@@ -157,8 +183,21 @@ class StoreReplica:
         return await self._store.reconcile(worker_id, held)
 
     async def check_health(self) -> None:
-        """Serve replaces the replica when this raises: the state folder cannot be written."""
+        """Serve replaces the replica when this raises: the state folder cannot be written, or is another service's.
+
+        Serve sends requests once the first check has passed.
+        """
+        if not hasattr(self, "_store"):
+            with contextlib.suppress(Exception):  # it ends, or it is no replica of this service
+                await asyncio.wait_for(self._predecessor().options(method_name="hand_over").remote(), HAND_OVER_S)
+            self._store = self._open()
         await asyncio.to_thread(self._store.check_health)
+
+    async def hand_over(self) -> None:
+        """End this process: another replica is to have the state folder. What is under way fails as if it had died."""
+        logger.info("the adapter store hands its state folder over to another replica, and ends")
+        self._store.close()
+        asyncio.get_running_loop().call_later(HAND_OVER_S / 100, os._exit, 0)
 
     def __del__(self) -> None:
         """Serve calls this when the replica stops."""
@@ -172,8 +211,8 @@ class StoreReplica:
 
     async def _report(self) -> None:
         while True:
-            usage = self._store.usage
             with contextlib.suppress(Exception):
+                usage = self._store.usage
                 self._metrics.publish(
                     num_on_disk=usage.num_versions, num_in_host_memory=usage.num_cached, host_bytes=usage.cached_bytes
                 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lorafleet.adapter_store.errors import StaleGeneration, UnknownAdapter, UnknownWorker
+from lorafleet.adapter_store.errors import StaleGeneration, StoreUnusable, UnknownAdapter, UnknownWorker
 from lorafleet.adapter_store.names import NameRecord
 from lorafleet.adapter_store.records import DesiredRecord
 from lorafleet.cluster.config import AppConfig
@@ -18,6 +18,7 @@ from lorafleet.cluster.store.client import StoreClient
 from lorafleet.cluster.store.replica import StoreReplica
 from tests.support.adapters import make_adapter
 from tests.support.bases import BaseKind
+from tests.support.wait import until
 
 
 class Handle:
@@ -40,10 +41,10 @@ class Handle:
 
 
 @pytest.fixture
-async def store(base_of: Callable[[BaseKind], Path], tmp_path: Path) -> AsyncIterator[StoreClient]:
+def config(base_of: Callable[[BaseKind], Path], tmp_path: Path) -> AppConfig:
     base = base_of("llama")
     make_adapter(tmp_path / "adapters" / "a", base, "rank4_qv")
-    config = AppConfig.model_validate(
+    return AppConfig.model_validate(
         {
             "model": {"id": "tiny", "source": str(base), "dtype": "float32"},
             "adapters": {
@@ -52,9 +53,47 @@ async def store(base_of: Callable[[BaseKind], Path], tmp_path: Path) -> AsyncIte
             },
         }
     )
+
+
+@pytest.fixture
+async def replica(config: AppConfig) -> AsyncIterator[StoreReplica]:
     replica = StoreReplica(config)
-    yield StoreClient(Handle(replica))
+    yield replica
     replica.__del__()
+
+
+@pytest.fixture
+async def store(replica: StoreReplica) -> StoreClient:
+    return StoreClient(Handle(replica))
+
+
+@pytest.mark.parametrize("is_of_this_service", [True, False])
+async def test_the_folder_goes_over_to_the_replica_that_serve_starts_elsewhere(
+    config: AppConfig,
+    store: StoreClient,
+    replica: StoreReplica,
+    monkeypatch: pytest.MonkeyPatch,
+    is_of_this_service: bool,
+) -> None:
+    wanted = (DesiredRecord("x", "demo", "a", warm="all"),)
+    await store.set_desired(wanted, 2)
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.setattr("lorafleet.adapter_store.catalog._LOCK_PATIENCE_S", 0.1)
+    stranger = Handle(object())
+    successor = StoreReplica(config, lambda: Handle(replica) if is_of_this_service else stranger)
+    try:
+        if is_of_this_service:
+            await successor.check_health()
+            assert (await successor.desired()).adapters == wanted
+            await until(lambda: ended == [0])
+        else:
+            with pytest.raises(StoreUnusable, match="another adapter store uses this state folder"):
+                await successor.check_health()
+            await replica.check_health()
+            assert not ended
+    finally:
+        successor.__del__()
 
 
 @pytest.mark.slow
