@@ -332,6 +332,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     ),
     "chaos-run": lambda: measured.chaos_run() + "\n",
     "chaos-faults": lambda: table(measured.chaos.HEAD, measured.chaos_rows()),
+    "chaos-soak": lambda: table(("process", "growth (MB an hour)"), measured.soak_rows()),
     "chaos-hostile": lambda: table(measured.chaos.HOSTILE_HEAD, measured.hostile_rows()),
     "engine-bars": lambda: table(("", "measured", "bar", ""), measured.engine_bars()),
     "engine-peers": lambda: table(

@@ -269,5 +269,11 @@ def hostile_rows() -> Rows:
     yield from chaos.hostile_rows(_chaos("hostile"))
 
 
+def soak_rows() -> Rows:
+    """Rows of how fast processes grew in the last soak."""
+    for name, rise in _chaos("soak")[-1]["mb_per_hour"].items():
+        yield name.rpartition(" ")[0], f"{rise:.1f}"
+
+
 def _chaos(kind: str) -> list[dict[str, Any]]:
     return [line for line in read(RESULTS / "chaos.jsonl") if kind in line]

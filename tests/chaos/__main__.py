@@ -2,7 +2,7 @@
 
 `make chaos` runs each fault once under a few clients; the full run is `make chaos ARGS="--times 20 --clients 50"`.
 With `--haproxy` the same is done behind HAProxy and two ingresses, with `--nodes` nodes leave a cluster of several.
-`make soak` prints how fast each process grows.
+`make soak` prints how fast each process grows, and fails above a bound.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ AFTER_S = 2.0
 SIEGE_S = 10.0
 """How long hostile clients attack, and how long the same load is watched before."""
 PROMPTS = ("Hello", "The quick brown fox", "user: What is", "Once upon a time there was")
+MAX_RISE = 10.0
+"""MB an hour by which a process may grow in a soak of `WARM_MINUTES` or more; in a shorter one it is not yet warm."""
+WARM_MINUTES = 20.0
 MAX_GAP_RATIO = 1.5
 """Of others' 99th percentile between two tokens, while hostile clients attack."""
 
@@ -157,9 +160,11 @@ def main() -> int:
         note(damage(options.flips))
     with running(options) as (service, faults):
         if options.soak is not None:
-            for name, rise in soak(service, options.soak, options.rate).items():
+            rises = soak(service, options.soak, options.rate)
+            note({"soak": options.soak, "rate": options.rate, "mb_per_hour": rises})
+            for name, rise in rises.items():
                 print(f"{name:>24} {rise:8.1f} MB/h")
-            return 0
+            return int(options.soak >= WARM_MINUTES and max(rises.values()) > MAX_RISE)
         questions = [Question(model, prompt, NUM_TOKENS) for model in (BASE_ID, "one", "two") for prompt in PROMPTS]
         oracle = oracle_of(service.url, questions)
         try:
