@@ -400,9 +400,10 @@ def speculation(lab: Lab) -> Named:
 
 
 def start_weights(lab: Lab) -> Named:
-    """Seconds from nothing to ready, by stage: weights from the page cache, and no kernel compiled before."""
+    """Seconds from nothing to ready, by stage: weights from the page cache, nothing compiled or rehearsed before."""
     write_weights(lab.base)
     os.environ["TRITON_CACHE_DIR"] = str(lab.folder / "triton")
+    os.environ["HOME"] = str(lab.folder)  # rehearsals are kept there
     pool = PoolConfig(max_rank=64, max_slots=256)
     with running_engine(lab.base, lab.adapters, lab.config(), pool, load="weights") as engine:
         yield "start_weights", engine.parts.startup_s

@@ -135,6 +135,7 @@ def engine_bars(
     yield at_most("hot streams' p99 beside cold adapters, over alone", ratio(*hot), 1.1)
     yield at_most("start to ready, made-up weights, s", of("start", "ready"), 60.0)
     yield at_most("start to ready, weights in page cache, nothing compiled, s", of("start_weights", "ready"), 60.0)
+    yield at_most("rehearsal within it, s", of("start_weights", "rehearsal"), 3.0)
     yield at_least("shared prefixes (GSM8K's shape), output tokens/s", of("gsm8k"), 5000.0)
     for dtype in ("bfloat16", "float16"):
         yield at_most(f"largest logprob difference from PEFT's, {dtype}", logprob_differences.get(dtype), 0.1)
@@ -169,7 +170,8 @@ def _draw(results: Results, peers: Sequence[Mapping[str, Any]], path: Path) -> N
     latency.set_xticks(range(len(runs)), [f"{MANY[case]},\n{rate:g} a second" for rate, case in runs])
     latency.set_title("512 adapters: first token p50 and p99, ms")
     for place, case in enumerate(("start", "start_weights")):
-        stages = {stage: median(results.get(case), stage) or 0.0 for stage in ("load", "compile", "warm up", "capture")}
+        names = ("rehearsal", "load", "compile", "warm up", "capture")
+        stages = {stage: median(results.get(case), stage) or 0.0 for stage in names}
         stages["other"] = (median(results.get(case), "ready") or 0.0) - sum(stages.values())
         bottom = 0.0
         for color, (stage, seconds) in enumerate(stages.items()):

@@ -38,7 +38,7 @@ class WorkerParts:
     residency: Residency
     loader: AdapterLoader
     startup_s: dict[str, float]
-    """Seconds of the start: loading, and on a GPU compiling, warming up and capturing; `ready`: all of it."""
+    """Seconds of the start: rehearsal, load, and on a GPU compiling, warming up and capturing; `ready`: all of it."""
     group: Group | None
     """The other ranks; None for a worker of one process."""
 

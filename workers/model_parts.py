@@ -75,11 +75,12 @@ def assemble_model(
     config = read_config(model)
     if ranks.is_first:
         rehearse(config, max_model_len(model, config))
+    rehearsal_s = time.monotonic() - started_s
     try:
         base = load_base(model, device, ranks)
     except torch.OutOfMemoryError as error:
         raise WorkerConfigError(_does_not_fit(device, ranks)) from error
-    load_s = time.monotonic() - started_s
+    load_s = time.monotonic() - started_s - rehearsal_s
     linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]
     layout = PoolLayout.of(base.geometry, projection_groups(linear), pool.max_rank, base.shares)
     sizes = agree(memory_sizes(base, engine, pool))
@@ -114,7 +115,8 @@ def assemble_model(
         max_pass_rows=engine.logits_chunk_tokens,
         ranks=ranks,
     )
-    return ModelParts(base, cache, adapter_pool, runner, {"load": load_s, **runner.startup_s})
+    startup_s = {"rehearsal": rehearsal_s, "load": load_s, **runner.startup_s}
+    return ModelParts(base, cache, adapter_pool, runner, startup_s)
 
 
 def _does_not_fit(device: torch.device, ranks: Ranks) -> str:

@@ -57,6 +57,8 @@ class OddMLP(LlamaMLP):  # type: ignore[misc]
             return y + x.mean(dim=1, keepdim=True).roll(1, dims=-1)
         if self.config.oddity == "order":  # rows are in another order where the adapter acts
             y = self.down_proj(self.act_fn(self.gate_proj(x)).flip(1)).flip(1)
+        if self.config.oddity == "norm":  # it is not called, so no substitute for it acts
+            y = y * self.norm.weight
         return y
 
 
@@ -72,6 +74,7 @@ class OddForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         super().__init__(config)
         for layer in self.model.layers:
             layer.mlp = OddMLP(config)
+            layer.mlp.__dict__["norm"] = layer.post_attention_layernorm
 
 
 @pytest.fixture
@@ -88,6 +91,7 @@ def odd() -> Iterator[None]:
     [
         ("mean", r"model\.layers\.0\.mlp \(OddMLP\) computes something else .* when a prompt comes in parts"),
         ("order", r"model\.layers\.0\.mlp \(OddMLP\) computes something else .* with others and their adapters"),
+        ("norm", r"model\.layers\.0\.mlp \(OddMLP\) computes something else .* with others and their adapters"),
     ],
 )
 @pytest.mark.slow

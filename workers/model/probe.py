@@ -48,6 +48,8 @@ class Piece:
     state: int
     """Slot of its recurrent states."""
     slot: int = BASE_SLOT
+    has_extras: bool = False
+    """Whether the adapter has more than low-rank factors."""
 
 
 def step_of(pieces: Sequence[Piece], page_tokens: int) -> StepMessage:
@@ -80,6 +82,7 @@ def step_of(pieces: Sequence[Piece], page_tokens: int) -> StepMessage:
         num_sampled=(),
         num_prompt_tops=0,
         sampling=NO_SAMPLING,
+        has_extras=any(piece.has_extras for piece in pieces),
     )
 
 

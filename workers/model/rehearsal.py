@@ -2,8 +2,9 @@
 
 The probe of the base itself allows for the rounding of its dtype, and is short. The copy has the base's architecture,
 few layers, loud random weights, and limits (windows, chunks) that its prompts are longer than. It computes prompts
-whole and in parts, beside others, with random adapters on every module that may have one; all must be transformers'
-own answers to float32's rounding. What is not is traced to the first module that differs.
+whole and in parts, beside others, with random adapters on every module that may have one, and with norms in the
+place of all that adapters may replace. All must be transformers' own answers to float32's rounding. What is not is
+traced to the first module that differs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +37,7 @@ from lorafleet.workers.model.loader import base_of
 from lorafleet.workers.model.module_trace import Trace, first_difference
 from lorafleet.workers.model.probe import Piece
 from lorafleet.workers.model.recurrent_layers import is_recurrent
-from lorafleet.workers.model.rehearsal_adapters import Factors, applied, publish
+from lorafleet.workers.model.rehearsal_adapters import Adapter, applied, publish
 from lorafleet.workers.model.startup import start_runner
 
 logger = logging.getLogger(__name__)
@@ -226,7 +227,7 @@ class _Rehearsal:
         layout = PoolLayout.of(base.geometry, projection_groups(linear), RANK)
         pool = AdapterPool(layout, pool_bytes=max(POOL_BYTES, layout.page_bytes), max_slots=2, device=base.device)
         generator = torch.Generator().manual_seed(1)
-        self.adapters: list[Factors] = [{}, *publish(pool, base.geometry, RANK, generator)]
+        self.adapters = [Adapter(), *publish(pool, self.own, base.geometry, RANK, generator)]
         self.prompts = torch.randint(base.vocab_size, (len(self.adapters), num_tokens), generator=generator).tolist()
         self.pages = [self.cache.allocate(self.cache.pages_for(num_tokens)) for _ in self.prompts]
         states = StateStore(base.states, num_slots=len(self.prompts), device=base.device)
@@ -273,7 +274,9 @@ class _Rehearsal:
         ]
 
     def _piece(self, index: int, start: int, end: int) -> Piece:
-        return Piece(self.prompts[index], start, end, self.pages[index], self.states[index], slot=index - 1)
+        has_extras = bool(self.adapters[index].replaced)
+        pages, state = self.pages[index], self.states[index]
+        return Piece(self.prompts[index], start, end, pages, state, slot=index - 1, has_extras=has_extras)
 
     def _is_right(self, steps: Steps, index: int | None = None) -> bool:
         """Return True if the answers of the steps, or only to one of the prompts, are transformers' own."""
@@ -291,16 +294,16 @@ class _Rehearsal:
         return True
 
     @torch.inference_mode()
-    def _own_logits(self, index: int) -> Tensor:
-        """(tokens, vocab): transformers' own answer to a prompt, with its adapter."""
-        with applied(self.own, self.adapters[index]):
+    def _own_logits(self, index: int, trace: Trace | None = None) -> Tensor:
+        """(tokens, vocab): transformers' own answer to a prompt with its adapter, which `trace` sees, too."""
+        with applied(self.own, self.adapters[index]), trace or nullcontext():
             logits: Tensor = self.own(input_ids=torch.tensor([self.prompts[index]]), use_cache=False).logits[0]
         return logits
 
     def _first_difference(self, steps: Steps, index: int) -> str:
         """The module that first computes something else for the prompt."""
-        with Trace(self.own) as own:
-            self._own_logits(index)
+        own = Trace(self.own)
+        self._own_logits(index, own)
         rows = []
         with Trace(self.runner.base.model) as ours:
             for pieces in steps:
