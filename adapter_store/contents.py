@@ -32,6 +32,7 @@ _BASE_ENDS = (
     ".weight",
     ".bias",
 )
+_TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 _IDLE_OF_LORA = re.compile(r"(.+)\.lora_(?:velora_embed|monteclora_sampler\.\w+)")
 """What VeLoRA and MonteCLoRA keep for training on; PEFT answers without it."""
 _IDLE_OF_MODULES = re.compile(r"(.+)\.(?:original_module|modules_to_save)\.bias")
@@ -85,6 +86,10 @@ class Contents:
     def names_of(self, module: str) -> tuple[str, str]:
         """Names of a module's A and B; of the first of them where it has several."""
         return self.factors.get(module) or self.single_factors[module][0][0]
+
+    def token_rows_of(self, module: str, trained: Trained) -> str:
+        """Name of the trained rows of a module in `trained.tokens`."""
+        return self.token_rows[trained.token_source.get(module, module)]
 
     @property
     def served(self) -> frozenset[str]:
@@ -204,6 +209,7 @@ class _Matching:
                 module = parameter.removesuffix(".bias")
                 biases[module] = self._checked(name, (self._geometry.modules[module].out_dim,), module)
         resized, vocabulary = self._all_resized()
+        self._check_tokens(vocabulary)
         return Contents(
             factors,
             self._single_factors,
@@ -279,7 +285,7 @@ class _Matching:
     def _token_rows(self) -> Iterator[tuple[str, str]]:
         for module, tokens in self._trained.tokens.items():
             if module not in self._trained.token_source:
-                name = f"{self._prefix}{module}.token_adapter.trainable_tokens_delta"
+                name = f"{self._prefix}{module}{_TOKEN_ROWS}"
                 yield module, self._checked(name, (len(tokens), self._matrix(module)[1]), module)
 
     def _trained_bias(self, name: str) -> str | None:
@@ -307,6 +313,10 @@ class _Matching:
             match = idle.fullmatch(name)
             if match and match[1] in owners:
                 return
+        with_rows = name.removesuffix(_TOKEN_ROWS)
+        if with_rows != name and with_rows in self._trained.token_source:  # PEFT writes those of a tied output, too
+            self._twins[tensor] = f"{self._prefix}{self._trained.token_source[with_rows]}{_TOKEN_ROWS}"
+            return
         saved = name.removesuffix(".modules_to_save.weight")
         if saved != name and saved in self._trained.modules and self._trained_name(saved) in self._entries:
             self._twins[tensor] = self._trained_name(saved)
@@ -384,11 +394,22 @@ class _Matching:
             found[module] = name
             kinds.add(shape.kind)
         biases = [module for module in found if f"{module}.bias" in self._geometry.parameters]
-        if len(kinds) < 2 or biases or self._trained.tokens or self._spec.ensure_weight_tying:
-            why = f"tensor {tensor} has {num_tokens} tokens, which are not served together with "
-            why += TOKENS_FIELD if self._trained.tokens else "ensure_weight_tying, or an output that is none here"
+        if len(kinds) < 2 or biases or self._spec.ensure_weight_tying:
+            why = f"tensor {tensor} has {num_tokens} tokens, which are not served together with ensure_weight_tying, or "
+            why += "an output that has a bias or is none here"
             raise AdapterRefused("vocabulary_resized", why, tensor)
         return found, num_tokens
+
+    def _check_tokens(self, vocabulary: int | None) -> None:
+        """Rule `vocabulary_resized`: a token was trained that there is no row of."""
+        for module, tokens in self._trained.tokens.items():
+            if max(tokens) >= (vocabulary or self._trained.num_own[module]):
+                message = (
+                    f"{TOKENS_FIELD} has token {max(tokens)}, and {module} has rows of "
+                    f"{vocabulary or self._trained.num_own[module]} tokens: save the resized matrices too "
+                    "(save_embedding_layers=True)"
+                )
+                raise AdapterRefused("vocabulary_resized", message, TOKENS_FIELD)
 
     def _is_output(self, module: str) -> bool:
         return is_output(module, self._geometry.modules[module], self._geometry)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from lorafleet.adapter_store.errors import AdapterRefused
 from lorafleet.adapter_store.manifest import BaseGeometry, ExtraManifest, appended_to, magnitude_of, shared_extra
 from lorafleet.adapter_store.tensor_file import TensorFile
 from lorafleet.adapter_store.tensors import Tensor
+from lorafleet.adapter_store.trained import Trained
 from lorafleet.adapter_store.validation import check_values, is_copy
 
 
@@ -38,18 +39,16 @@ def read_extras(
     file: TensorFile,
     contents: Contents,
     scalings: Mapping[str, float],
-    saved: Collection[str],
+    trained: Trained,
     base: BaseWeights | None,
     geometry: BaseGeometry,
 ) -> list[Extra]:
     """All extras, sorted by name; `scalings` are those of the modules with LoRA. A bias like the base's is none.
 
-    saved: the modules that were trained as a whole.
-
     Raises AdapterRefused `base_weights_unverified` when a trained bias has no bias of the base to be compared with.
     """
     added = _added(file, contents, scalings, base, geometry)
-    resized = _resized(file, contents, saved, base, geometry)
+    resized = _resized(file, contents, trained, base, geometry)
     extras = [*_replaced(file, contents), *_magnitudes(file, contents), *added, *resized]
     return sorted(extras, key=lambda extra: extra.manifest.name)
 
@@ -62,7 +61,7 @@ def _replaced(file: TensorFile, contents: Contents) -> Iterator[Extra]:
 
 
 def _resized(
-    file: TensorFile, contents: Contents, saved: Collection[str], base: BaseWeights | None, geometry: BaseGeometry
+    file: TensorFile, contents: Contents, trained: Trained, base: BaseWeights | None, geometry: BaseGeometry
 ) -> Iterator[Extra]:
     """Return the extras of matrices of another vocabulary: added rows, and others in the base's place."""
     for module, name in contents.resized.items():
@@ -73,7 +72,7 @@ def _resized(
         num_own = own.shape[0]
         shared = min(num_own, tensor.shape[0])
         if not is_copy(Tensor(tensor.tag, tensor.array[:shared]), Tensor(own.tag, own.array[:shared])):
-            if module not in saved:
+            if module not in trained.modules:
                 message = f"tensor {name} is a weight of the base and differs from the base's own"
                 raise AdapterRefused("base_weights_changed", message, name)
             # Tokens that are taken away come neither in a prompt nor in an answer.
@@ -81,8 +80,19 @@ def _resized(
             matrix[:shared] = tensor.array[:shared]
             yield Extra(shared_extra(f"{module}.weight", "replaced", *matrix.shape), name, Tensor(tensor.tag, matrix))
         if len(tensor.array) > num_own:
-            rows = np.ascontiguousarray(tensor.array[num_own:])
-            yield Extra(shared_extra(appended_to(module), "appended", *rows.shape), name, Tensor(tensor.tag, rows))
+            rows = Tensor(tensor.tag, np.ascontiguousarray(tensor.array[num_own:]))
+            if module in trained.tokens:
+                rows = _with_trained(rows, file.read(contents.token_rows_of(module, trained)), trained, module)
+            yield Extra(shared_extra(appended_to(module), "appended", *rows.shape), name, rows)
+
+
+def _with_trained(rows: Tensor, trained_rows: Tensor, trained: Trained, module: str) -> Tensor:
+    """`rows`, which come after the base's, with those in their place that were trained by themselves."""
+    found = rows.float64().copy()
+    for token, row in zip(trained.tokens[module], trained_rows.float64(), strict=True):
+        if token >= trained.num_own[module]:
+            found[token - trained.num_own[module]] = row
+    return Tensor("F64", found)
 
 
 def _magnitudes(file: TensorFile, contents: Contents) -> Iterator[Extra]:

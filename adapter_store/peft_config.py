@@ -41,8 +41,8 @@ FIELDS: Mapping[str, FieldRule] = {
     "alora_invocation_tokens": FieldRule(
         "served",
         "tokens before their last occurrence in a prompt are the base's and share its cached prefixes; without one the "
-        "base answers; linear modules only, and not together with `use_dora`, `bias`, `modules_to_save` or "
-        "`trainable_token_indices`",
+        "base answers; linear modules only, and not together with `use_dora`, trained biases, added tokens, "
+        "`modules_to_save` or `trainable_token_indices`",
     ),
     "alpha_pattern": FieldRule("served", "the first pattern that matches the end of a module's name"),
     "arrow_config": FieldRule("refused", "Arrow routes every token over several adapters"),
@@ -389,6 +389,15 @@ def _modules_to_save(fields: Mapping[str, object]) -> frozenset[str]:
     return frozenset(value)
 
 
+_BEFORE = "PEFT changes tokens before the invocation too then, where the base alone computes here"
+
+
+def refuse_before(what: str) -> NoReturn:
+    """Refuse an adapter with an invocation for what it changes of tokens before that."""
+    name = "alora_invocation_tokens"
+    _unsupported(name, f"{name} is set, and {what}: {_BEFORE}")
+
+
 def _invocation(fields: Mapping[str, object]) -> tuple[int, ...]:
     name = "alora_invocation_tokens"
     value = fields.get(name)
@@ -398,9 +407,11 @@ def _invocation(fields: Mapping[str, object]) -> tuple[int, ...]:
         _invalid(name, value, "a list of tokens")
     if not 0 < len(value) <= _MAX_NAMES:
         _invalid(name, value, f"of 1 to {_MAX_NAMES} tokens")
-    for other in ("use_dora", "bias", "modules_to_save", "trainable_token_indices"):
-        if fields.get(other) not in (*_OFF, "none"):
-            _unsupported(name, f"{name} and {other} are both set: what {other} changes has no invocation")
+    if fields.get("use_dora") not in _OFF:
+        _unsupported(name, f"{name} and use_dora are both set, which PEFT does not combine")
+    for other in ("modules_to_save", "trainable_token_indices"):
+        if fields.get(other) not in _OFF:
+            _unsupported(name, f"{name} and {other} are both set: {_BEFORE}")
     return tuple(value)
 
 

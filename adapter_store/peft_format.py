@@ -34,7 +34,7 @@ from lorafleet.adapter_store.manifest import (
 )
 from lorafleet.adapter_store.mixtures import by_expert, joined, transposed, with_parameters
 from lorafleet.adapter_store.patterns import one_time_limit
-from lorafleet.adapter_store.peft_config import LoraSpec, read_config
+from lorafleet.adapter_store.peft_config import LoraSpec, read_config, refuse_before
 from lorafleet.adapter_store.renaming import renamed, with_loaded_names
 from lorafleet.adapter_store.targets import (
     effective_modules,
@@ -122,7 +122,7 @@ class AdapterReader:
             tensors[name] = _beside(tensors.get(name), factors)
         extras: dict[str, Array] = {}
         manifests: list[ExtraManifest] = []
-        for extra in read_extras(file, contents, scalings, plan.trained.modules, self.base_weights, self.geometry):
+        for extra in read_extras(file, contents, scalings, plan.trained, self.base_weights, self.geometry):
             digest.update(extra.head)
             digest.update(extra.tensor.array.data)
             extras[extra.manifest.name] = check_values(extra.source, extra.tensor, served).array
@@ -192,9 +192,13 @@ class AdapterReader:
                 message = f"alora_invocation_tokens is set, and LoRA is on the embedding {embeddings[0]}"
                 raise AdapterRefused("unsupported_field", message, "alora_invocation_tokens")
             beside = trained(spec, self.geometry, {module.name for module in lora})
-        modules = with_tokens(lora, beside.tokens)
+        modules = with_tokens(lora, beside.own_tokens)
         check_ranks(modules, self.max_rank, TOKENS_FIELD)
         contents = match_tensors(file.entries, spec, lora, beside, self.geometry)
+        if spec.invocation and contents.biases:
+            refuse_before(f"{next(iter(contents.biases.values()))} is a trained bias")
+        if spec.invocation and contents.vocabulary is not None:
+            refuse_before(f"the vocabulary has {contents.vocabulary} tokens, which is not the base's")
         warnings = [*spec.warnings]
         if num_left_out:
             warnings.append(f"{num_left_out} tensors of towers of images or sound are ignored: text alone is served")

@@ -15,7 +15,7 @@ from lorafleet.adapter_store.errors import AdapterRefused
 from lorafleet.adapter_store.manifest import Array, BaseGeometry, ModuleManifest, ModuleShape, shared_module
 from lorafleet.adapter_store.tensor_file import TensorFile
 from lorafleet.adapter_store.tensors import FloatTag, Tensor
-from lorafleet.adapter_store.trained import TOKENS_FIELD, Trained
+from lorafleet.adapter_store.trained import TOKENS_FIELD, Trained, num_rows
 from lorafleet.adapter_store.validation import check_values
 
 
@@ -40,9 +40,8 @@ class TokenRows:
 
         One of them picks the tokens, the other has their rows, divided by the scaling: that is where it is rounded.
         """
-        num_tokens = shape.in_dim if shape.kind == "embedding" else shape.out_dim
         rows = check_values(self.tensor, Tensor("F64", self.difference / scaling), served).array
-        picked = np.zeros((len(self.tokens), num_tokens), np.float32)
+        picked = np.zeros((len(self.tokens), num_rows(shape)), np.float32)
         picked[np.arange(len(self.tokens)), self.tokens] = 1.0
         picks = Tensor("F32", picked).to(served).array
         return (picks.T, rows) if shape.kind == "embedding" else (rows, picks)
@@ -66,13 +65,13 @@ def with_tokens(modules: Iterable[ModuleManifest], tokens: Mapping[str, Sequence
 def read_token_rows(
     file: TensorFile, contents: Contents, trained: Trained, base: BaseWeights | None, geometry: BaseGeometry
 ) -> dict[str, TokenRows]:
-    """The trained rows of every module in `trained.tokens`.
+    """The trained rows of every module in `trained.own_tokens`.
 
     Raises AdapterRefused `base_weights_unverified`, and `unsupported_field` for an output with a bias.
     """
     rows: dict[str, TokenRows] = {}
-    for module, tokens in sorted(trained.tokens.items()):
-        name = contents.token_rows[trained.token_source.get(module, module)]
+    for module, tokens in sorted(trained.own_tokens.items()):
+        name = contents.token_rows_of(module, trained)
         own = own_weight(base, geometry, module, "weight", tokens)
         if own is None:
             message = f"tensor {name} has rows of {module}, and the base's own are not at hand to compare them with"
@@ -80,6 +79,7 @@ def read_token_rows(
         if geometry.modules[module].kind == "linear" and own_weight(base, geometry, module, "bias") is not None:
             message = f"{TOKENS_FIELD} is on {module}, which has a bias, and there PEFT leaves the bias out"
             raise AdapterRefused("unsupported_field", message, TOKENS_FIELD)
-        difference = check_values(name, file.read(name), "F64").float64() - own.float64()
+        places = [place for place, token in enumerate(trained.tokens[module]) if token < trained.num_own[module]]
+        difference = check_values(name, file.read(name), "F64").float64()[places] - own.float64()
         rows[module] = TokenRows(module, name, tokens, difference)
     return rows

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from lorafleet.adapter_store.errors import AdapterRefused
-from lorafleet.adapter_store.manifest import BaseGeometry
+from lorafleet.adapter_store.manifest import BaseGeometry, ModuleShape
 from lorafleet.adapter_store.peft_config import INPUT_EMBEDDING, LoraSpec
 from lorafleet.adapter_store.targets import is_output
 
@@ -25,17 +25,25 @@ class Trained:
     tied: Mapping[str, str]
     """Of `modules`, an output -> the embedding whose matrix it was trained to share."""
     tokens: Mapping[str, tuple[int, ...]]
-    """Embedding or output -> the tokens whose rows were trained."""
+    """Embedding or output -> the tokens whose rows were trained, in their order in the file."""
     token_source: Mapping[str, str]
     """An output in `tokens` -> the embedding whose trained rows are also its own."""
     unmatched: tuple[str, ...]
     """Names in modules_to_save that no module of the base ends in; PEFT passes over them."""
+    num_own: Mapping[str, int]
+    """Of each module in `tokens`, how many rows the base has."""
+
+    @property
+    def own_tokens(self) -> dict[str, tuple[int, ...]]:
+        """Of `tokens`, those that the base has rows of."""
+        found = {name: tuple(t for t in tokens if t < self.num_own[name]) for name, tokens in self.tokens.items()}
+        return {name: tokens for name, tokens in found.items() if tokens}
 
 
 def trained(spec: LoraSpec, geometry: BaseGeometry, lora: Collection[str]) -> Trained:
     """Judge modules_to_save and trainable_token_indices; `lora` are the modules with low-rank factors.
 
-    Raises AdapterRefused `unsupported_field` and `vocabulary_resized`, naming the field.
+    Raises AdapterRefused `unsupported_field`, naming the field.
     """
     known = _known(geometry)
     modules = {module for end in sorted(spec.modules_to_save) for module in _saved(end, known, geometry)}
@@ -50,7 +58,13 @@ def trained(spec: LoraSpec, geometry: BaseGeometry, lora: Collection[str]) -> Tr
             _refuse(TOKENS_FIELD, f"{TOKENS_FIELD} and modules_to_save are both on {module}")
         if module in lora and module not in token_source:
             _refuse(TOKENS_FIELD, f"{TOKENS_FIELD} and LoRA are both on {module}")
-    return Trained(frozenset(modules), tied, tokens, token_source, unmatched)
+    num_own = {module: num_rows(geometry.modules[module]) for module in tokens}
+    return Trained(frozenset(modules), tied, tokens, token_source, unmatched, num_own)
+
+
+def num_rows(shape: ModuleShape) -> int:
+    """Return the tokens that an embedding or an output has rows of."""
+    return shape.in_dim if shape.kind == "embedding" else shape.out_dim
 
 
 def norms(geometry: BaseGeometry) -> set[str]:
@@ -111,13 +125,6 @@ def _tokens(
                 _refuse(TOKENS_FIELD, f"{TOKENS_FIELD} names {end}, and so {module}, which has no rows of tokens")
             if tokens.setdefault(module, indices) != indices:
                 _refuse(TOKENS_FIELD, f"{TOKENS_FIELD} names {module} twice")
-            shape = geometry.modules[module]
-            num_tokens = shape.in_dim if shape.kind == "embedding" else shape.out_dim
-            if max(indices) >= num_tokens:
-                message = (
-                    f"{TOKENS_FIELD} has token {max(indices)}: the base has {num_tokens}, and tokens cannot be added"
-                )
-                raise AdapterRefused("vocabulary_resized", message, TOKENS_FIELD)
     source: dict[str, str] = {}
     for output, embedding in geometry.tied.items():
         # PEFT ties the rows of a tied output to those of the embedding unless both are given and differ.

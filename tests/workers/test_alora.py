@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from lorafleet.adapter_store.errors import AdapterRefused
 from lorafleet.workers.sequence import last_occurrence
 from tests.support.adapters import ALL_SEVEN, make_adapter
 from tests.support.bases import BaseKind
+from tests.support.fields import make_resized
 from tests.support.oracle import generate_with_peft
 from tests.workers.harness import Shelf, ask, greedy, open_worker, random_prompt
 from tests.workers.test_replayed_steps import BY_PROMPT, BY_ROW, replay
@@ -29,6 +31,7 @@ def shelf(base_of: Callable[[BaseKind], Path], tmp_path_factory: pytest.TempPath
         "two": {"alora_invocation_tokens": list(INVOCATION), "target_modules": (*ALL_SEVEN, "lm_head"), "r": 9},
         "other": {"alora_invocation_tokens": [77], "target_modules": ALL_SEVEN},
         "plain": {"target_modules": ALL_SEVEN},
+        "lora-bias": {"alora_invocation_tokens": list(INVOCATION), "lora_bias": True, "bias": "lora_only"},
     }
     for name, options in recipes.items():
         shelf.put(make_adapter(folder / name, shelf.base, "rank4_qv", **options))
@@ -99,6 +102,29 @@ async def test_what_is_before_the_invocation_is_computed_once_for_all(shelf: She
         back = await ask(worker, (*context, 8), None, greedy(2))
     assert cached == [0, 64, 64, 64, 0]
     assert [answer.last.num_cached_tokens for answer in (again, back)] == [64, 64]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("qwen2", {"bias": "lora_only"}),
+        ("llama", {"modules_to_save": ["norm"]}),
+        ("llama", {"modules_to_save": ["lm_head"]}),
+        ("llama", {"trainable_token_indices": [7]}),
+        ("llama", {"num_tokens": 2}),
+    ],
+    ids=["bias", "norm", "head", "tokens", "vocabulary"],
+)
+def test_what_would_act_before_the_invocation_is_refused(
+    base_of: Callable[[BaseKind], Path], tmp_path: Path, kind: BaseKind, options: dict[str, Any]
+) -> None:
+    """PEFT changes all tokens then, and the base computes those before the invocation here."""
+    shelf = Shelf(base_of(kind))
+    num_tokens = options.pop("num_tokens", 0)
+    folder = make_resized(tmp_path / "a", shelf.base, num_tokens, alora_invocation_tokens=[3, 7], **options)
+    with pytest.raises(AdapterRefused, match="before the invocation") as caught:
+        shelf.put(folder)
+    assert caught.value.param == "alora_invocation_tokens"
 
 
 def test_the_last_occurrence_counts() -> None:

@@ -36,6 +36,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "both": (5, {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "head": (3, {"modules_to_save": ["lm_head", "norm"]}),
     "dora": (2, {"use_dora": True}),
+    "tokens": (2, {"trainable_token_indices": [VOCAB_SIZE + 1, 7, VOCAB_SIZE]}),
+    "some-tokens": (3, {"trainable_token_indices": [VOCAB_SIZE + 1]}),
     "fewer": (-4, {}),
     "fewer-both": (-7, {"modules_to_save": ["embed_tokens", "lm_head"]}),
 }
