@@ -395,8 +395,8 @@ class _Matching:
             kinds.add(shape.kind)
         biases = [module for module in found if f"{module}.bias" in self._geometry.parameters]
         if len(kinds) < 2 or biases or self._spec.ensure_weight_tying:
-            why = f"tensor {tensor} has {num_tokens} tokens, which are not served together with ensure_weight_tying, or "
-            why += "an output that has a bias or is none here"
+            why = f"tensor {tensor} has {num_tokens} tokens, which are not served together with "
+            why += "ensure_weight_tying, or an output that has a bias or is none here"
             raise AdapterRefused("vocabulary_resized", why, tensor)
         return found, num_tokens
 

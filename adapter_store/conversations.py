@@ -1,23 +1,23 @@
-"""Reads an adapter's chat template and end tokens, as trainers save them in its folder.
+"""Reads an adapter's chat template, end tokens and own tokens, as trainers save them in its folder.
 
-Its tokenizer is not kept, since it must map tokens as the base's does.
+Its tokenizer is not kept, since it must map all other tokens as the base's does.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lorafleet.adapter_store.errors import AdapterRefused
-from lorafleet.adapter_store.manifest import AdapterChat, shared_chat
+from lorafleet.adapter_store.manifest import AdapterChat, OwnToken, shared_chat
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -39,28 +39,36 @@ CHECKED_ONLY = (TOKENIZER_FILE, ADDED_TOKENS_FILE)
 _KNOWN_GOOD = 64
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class BaseTokens:
     """The tokens of the base's tokenizer."""
 
     ids: Mapping[str, int]
     """Of every token, added ones included."""
 
+    @cached_property
+    def next_id(self) -> int:
+        """Id of the first token that a trainer adds."""
+        return max(self.ids.values(), default=-1) + 1
 
-def read_chat(folder: Path, base: BaseTokens | None) -> AdapterChat | None:
-    """Read the folder's chat template and end tokens. None: it has none, or the base's tokens are not known.
+
+def read_chat(folder: Path, base: BaseTokens | None, num_rows: int) -> AdapterChat | None:
+    """Read the folder's chat template, end tokens and own tokens.
+
+    num_rows: how many tokens have a row in the adapter's embedding. None: the folder has nothing of its own, or the
+    base's tokens are not known.
 
     Rules `broken_chat_file`, `tokenizer_differs`.
     """
     if base is None:
         return None
-    _check_tokens(folder, base)
     config = _object(folder / TOKENIZER_CONFIG_FILE)
+    own = _own_tokens(folder, config, base, num_rows)
     template = _template(folder, config)
-    ends = [*_end_ids(folder), *_end_token(config, base)]
-    if template is None and not ends:
+    ends = [*_end_ids(folder), *_end_token(config, base, {token.content: token.id for token in own})]
+    if template is None and not ends and not own:
         return None
-    return shared_chat(template, tuple(sorted(set(ends))))
+    return shared_chat(template, tuple(sorted(set(ends))), own)
 
 
 def noted(folder: Path, base: BaseTokens | None) -> Iterator[str]:
@@ -112,15 +120,16 @@ def _check_template(template: str, source: str) -> None:
         raise AdapterRefused("broken_chat_file", message, source) from None
 
 
-def _end_token(config: Mapping[str, Any], base: BaseTokens) -> Iterator[int]:
+def _end_token(config: Mapping[str, Any], base: BaseTokens, own: Mapping[str, int]) -> Iterator[int]:
     token = config.get("eos_token")
     content = token.get("content") if isinstance(token, dict) else token
     if content is None:
         return
-    if not isinstance(content, str) or content not in base.ids:
+    found = own.get(content, base.ids.get(content)) if isinstance(content, str) else None
+    if found is None:
         message = f"eos_token in {TOKENIZER_CONFIG_FILE} is {str(content)[:80]!r}, which is not a token of the base"
         raise AdapterRefused("tokenizer_differs", message, TOKENIZER_CONFIG_FILE)
-    yield base.ids[content]
+    yield found
 
 
 def _end_ids(folder: Path) -> Iterator[int]:
@@ -132,36 +141,85 @@ def _end_ids(folder: Path) -> Iterator[int]:
         yield token_id
 
 
-def _check_tokens(folder: Path, base: BaseTokens) -> None:
-    """Every token that the folder's tokenizer has must be the base's, under the same id."""
-    _check_ids(_object(folder / ADDED_TOKENS_FILE).items(), ADDED_TOKENS_FILE, base)
-    path = folder / TOKENIZER_FILE
-    if path.exists() and (raw := path.read_bytes()):
-        # Adapters of one base bring the same file: it is parsed once.
-        digest = hashlib.sha256(raw).digest()
-        if digest not in _good(base):
-            _check_ids(_tokens_of(_parsed(raw, TOKENIZER_FILE)), TOKENIZER_FILE, base)
-            if len(_good(base)) < _KNOWN_GOOD:
-                _good(base).add(digest)
+def _own_tokens(folder: Path, config: Mapping[str, Any], base: BaseTokens, num_rows: int) -> tuple[OwnToken, ...]:
+    """The tokens that a trainer added. Every other one must be the base's, under the same id."""
+    own = {token.content: token for token in _in_tokenizer(folder / TOKENIZER_FILE, base)}
+    described = config.get("added_tokens_decoder")
+    described = described if isinstance(described, dict) else {}
+    for content, token_id in _object(folder / ADDED_TOKENS_FILE).items():
+        entry = described.get(str(token_id))
+        token = _own_token({**(entry if isinstance(entry, dict) else {}), "content": content, "id": token_id})
+        if content not in own and not _is_the_bases(token.content, token.id, ADDED_TOKENS_FILE, base):
+            own[content] = token
+    found = tuple(sorted(own.values(), key=lambda token: token.id))
+    for place, token in enumerate(found):
+        if token.id != base.next_id + place:
+            why = f"tokens that a trainer adds follow the base's last one, which is {base.next_id - 1}, without a gap"
+        elif token.id >= num_rows:
+            why = f"there are rows of {num_rows} tokens: save the resized matrices too (save_embedding_layers=True)"
+        else:
+            continue
+        message = f"the adapter's tokenizer has {token.content[:80]!r} as {token.id}, which the base lacks, and {why}"
+        raise AdapterRefused("tokenizer_differs", message, TOKENIZER_FILE)
+    return found
+
+
+def _in_tokenizer(path: Path, base: BaseTokens) -> tuple[OwnToken, ...]:
+    raw = path.read_bytes() if path.exists() else b""
+    if not raw:
+        return ()
+    # Adapters of one base bring the same file: it is parsed once.
+    digest, known = hashlib.sha256(raw).digest(), _known_tokenizers(base)
+    if digest not in known:
+        fields = _parsed(raw, TOKENIZER_FILE)
+        entries = fields.get("added_tokens")
+        added = [_own_token(entry) for entry in (entries if isinstance(entries, list) else ())]
+        own = tuple(token for token in added if not _is_the_bases(token.content, token.id, TOKENIZER_FILE, base))
+        ids = {token.content: token.id for token in own}
+        for content, token_id in _vocabulary_of(fields):
+            # Some have their added tokens in the vocabulary as well.
+            if ids.get(content, -1) != token_id and not _is_the_bases(content, token_id, TOKENIZER_FILE, base):
+                _refuse(content, token_id, TOKENIZER_FILE, "which the base lacks")
+        if len(known) >= _KNOWN_GOOD:
+            return own
+        known[digest] = own
+    return known[digest]
 
 
 @lru_cache(maxsize=4)
-def _good(base: BaseTokens) -> set[bytes]:
-    """Digests of tokenizers that map tokens as this base's."""
-    return set()
+def _known_tokenizers(base: BaseTokens) -> dict[bytes, tuple[OwnToken, ...]]:
+    """Digests of tokenizers that map the base's tokens as the base's -> what they add."""
+    return {}
 
 
-def _check_ids(tokens: Iterable[tuple[Any, Any]], source: str, base: BaseTokens) -> None:
-    for token, token_id in tokens:
-        known = base.ids.get(token) if isinstance(token, str) else None
-        if known != token_id:
-            where = "which the base lacks" if known is None else f"which is {known} in the base"
-            message = f"{source} has token {str(token)[:80]!r} as {str(token_id)[:20]}, {where}"
-            raise AdapterRefused("tokenizer_differs", message, source)
+def _is_the_bases(content: Any, token_id: Any, source: str, base: BaseTokens) -> bool:
+    """Return True for a token of the base; False for one that the base lacks. Raises AdapterRefused."""
+    known = base.ids.get(content) if isinstance(content, str) else None
+    if known is None and isinstance(content, str) and type(token_id) is int and token_id >= base.next_id:
+        return False
+    if known != token_id or known is None:
+        where = "where the base has another one" if known is None else f"which is {known} in the base"
+        _refuse(content, token_id, source, where)
+    return True
 
 
-def _tokens_of(fields: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """(token, id) of a tokenizers file: its vocabulary, by token or in the ids' order, and the tokens added to it."""
+def _refuse(content: Any, token_id: Any, source: str, why: str) -> NoReturn:
+    message = f"{source} has token {str(content)[:80]!r} as {str(token_id)[:20]}, {why}"
+    raise AdapterRefused("tokenizer_differs", message, source)
+
+
+def _own_token(entry: Any) -> OwnToken:
+    """An entry of a tokenizer's added tokens. What it says otherwise than tokenizers do is refused by its id."""
+    fields = entry if isinstance(entry, dict) else {}
+    content = fields.get("content")
+    is_special = fields.get("special") is True
+    flags = {name: fields.get(name) is True for name in ("single_word", "lstrip", "rstrip")}
+    normalized = fields.get("normalized", not is_special) is True
+    return OwnToken(fields.get("id", -1), content if isinstance(content, str) else "", is_special, normalized, **flags)
+
+
+def _vocabulary_of(fields: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """(token, id) of the vocabulary of a tokenizers file: by token, or in the ids' order."""
     model = fields.get("model")
     vocab = model.get("vocab", {}) if isinstance(model, dict) else {}
     if isinstance(vocab, dict):
@@ -169,9 +227,6 @@ def _tokens_of(fields: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     elif isinstance(vocab, list):
         for token_id, entry in enumerate(vocab):
             yield (entry[0] if isinstance(entry, list) and entry else None), token_id
-    for entry in fields.get("added_tokens") or ():
-        if isinstance(entry, dict):
-            yield entry.get("content"), entry.get("id")
 
 
 def _object(path: Path) -> Mapping[str, Any]:

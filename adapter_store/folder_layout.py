@@ -9,7 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorafleet.adapter_store.manifest import NAME_GRAMMAR, AdapterManifest, shared_chat, shared_extra, shared_module
+from lorafleet.adapter_store.manifest import (
+    NAME_GRAMMAR,
+    AdapterManifest,
+    OwnToken,
+    shared_chat,
+    shared_extra,
+    shared_module,
+)
 from lorafleet.adapter_store.names import NameRecord
 from lorafleet.adapter_store.records import Row, Tombstone
 
@@ -88,5 +95,6 @@ def _manifest(fields: dict[str, Any]) -> AdapterManifest:
     lists = {name: tuple(fields.pop(name, ())) for name in ("targets", "invocation", "warnings")}
     chat = fields.pop("chat", None)
     if chat is not None:
-        chat = shared_chat(chat["template"], tuple(chat["end_token_ids"]))
+        own_tokens = tuple(OwnToken(**token) for token in chat.get("own_tokens", ()))
+        chat = shared_chat(chat["template"], tuple(chat["end_token_ids"]), own_tokens)
     return AdapterManifest(**{**fields, **lists, "modules": modules, "extras": extras, "chat": chat})

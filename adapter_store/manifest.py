@@ -129,19 +129,37 @@ def appended_to(module: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnToken:
+    """A token that an adapter's tokenizer has beside the base's. Its fields are those of tokenizers' `AddedToken`."""
+
+    id: int
+    content: str
+    special: bool = False
+    """It has no text in answers."""
+    normalized: bool = True
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterChat:
-    """An adapter's own form of conversations, if its folder has one."""
+    """An adapter's own form of conversations and tokens, if its folder has one."""
 
     template: str | None
     """Its chat template; None: the base's."""
     end_token_ids: tuple[int, ...]
     """Tokens that end its answers, beside the base's own."""
+    own_tokens: tuple[OwnToken, ...] = ()
+    """In the order of their ids, which follow the base's tokenizer's."""
 
 
 @lru_cache(maxsize=2**12)
-def shared_chat(template: str | None, end_token_ids: tuple[int, ...]) -> AdapterChat:
+def shared_chat(
+    template: str | None, end_token_ids: tuple[int, ...], own_tokens: tuple[OwnToken, ...] = ()
+) -> AdapterChat:
     """As `shared_module`: adapters of one trainer have the same template."""
-    return AdapterChat(template, end_token_ids)
+    return AdapterChat(template, end_token_ids, own_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,7 +46,7 @@ from lorafleet.adapter_store.targets import (
 from lorafleet.adapter_store.tensor_file import TensorEntry, TensorFile, tag_of, write_tensors
 from lorafleet.adapter_store.tensors import SERVED, Tensor
 from lorafleet.adapter_store.token_rows import read_token_rows, with_tokens
-from lorafleet.adapter_store.trained import TOKENS_FIELD, Trained, trained
+from lorafleet.adapter_store.trained import TOKENS_FIELD, Trained, num_rows, trained
 from lorafleet.adapter_store.validation import check_base_copy, check_products, check_ranks, check_values
 from lorafleet.adapter_store.wrappers import PREFIX, pefts_names
 
@@ -131,14 +131,22 @@ class AdapterReader:
             digest.update(json.dumps(["vocabulary", contents.vocabulary]).encode())
         if plan.spec.invocation:
             digest.update(json.dumps(["invocation", plan.spec.invocation]).encode())
-        chat = read_chat(folder, self.base_tokens)
+        chat = read_chat(folder, self.base_tokens, contents.vocabulary or self._num_rows)
         if chat is not None:
-            digest.update(json.dumps(["chat", chat.template, chat.end_token_ids]).encode())
+            own_tokens = [[astuple(token) for token in chat.own_tokens]] if chat.own_tokens else []
+            digest.update(json.dumps(["chat", chat.template, chat.end_token_ids, *own_tokens]).encode())
         ignored = noted(folder, self.base_tokens)
         warnings = (*plan.warnings, *ignored, *_idle(plan, idle, bool(plan.trained.tokens or manifests)))
         manifest = self._manifest(digest.hexdigest()[:_VERSION_CHARS], plan, tuple(manifests), warnings)
         manifest = replace(manifest, chat=chat)
         return AdapterWeights.of(manifest, self.geometry.dtype, dict(sorted(tensors.items())), extras)
+
+    @property
+    def _num_rows(self) -> int:
+        """Tokens that the base has rows of, be they in its tokenizer or not."""
+        return min(
+            (num_rows(shape) for shape in self.geometry.modules.values() if shape.kind == "embedding"), default=0
+        )
 
     def _factors(self, plan: _Plan, module: str) -> tuple[Tensor, Tensor]:
         """A and B of a module, those of experts with an expert's ranks after another's."""

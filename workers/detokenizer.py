@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import groupby
 
 from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lorafleet.adapter_store.manifest import OwnToken
+
+OwnTexts = Mapping[int, OwnToken]
+"""An adapter's own tokens, by id."""
 
 REPLACEMENT = "\ufffd"
 """What an unfinished multi-byte character decodes to."""
@@ -33,6 +39,8 @@ class Detokenizer:
     keeps_special: bool = False
     keeps_stop: bool = False
     """The stop string that ends the text is part of it."""
+    own_tokens: OwnTexts = field(default_factory=dict)
+    """Of the adapter."""
     matched_stop: str | None = None
     _context: list[int] | None = None
     _num_settled: int = 0
@@ -49,7 +57,7 @@ class Detokenizer:
             self._context = list(self.prompt_token_ids[-LEFT_CONTEXT:])
             self._num_settled, self._settled = len(self._context), self._decode(self._context)
         special = frozenset[int]() if self.keeps_special else _special_ids(self.tokenizer)
-        self._context += [token_id for token_id in token_ids if token_id not in special]
+        self._context += [token_id for token_id in token_ids if token_id not in special and self._has_text(token_id)]
         whole = self._decode(self._context)
         text = ""
         if not whole.endswith(REPLACEMENT):
@@ -102,9 +110,46 @@ class Detokenizer:
             text, self._withheld = text[:-keep], text[-keep:]
         return text
 
+    def _has_text(self, token_id: int) -> bool:
+        own = self.own_tokens.get(token_id)
+        return own is None or self.keeps_special or not own.special
+
     def _decode(self, token_ids: list[int]) -> str:
         assert self.tokenizer is not None
+        if self.own_tokens and not self.own_tokens.keys().isdisjoint(token_ids):
+            token_ids = [token_id for token_id in token_ids if self._has_text(token_id)]  # the prompt has them all
+            return decoded_with(self.own_tokens, token_ids, self.tokenizer, skips_special=not self.keeps_special)
         return _decoder_of(self.tokenizer, not self.keeps_special)(token_ids)
+
+
+@lru_cache(maxsize=256)
+def own_texts(tokens: tuple[OwnToken, ...]) -> OwnTexts:
+    """The tokens by id."""
+    return {token.id: token for token in tokens}
+
+
+def decoded_with(
+    own: OwnTexts, token_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, skips_special: bool
+) -> str:
+    """The text of tokens of which some are an adapter's own, all of them shown: as its own tokenizer would decode them.
+
+    That is how tokenizers decodes: what each token is called, through the tokenizer's decoder.
+    """
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        texts = (
+            "".join(own[token_id].content for token_id in run) if is_own else _decoder_of(tokenizer, skips_special)(run)
+            for is_own, run in ((is_own, list(run)) for is_own, run in groupby(token_ids, own.__contains__))
+        )
+        return "".join(texts)
+    special = _special_ids(tokenizer) if skips_special else frozenset()
+    named = (
+        own[token_id].content if token_id in own else backend.id_to_token(token_id)
+        for token_id in token_ids
+        if token_id not in special
+    )
+    tokens = [token for token in named if token is not None]
+    return " ".join(tokens) if backend.decoder is None else str(backend.decoder.decode(tokens))
 
 
 @lru_cache(maxsize=8)

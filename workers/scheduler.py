@@ -163,7 +163,7 @@ class Scheduler:
                 return
 
     def _try_admit(self, sequence: Sequence, scheduled: dict[Sequence, int], budget: _Budget) -> bool:
-        sequence.find_invocation()
+        sequence.read_lease()
         use_prefix = not sequence.needs_all_rows
         if use_prefix:
             sequence.kv_pages = self._cache.acquire_prefix(

@@ -8,7 +8,7 @@ from enum import Enum, auto
 import numpy as np
 import numpy.typing as npt
 
-from lorafleet.workers.detokenizer import Detokenizer
+from lorafleet.workers.detokenizer import Detokenizer, own_texts
 from lorafleet.workers.grammars import Matcher
 from lorafleet.workers.memory.residency import AdapterLease
 from lorafleet.workers.memory.state_store import NULL_SLOT
@@ -122,12 +122,15 @@ class Sequence:
         """Tokens to compute before the next one can be sampled: 1 in decode, more in prefill."""
         return len(self.token_ids) - self.num_computed
 
-    def find_invocation(self) -> None:
-        """Set `num_base` once the lease tells whether the adapter begins in the midst of a prompt."""
-        invocation = () if self.lease is None else self.lease.invocation
-        if invocation:
-            start = last_occurrence(invocation, self.request.prompt_token_ids)
+    def read_lease(self) -> None:
+        """Note what the lease tells of the adapter: its own tokens, and whether it begins in the midst of a prompt."""
+        if self.lease is None:
+            return
+        if self.lease.invocation:
+            start = last_occurrence(self.lease.invocation, self.request.prompt_token_ids)
             self.num_base = NEVER if start is None else start
+        if self.lease.own_tokens:
+            self.detokenizer.own_tokens = own_texts(self.lease.own_tokens)
 
     @property
     def needs_all_rows(self) -> bool:

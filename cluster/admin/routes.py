@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import ConfigDict, Field
 
-from lorafleet.adapter_store.manifest import AdapterManifest
+from lorafleet.adapter_store.manifest import AdapterChat, AdapterManifest
 from lorafleet.cluster.admin.client import ControlPlane
 from lorafleet.cluster.admin.peer_routes import add_peer_routes
 from lorafleet.cluster.config import NAME_PATTERN, Warm
@@ -56,10 +56,11 @@ class ValidateAdapter(Settings):
 
 
 class ChatReply(Settings):
-    """An adapter's own form of conversations."""
+    """An adapter's own form of conversations, and its own tokens."""
 
     template: str | None = Field(description="Its chat template; null: the base's.")
     end_token_ids: tuple[int, ...] = Field(description="Tokens that end its answers, beside the base's own.")
+    own_tokens: dict[str, int] = Field(description="Tokens that its tokenizer has beside the base's, and their ids.")
 
 
 class AdapterReply(Settings):
@@ -257,12 +258,16 @@ def validation_reply(validation: Validation) -> ValidationReply:
 
 
 def _describe(manifest: AdapterManifest) -> dict[str, object]:
-    chat = manifest.chat
     return {
         "version": manifest.version,
         "rank": manifest.rank,
         "targets": manifest.targets,
         "bytes": manifest.num_bytes,
         "warnings": manifest.warnings,
-        "chat": None if chat is None else ChatReply(template=chat.template, end_token_ids=chat.end_token_ids),
+        "chat": None if manifest.chat is None else _chat_reply(manifest.chat),
     }
+
+
+def _chat_reply(chat: AdapterChat) -> ChatReply:
+    own_tokens = {token.content: token.id for token in chat.own_tokens}
+    return ChatReply(template=chat.template, end_token_ids=chat.end_token_ids, own_tokens=own_tokens)

@@ -96,7 +96,8 @@ def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
         assert asked.messages is not None
         own = None if adapter is None else adapter.chat
         text = await dispatcher.prompts.render(asked.messages, asked.template, own)
-        token_ids = await dispatcher.prompts.encode(text, "messages", add_special_tokens=False)
+        vocabulary = await dispatcher.vocabulary_of(adapter)
+        token_ids = await dispatcher.prompts.encode(text, "messages", add_special_tokens=False, vocabulary=vocabulary)
         return JSONResponse({"input_tokens": len(token_ids)})
 
     return router

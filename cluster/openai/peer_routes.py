@@ -93,7 +93,7 @@ def build_peer_router(
     async def tokenize(request: Request) -> JSONResponse:
         body = await parsed(TokenizeBody, request, dispatcher.prompts.threads, NEUTRAL)
         adapter = None if body.model is None else await dispatcher.resolve(body.model)
-        prompts = dispatcher.prompts
+        prompts, vocabulary = dispatcher.prompts, await dispatcher.vocabulary_of(adapter)
         if body.messages is not None:
             own = None if adapter is None else adapter.chat
             text = await prompts.render(rendered(body.messages), body.template(), own)
@@ -101,8 +101,10 @@ def build_peer_router(
         else:
             assert body.prompt is not None
             text, param, adds_special = body.prompt, "prompt", body.add_special_tokens is not False
-        token_ids = await prompts.encode(text, param, add_special_tokens=adds_special, may_be_empty=True)
-        token_strs = [prompts.token_of(token_id) for token_id in token_ids] if body.return_token_strs else None
+        token_ids = await prompts.encode(
+            text, param, add_special_tokens=adds_special, may_be_empty=True, vocabulary=vocabulary
+        )
+        token_strs = [vocabulary.token_of(token_id) for token_id in token_ids] if body.return_token_strs else None
         return JSONResponse(
             {
                 "count": len(token_ids),
@@ -120,9 +122,9 @@ def build_peer_router(
     )
     async def detokenize(request: Request) -> JSONResponse:
         body = await parsed(DetokenizeBody, request, dispatcher.prompts.threads, {})
-        if body.model is not None:
-            await dispatcher.resolve(body.model)
-        return JSONResponse({"prompt": dispatcher.prompts.decode(body.tokens)})
+        adapter = None if body.model is None else await dispatcher.resolve(body.model)
+        vocabulary = await dispatcher.vocabulary_of(adapter)
+        return JSONResponse({"prompt": vocabulary.decode(body.tokens)})
 
     @guarded.get(
         "/tokenizer_info", summary="The tokenizer's special tokens and settings", responses=replies(TokenizerInfo)

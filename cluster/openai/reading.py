@@ -161,7 +161,7 @@ def reader_of(body: ChatBody, prepared: PreparedRequest, prompts: Prompts) -> An
     if not calls and not prompts.answers.thinks:
         return TextReader()
     # An answer that goes on with the client's own message is none that the model began.
-    prompt = prompts.decode(prepared.prompt_token_ids) if body.begins_answer else ""
+    prompt = prepared.vocabulary.decode(prepared.prompt_token_ids) if body.begins_answer else ""
     return AnswerReader(
         prompts.answers,
         prompt,

@@ -69,10 +69,8 @@ class Reply(ABC):
         self,
         body: CompletionBody | ChatBody,
         prepared: Sequence[PreparedRequest],
-        prompts: Prompts,
         request_id: str | None = None,
     ) -> None:
-        self._prompts = prompts
         self._prepared = prepared
         self._wants_token_ids = body.return_token_ids
         self._wants_usage = body.stream_options.include_usage
@@ -210,7 +208,7 @@ class Reply(ABC):
                     str(token_id): {
                         "logprob": _finite(logprob),
                         "rank": ranks.get(token_id),
-                        "decoded_token": self._prompts.piece(token_id).text,
+                        "decoded_token": answer.prepared.vocabulary.piece(token_id).text,
                     }
                     for token_id, logprob in entries.items()
                 }
@@ -269,13 +267,9 @@ class CompletionReply(Reply):
     kind = chunk_kind = "text_completion"
 
     def __init__(
-        self,
-        body: CompletionBody,
-        prepared: Sequence[PreparedRequest],
-        prompts: Prompts,
-        request_id: str | None = None,
+        self, body: CompletionBody, prepared: Sequence[PreparedRequest], request_id: str | None = None
     ) -> None:
-        super().__init__(body, prepared, prompts, request_id)
+        super().__init__(body, prepared, request_id)
         self._echo = body.echo
         self._num_tops = body.logprobs
         self._is_prompt_only = body.is_prompt_only
@@ -288,8 +282,9 @@ class CompletionReply(Reply):
     def _echoed(self, answer: Answer) -> str:
         if not self._echo:
             return ""
-        prompt = answer.prepared.request.prompt
-        return prompt if isinstance(prompt, str) else self._prompts.text_of(answer.prepared.prompt_token_ids)
+        prepared = answer.prepared
+        prompt = prepared.request.prompt
+        return prompt if isinstance(prompt, str) else prepared.vocabulary.text_of(prepared.prompt_token_ids)
 
     def _shown_logprobs(self, delta: GenerateDelta) -> tuple[TokenLogprobs, ...]:
         is_echoed = self._echo and self._num_tops is not None
@@ -322,8 +317,9 @@ class CompletionReply(Reply):
         values: list[float | None] = []
         tops: list[dict[str, float] | None] = []
         offsets: list[int] = []
+        pieces = answer.prepared.vocabulary.piece
         for token in tokens:
-            piece = self._prompts.piece(token.token_id)
+            piece = pieces(token.token_id)
             texts.append(piece.text)
             offsets.append(answer.num_characters)
             if not piece.is_special:
@@ -335,7 +331,7 @@ class CompletionReply(Reply):
             values.append(_finite(token.logprob))
             # Worst first, so that of two tokens that read alike the likelier one stays.
             likeliest = reversed(token.top[: self._num_tops])
-            top = {self._prompts.piece(token_id).text: _finite(logprob) for token_id, logprob in likeliest}
+            top = {pieces(token_id).text: _finite(logprob) for token_id, logprob in likeliest}
             top.setdefault(piece.text, _finite(token.logprob))
             tops.append(top)
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
@@ -351,7 +347,7 @@ class ChatReply(Reply):
     def __init__(
         self, body: ChatBody, prepared: Sequence[PreparedRequest], prompts: Prompts, request_id: str | None = None
     ) -> None:
-        super().__init__(body, prepared, prompts, request_id)
+        super().__init__(body, prepared, request_id)
         self._readers = [reader_of(body, answer.prepared, prompts) for answer in self._answers]
         self._num_calls = [0] * len(self._answers)
         self._shown: dict[str, Any] = {}
@@ -400,7 +396,7 @@ class ChatReply(Reply):
         return {
             "index": delta.index,
             "delta": content | self._shown,
-            "logprobs": self._logprobs(delta.logprobs) if delta.logprobs else None,
+            "logprobs": self._logprobs(answer, delta.logprobs) if delta.logprobs else None,
             "finish_reason": self._finish_reason(delta.index, delta),
         }
 
@@ -424,7 +420,7 @@ class ChatReply(Reply):
         return {
             "index": index,
             "message": message,
-            "logprobs": self._logprobs(answer.logprobs) if answer.logprobs else None,
+            "logprobs": self._logprobs(answer, answer.logprobs) if answer.logprobs else None,
         }
 
     def _put_prompt_token_ids(self, answer: Answer, reply: dict[str, Any], choice: dict[str, Any]) -> None:
@@ -433,17 +429,17 @@ class ChatReply(Reply):
     def _put_prompt_logprobs(self, found: Sequence[Any], reply: dict[str, Any], choice: dict[str, Any]) -> None:
         reply["prompt_logprobs"] = found
 
-    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    def _logprobs(self, answer: Answer, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        def entry(token_id: int, logprob: float) -> dict[str, Any]:
+            piece = answer.prepared.vocabulary.piece(token_id)
+            return {"token": piece.text, "logprob": _finite(logprob), "bytes": list(piece.utf8)}
+
         content = []
         for token in tokens:
             assert token.logprob is not None
-            top = [self._entry(token_id, logprob) for token_id, logprob in token.top]
-            content.append(self._entry(token.token_id, token.logprob) | {"top_logprobs": top})
+            top = [entry(token_id, logprob) for token_id, logprob in token.top]
+            content.append(entry(token.token_id, token.logprob) | {"top_logprobs": top})
         return {"content": content, "refusal": None}
-
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        piece = self._prompts.piece(token_id)
-        return {"token": piece.text, "logprob": _finite(logprob), "bytes": list(piece.utf8)}
 
 
 def _finite(logprob: float) -> float:

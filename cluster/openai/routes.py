@@ -93,7 +93,7 @@ def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRout
             await dispatcher.prepare(each, caller=caller, default_max_tokens=DEFAULT_MAX_TOKENS)
             for each in body.requests()
         ]
-        reply = CompletionReply(body, prepared, dispatcher.prompts, request_id_of(request))
+        reply = CompletionReply(body, prepared, request_id_of(request))
         return await answer(request, dispatcher, prepared, reply, is_stream=body.stream)
 
     @router.post(

@@ -19,6 +19,7 @@ from lorafleet.cluster.errors import BadRequest, NoWorker, StoreUnavailable, Str
 from lorafleet.cluster.metrics import RequestMetrics, RequestTimer
 from lorafleet.cluster.serving.names import Names
 from lorafleet.cluster.serving.prompts import Prompts
+from lorafleet.cluster.serving.vocabulary import Vocabulary
 from lorafleet.cluster.wire import NamedVersion
 from lorafleet.workers.request import EngineRequest, GenerateDelta, GenerateRequest, SamplingParams
 
@@ -76,6 +77,7 @@ class PreparedRequest:
     request: GenerateRequest
     prompt_token_ids: tuple[int, ...]
     version: str | None
+    vocabulary: Vocabulary
     sequences: tuple[EngineRequest, ...]
     """One for each of the `n` answers."""
     timer: RequestTimer
@@ -140,9 +142,9 @@ class Dispatcher:
             adapter = await self.resolve(model)
             timer.end_stage("resolve")
             chat = None if adapter is None else adapter.chat
-            vocabulary = None if adapter is None else adapter.vocabulary
+            vocabulary = await self.vocabulary_of(adapter)
             prompt_token_ids = await self.prompts.tokenize(request, chat, vocabulary, param)
-            request = self._with_thought(request, prompt_token_ids)
+            request = self._with_thought(request, prompt_token_ids, vocabulary)
             await self.prompts.check_grammar(request.structured_outputs)
             timer.end_stage("tokenize")
         except Exception as error:
@@ -152,8 +154,7 @@ class Dispatcher:
         if sampling.max_tokens is None and default_max_tokens is not None:
             sampling = sampling.model_copy(update={"max_tokens": max(default_max_tokens, sampling.min_tokens)})
         version = None if adapter is None else adapter.version
-        num_tokens = vocabulary or self.prompts.vocab_size
-        ends = () if chat is None else tuple(each for each in chat.end_token_ids if each < num_tokens)
+        ends = () if chat is None else tuple(each for each in chat.end_token_ids if each < vocabulary.num_tokens)
         request_id = uuid.uuid4().hex
         sequences = tuple(
             EngineRequest(
@@ -162,13 +163,19 @@ class Dispatcher:
                 prompt_token_ids=prompt_token_ids,
                 sampling=sampling if i == 0 else _reseeded(sampling, i),
                 end_token_ids=ends,
-                vocabulary=vocabulary,
+                vocabulary=None if adapter is None else adapter.vocabulary,
                 pooling=request.pooling,
                 cache_salt=caller if self._salts_prefixes else "",
             )
             for i in range(request.n)
         )
-        return PreparedRequest(request, prompt_token_ids, version, sequences, timer)
+        return PreparedRequest(request, prompt_token_ids, version, vocabulary, sequences, timer)
+
+    async def vocabulary_of(self, adapter: NamedVersion | None) -> Vocabulary:
+        """The tokens that an adapter knows; those of the base for None."""
+        if adapter is None:
+            return self.prompts.vocabulary
+        return await self.prompts.vocabulary_of(adapter.chat, adapter.vocabulary)
 
     async def resolve(self, model: str) -> NamedVersion | None:
         """The adapter version that `model` names, None for the base. Raises ModelNotFound, StoreUnavailable."""
@@ -176,10 +183,12 @@ class Dispatcher:
             return None
         return await self.names.resolve(self.adapter_name(model))
 
-    def _with_thought(self, request: GenerateRequest, prompt_token_ids: Sequence[int]) -> GenerateRequest:
+    def _with_thought(
+        self, request: GenerateRequest, prompt_token_ids: Sequence[int], vocabulary: Vocabulary
+    ) -> GenerateRequest:
         """Some chat templates end a prompt with the tag that begins a thought."""
         outputs = request.structured_outputs
-        if outputs is None or outputs.thought is None or not self.prompts.begins_thought(prompt_token_ids):
+        if outputs is None or outputs.thought is None or not self.prompts.begins_thought(prompt_token_ids, vocabulary):
             return request
         return request.model_copy(update={"structured_outputs": outputs.model_copy(update={"thought": "begun"})})
 

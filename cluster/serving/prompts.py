@@ -1,27 +1,26 @@
-"""Turns what a caller sends into token ids, and token ids back into the text that logprobs show.
+"""Turns what a caller sends into token ids: its bounds, its chat template, and the vocabulary that reads it.
 
-Owns the tokenizer and its rules (special tokens, chat template); the worker turns answers into text.
+The worker turns answers into text.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorafleet.adapter_store.manifest import AdapterChat
+from lorafleet.adapter_store.manifest import AdapterChat, OwnToken
 from lorafleet.cluster.errors import BadRequest, ContextLengthExceeded
 from lorafleet.cluster.http.auth import CALLER
 from lorafleet.cluster.http.incoming import MAX_BODY_BYTES, Bounds
 from lorafleet.cluster.serving.answer_formats import TEXT_ONLY, AnswerFormat
 from lorafleet.cluster.serving.fair_threads import FairThreads
 from lorafleet.cluster.serving.time_limit import within
+from lorafleet.cluster.serving.vocabulary import Vocabulary
 from lorafleet.workers.checkpoint import load_tokenizer, max_model_len, read_config
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import GrammarRefused
@@ -42,18 +41,8 @@ NUM_THREADS = 4
 LEAST_BODY_BYTES = 2**20
 """A body may have so many bytes beside the prompt."""
 
-_BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
-
-@dataclass(frozen=True, slots=True)
-class TokenPiece:
-    """One token by itself, as logprobs show it."""
-
-    text: str
-    """Its text; `bytes:\\xe2\\x80` where the bytes are no whole character, as OpenAI writes it."""
-    utf8: bytes
-    is_special: bool
-    """Special tokens have a piece, but no text in the answer."""
+MAX_VOCABULARIES = 8
+"""Most adapters' own vocabularies that are kept; each has a copy of the base's tokenizer, of some 10 to 100 MB."""
 
 
 class Prompts:
@@ -68,17 +57,14 @@ class Prompts:
         answers: AnswerFormat = TEXT_ONLY,
     ) -> None:
         self.answers = answers
-        self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
+        self.vocabulary = Vocabulary(tokenizer, vocab_size)
+        """The base's."""
+        self._own: OrderedDict[tuple[tuple[OwnToken, ...], int], asyncio.Future[Vocabulary]] = OrderedDict()
         self.max_model_len = max_model_len
         self._grammars = Grammars(tokenizer, vocab_size=vocab_size)
         self._compiling = asyncio.Semaphore(MAX_COMPILING)
         self.threads = FairThreads(NUM_THREADS, "prompts")
         """Parse, render and tokenise what is long."""
-        self._longest_token = _longest_token(tokenizer)
-        self._pieces: dict[int, TokenPiece] = {}
-        self._decoder = _decoder_of(tokenizer)
-        self._added: Mapping[int, Any] = {} if tokenizer is None else dict(tokenizer.added_tokens_decoder)
 
     @classmethod
     def load(cls, model: ModelConfig) -> Prompts:
@@ -92,47 +78,72 @@ class Prompts:
             max_model_len=max_model_len(model, config),
         )
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The base's."""
+        return self.vocabulary.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the base knows."""
+        return self.vocabulary.num_tokens
+
+    async def vocabulary_of(self, chat: AdapterChat | None, num_tokens: int | None) -> Vocabulary:
+        """The vocabulary of an adapter, given its own tokens and how many it knows in all, if not the base's."""
+        key = (() if chat is None else chat.own_tokens, num_tokens or self.vocab_size)
+        if key == ((), self.vocab_size):
+            return self.vocabulary
+        found = self._own.get(key)
+        if found is None or (found.done() and (found.cancelled() or found.exception() is not None)):
+            found = self._own[key] = asyncio.ensure_future(asyncio.to_thread(self.vocabulary.with_own, *key))
+            while len(self._own) > MAX_VOCABULARIES:
+                self._own.popitem(last=False)
+        self._own.move_to_end(key)
+        return await asyncio.shield(found)
+
     async def tokenize(
         self,
         request: GenerateRequest,
         chat: AdapterChat | None = None,
-        vocabulary: int | None = None,
+        vocabulary: Vocabulary | None = None,
         param: str | None = None,
     ) -> tuple[int, ...]:
         """Token ids of the request's prompt, checked against the vocabulary and the model's length.
 
-        chat: how the adapter's conversations are written. vocabulary: how many tokens it knows, if not the base's.
+        chat: how the adapter's conversations are written. vocabulary: the adapter's, as `vocabulary_of` gives it.
         param: the field of the prompt, for errors.
 
         Raises BadRequest (`empty_prompt`, `invalid_token_id`, `no_tokenizer`, `no_chat_template`,
         `chat_template_failed`) or ContextLengthExceeded.
         """
+        vocabulary = vocabulary or self.vocabulary
         if request.messages is not None:
             param = param or "messages"
             text = await self.render(request.messages, request.template, chat)
-            self._check_text(text, request, param)
+            self._check_text(text, request, param, vocabulary)
             token_ids = await self.encode(
-                text,
-                param,
-                add_special_tokens=bool(request.add_special_tokens),
+                text, param, add_special_tokens=bool(request.add_special_tokens), vocabulary=vocabulary
             )
         elif isinstance(request.prompt, str):
             param = param or "prompt"
-            self._check_text(request.prompt, request, param)
+            self._check_text(request.prompt, request, param, vocabulary)
             token_ids = await self.encode(
-                request.prompt, param, add_special_tokens=request.add_special_tokens is not False
+                request.prompt,
+                param,
+                add_special_tokens=request.add_special_tokens is not False,
+                vocabulary=vocabulary,
             )
         else:
             assert request.prompt is not None
             param = param or "prompt"
             token_ids = request.prompt
-            self.check_token_ids(token_ids, param, vocabulary)
+            vocabulary.check(token_ids, param)
         if not token_ids:
             raise BadRequest(f"{param} has no tokens; it must have at least one", param, "empty_prompt")
         token_ids = self._truncated(token_ids, request)
         self._check_length(len(token_ids), request.max_tokens, param)
-        self.check_token_ids(request.stop_token_ids, "stop_token_ids", vocabulary)
-        self.check_token_ids(tuple(request.logit_bias), "logit_bias", vocabulary)
+        vocabulary.check(request.stop_token_ids, "stop_token_ids")
+        vocabulary.check(tuple(request.logit_bias), "logit_bias")
         return token_ids
 
     async def check_grammar(self, asked: StructuredOutputs | None) -> None:
@@ -149,52 +160,13 @@ class Prompts:
         except GrammarRefused as error:
             raise BadRequest(f"this {kind} cannot be compiled: {error}", "structured_outputs", error.code) from error
 
-    def check_token_ids(self, token_ids: Sequence[int], param: str, vocabulary: int | None = None) -> None:
-        """Raise BadRequest when a token id is outside the vocabulary, which is the base's if none is given."""
-        num_tokens = vocabulary or self.vocab_size
-        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < num_tokens):
-            wrong = next(token for token in token_ids if not 0 <= token < num_tokens)
-            raise BadRequest(
-                f"{param} has token id {wrong}; the vocabulary is 0 to {num_tokens - 1}",
-                param,
-                "invalid_token_id",
-            )
-
-    def begins_thought(self, token_ids: Sequence[int]) -> bool:
+    def begins_thought(self, token_ids: Sequence[int], vocabulary: Vocabulary) -> bool:
         """True if a prompt ends with the tag that begins a thought."""
-        return self.decode(token_ids[-_TAG_TOKENS:]).rstrip().endswith("<think>")
+        return vocabulary.decode(token_ids[-_TAG_TOKENS:]).rstrip().endswith("<think>")
 
     def room_for(self, num_prompt_tokens: int) -> int:
         """Most tokens that an answer to such a prompt may have."""
         return self.max_model_len - num_prompt_tokens
-
-    def text_of(self, token_ids: Sequence[int]) -> str:
-        """Text of a prompt that came as token ids, for `echo`."""
-        if self.tokenizer is None:
-            return ""
-        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
-
-    def piece(self, token_id: int) -> TokenPiece:
-        """The token by itself; kept, so there are at most as many as the vocabulary has."""
-        piece = self._pieces.get(token_id)
-        if piece is None:
-            piece = self._pieces[token_id] = self._make_piece(token_id)
-        return piece
-
-    def _make_piece(self, token_id: int) -> TokenPiece:
-        added = self._added.get(token_id)
-        if added is not None:
-            return TokenPiece(added.content, added.content.encode(), added.special)
-        token = self.tokenizer.convert_ids_to_tokens(token_id) if self.tokenizer is not None else None
-        if not isinstance(token, str):
-            return TokenPiece("", b"", is_special=False)
-        utf8 = _bytes_of(token, self._decoder)
-        try:
-            return TokenPiece(utf8.decode(), utf8, is_special=False)
-        except UnicodeDecodeError:
-            return TokenPiece("bytes:" + "".join(f"\\x{byte:02x}" for byte in utf8), utf8, is_special=False)
 
     async def render(
         self,
@@ -258,52 +230,34 @@ class Prompts:
         return token_ids[-max(1, room if limit == -1 else limit) :]
 
     async def encode(
-        self, text: str, param: str, *, add_special_tokens: bool, may_be_empty: bool = False
+        self,
+        text: str,
+        param: str,
+        *,
+        add_special_tokens: bool,
+        may_be_empty: bool = False,
+        vocabulary: Vocabulary | None = None,
     ) -> tuple[int, ...]:
-        """Token ids of a text. Raises BadRequest."""
+        """Token ids of a text, long ones on a thread. Raises BadRequest."""
+        encode = partial((vocabulary or self.vocabulary).encode, text, param, add_special_tokens=add_special_tokens)
         if not (text or may_be_empty):
             raise BadRequest(f"{param} must not be empty", param, "empty_prompt")
         if len(text) <= LONG_TEXT:
-            return self._encode_now(text, param, add_special_tokens)
-        return await self.threads.run(CALLER.get(), self._encode_now, text, param, add_special_tokens)
-
-    def _encode_now(self, text: str, param: str, add_special_tokens: bool) -> tuple[int, ...]:
-        if self.tokenizer is None:
-            raise BadRequest("the base has no tokenizer; send the prompt as token ids", param, "no_tokenizer")
-        try:
-            encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
-        except UnicodeEncodeError as error:
-            raise BadRequest(
-                f"{param} has a lone surrogate, which is not a character; send valid Unicode", param
-            ) from error
-        return tuple(encoded["input_ids"])
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of token ids, special ones included. Raises BadRequest `no_tokenizer` or `invalid_token_id`."""
-        if self.tokenizer is None:
-            raise BadRequest("the base has no tokenizer", "tokens", "no_tokenizer")
-        self.check_token_ids(token_ids, "tokens")
-        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
-
-    def token_of(self, token_id: int) -> str:
-        """The token as the tokenizer spells it."""
-        assert self.tokenizer is not None
-        return str(self.tokenizer.convert_ids_to_tokens(token_id))
+            return encode()
+        return await self.threads.run(CALLER.get(), encode)
 
     @property
     def bounds(self) -> Bounds:
         """Of the bodies that this base has a use for: a prompt of its longest tokens, with each byte escaped."""
-        longest = 6 * self.max_model_len * self._longest_token
+        longest = 6 * self.max_model_len * self.vocabulary.longest_token
         return Bounds(
             max_bytes=min(MAX_BODY_BYTES, LEAST_BODY_BYTES + longest),
             max_values=min(2**14 + 16 * self.max_model_len, 2**18 + self.max_model_len),
         )
 
-    def _check_text(self, text: str, request: GenerateRequest, param: str) -> None:
+    def _check_text(self, text: str, request: GenerateRequest, param: str, vocabulary: Vocabulary) -> None:
         """Refuse a text that cannot fit, before it is tokenised: no token is longer than the longest."""
-        most = self.max_model_len * self._longest_token
+        most = self.max_model_len * vocabulary.longest_token
         if request.truncate_prompt_tokens is None and len(text) > most:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {self.max_model_len} tokens, which is at most {most} "
@@ -319,43 +273,3 @@ class Prompts:
                 f"{param} has {num_prompt_tokens} and the answer asks for {asked}",
                 param,
             )
-
-
-def _longest_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Bytes of text that one token stands for at most.
-
-    A normalizer may make text shorter, and an unknown word may be one token however long: where there is a normalizer
-    other than of bytes it counts four times, and at least 64 bytes.
-    """
-    if tokenizer is None:
-        return 64
-    longest = max((len(token.encode()) for token in tokenizer.get_vocab()), default=1)
-    return longest if "ByteLevel" in _decoder_of(tokenizer) else 4 * max(longest, 16)
-
-
-def _decoder_of(tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Description of the tokenizer's decoder, which says how its tokens are spelled; empty when unknown."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = getattr(backend, "decoder", None)
-    return "" if decoder is None else json.dumps(json.loads(decoder.__getstate__()), ensure_ascii=False)
-
-
-def _bytes_of(token: str, decoder: str) -> bytes:
-    if "ByteLevel" in decoder:
-        try:
-            return bytes(_BYTES_OF_LETTERS[letter] for letter in token)
-        except KeyError:
-            return token.encode()
-    if "ByteFallback" in decoder and (match := _BYTE_FALLBACK.fullmatch(token)):
-        return bytes([int(match[1], 16)])
-    return token.replace("▁", " ").encode() if "▁" in decoder else token.encode()
-
-
-def _bytes_of_letters() -> dict[str, int]:
-    """Map the letters of byte-level tokenizers to bytes: printable bytes are themselves, others follow U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES_OF_LETTERS = _bytes_of_letters()

@@ -131,7 +131,7 @@ class FakeStream:
             token_ids = token_ids[: sampling.max_tokens]
         pending = b""
         for i, token_id in enumerate(token_ids):
-            pending += prompts.piece(token_id).utf8
+            pending += prompts.vocabulary.piece(token_id).utf8
             is_last = i == len(token_ids) - 1
             try:
                 text, pending = pending.decode(), b""
@@ -169,6 +169,8 @@ class FakeStore:
 
     versions: dict[str, str] = field(default_factory=lambda: dict(VERSIONS))
     chats: dict[str, AdapterChat] = field(default_factory=dict)
+    vocabularies: dict[str, int] = field(default_factory=dict)
+    """Of adapters that know more tokens than the base, or fewer."""
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     generation: int = 1
@@ -220,7 +222,8 @@ class FakeStore:
         self.changed.set()
 
     def _entry(self, name: str) -> NamedVersion:
-        return NamedVersion(name, self.versions[name], f"demo/{name}", chat=self.chats.get(name))
+        chat, vocabulary = self.chats.get(name), self.vocabularies.get(name)
+        return NamedVersion(name, self.versions[name], f"demo/{name}", chat=chat, vocabulary=vocabulary)
 
     async def _answer(self) -> None:
         if self.is_silent:

@@ -92,7 +92,7 @@ async def test_a_text_that_cannot_fit_is_not_tokenised(monkeypatch: pytest.Monke
     prompts = service.prompts
     monkeypatch.setattr(type(prompts), "_encode_now", lambda *_: pytest.fail("it was tokenised"))
     with serving(service), service.http() as http:
-        text = "a" * (prompts.max_model_len * prompts._longest_token + 1)
+        text = "a" * (prompts.max_model_len * prompts.vocabulary.longest_token + 1)
         for path, body in (
             ("/v1/completions", {"prompt": text}),
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
@@ -104,7 +104,7 @@ async def test_a_text_that_cannot_fit_is_not_tokenised(monkeypatch: pytest.Monke
 def test_the_longest_prompt_of_the_longest_tokens_is_within_the_bounds() -> None:
     prompts = Service().prompts
     assert prompts.tokenizer is not None
-    longest = max((prompts.piece(i).text for i in range(prompts.vocab_size)), key=len)
+    longest = max((prompts.vocabulary.piece(i).text for i in range(prompts.vocab_size)), key=len)
     raw = json.dumps({"model": BASE_ID, "prompt": longest * prompts.max_model_len, "max_tokens": 1}).encode()
     assert len(raw) < prompts.bounds.max_bytes
     ids = json.dumps({"model": BASE_ID, "prompt": [[5] * prompts.max_model_len] * 16}).encode()

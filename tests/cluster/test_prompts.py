@@ -95,7 +95,7 @@ async def test_without_a_tokenizer_only_token_ids_are_served() -> None:
         with pytest.raises(BadRequest) as caught:
             await prompts.tokenize(request)
         assert caught.value.code == code
-    assert prompts.text_of((5, 6)) == prompts.piece(5).text == ""
+    assert prompts.vocabulary.text_of((5, 6)) == prompts.vocabulary.piece(5).text == ""
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ async def test_chat_templates_that_do_not_serve(template: str | None, code: str,
 def test_pieces_spell_the_text(make: type[PreTrainedTokenizerFast]) -> None:
     tokenizer = make()
     prompts = prompts_of(tokenizer)
-    pieces = [prompts.piece(token_id) for token_id in tokenizer(TEXT)["input_ids"]]
+    pieces = [prompts.vocabulary.piece(token_id) for token_id in tokenizer(TEXT)["input_ids"]]
     assert b"".join(piece.utf8 for piece in pieces).decode() == TEXT
     for piece in pieces:
         assert piece.text.encode() == piece.utf8 or piece.text == "bytes:" + "".join(rf"\x{b:02x}" for b in piece.utf8)
@@ -134,14 +134,14 @@ SHARED = prompts_of(make_tokenizer())
 @given(text=st.text(max_size=50))
 def test_pieces_spell_any_text(text: str) -> None:
     assert SHARED.tokenizer is not None
-    pieces = [SHARED.piece(token_id) for token_id in SHARED.tokenizer(text)["input_ids"]]
+    pieces = [SHARED.vocabulary.piece(token_id) for token_id in SHARED.tokenizer(text)["input_ids"]]
     assert b"".join(piece.utf8 for piece in pieces).decode() == text
 
 
 def test_pieces_of_special_and_of_no_tokens() -> None:
     tokenizer = make_tokenizer()
     prompts = Prompts(tokenizer, vocab_size=VOCAB_SIZE + 16, max_model_len=512)
-    special = prompts.piece(tokenizer.eos_token_id)
+    special = prompts.vocabulary.piece(tokenizer.eos_token_id)
     assert (special.text, special.is_special) == (tokenizer.eos_token, True)
-    padding = prompts.piece(VOCAB_SIZE + 3)  # a row of the embedding that no token has
+    padding = prompts.vocabulary.piece(VOCAB_SIZE + 3)  # a row of the embedding that no token has
     assert (padding.text, padding.utf8) == ("", b"")

@@ -32,11 +32,11 @@ def reply_of(kind: str, options: dict[str, Any]) -> Reply:
     n = options.get("n", 1)
     timer = RequestMetrics().begin("base")
     request = GenerateRequest(model="m", prompt=(1, 2), n=n)
-    prepared = [PreparedRequest(request, (1, 2), None, (), timer)]
+    prepared = [PreparedRequest(request, (1, 2), None, PROMPTS.vocabulary, (), timer)]
     if kind == "chat":
         chat = ChatBody.model_validate({**common, "messages": [{"role": "user", "content": "x"}]})
         return ChatReply(chat, prepared, PROMPTS, "id")
-    return CompletionReply(CompletionBody.model_validate({**common, "prompt": "x"}), prepared, PROMPTS, "id")
+    return CompletionReply(CompletionBody.model_validate({**common, "prompt": "x"}), prepared, "id")
 
 
 texts = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), min_size=1, max_size=6)

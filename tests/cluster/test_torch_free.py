@@ -29,7 +29,7 @@ async def main():
     token_ids = await prompts.tokenize(GenerateRequest(model="m", prompt={TEXT!r}))
     return {{
         "token_ids": token_ids,
-        "text": prompts.text_of(token_ids),
+        "text": prompts.vocabulary.text_of(token_ids),
         "chat": await prompts.render({CHAT!r}),
         "vocab_size": prompts.vocab_size,
         "max_model_len": prompts.max_model_len,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lorafleet.adapter_store.base_weights import CheckpointWeights
+from lorafleet.adapter_store.conversations import BaseTokens
 from lorafleet.adapter_store.manifest import AdapterWeights, Dtype
 from lorafleet.adapter_store.peft_format import AdapterReader
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
@@ -32,12 +33,15 @@ _ids = itertools.count()
 class Shelf:
     """Adapters by version, as the adapter store would hand them out."""
 
-    def __init__(self, base: Path, max_rank: int = 64, dtype: Dtype = "float32") -> None:
+    def __init__(
+        self, base: Path, max_rank: int = 64, dtype: Dtype = "float32", base_tokens: BaseTokens | None = None
+    ) -> None:
         self.base = base
         self._reader = AdapterReader(
             read_geometry(ModelConfig(id="base", source=str(base), dtype=dtype), "cpu"),
             max_rank,
             CheckpointWeights(base),
+            base_tokens,
         )
         self.weights: dict[str, AdapterWeights] = {}
         self.folders: dict[str, Path] = {}

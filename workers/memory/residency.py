@@ -79,14 +79,15 @@ class AdapterLease:
     It may be taken while the version loads, which then cannot be evicted before the request has run.
     """
 
-    __slots__ = ("_entry", "_residency", "has_extras", "invocation", "is_plain", "is_tabled", "version")
+    __slots__ = ("_entry", "_residency", "has_extras", "invocation", "is_plain", "is_tabled", "own_tokens", "version")
 
     def __init__(self, residency: Residency, entry: _Entry) -> None:
         self.version = entry.allocation.manifest.version
         manifest = entry.allocation.manifest
         self.has_extras = bool(manifest.extras) or manifest.vocabulary is not None
         self.is_tabled = residency.is_tabled(manifest)
-        self.invocation = entry.allocation.manifest.invocation
+        self.invocation = manifest.invocation
+        self.own_tokens = () if manifest.chat is None else manifest.chat.own_tokens
         self.is_plain = not (self.has_extras or self.invocation)
         """Whether the adapter is low-rank factors for all of a sequence and no more."""
         self._residency = residency
