@@ -74,9 +74,10 @@ class ModelConfig(Settings):
         description="Longest prompt plus answer, in tokens; default the model's own. Longrope and dynamic RoPE choose "
         "their frequencies by it, for all requests alike.",
     )
-    tool_parser: Literal["hermes", "qwen", "llama3_json", "mistral", "deepseek"] | None = Field(
+    tool_parser: Literal["hermes", "qwen", "llama3_json", "mistral", "deepseek", "harmony"] | None = Field(
         default=None,
-        description="How the model writes tool calls; default the response template of its tokenizer, if it has one.",
+        description="How the model writes tool calls; default the response template of its tokenizer, if it has one. "
+        "`harmony` is gpt-oss', which has its reasoning too.",
     )
     reasoning_parser: Literal["think_tags"] | None = Field(
         default=None, description="How the model writes its reasoning: `think_tags` is <think>...</think>."

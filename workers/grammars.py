@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Collection
 from collections.abc import Sequence as Several
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -156,7 +156,7 @@ def _source_of(asked: StructuredOutputs) -> str:
     text = value if isinstance(value, str) else json.dumps({} if value is True else value)
     if value is False:
         raise GrammarRefused("no text fits the schema false")
-    if len(text.encode(errors="replace")) > MAX_GRAMMAR_BYTES:
+    if len((text + (asked.calls or "")).encode(errors="replace")) > MAX_GRAMMAR_BYTES:
         raise GrammarRefused(f"it has {len(text)} characters; at most {MAX_GRAMMAR_BYTES} bytes are compiled")
     try:
         if kind == "json":
@@ -165,7 +165,7 @@ def _source_of(asked: StructuredOutputs) -> str:
             source = grammar_from(kind, text)
     except (ValueError, RecursionError) as error:
         raise GrammarRefused(_first_line(str(error))) from None
-    return source if asked.thought is None else _after_thought(source, asked.thought)
+    return source if asked.thought is None and asked.calls is None else _framed(source, asked.thought, asked.calls)
 
 
 _SCHEMA = ("additionalProperties", "contains", "items")
@@ -244,13 +244,30 @@ def _adapted_text(text: str) -> str:
         return text
 
 
-def _after_thought(source: str, thought: Literal["may_come", "begun"]) -> str:
-    """The grammar of a thought in tags and then of `source`, a grammar in Lark or a list of grammars in JSON."""
+_THOUGHTS: dict[str, tuple[str, ...]] = {
+    "may_come": ('start: ("<think>" thought GAP)? last', 'thought[lazy]: THOUGHT "</think>"'),
+    "begun": ("start: thought GAP last", 'thought[lazy]: THOUGHT "</think>"'),
+    "analysis": (
+        "start: analysis* last",
+        'analysis: <|channel|> "analysis" <|message|> THOUGHT <|end|> <|start|> "assistant"',
+    ),
+}
+"""What comes first, in Lark; `<|name|>` is a special token."""
+
+
+def _framed(source: str, thought: str | None, calls: str | None) -> str:
+    """The grammar of a thought, then of `source` or `calls`. A source is in Lark, or a list of grammars in JSON."""
     rest = json.loads(source)["grammars"] if source.startswith("{") else [{"lark_grammar": source}]
     rest[0]["name"] = "answer"
-    first = "thought GAP @answer" if thought == "begun" else '("<think>" thought GAP)? @answer'
-    lines = ["%llguidance {}", f"start: {first}", "THOUGHT: /(.|\\n)*/", 'thought[lazy]: THOUGHT "</think>"']
-    return json.dumps({"grammars": [{"lark_grammar": "\n".join([*lines, "GAP: /\\s{0,4}/"])}, *rest]})
+    lines = ["%llguidance {}", "start: last"]
+    if thought is not None:
+        first = _THOUGHTS[thought.removesuffix("_final")]
+        lines = ["%llguidance {}", *first, "THOUGHT: /(.|\\n)*/", "GAP: /\\s{0,4}/"]
+    last = '<|channel|> "final" <|message|> @answer' if thought == "analysis_final" else "@answer"
+    if calls is not None:
+        rest.append({"name": "calls", "lark_grammar": calls})
+        last = f"@calls | {last}"
+    return json.dumps({"grammars": [{"lark_grammar": "\n".join([*lines, f"last: {last}"])}, *rest]})
 
 
 def _options() -> Any:

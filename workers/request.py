@@ -65,15 +65,18 @@ class StructuredOutputs(BaseModel):
     regex: str | None = Field(default=None, description="A text that this regular expression matches as a whole.")
     choice: tuple[str, ...] | None = Field(default=None, min_length=1, description="One of these texts.")
     grammar: str | None = Field(default=None, description="A text of this grammar, in Lark's form or in GBNF.")
-    thought: Literal["may_come", "begun"] | None = Field(
+    thought: Literal["may_come", "begun", "analysis", "analysis_final"] | None = Field(
         default=None,
         description="What must be comes after a thought in `<think>` tags, which may come, or which the prompt has "
-        "begun. Chats set it where the base thinks.",
+        "begun; or after gpt-oss' analysis, by itself or in the final channel. Chats set it where the base thinks.",
+    )
+    calls: str | None = Field(
+        default=None, description="A grammar in Lark's form of calls that may come instead. Chats with tools set it."
     )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> StructuredOutputs:
-        names = type(self).model_fields.keys() - {"thought"}
+        names = type(self).model_fields.keys() - {"thought", "calls"}
         given = [name for name in names if getattr(self, name) not in (None, False)]
         if len(given) + (self.json_schema is False) != 1:
             raise ValueError("needs exactly one of json, json_object, regex, choice and grammar")

@@ -356,15 +356,13 @@ class ChatBody(SharedBody, ConversationSettings):
             self.tools,
             self.choice,
             answers,
+            sampling.get("structured_outputs"),
             many=self.parallel_tool_calls,
             thinks=thinks,
+            begins=self.begins_answer,
         )
         if outputs is not None:
-            if "structured_outputs" in sampling:
-                raise BadRequest("response_format and calls that must fit their schemas exclude each other", "tools")
             sampling["structured_outputs"] = outputs
-        elif thinks and "structured_outputs" in sampling and sampling["structured_outputs"].thought is None:
-            sampling["structured_outputs"] = sampling["structured_outputs"].model_copy(update={"thought": "may_come"})
         if answers.shows_special_tokens:
             sampling["skip_special_tokens"] = False
         sampling["logprobs"] = (self.top_logprobs or 0) if self.logprobs else None

@@ -12,6 +12,7 @@ from lorafleet.cluster.serving.answer_formats import AnswerFormat, calls_grammar
 from lorafleet.workers.request import StructuredOutputs
 
 MAX_TOOLS = 256
+ANY_TEXT = r"(.|\n)*"
 
 
 class Function(BaseModel):
@@ -74,31 +75,59 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice, answers: AnswerFormat
 
 
 def outputs_of(
-    tools: Sequence[Tool], choice: ToolChoice, answers: AnswerFormat, *, many: bool, thinks: bool
+    tools: Sequence[Tool],
+    choice: ToolChoice,
+    answers: AnswerFormat,
+    asked: StructuredOutputs | None,
+    *,
+    many: bool,
+    thinks: bool,
+    begins: bool,
 ) -> StructuredOutputs | None:
-    """Return the grammar that holds an answer to the tools; None if there is none.
+    """Return the grammar that holds an answer to the tools and to `asked`, the form that it must have without a call.
 
-    thinks: a thought may come first. Raises BadRequest.
+    many: several calls may come. thinks: a thought may come first. begins: the prompt ends with what begins an answer.
+    None: there is no grammar. Raises BadRequest.
     """
     must = choice == "required" or isinstance(choice, ChosenTool)
-    if choice == "none" or not tools or not (must or any(tool.function.strict for tool in tools)):
-        return None
-    if answers.tools is None:
-        raise BadRequest(
-            "tool_choice=required, a named function and strict need model.tool_parser; the tokenizer's response "
-            "template says how to read calls, not how to write them",
-            "tool_choice",
-            "unsupported_parameter",
-        )
-    functions = [tool.function for tool in tools]
+    functions = [] if choice == "none" else [tool.function for tool in tools]
+    if must or any(function.strict for function in functions):
+        if answers.tools is None:
+            raise BadRequest(
+                "tool_choice=required, a named function and strict need model.tool_parser; the tokenizer's response "
+                "template says how to read calls, not how to write them",
+                "tool_choice",
+                "unsupported_parameter",
+            )
+        if asked is not None and not must and answers.tools.begins_as_json:
+            raise BadRequest(
+                "response_format and strict exclude each other here: the model writes calls as JSON, as the answer is",
+                "tools",
+            )
+    elif asked is None or not functions or answers.tools is None or answers.tools.begins_as_json:
+        return _framed(asked, answers, thinks=thinks, begins=begins)
     if isinstance(choice, ChosenTool):
         functions = [function for function in functions if function.name == choice.function.name]
+        many = False
     schemas = [
         (function.name, function.parameters if must or function.strict else {"type": "object"})
         for function in functions
     ]
+    if not must and asked is None and not answers.has_channels:
+        return StructuredOutputs(grammar=talk_grammar(answers.tools, schemas))
+    calls = calls_grammar(answers.tools, schemas, many=many)
     if must:
-        many = many and not isinstance(choice, ChosenTool)
-        grammar = calls_grammar(answers.tools, schemas, many=many)
-        return StructuredOutputs(grammar=grammar, thought="may_come" if thinks else None)
-    return StructuredOutputs(grammar=talk_grammar(answers.tools, schemas))
+        thought = "analysis" if answers.has_channels and begins else "may_come" if thinks else None
+        return StructuredOutputs(grammar=calls, thought=thought)
+    asked = asked or StructuredOutputs(regex=ANY_TEXT)
+    return _framed(asked.model_copy(update={"calls": calls}), answers, thinks=thinks, begins=begins)
+
+
+def _framed(
+    asked: StructuredOutputs | None, answers: AnswerFormat, *, thinks: bool, begins: bool
+) -> StructuredOutputs | None:
+    """The same, with what may or must come before an answer in text."""
+    if asked is None or asked.thought is not None:
+        return asked
+    thought = "analysis_final" if answers.has_channels and begins else "may_come" if thinks else None
+    return asked.model_copy(update={"thought": thought})

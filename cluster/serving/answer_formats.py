@@ -49,6 +49,13 @@ class ToolFormat:
     end: str
     shows_special_tokens: bool = False
     """Whether its marks are special tokens, which have no text otherwise."""
+    has_channels: bool = False
+    """Whether thoughts, calls and answers are messages in channels, with special tokens around them: gpt-oss'."""
+
+    @property
+    def begins_as_json(self) -> bool:
+        """True if only the names of its fields tell a call from an answer in JSON."""
+        return (self.begin + self.before).startswith("{")
 
 
 def _object(value: Any, *keys: str) -> Call:
@@ -110,6 +117,40 @@ _DEEPSEEK_HEAD = re.compile(
     r"(?:<｜tool▁sep｜>|\n```json\n)\s*(?=\{)"
 )
 
+_TO_FUNCTION = r"to=functions\."
+_HARMONY_HEAD = re.compile(
+    rf"(?:<\|start\|>assistant)?\s*(?:<\|channel\|>(?:commentary|analysis)\s+)?{_TO_FUNCTION}(?P<name>[\w.-]+)\s*"
+    r"(?:<\|channel\|>(?:commentary|analysis))?[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>\s*(?=\{)"
+)
+"""The recipient stands before the channel or after it."""
+
+
+def _read_harmony(body: str) -> list[Call]:
+    head = _HARMONY_HEAD.match(body)
+    if head is None:
+        raise ValueError("there is no call")
+    arguments = body[head.end() :].strip()
+    json.loads(arguments)
+    return [Call(head["name"], arguments)]
+
+
+_HARMONY_MESSAGES: Mapping[str, Any] = {
+    "reasoning_content": {
+        "open_pattern": rf"(?:<\|start\|>assistant)?<\|channel\|>analysis(?!\s+{_TO_FUNCTION})[^<]*<\|message\|>",
+        "close_pattern": r"<\|end\|>",
+        "content": "text",
+        "repeats": True,
+    },
+    "said": {
+        "open_pattern": r"(?:<\|start\|>assistant)?<\|channel\|>(?:final|commentary)"
+        rf"(?!\s+{_TO_FUNCTION})[^<]*<\|message\|>",
+        "close_pattern": r"<\|(?:end|return)\|>",
+        "content": "text",
+        "repeats": True,
+    },
+}
+"""Fields of the response template beside calls. Content is what stands in no message, and what is `said` in one."""
+
 TOOL_FORMATS: Mapping[str, ToolFormat] = {
     "hermes": ToolFormat(
         field={"open_pattern": r"\s*<tool_call>", "close": "</tool_call>"},
@@ -153,6 +194,22 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
         end="<｜tool▁calls▁end｜>",
         shows_special_tokens=True,
     ),
+    "harmony": ToolFormat(
+        field={
+            "open_pattern": rf"(?=(?:<\|start\|>assistant)?\s*{_TO_FUNCTION}[\w.-]+\s*<\|channel\|>"
+            rf"|(?:<\|start\|>assistant)?<\|channel\|>(?:commentary|analysis)\s+{_TO_FUNCTION})",
+            "close_pattern": r"<\|(?:call|end)\|>",
+        },
+        read=_read_harmony,
+        heads=(_HARMONY_HEAD,),
+        begin="",
+        before="<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>",
+        after="",
+        between="",
+        end="",
+        shows_special_tokens=True,
+        has_channels=True,
+    ),
 }
 TOOL_FORMATS = {**TOOL_FORMATS, "qwen": TOOL_FORMATS["hermes"]}
 
@@ -168,6 +225,11 @@ class AnswerFormat:
     thinks: bool = False
     has_tools: bool = False
     is_the_tokenizers: bool = False
+
+    @property
+    def has_channels(self) -> bool:
+        """True if an answer stands in a channel, behind its mark."""
+        return self.tools is not None and self.tools.has_channels
 
     @property
     def shows_special_tokens(self) -> bool:
@@ -191,13 +253,19 @@ class AnswerFormat:
                 "close_pattern": r"\s*</think>\s*",
                 "content": "text",
             }
+        thinks = model.reasoning_parser is not None
+        if tools is not None and tools.has_channels:
+            fields, thinks = {**fields, **_HARMONY_MESSAGES}, True
         template = {"start_anchor_pattern": NO_ANCHOR, "fields": fields}
-        return cls(template, tools, model.reasoning_parser is not None, tools is not None)
+        return cls(template, tools, thinks, tools is not None)
 
     def prefix_of(self, prompt: str) -> str:
         """Return the part of the prompt that the parser reads: the answer's own beginning."""
         if self.is_the_tokenizers:
             return prompt
+        if self.has_channels:
+            _, mark, begun = prompt.rpartition("<|start|>assistant")
+            return begun if mark else ""
         return "<think>\n" if self.thinks and prompt.rstrip().endswith("<think>") else ""
 
 
@@ -213,7 +281,7 @@ def calls_grammar(tools: ToolFormat, functions: Functions, *, many: bool) -> str
     lines = ["one: " + " | ".join(f"call_{i}" for i in range(len(functions)))]
     for i, (name, schema) in enumerate(functions):
         lines.append(f"call_{i}: {_text(_before(tools, name))} {_arguments(schema)} {_text(tools.after)}")
-    more = f"({_text(tools.between)} one)*" if many else ""
+    more = f"({_text(tools.between)} one)*" if many and not tools.has_channels else ""
     lines.append(f"calls: {_text(tools.begin)} one {more} {_text(tools.end)}")
     return "\n".join(["%llguidance {}", "start: calls", *lines])
 
@@ -243,7 +311,12 @@ def _before(tools: ToolFormat, name: str) -> str:
 
 
 def _text(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False) if text else ""
+    """In Lark, with gpt-oss' marks as special tokens."""
+    parts = [part for part in _MARK.split(text) if part]
+    return " ".join(part if _MARK.fullmatch(part) else json.dumps(part, ensure_ascii=False) for part in parts)
+
+
+_MARK = re.compile(r"(<\|[a-z]+\|>)")
 
 
 def _object_schema(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -188,7 +188,9 @@ class Dispatcher:
     ) -> GenerateRequest:
         """Some chat templates end a prompt with the tag that begins a thought."""
         outputs = request.structured_outputs
-        if outputs is None or outputs.thought is None or not self.prompts.begins_thought(prompt_token_ids, vocabulary):
+        if outputs is None or outputs.thought != "may_come":
+            return request
+        if not self.prompts.begins_thought(prompt_token_ids, vocabulary):
             return request
         return request.model_copy(update={"structured_outputs": outputs.model_copy(update={"thought": "begun"})})
 

@@ -8,7 +8,9 @@ from typing import Any
 import jsonschema
 import pytest
 
+from lorafleet.cluster.errors import BadRequest
 from lorafleet.cluster.openai.reading import AnswerReader, Piece, joined
+from lorafleet.cluster.openai.requests import ChatBody
 from lorafleet.cluster.serving.answer_formats import AnswerFormat, talk_grammar
 from lorafleet.cluster.serving.prompts import Prompts
 from lorafleet.workers.config import ModelConfig
@@ -17,6 +19,7 @@ from lorafleet.workers.request import StructuredOutputs
 from tests.cluster import fakes
 from tests.cluster.fakes import make_prompts
 from tests.cluster.serving import BASE_ID, Service, serving
+from tests.support.bases import make_tokenizer
 
 MESSAGES: Any = [{"role": "user", "content": "Weather?"}]
 PARAMETERS = {
@@ -31,6 +34,7 @@ TOOLS: Any = [
     {"type": "function", "function": {"name": name, "parameters": schema, "strict": True}}
     for name, schema in SCHEMAS.items()
 ]
+LAX: Any = [{"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in SCHEMAS.items()]
 OSLO, ROME = '{"city": "Oslo", "days": 2}', '{"city": "Rome", "days": 1}'
 PARSERS = ("hermes", "llama3_json", "mistral", "deepseek")
 
@@ -89,15 +93,22 @@ def collected(service: Service, stream: bool, **fields: Any) -> list[dict[str, A
             "<｜tool▁call▁begin｜>weather<｜tool▁sep｜>%s<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
             "Hm",
         ),
+        (
+            "harmony",
+            "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>Let me see."
+            "<|end|><|start|>assistant<|channel|>commentary to=functions.weather <|constrain|>json<|message|>%s<|call|>"
+            "<|start|>assistant to=functions.weather<|channel|>commentary json<|message|>%s",
+            "Let me see.",
+        ),
     ],
-    ids=["hermes", "llama3", "mistral", "mistral-args", "deepseek"],
+    ids=["hermes", "llama3", "mistral", "mistral-args", "deepseek", "harmony"],
 )
 def test_formats(monkeypatch: pytest.MonkeyPatch, parser: str, text: str, content: str, stream: bool) -> None:
     service = Service()
     service.prompts.answers = answers_of(parser)
     said(service, monkeypatch, text % (OSLO, ROME))
     with serving(service):
-        [answer, other] = collected(service, stream, n=2)
+        [answer, other] = collected(service, stream, n=2, tools=LAX)
     assert answer == other
     assert answer["content"].strip() == content
     assert [(name, json.loads(text)) for name, text in answer["calls"]] == [
@@ -121,10 +132,29 @@ def test_formats(monkeypatch: pytest.MonkeyPatch, parser: str, text: str, conten
             "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n%s\n```<｜tool▁call▁end｜>\n"
             "<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
         ),
+        (
+            "harmony",
+            "<|channel|>analysis<|message|>a <b> to=functions.x\n<|end|><|start|>assistant<|channel|>analysis "
+            "to=python code<|message|>1<|end|><|start|>assistant to=functions.weather<|channel|>commentary json"
+            "<|message|>%s<|end|><|start|>assistant<|channel|>commentary to=functions.now <|constrain|>json"
+            "<|message|>{}<|call|>"
+            "<|start|>assistant<|channel|>final<|message|>to=functions.x {} <|return|>",
+        ),
         ("hermes", '<tool_call>{"name": "weather", "arguments": %s'),
         ("hermes", "<tool_call>{broken: %s}</tool_call>"),
     ],
-    ids=["hermes", "list", "name-last", "llama3", "mistral-args", "mistral", "deepseek", "cut-off", "broken"],
+    ids=[
+        "hermes",
+        "list",
+        "name-last",
+        "llama3",
+        "mistral-args",
+        "mistral",
+        "deepseek",
+        "harmony",
+        "cut-off",
+        "broken",
+    ],
 )
 def test_pieces_of_any_length_are_read_alike(parser: str, text: str) -> None:
     text %= '{"city": "{\\"}\\\\", "in": {"a": [{}]}}'
@@ -138,7 +168,8 @@ def test_pieces_of_any_length_are_read_alike(parser: str, text: str) -> None:
         return joined(found)
 
     whole = read(len(text))
-    assert [piece.kind for piece in whole if piece.kind != "content"][:2] in ([], ["call", "arguments"])
+    kinds = [piece.kind for piece in whole if piece.kind not in ("content", "reasoning")]
+    assert kinds[:2] in ([], ["call", "arguments"])
     for piece in whole:
         if piece.kind == "arguments":
             json.loads(piece.text)
@@ -174,6 +205,29 @@ def test_reasoning(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
         [without] = collected(service, stream, extra_body={"include_reasoning": False})
     assert answer == with_tools == {"content": "Fine.", "thought": "Hm, <b>.", "calls": [], "reason": "stop"}
     assert without == answer | {"thought": ""}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_channels(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    """As gpt-oss writes: its end tokens are no part of the text."""
+    service = Service()
+    service.prompts.answers = answers_of("harmony")
+    thought = "<|channel|>analysis<|message|>Hm, <b>.<|end|><|start|>assistant"
+    with serving(service):
+        said(service, monkeypatch, f"{thought}<|channel|>final<|message|>Fine: {{}}.")
+        [answer] = collected(service, stream, tools=[])
+        [with_tools] = collected(service, stream, tools=LAX)
+        [without] = collected(service, stream, tools=LAX, extra_body={"include_reasoning": False})
+        said(service, monkeypatch, f"{thought}<|channel|>commentary to=functions.now json<|message|>{{}}")
+        [called] = collected(service, stream, tools=LAX)
+        said(service, monkeypatch, "It goes on.")
+        body: Any = {"add_generation_prompt": False, "continue_final_message": True}
+        messages = [*MESSAGES, {"role": "assistant", "content": "So:"}]
+        [continued] = collected(service, stream, messages=messages, tools=LAX, extra_body=body)
+    assert answer == with_tools == {"content": "Fine: {}.", "thought": "Hm, <b>.", "calls": [], "reason": "stop"}
+    assert without == answer | {"thought": ""}
+    assert called == {"content": "", "thought": "Hm, <b>.", "calls": [["now", "{}"]], "reason": "tool_calls"}
+    assert continued["content"] == "It goes on."
 
 
 @pytest.mark.parametrize(
@@ -276,3 +330,67 @@ def test_strict_calls_fit_where_they_come(parser: str) -> None:
         for token_id in tokenizer(f"{talk}{before}{arguments}{after if is_good else ''}")["input_ids"]:
             matcher.take(token_id)
         assert (matcher.error is None) == is_good, (arguments, matcher.error)
+
+
+FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": EMPTY}}
+THOUGHT, FINAL = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant", "<|channel|>final<|message|>"
+CALL = "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>%s"
+TAGGED = '<tool_call>\n{"name": "weather", "arguments": %s}\n</tool_call>'
+WRONG = '{"city": "Nowhere"}'
+
+
+@pytest.mark.parametrize(
+    ("parser", "fields", "good", "bad"),
+    [
+        ("harmony", {"tools": TOOLS, "tool_choice": "required"}, [CALL % OSLO], [FINAL, CALL % WRONG, "Hm"]),
+        ("harmony", {"response_format": FORMAT}, [FINAL + "{}"], ["{}", FINAL + "Hm", CALL % OSLO]),
+        ("harmony", {"tools": TOOLS}, [FINAL + "Hm {", CALL % OSLO], [CALL % WRONG, "Hm"]),
+        (
+            "harmony",
+            {"tools": TOOLS, "response_format": FORMAT},
+            [FINAL + "{}", CALL % ROME],
+            [CALL % WRONG, FINAL + "H"],
+        ),
+        ("hermes", {"tools": TOOLS, "response_format": FORMAT}, ["{}", TAGGED % OSLO], [TAGGED % WRONG, "Hm", "[]"]),
+        ("hermes", {"tools": LAX, "response_format": FORMAT}, ["{}", TAGGED % WRONG], [TAGGED % "[]", "Hm"]),
+        ("hermes", {"tools": TOOLS, "response_format": FORMAT, "tool_choice": "none"}, ["{}"], [TAGGED % OSLO]),
+        ("hermes", {"tools": TOOLS, "response_format": FORMAT, "tool_choice": "required"}, [TAGGED % OSLO], ["{}"]),
+        ("llama3_json", {"tools": LAX, "response_format": FORMAT}, ["{}"], ["Hm"]),
+    ],
+)
+def test_an_answer_is_a_call_or_what_it_must_be(parser: str, fields: Any, good: list[str], bad: list[str]) -> None:
+    tokenizer: Any = make_tokenizer()
+    names = ("start", "end", "channel", "message", "constrain", "call", "return")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in names]})
+    end: int = tokenizer.convert_tokens_to_ids("<|return|>")
+    body = ChatBody.model_validate({"model": "m", "messages": MESSAGES, **fields})
+    outputs = body.request(answers_of(parser)).structured_outputs
+    assert outputs is not None
+    grammars = Grammars(tokenizer, vocab_size=len(tokenizer), stop_token_ids=[end])
+    thoughts = ("", THOUGHT, THOUGHT * 2) if parser == "harmony" else ("",)
+    for text, is_good in [(thought + text, text in good) for thought in thoughts for text in (*good, *bad)]:
+        matcher = grammars.matcher(outputs)
+        for token_id in (*tokenizer(text)["input_ids"], end):
+            if matcher.error is None:
+                matcher.take(token_id)
+        assert (matcher.error is None and matcher.is_over) == is_good, (text, matcher.error)
+
+
+def test_calls_that_look_like_the_answer_exclude_it() -> None:
+    body = ChatBody.model_validate({"model": "m", "messages": MESSAGES, "tools": TOOLS, "response_format": FORMAT})
+    with pytest.raises(BadRequest, match="exclude each other"):
+        body.request(answers_of("llama3_json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_call_or_an_answer_over_a_base_of_random_weights(worker_service: Service, stream: bool) -> None:
+    worker_service.prompts.answers = answers_of("hermes")
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": PARAMETERS}}
+    fields = {"model": "shout", "n": 8, "seed": 5, "max_tokens": 300, "response_format": schema}
+    answers = collected(worker_service, stream, **fields)
+    for answer in answers:
+        if answer["calls"]:
+            fit(answer["calls"])
+        else:
+            jsonschema.validate(json.loads(answer["content"]), PARAMETERS)
