@@ -241,6 +241,21 @@ async def test_sglang_load_and_unload(api: Api) -> None:
     assert (await api.http.post("/unload_lora_adapter", json={"lora_name": "shout"})).status_code == 400
 
 
+@pytest.mark.parametrize("yes", [True, "true", 1, "1", "on"], ids=repr)
+async def test_switches_are_as_lax_as_the_peers(api: Api, yes: object) -> None:
+    body = {"lora_name": "shout", "lora_path": "a"}
+    assert (await api.http.post("/load_lora_adapter", json={**body, "pinned": yes})).status_code == 200
+    assert api.store.names["shout"].pinned
+    for no in (False, "false", 0, None):
+        taken = await api.http.post("/v1/load_lora_adapter", json={**body, "load_inplace": no, "lora_int_id": 7})
+        assert taken.status_code == 400
+    replaced = await api.http.post("/v1/load_lora_adapter", json={**body, "lora_path": "b", "load_inplace": yes})
+    assert (replaced.status_code, api.store.names["shout"].key) == (200, "b")
+    for wrong in ("maybe", 2, [], {}):
+        refused = await api.http.post("/v1/load_lora_adapter", json={**body, "load_inplace": wrong})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "load_inplace")
+
+
 def test_paths_are_confined_to_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "adapters"
     (root / "team" / "shout").mkdir(parents=True)

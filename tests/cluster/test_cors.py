@@ -48,10 +48,15 @@ async def test_allowed_origins(origins: tuple[str, ...]) -> None:
             await http.post("/v1/completions", json=BODY | {"temperature": 9}, headers=key),
             await http.post("/v1/completions", json=BODY, headers={"origin": ORIGIN}),
             await http.get("/nowhere", headers=key),
+            await http.get("/v1/completions", headers=key),
+            await http.post("/v1/completions", content=b"[" * 2**26, headers=key),
+            await http.post("/v1/completions", content=b"{", headers=key),
+            await http.post("/v1/completions", json=BODY | {"model": "nobody", "stream": True}, headers=key),
         ]
-    assert [reply.status_code for reply in replies] == [200, 200, 200, 400, 401, 404]
+    assert [reply.status_code for reply in replies] == [200, 200, 200, 400, 401, 404, 405, 413, 400, 404]
     for reply in replies:
-        assert reply.headers["access-control-allow-origin"] == allowed
+        assert reply.headers.get_list("access-control-allow-origin") == [allowed]
+        assert len(reply.headers.get_list("x-request-id")) == 1
         assert "access-control-allow-credentials" not in reply.headers
 
 
