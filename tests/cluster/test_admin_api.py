@@ -251,7 +251,8 @@ async def test_switches_are_as_lax_as_the_peers(api: Api, yes: object) -> None:
         assert taken.status_code == 400
     replaced = await api.http.post("/v1/load_lora_adapter", json={**body, "lora_path": "b", "load_inplace": yes})
     assert (replaced.status_code, api.store.names["shout"].key) == (200, "b")
-    for wrong in ("maybe", 2, [], {}):
+    others: tuple[object, ...] = ("maybe", 2, [], {})
+    for wrong in others:
         refused = await api.http.post("/v1/load_lora_adapter", json={**body, "load_inplace": wrong})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "load_inplace")
 
