@@ -116,6 +116,7 @@ class Engine:
             pass_rows=runner.pass_rows,
             graph_forms=runner.graph_forms,
             extra_forms=runner.extra_forms,
+            has_experts=runner.has_experts,
             null_page=next(iter(runner.null_pages), 0),
             has_states=runner.states.has_states,
         )

@@ -35,6 +35,7 @@ class FixedLease:
     slot: int
     has_extras: bool = False
     is_tabled: bool = True
+    has_experts: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -63,7 +64,11 @@ def sequence_of(
 
 
 def builder(
-    graph_forms: tuple[GraphForm, ...] = (), pass_rows: tuple[int, int] = (1, 1000), num_slots: int = NUM_SLOTS
+    graph_forms: tuple[GraphForm, ...] = (),
+    pass_rows: tuple[int, int] = (1, 1000),
+    num_slots: int = NUM_SLOTS,
+    *,
+    has_experts: bool = False,
 ) -> BatchBuilder:
     return BatchBuilder(
         vocab_size=304,
@@ -75,6 +80,7 @@ def builder(
         graph_forms=graph_forms,
         extra_forms=forms.forms_with_extras(graph_forms),
         null_page=999,
+        has_experts=has_experts,
     )
 
 
@@ -416,6 +422,24 @@ def test_rows_with_parameters_of_their_own_have_graphs_of_their_own() -> None:
     assert_lays_out(built, rows)
     plain = making.build(rows[:1]).message.header
     assert (plain.form, plain.has_extras) == (GraphForm(2, 2, MAX_PAGES), False)
+
+
+def test_batches_without_lora_on_experts_have_graphs_without_it() -> None:
+    rows = []
+    for number in range(3):
+        sequence = sequence_of(6, 0, slot=number - 1)
+        sequence.num_computed, sequence.kv_pages = 5, [10 + number, 20 + number]
+        rows.append(ScheduledRows.of(sequence, 1))
+    making, bounds = builder(by_row(1, 40), has_experts=True), chunk_bounds(40, NUM_SLOTS)
+    header = making.build(rows).message.header
+    assert header.skips_experts
+    assert header.graph_key[0] == GraphForm(40, 40, MAX_PAGES, skips_experts=True)
+    rows[2].sequence.lease = FixedLease(1, has_experts=True)  # type: ignore[assignment]
+    built = making.build(rows)
+    assert not view(built.message).skips_experts
+    assert built.message.header.graph_key == (GraphForm(40, 40, MAX_PAGES), bounds[-1])
+    of_base = making.build(rows[:1]).message.header
+    assert of_base.graph_key == (GraphForm(1, 1, MAX_PAGES), 0)
 
 
 def test_a_context_that_is_longer_than_a_graphs_tables_goes_without() -> None:

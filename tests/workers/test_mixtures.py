@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "up": {"target_modules": ["q_proj"], "target_parameters": EXPERTS[:1]},
     "down": {"target_modules": ["q_proj"], "target_parameters": EXPERTS[1:], "use_rslora": True},
     "all-linear": {"target_modules": "all-linear"},
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
 }
 """What PEFT puts on a mixture; `all-linear` means experts and routers where transformers has joined them."""
 
@@ -115,6 +116,16 @@ async def test_in_graphs(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     replayed = replay(monkeypatch, BY_ROW)
     await assert_as_peft(shelf, {name: shelf.base.parent / name for name in ("both", "all-linear")})
     assert replayed
+    assert not all(header.skips_experts for header in replayed)
+
+
+@MIXTRAL
+async def test_in_graphs_without_lora_on_experts(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed = replay(monkeypatch, BY_ROW)
+    await assert_as_peft(shelf, {"attention": shelf.base.parent / "attention"})
+    with_lora = [header for header in replayed if header.segments.num_lora_chunks]
+    assert with_lora
+    assert all(header.form is not None and header.form.skips_experts for header in with_lora)
 
 
 def by_expert(shelf: Shelf, folder: Path) -> Path:

@@ -56,7 +56,7 @@ Change = Allocated | Published | Freed | Zeroed
 _STEP, _CHANGE = 0, 1
 _PREFIX = struct.Struct("<II")
 """The kind; of a step, how many integers its header has."""
-_NUM_FORM, _NUM_SEGMENTS, _NUM_PASS = 5, 6, 9
+_NUM_FORM, _NUM_SEGMENTS, _NUM_PASS = 6, 6, 9
 
 
 def parts_of_step(message: StepMessage) -> tuple[bytes, memoryview]:
@@ -93,10 +93,12 @@ def _numbers_of(header: StepHeader) -> list[int]:
         header.num_sampled_rows,
         header.has_pending,
         header.has_extras,
+        header.skips_experts,
         form is not None,
     ]
     if form is not None:
-        numbers += (form.num_rows, form.num_decodes, form.num_pages, form.num_prompts, form.has_extras)
+        numbers += (form.num_rows, form.num_decodes, form.num_pages, form.num_prompts)
+        numbers += (form.has_extras, form.skips_experts)
     numbers += _of_segments(header.segments)
     for each in header.passes:
         numbers += (each.start, each.own_start, each.own_stop, *_of_segments(each.segments))
@@ -105,11 +107,11 @@ def _numbers_of(header: StepHeader) -> list[int]:
 
 def _header_of(numbers: tuple[int, ...]) -> StepHeader:
     """The header without what the first rank alone needs: which sequence samples which row, and what is pooled."""
-    *plain, num_sampled, has_pending, has_extras, has_form = numbers[:10]
-    end, form = 10, None
+    *plain, num_sampled, has_pending, has_extras, skips_experts, has_form = numbers[:11]
+    end, form = 11, None
     if has_form:
-        num_rows, num_decodes, num_pages, num_prompts, form_has_extras = numbers[end : end + _NUM_FORM]
-        form = GraphForm(num_rows, num_decodes, num_pages, num_prompts, bool(form_has_extras))
+        num_rows, num_decodes, num_pages, num_prompts, *flags = numbers[end : end + _NUM_FORM]
+        form = GraphForm(num_rows, num_decodes, num_pages, num_prompts, *map(bool, flags))
         end += _NUM_FORM
     segments = _segments_of(numbers[end : end + _NUM_SEGMENTS])
     end += _NUM_SEGMENTS
@@ -133,6 +135,7 @@ def _header_of(numbers: tuple[int, ...]) -> StepHeader:
         segments=segments,
         passes=passes,
         has_extras=bool(has_extras),
+        skips_experts=bool(skips_experts),
     )
 
 

@@ -79,13 +79,24 @@ class AdapterLease:
     It may be taken while the version loads, which then cannot be evicted before the request has run.
     """
 
-    __slots__ = ("_entry", "_residency", "has_extras", "invocation", "is_plain", "is_tabled", "own_tokens", "version")
+    __slots__ = (
+        "_entry",
+        "_residency",
+        "has_experts",
+        "has_extras",
+        "invocation",
+        "is_plain",
+        "is_tabled",
+        "own_tokens",
+        "version",
+    )
 
     def __init__(self, residency: Residency, entry: _Entry) -> None:
         self.version = entry.allocation.manifest.version
         manifest = entry.allocation.manifest
         self.has_extras = bool(manifest.extras) or manifest.vocabulary is not None
         self.is_tabled = residency.is_tabled(manifest)
+        self.has_experts = residency.is_on_experts(manifest)
         self.invocation = manifest.invocation
         self.own_tokens = () if manifest.chat is None else manifest.chat.own_tokens
         self.is_plain = not (self.has_extras or self.invocation)
@@ -120,6 +131,7 @@ class Residency:
 
     def __init__(self, pool: AdapterPool) -> None:
         self._pool = pool
+        self._experts = {name for name, place in pool.layout.places.items() if place.shape.kind == "experts"}
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._evicted: set[str] = set()
         # Totals, so that asking for room takes no look at every entry: waiting requests ask in every step.
@@ -132,6 +144,10 @@ class Residency:
     def is_tabled(self, manifest: AdapterManifest) -> bool:
         """Return True if a captured graph can find all extras of the adapter."""
         return manifest.vocabulary is None and self._pool.untabled.isdisjoint(extra.name for extra in manifest.extras)
+
+    def is_on_experts(self, manifest: AdapterManifest) -> bool:
+        """Return True if the adapter has low-rank factors on experts."""
+        return bool(self._experts) and any(module.name in self._experts for module in manifest.modules)
 
     def __contains__(self, version: str) -> bool:
         """Return True if the version has pages: it is loading, resident or retired."""

@@ -48,7 +48,7 @@ class LoraExperts(nn.Module):
         experts, top_k = self.experts, top_k_index.shape[-1]
         num_rows, width = hidden_states.shape
         segments = self.context.segments_at("body", self.name, num_rows)
-        has_lora = segments is not None and segments.has_lora
+        has_lora = segments is not None and segments.has_lora and not self.context.skips_experts
         routed = route(top_k_index, self.num_experts, segments if has_lora else None, self.slot_stride)
         x = hidden_states[routed.order // top_k]
         up = self._project(x, self.up_name, routed, top_k_index)
@@ -91,7 +91,8 @@ class LoraDenseExperts(nn.Module):
         num_experts, num_all = self.experts.gate_up_proj.shape[0], hidden_states.shape[0]
         segments = self.context.segments_at("body", self.name, num_all // num_experts)
         if segments is not None:
-            segments = repeat(num_experts, segments, self.slot_stride) if segments.has_lora else None
+            has_lora = segments.has_lora and not self.context.skips_experts
+            segments = repeat(num_experts, segments, self.slot_stride) if has_lora else None
         up = self._project(hidden_states, "gate_up_proj", segments)
         gate, up = up.chunk(2, dim=-1)
         return self._project(up * self.experts.act_fn(gate), "down_proj", segments)

@@ -56,6 +56,8 @@ class LoraContext:
     """Of the rows whose logits are wanted."""
     has_extras: bool | None = None
     """Whether any adapter of the pass has more than low-rank factors; by default whether any resident one has."""
+    skips_experts: bool = False
+    """Whether no adapter of the pass is on experts."""
     resident_vocabularies: Mapping[int, int] = field(default_factory=dict)
     """`AdapterPool.vocabularies`."""
     _last_owners: tuple[Segments | None, tuple[Owner, ...]] = (None, ())

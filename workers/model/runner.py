@@ -99,6 +99,9 @@ class ModelRunner:
         self.graph_forms = graph_forms if base.device.type == "cuda" else ()
         self.extra_forms = forms_with_extras(self.graph_forms) if pool.num_slots else ()
         """Captured, too, for batches with extras."""
+        kinds = {shape.kind for shape in base.geometry.modules.values()}
+        self.has_experts = pool.num_slots > 0 and "experts" in kinds
+        """True if adapters may be on experts: batches of others have graphs of their own."""
         self.null_pages = cache.allocate(1) if self.graph_forms else []
         """Takes the keys and values of padding rows; never given back. None where nothing is padded."""
         self.pass_rows = 1 if base.device.type == "cuda" else EXACT_ROWS, max_pass_rows
@@ -228,6 +231,7 @@ class ModelRunner:
         self._recurrent.begin(inputs)
         self._lora.segments = _if_lora(inputs.segments)
         self._lora.has_extras = inputs.has_extras
+        self._lora.skips_experts = inputs.skips_experts
         try:
             with self.body.once():
                 yield

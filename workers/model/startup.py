@@ -213,7 +213,9 @@ def _capture_graphs(runner: ModelRunner) -> None:
     with_extras = {replace(form, has_extras=False): form for form in runner.extra_forms}
     for form in reversed(runner.graph_forms):
         bounds = chunk_bounds(form.num_rows, runner.pool.num_slots, form.chunk_length)
-        variants = [(form, True, n) for n in reversed(bounds)] if runner.pool.num_slots else []
+        plain = replace(form, skips_experts=runner.has_experts)
+        variants = [(plain, True, n) for n in reversed(bounds)] if runner.pool.num_slots else []
+        variants += [(form, True, bounds[-1])] if runner.has_experts else []
         variants += [(with_extras[form], True, bounds[-1])] if form in with_extras else []
         for variant, has_lora, max_chunks in (*variants, (form, False, bounds[0])):
             blank = blank_batch(

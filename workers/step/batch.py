@@ -55,3 +55,5 @@ class StepInputs:
     host_state_slots: list[int]
     has_extras: bool = False
     """Whether any adapter has more than low-rank factors."""
+    skips_experts: bool = False
+    """Whether no adapter is on experts."""

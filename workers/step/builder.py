@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,11 +50,13 @@ class BatchBuilder:
         extra_forms: tuple[GraphForm, ...] = (),
         null_page: int = 0,
         has_states: bool = False,
+        has_experts: bool = False,
     ) -> None:
         """`max_pages`: KV pages of the longest sequence. `num_slots`: most adapters in a batch. `pass_rows`: fewest and
         most of a pass over the head. `graph_forms`, rising: a batch of one pass that fits one is padded to it.
         `extra_forms`: the same for batches of which an adapter has extras. `null_page` takes the keys and values of
-        padding rows. `has_states`: the base has recurrent states, so graphs are for decodes alone.
+        padding rows. `has_states`: the base has recurrent states, so graphs are for decodes alone. `has_experts`:
+        adapters may be on the base's experts; batches of others skip LoRA there.
         """
         self._page_tokens = page_tokens
         self._sampling = SamplingTable(stop_token_ids, vocab_size)
@@ -64,6 +66,7 @@ class BatchBuilder:
         self._extra_forms = extra_forms
         self._null_page = null_page
         self._has_states = has_states
+        self._has_experts = has_experts
         self._tables = np.zeros((0, max_pages), dtype=np.int32)
         self._free_lines: list[int] = []
 
@@ -109,6 +112,9 @@ class BatchBuilder:
             # Layers that do not find all of it in tables are told on the host which rows have what, one after another.
             graph_forms = self._extra_forms if all(lease.is_tabled for lease in leases) else ()
 
+        # Layers that look for extras look at experts too: such batches are few.
+        skips_experts = self._has_experts and not leases and not any(map(_is_on_experts, sequences))
+
         ends_of_rows = row_ends.tolist()
         pooled = tuple((end - item.num_pooled, end) for item, end in zip(rows, ends_of_rows, strict=True))
         pooled = tuple((first, end) for first, end in pooled if first < end)
@@ -149,7 +155,10 @@ class BatchBuilder:
             length = form.chunk_length
             needed = most_chunks(form.num_rows, num_adapters, length) if num_adapters else 0
             bounds = chunk_bounds(form.num_rows, self._num_slots, length)
-            max_chunks = bounds[-1] if leases else next(n for n in bounds if n >= needed)
+            has_one_graph = leases or (self._has_experts and not skips_experts)
+            max_chunks = bounds[-1] if has_one_graph else next(n for n in bounds if n >= needed)
+            if skips_experts and num_adapters:
+                form = replace(form, skips_experts=True)
             layout = layout.in_form(form, row_sequence, self._null_page, self._pass_rows[1])
         sampled = row_sequence[sampled_rows]
         message = layout.pack(
@@ -158,6 +167,7 @@ class BatchBuilder:
             max_chunks=max_chunks,
             pass_rows=self._pass_rows,
             has_extras=bool(leases),
+            skips_experts=skips_experts,
             num_sampled=num_sampled,
             pooled=pooled,
             num_prompt_tops=max((one.sequence.request.sampling.prompt_tops for _, one in prompts), default=0),
@@ -204,6 +214,10 @@ def _prompt_rows(item: ScheduledRows) -> PromptRows | None:
 def _place(item: ScheduledRows) -> tuple[bool, int]:
     """Sequences with one row come first, and those of one adapter stand together, so that its rows are neighbours."""
     return item.num_rows > 1, _slot(item.sequence)
+
+
+def _is_on_experts(sequence: Sequence) -> bool:
+    return sequence.lease is not None and sequence.lease.has_experts
 
 
 def _slot(sequence: Sequence) -> int:

@@ -46,6 +46,8 @@ class GraphForm:
     """Lines for sequences of several rows; one more has the padding."""
     has_extras: bool = False
     """Whether its layers look for what adapters have beside low-rank factors."""
+    skips_experts: bool = False
+    """Whether it has no LoRA work on experts, though on other modules."""
 
     @property
     def chunk_length(self) -> int:

@@ -105,6 +105,7 @@ class Layout:
         num_prompt_tops: int,
         sampling: SamplingBatch,
         has_extras: bool = False,
+        skips_experts: bool = False,
         pooled: tuple[tuple[int, int], ...] = (),
     ) -> StepMessage:
         """The message of these arrays. `chunk_length`, `max_chunks`: of its segments, as in `plan_segments`.
@@ -134,6 +135,7 @@ class Layout:
             segments=segments.shape,
             passes=tuple(shape for shape, _ in passes),
             has_extras=has_extras,
+            skips_experts=skips_experts,
             pooled=pooled,
         )
         packed = np.empty(header.size, dtype=np.int32)
@@ -212,6 +214,7 @@ def _blank(
         num_prompt_tops=0,
         sampling=NO_SAMPLING,
         has_extras=form is not None and form.has_extras,
+        skips_experts=form is not None and form.skips_experts,
     )
     if not has_lora:
         return message

@@ -74,6 +74,8 @@ class StepHeader:
     passes: tuple[PassShape, ...]
     has_extras: bool = False
     """Whether any adapter has more than low-rank factors."""
+    skips_experts: bool = False
+    """Whether no adapter is on experts."""
     pooled: tuple[tuple[int, int], ...] = ()
     """(first row, row after the last) of each run of rows whose hidden states are to be summed."""
 
@@ -162,4 +164,5 @@ class StepMessage:
             state_slots=parts.state_slots,
             host_state_slots=host.state_slots.tolist(),
             has_extras=header.has_extras,
+            skips_experts=header.skips_experts,
         )

@@ -63,7 +63,11 @@ async def test_steps_of_every_kind_come_out_as_they_went_in(llama: Shelf, monkey
 
 
 def test_a_step_of_a_graph_names_its_form() -> None:
-    for form in (GraphForm(8, 8, 3, has_extras=True), GraphForm(8, 4, 3, num_prompts=2)):
+    for form in (
+        GraphForm(8, 8, 3, has_extras=True),
+        GraphForm(8, 8, 3, skips_experts=True),
+        GraphForm(8, 4, 3, num_prompts=2),
+    ):
         assert_same(blank_batch(form, null_page=5, has_lora=True, max_chunks=4, max_logits=6))
 
 
