@@ -107,7 +107,10 @@ def _engine(lab: Lab, *, max_batch_tokens: int | None = None) -> RunningEngine:
         )
         adapters = TwoKinds(attention, experts)
         context = running_engine(lab.base, adapters, config, pool)  # type: ignore[arg-type]
-        lab.started["geometry"] = lab.stack.enter_context(context)
+        engine = lab.started["geometry"] = lab.stack.enter_context(context)
+        for name, router in engine.parts.runner.base.model.named_parameters():
+            if name.endswith(".own_weight"):  # made up, it may be zero, and all rows would go to the same experts
+                router.data.normal_(0, 0.02)
     return lab.started["geometry"]
 
 

@@ -22,6 +22,10 @@ class Routed:
 
     order: Tensor
     """(routed,) int64: which routed row stands at each place."""
+    rows: Tensor
+    """(routed,) int64: of which row it is."""
+    places: Tensor
+    """(routed,) integers: the place of each routed row."""
     expert_ends: Tensor
     """(num_experts,) int32: the place after each expert's last. Rows without an expert come after all."""
     segments: Segments | None
@@ -33,18 +37,65 @@ def route(experts: Tensor, num_experts: int, segments: Segments | None, slot_str
 
     experts: (rows, top_k) int64, the experts of each row; `num_experts` and more mean none. segments: of the rows.
     """
-    flat = experts.reshape(-1).clamp(max=num_experts)
+    if experts.is_cuda:
+        from lorafleet.kernels import routing_triton
+
+        if experts.numel() <= routing_triton.MOST_ROWS:
+            return route_few(experts, num_experts, segments, slot_stride)
+    flat, top_k = experts.reshape(-1).clamp(max=num_experts), experts.shape[1]
     if segments is None:
         ordered, order = torch.sort(flat, stable=True)
-        return Routed(order, _ends(ordered, num_experts), None)
-    top_k = experts.shape[1]
+        return Routed(order, order // top_k, _places(order), _ends(ordered, num_experts), None)
     slots = segments.row_slots.to(torch.int64).repeat_interleave(top_k, output_size=flat.shape[0])
     # Base rows, whose slot is -1, come first within an expert.
     keys, order = torch.sort(flat * 2**32 + slots + 1, stable=True)
     ordered, slots = flat[order], slots[order]
     has_adapter = (slots != BASE_SLOT) & (ordered < num_experts)
     virtual = torch.where(has_adapter, slots * slot_stride + ordered, BASE_SLOT)
-    return Routed(order, _ends(ordered, num_experts), _segments(virtual, keys, num_experts, segments))
+    made = _segments(virtual, keys, num_experts, segments)
+    return Routed(order, order // top_k, _places(order), _ends(ordered, num_experts), made)
+
+
+def route_few(experts: Tensor, num_experts: int, segments: Segments | None, slot_stride: int) -> Routed:
+    """Compute `route` by the kernels for few rows."""
+    from lorafleet.kernels import routing_triton
+
+    row_slots = None if segments is None else segments.row_slots
+    order, rows, places, ends, keys, slots = routing_triton.order(experts, num_experts, row_slots, slot_stride)
+    if segments is None or keys is None or slots is None:
+        return Routed(order, rows, places, ends, None)
+    chunk_length, max_chunks = _sizes(keys.shape[0], num_experts, segments)
+    permutation, chunk_indptr, chunk_slots = routing_triton.segments(keys, slots, chunk_length, max_chunks)
+    made = Segments(
+        row_slots=slots,
+        permutation=permutation,
+        chunk_indptr=chunk_indptr,
+        chunk_slots=chunk_slots,
+        chunk_length=chunk_length,
+        num_chunks=max_chunks,
+        num_lora_chunks=max_chunks,
+        host_row_slots=np.empty(0, np.int32),
+    )
+    return Routed(order, rows, places, ends, made)
+
+
+def combine(
+    y: Tensor, experts: Tensor, weights: Tensor, routed: Routed, num_experts: int, dtype: torch.dtype
+) -> Tensor:
+    """Sum what the experts of each row gave, times their weights, in `dtype`: (rows, width).
+
+    y: (routed, width) by place. experts, weights: (rows, top_k). What has no expert counts as zero.
+    """
+    num_rows, top_k = experts.shape
+    if y.is_cuda:
+        from lorafleet.kernels import routing_triton
+
+        out = torch.empty((num_rows, y.shape[1]), dtype=dtype, device=y.device)
+        if num_rows:
+            routing_triton.combine(y, experts, weights, routed.places, num_experts, out)
+        return out
+    scaled = y * weights.reshape(-1)[routed.order, None]
+    return scaled[routed.places].view(num_rows, top_k, -1).sum(dim=1).to(dtype)
 
 
 def repeat(num_experts: int, segments: Segments, slot_stride: int) -> Segments:
@@ -60,6 +111,17 @@ def repeat(num_experts: int, segments: Segments, slot_stride: int) -> Segments:
     return replace(made, row_slots=row_slots, permutation=order.to(torch.int32), host_row_slots=host)
 
 
+def _places(order: Tensor) -> Tensor:
+    return torch.empty_like(order).index_copy_(0, order, torch.arange(order.shape[0], device=order.device))
+
+
+def _sizes(num_rows: int, num_experts: int, of_rows: Segments) -> tuple[int, int]:
+    """Chunk length and most chunks of so many routed rows."""
+    most_segments = min(num_rows, (num_experts + 1) * of_rows.max_chunks)
+    chunk_length = next((length for length in CHUNK_LENGTHS if num_rows <= most_segments * length), CHUNK_LENGTHS[-1])
+    return chunk_length, min(num_rows, most_segments + num_rows // chunk_length)
+
+
 def _ends(ordered: Tensor, num_experts: int) -> Tensor:
     edges = torch.arange(num_experts, device=ordered.device)
     return torch.searchsorted(ordered, edges, right=True).to(torch.int32)
@@ -68,9 +130,7 @@ def _ends(ordered: Tensor, num_experts: int) -> Tensor:
 def _segments(slots: Tensor, keys: Tensor, num_experts: int, of_rows: Segments) -> Segments:
     """Segments of rows in their order: `slots` and `keys` are (routed,) int64, and rows with one key are neighbours."""
     num_rows, device = slots.shape[0], slots.device
-    most_segments = min(num_rows, (num_experts + 1) * of_rows.max_chunks)
-    chunk_length = next((length for length in CHUNK_LENGTHS if num_rows <= most_segments * length), CHUNK_LENGTHS[-1])
-    max_chunks = min(num_rows, most_segments + num_rows // chunk_length)
+    chunk_length, max_chunks = _sizes(num_rows, num_experts, of_rows)
     places = torch.arange(num_rows, device=device)
     is_first = torch.ones(num_rows, dtype=torch.bool, device=device)
     is_first[1:] = keys[1:] != keys[:-1]

@@ -21,6 +21,7 @@ from lorafleet.kernels import (
     embedding_triton,
     expand_triton,
     fused_triton,
+    routing_triton,
     row_copy_triton,
     shrink_triton,
 )
@@ -46,6 +47,9 @@ KERNELS = {
     "store": fused_triton._store_kernel,
     "gated": fused_triton._gated_kernel,
     "copy_rows": row_copy_triton._copy_rows_kernel,
+    "order": routing_triton._order_kernel,
+    "segments": routing_triton._segments_kernel,
+    "combine": routing_triton._combine_kernel,
 }
 
 
@@ -116,6 +120,13 @@ def launch_each() -> None:
 
     for dtype, head_dim in ((DTYPE, 128), (torch.float16, 128), (DTYPE, 512)):
         launch_in_fp8(dtype, head_dim, tables, lengths, starts)
+    experts = torch.zeros(64, 8, dtype=torch.int64)
+    for slots in (None, torch.zeros(64, dtype=torch.int32)):
+        _, _, places, _, keys, routed_slots = routing_triton.order(experts, 128, slots, 128)
+        if keys is not None and routed_slots is not None:
+            routing_triton.segments(keys, routed_slots, 16, 512)
+    outputs = torch.zeros(512, 64, dtype=DTYPE)
+    routing_triton.combine(outputs, experts, experts.to(DTYPE), places, 128, outputs[:64])
 
     rows = torch.zeros(3, 5, dtype=torch.int64)
     for is_aligned in (True, False):

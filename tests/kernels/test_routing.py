@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from lorafleet.kernels.routing import repeat, route
+from lorafleet.kernels import routing_triton
+from lorafleet.kernels.routing import Routed, combine, repeat, route, route_few
 from lorafleet.kernels.segments import BASE_SLOT, build_segments
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize(
     ("num_rows", "num_slots", "num_experts", "top_k"), [(1, 1, 4, 2), (7, 3, 4, 2), (64, 9, 8, 4), (300, 2, 3, 1)]
 )
 @pytest.mark.parametrize("chunk_length", [None, 16])
+@pytest.mark.parametrize("route", [route, route_few])
 def test_the_order_and_the_chunks(
-    num_rows: int, num_slots: int, num_experts: int, top_k: int, chunk_length: int | None
+    route: Callable[..., Routed], num_rows: int, num_slots: int, num_experts: int, top_k: int, chunk_length: int | None
 ) -> None:
     generator = np.random.default_rng(num_rows)
     slots = generator.integers(-1, num_slots, num_rows).astype(np.int32)
     # The expert after the last means none.
     experts = torch.from_numpy(
         generator.permuted(np.tile(np.arange(num_experts + 1), (num_rows, 1)), axis=1)[:, :top_k]
-    )
-    segments = build_segments(slots, device=CPU, chunk_length=chunk_length)
+    ).to(DEVICE)
+    segments = build_segments(slots, device=DEVICE, chunk_length=chunk_length)
     stride = 10
     routed = route(experts, num_experts, segments, stride)
     flat = experts.reshape(-1).tolist()
     wanted = sorted(range(len(flat)), key=lambda place: (flat[place], slots[place // top_k], place))
     assert routed.order.tolist() == wanted
+    assert routed.rows.tolist() == [place // top_k for place in wanted]
+    assert [wanted[place] for place in routed.places.tolist()] == list(range(len(flat)))
     assert routed.expert_ends.tolist() == [sum(one <= expert for one in flat) for expert in range(num_experts)]
     assert route(experts, num_experts, None, stride).expert_ends.tolist() == routed.expert_ends.tolist()
     made = routed.segments
@@ -55,6 +61,29 @@ def test_the_order_and_the_chunks(
     other = route(torch.zeros_like(experts), num_experts, segments, stride).segments
     assert other is not None
     assert (other.max_chunks, other.chunk_length) == (made.max_chunks, made.chunk_length)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_experts_gave_is_summed(backend: str, dtype: torch.dtype) -> None:
+    """In float64, where what has no expert may hold anything on a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    experts = torch.tensor([[0, 2], [3, 1], [1, 0], [3, 3]]).to(DEVICE)
+    weights = torch.rand(4, 2, generator=generator).to(DEVICE, dtype)
+    y = torch.randn(8, 700, generator=generator).to(DEVICE, dtype)
+    routed = (route_few if backend == "triton" else route)(experts, 3, None, 1)
+    y[int(routed.expert_ends[-1]) :] = float("nan") if backend == "triton" else 0.0
+    wanted = torch.zeros(4, 700, dtype=torch.float64, device=DEVICE)
+    for place, index in enumerate(routed.order.tolist()):
+        if experts.flatten()[index] < 3:
+            wanted[index // 2] += y[place].double() * weights.flatten()[index].double()
+    if backend == "triton":
+        got = torch.empty(4, 700, dtype=dtype, device=DEVICE)
+        routing_triton.combine(y, experts, weights, routed.places, 3, got)
+    else:
+        got = combine(y, experts, weights, routed, 3, dtype)
+    bound = 1e-6 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(got, wanted.to(dtype), atol=bound, rtol=bound)
 
 
 def test_rows_for_every_expert() -> None:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorafleet.kernels import ops
-from lorafleet.kernels.routing import Routed, repeat, route
+from lorafleet.kernels import fused, ops
+from lorafleet.kernels.routing import Routed, combine, repeat, route
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraWeights
 from lorafleet.workers.model.experts import is_dense_experts, projections
+from lorafleet.workers.model.fused_parts import gate_of
 from lorafleet.workers.model.lora_layers import LoraContext
 
 _ALIGNED = 8
@@ -42,23 +43,24 @@ class LoraExperts(nn.Module):
         self.slot_stride = slot_stride
         self.context = context
         self.num_experts = int(getattr(experts, self.down_name).shape[0])
+        gate: Any = experts
+        self._activation = gate_of(gate._apply_gate) if gate.has_gate else None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states: (rows, hidden); top_k_index and top_k_weights: (rows, top_k) -> (rows, hidden)."""
-        experts, top_k = self.experts, top_k_index.shape[-1]
-        num_rows, width = hidden_states.shape
-        segments = self.context.segments_at("body", self.name, num_rows)
+        experts = self.experts
+        segments = self.context.segments_at("body", self.name, hidden_states.shape[0])
         has_lora = segments is not None and segments.has_lora and not self.context.skips_experts
         routed = route(top_k_index, self.num_experts, segments if has_lora else None, self.slot_stride)
-        x = hidden_states[routed.order // top_k]
-        up = self._project(x, self.up_name, routed, top_k_index)
-        up = experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
+        up = self._project(hidden_states[routed.rows], self.up_name, routed, top_k_index)
+        if self._activation is not None:
+            up = fused.gated(up, self._activation)
+        else:
+            up = experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
         down = self._project(up, self.down_name, routed, top_k_index)
         if getattr(experts, "has_post_expert_norm", False):  # Since transformers 5.20.
             down = experts.post_expert_norm(down)
-        down = down * top_k_weights.reshape(-1)[routed.order, None]
-        by_row = torch.empty_like(down).index_copy_(0, routed.order, down)
-        return by_row.view(num_rows, top_k, width).sum(dim=1).to(hidden_states.dtype)
+        return combine(down, top_k_index, top_k_weights, routed, self.num_experts, hidden_states.dtype)
 
     def _project(self, x: Tensor, name: str, routed: Routed, top_k_index: Tensor) -> Tensor:
         """x: (routed, in_dim) in order -> (routed, out_dim), zero where a row has no expert."""
@@ -67,7 +69,7 @@ class LoraExperts(nn.Module):
         y = grouped_product(x.to(weight.dtype), matrices, routed.expert_ends)
         if self.experts.has_bias:
             owners = top_k_index.reshape(-1)[routed.order].clamp(max=self.num_experts - 1)
-            y = y + getattr(self.experts, f"{name}_bias")[owners]
+            y += getattr(self.experts, f"{name}_bias")[owners]
         if routed.segments is not None:
             ops.add_lora(x.to(weight.dtype).contiguous(), self.lora[name], routed.segments, y)
         return y

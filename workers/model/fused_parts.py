@@ -7,7 +7,7 @@ arithmetic gives the same numbers, it is a part; any other module stays transfor
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -157,6 +157,20 @@ def mlp_of(module: nn.Module) -> FusedMLP | None:
             for activation in ACTIVATIONS:
                 if all(activation in found for found in tried):
                     return FusedMLP(joined, down, activation)
+    return None
+
+
+def gate_of(apply: Callable[[Tensor], Tensor]) -> Activation | None:
+    """The activation with which a function of gate and up, side by side, is `fused.gated`; None if there is none."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        given = [torch.randn(_ROWS, 16) * spread for spread in (1.0, _LARGE)]
+    for activation in ACTIVATIONS:
+        try:
+            if all(is_near(fused.gated(each, activation), apply(each)) for each in given):
+                return activation
+        except CANNOT:
+            return None
     return None
 
 

@@ -1,0 +1,227 @@
+"""The Triton kernels of `routing`, for few routed rows: a launch for their order, one for their segments, one for sums.
+
+A row's place is how many rows come before it, counted one by one. That is less work than a sort's launches as long as
+rows are few.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorafleet.kernels.launching import launch
+from lorafleet.kernels.segments import BASE_SLOT
+
+MOST_ROWS = 8192
+"""Routed rows beyond which sorting is faster."""
+_BLOCK = 16
+_BLOCK_OTHERS = 256
+_BLOCK_COLUMNS = 512
+
+
+def order(
+    experts: Tensor, num_experts: int, row_slots: Tensor | None, slot_stride: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Order the routed rows. Arguments: `routing.route`; row_slots: (rows,) int32.
+
+    Returns order and rows, (routed,) int64; places (routed,) int32; expert_ends (num_experts,) int32; and with
+    `row_slots` the keys (routed,) int64 and slots (routed,) int32 of the places.
+    """
+    num_routed, device = experts.numel(), experts.device
+    made, rows = torch.empty((2, num_routed), dtype=torch.int64, device=device)
+    places = torch.empty(num_routed, dtype=torch.int32, device=device)
+    ends = torch.empty(num_experts, dtype=torch.int32, device=device)
+    keys = slots = None
+    if row_slots is not None:
+        keys = torch.empty(num_routed, dtype=torch.int64, device=device)
+        slots = torch.empty(num_routed, dtype=torch.int32, device=device)
+    num_blocks = triton.cdiv(num_routed, _BLOCK)
+    launch(_order_kernel, (num_blocks + triton.cdiv(num_experts, _BLOCK),))(
+        experts.contiguous(),
+        row_slots,
+        made,
+        rows,
+        places,
+        ends,
+        keys,
+        slots,
+        num_routed,
+        num_experts,
+        num_blocks,
+        slot_stride,
+        TOP_K=experts.shape[1],
+        BLOCK=_BLOCK,
+        BLOCK_OTHERS=_BLOCK_OTHERS,
+        num_warps=4,
+    )
+    return made, rows, places, ends, keys, slots
+
+
+def segments(keys: Tensor, slots: Tensor, chunk_length: int, max_chunks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The permutation (routed,), chunk_indptr (max_chunks + 1,) and chunk_slots (max_chunks,) of rows in their order.
+
+    keys, slots: as `order` gives them. All are int32.
+    """
+    num_routed, device = keys.shape[0], keys.device
+    permutation = torch.empty(num_routed, dtype=torch.int32, device=device)
+    chunk_indptr = torch.empty(max_chunks + 1, dtype=torch.int32, device=device)
+    chunk_slots = torch.empty(max_chunks, dtype=torch.int32, device=device)
+    block = triton.next_power_of_2(num_routed)
+    launch(_segments_kernel, (1,))(
+        keys,
+        slots,
+        permutation,
+        chunk_indptr,
+        chunk_slots,
+        num_routed,
+        max_chunks,
+        CHUNK_LENGTH=chunk_length,
+        BASE=BASE_SLOT,
+        BLOCK=block,
+        BLOCK_CHUNKS=triton.next_power_of_2(max_chunks + 1),
+        num_warps=min(16, max(4, block // 512)),
+    )
+    return permutation, chunk_indptr, chunk_slots
+
+
+def combine(y: Tensor, experts: Tensor, weights: Tensor, places: Tensor, num_experts: int, out: Tensor) -> None:
+    """Arguments: `routing.combine`. One program takes a run of columns of one row."""
+    num_rows, width = out.shape
+    launch(_combine_kernel, (num_rows, triton.cdiv(width, _BLOCK_COLUMNS)))(
+        y,
+        experts.contiguous(),
+        weights.contiguous(),
+        places,
+        out,
+        y.stride(0),
+        width,
+        num_experts,
+        TOP_K=experts.shape[1],
+        BLOCK=_BLOCK_COLUMNS,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _key(experts, row_slots, routed, mask, num_experts, TOP_K: tl.constexpr):
+    """What routed rows are ordered by, and their experts and slots."""
+    expert = tl.minimum(tl.load(experts + routed, mask=mask, other=0).to(tl.int64), num_experts)
+    if row_slots is None:
+        return expert, expert, expert
+    slot = tl.load(row_slots + routed // TOP_K, mask=mask, other=0).to(tl.int64)
+    return expert * 4294967296 + slot + 1, expert, slot
+
+
+@triton.jit(do_not_specialize=["num_routed", "num_blocks"], do_not_specialize_on_alignment=["row_slots"])
+def _order_kernel(
+    experts,
+    row_slots,
+    order,
+    rows,
+    places,
+    ends,
+    keys,
+    slots,
+    num_routed,
+    num_experts,
+    num_blocks,
+    slot_stride,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr,
+):
+    block = tl.program_id(0)
+    if block < num_blocks:
+        routed = block * BLOCK + tl.arange(0, BLOCK)
+        mask = routed < num_routed
+        key, expert, slot = _key(experts, row_slots, routed, mask, num_experts, TOP_K)
+        place = tl.zeros((BLOCK,), dtype=tl.int32)
+        for start in range(0, num_routed, BLOCK_OTHERS):
+            others = start + tl.arange(0, BLOCK_OTHERS)
+            inside = others < num_routed
+            other, _, _ = _key(experts, row_slots, others, inside, num_experts, TOP_K)
+            is_before = (other[None, :] == key[:, None]) & (others[None, :] < routed[:, None])
+            is_before = (is_before | (other[None, :] < key[:, None])) & inside[None, :]
+            place += tl.sum(is_before.to(tl.int32), 1)
+        tl.store(order + place, routed.to(tl.int64), mask=mask)
+        tl.store(rows + place, (routed // TOP_K).to(tl.int64), mask=mask)
+        tl.store(places + routed, place, mask=mask)
+        if keys is not None:
+            has_adapter = (slot >= 0) & (expert < num_experts)
+            tl.store(keys + place, key, mask=mask)
+            tl.store(slots + place, tl.where(has_adapter, slot * slot_stride + expert, -1).to(tl.int32), mask=mask)
+    else:
+        wanted = (block - num_blocks) * BLOCK + tl.arange(0, BLOCK)
+        count = tl.zeros((BLOCK,), dtype=tl.int32)
+        for start in range(0, num_routed, BLOCK_OTHERS):
+            others = start + tl.arange(0, BLOCK_OTHERS)
+            inside = others < num_routed
+            other = tl.load(experts + others, mask=inside, other=0).to(tl.int64)
+            is_before = (other[None, :] <= wanted[:, None]) & inside[None, :]
+            count += tl.sum(is_before.to(tl.int32), 1)
+        tl.store(ends + wanted, count, mask=wanted < num_experts)
+
+
+@triton.jit
+def _larger(one, other):
+    return tl.maximum(one, other)
+
+
+@triton.jit(do_not_specialize=["num_routed", "max_chunks"])
+def _segments_kernel(
+    keys,
+    slots,
+    permutation,
+    chunk_indptr,
+    chunk_slots,
+    num_routed,
+    max_chunks,
+    CHUNK_LENGTH: tl.constexpr,
+    BASE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+):
+    places = tl.arange(0, BLOCK)
+    inside = places < num_routed
+    key = tl.load(keys + places, mask=inside, other=-1)
+    before = tl.load(keys + places - 1, mask=inside & (places > 0), other=-1)
+    slot = tl.load(slots + places, mask=inside, other=0)
+    first = tl.associative_scan(tl.where(key != before, places, 0), 0, _larger)
+    is_start = inside & ((places - first) % CHUNK_LENGTH == 0)
+    chunk = tl.cumsum(is_start.to(tl.int32), 0) - 1
+    tl.store(permutation + places, places, mask=inside)
+    tl.store(chunk_indptr + chunk, places, mask=is_start)
+    tl.store(chunk_slots + chunk, slot, mask=is_start)
+    chunks = tl.arange(0, BLOCK_CHUNKS)
+    is_unused = chunks >= tl.sum(is_start.to(tl.int32), 0)
+    tl.store(chunk_indptr + chunks, tl.zeros_like(chunks) + num_routed, mask=is_unused & (chunks <= max_chunks))
+    tl.store(chunk_slots + chunks, tl.zeros_like(chunks) + BASE, mask=is_unused & (chunks < max_chunks))
+
+
+@triton.jit
+def _combine_kernel(
+    y,
+    experts,
+    weights,
+    places,
+    out,
+    y_stride,
+    width,
+    num_experts,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for index in tl.static_range(TOP_K):
+        routed = row * TOP_K + index
+        # Of no expert nothing was computed: what stands there may be no number.
+        if tl.load(experts + routed) < num_experts:
+            place = tl.load(places + routed).to(tl.int64)
+            values = tl.load(y + place * y_stride + columns, mask=inside, other=0.0).to(tl.float32)
+            total += values * tl.load(weights + routed).to(tl.float32)
+    tl.store(out + row * width + columns, total.to(out.dtype.element_ty), mask=inside)
