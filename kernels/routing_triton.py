@@ -30,9 +30,11 @@ def order(
     `row_slots` the keys (routed,) int64 and slots (routed,) int32 of the places.
     """
     num_routed, device = experts.numel(), experts.device
-    made, rows = torch.empty((2, num_routed), dtype=torch.int64, device=device)
+    # Torch's own kernels read these: where kernels are only compiled, they must not find what is no index.
+    zeros = torch.zeros(2 * num_routed + num_experts // 2 + 1, dtype=torch.int64, device=device)
+    made, rows, ends = zeros[:num_routed], zeros[num_routed : 2 * num_routed], zeros[2 * num_routed :]
+    ends = ends.view(torch.int32)[:num_experts]
     places = torch.empty(num_routed, dtype=torch.int32, device=device)
-    ends = torch.empty(num_experts, dtype=torch.int32, device=device)
     keys = slots = None
     if row_slots is not None:
         keys = torch.empty(num_routed, dtype=torch.int64, device=device)
@@ -106,12 +108,13 @@ def combine(y: Tensor, experts: Tensor, weights: Tensor, places: Tensor, num_exp
 
 @triton.jit
 def _key(experts, row_slots, routed, mask, num_experts, TOP_K: tl.constexpr):
-    """What routed rows are ordered by, and their experts and slots."""
+    """The keys by which routed rows are ordered, and their experts and slots."""
     expert = tl.minimum(tl.load(experts + routed, mask=mask, other=0).to(tl.int64), num_experts)
-    if row_slots is None:
-        return expert, expert, expert
-    slot = tl.load(row_slots + routed // TOP_K, mask=mask, other=0).to(tl.int64)
-    return expert * 4294967296 + slot + 1, expert, slot
+    key, slot = expert, expert
+    if row_slots is not None:
+        slot = tl.load(row_slots + routed // TOP_K, mask=mask, other=0).to(tl.int64)
+        key = (expert << 32) + slot + 1
+    return key, expert, slot
 
 
 @triton.jit(do_not_specialize=["num_routed", "num_blocks"], do_not_specialize_on_alignment=["row_slots"])

@@ -21,6 +21,7 @@ from lorafleet.kernels import (
     embedding_triton,
     expand_triton,
     fused_triton,
+    grouped_triton,
     routing_triton,
     row_copy_triton,
     shrink_triton,
@@ -47,6 +48,7 @@ KERNELS = {
     "store": fused_triton._store_kernel,
     "gated": fused_triton._gated_kernel,
     "copy_rows": row_copy_triton._copy_rows_kernel,
+    "product": grouped_triton._product_kernel,
     "order": routing_triton._order_kernel,
     "segments": routing_triton._segments_kernel,
     "combine": routing_triton._combine_kernel,
@@ -125,6 +127,9 @@ def launch_each() -> None:
         _, _, places, _, keys, routed_slots = routing_triton.order(experts, 128, slots, 128)
         if keys is not None and routed_slots is not None:
             routing_triton.segments(keys, routed_slots, 16, 512)
+    for num_rows in (32, 64, 128):  # of 4 matrices
+        ends = torch.zeros(4, dtype=torch.int32)
+        grouped_triton.product(torch.zeros(num_rows, 64, dtype=DTYPE), torch.zeros(4, 64, 32, dtype=DTYPE), ends)
     outputs = torch.zeros(512, 64, dtype=DTYPE)
     routing_triton.combine(outputs, experts, experts.to(DTYPE), places, 128, outputs[:64])
 

@@ -21,6 +21,8 @@ from lorafleet.workers.model.experts import is_dense_experts, projections
 from lorafleet.workers.model.fused_parts import gate_of
 from lorafleet.workers.model.lora_layers import LoraContext
 
+MOST_ROWS_OF_KERNEL = 32
+"""For each matrix, in the mean, that our own kernel multiplies: beyond, arithmetic counts, and torch's is better."""
 _ALIGNED = 8
 """Elements of 16 bytes of bfloat16, of which torch wants the rows of a grouped product to be multiples."""
 
@@ -113,6 +115,10 @@ def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     ends: (n,) int32, the row after each matrix's last; later rows become zero, on a GPU anything.
     """
     if x.is_cuda:
+        if x.shape[0] <= MOST_ROWS_OF_KERNEL * len(matrices):
+            from lorafleet.kernels import grouped_triton
+
+            return grouped_triton.product(x, matrices, ends)
         is_aligned = x.shape[1] % _ALIGNED == 0 and matrices.shape[2] % _ALIGNED == 0
         if x.dtype == torch.bfloat16 and is_aligned:
             # In torch 2.10 and later it has a public name too.
