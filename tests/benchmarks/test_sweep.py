@@ -78,7 +78,7 @@ def test_the_readme_claims_what_the_sweep_has_shown() -> None:
     page, readme = (ROOT / "docs" / "bases.md").read_text(), (ROOT / "README.md").read_text()
     fused = {row.partition(",")[0] for row in re.findall(r"^\| ([^|]+) \|[^|]+\| fused \|", page, re.MULTILINE)}
     (named,) = re.findall(r"^\| ([\w, ]+) \(dense\) \|.*fused", readme, re.MULTILINE)
-    # The text of multimodal classes is one of these.
-    assert {f"{name}ForCausalLM" for name in named.split(", ")} == {n for n in fused if n.endswith("ForCausalLM")}
+    # The page lists more.
+    assert {f"{name}ForCausalLM" for name in named.split(", ")} <= fused
     served, refused = re.findall(r"(\d+) are served, (\d+) are refused, 0 are wrong", page)[0]
     assert f"| {served} of {int(served) + int(refused)} model classes" in readme
