@@ -388,7 +388,7 @@ def test_a_call_or_an_answer_over_a_base_of_random_weights(worker_service: Servi
     worker_service.prompts.answers = answers_of("hermes")
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": PARAMETERS}}
     fields = {"model": "shout", "n": 8, "seed": 5, "max_tokens": 300, "response_format": schema}
-    answers = collected(worker_service, stream, **fields)
+    answers = collected(worker_service, stream, parallel_tool_calls=False, **fields)
     for answer in answers:
         if answer["calls"]:
             fit(answer["calls"])

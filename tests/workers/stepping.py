@@ -28,6 +28,7 @@ class Lease:
         self.gate = gate
         self.version = version
         self.invocation = ()
+        self.own_tokens = ()
         gate.leases[version] += 1
 
     def release(self) -> None:
