@@ -96,7 +96,7 @@ fidelity: setup
 
 # Every causal model class of the installed transformers, tiny, against PEFT: writes docs/bases.md, fails where one is wrong.
 sweep: setup
-	$(BIN)/python benchmarks/sweep.py --page docs/bases.md $(ARGS)
+	PYTHONHASHSEED=0 $(BIN)/python benchmarks/sweep.py --page docs/bases.md $(ARGS)
 
 format: setup
 	$(BIN)/ruff format .
