@@ -122,7 +122,7 @@ def test_no_more_logits_exist_at_once(llama: Shelf, chunk: int, monkeypatch: pyt
         model = script.parts.runner.base.model
         head: nn.Module = model.get_output_embeddings()
         head.register_forward_hook(lambda *args: at_head.append(args[2].shape[-2]))
-        model.base_model.layers[0].register_forward_hook(lambda *args: in_body.append(args[2][0].values.shape[0]))
+        model.base_model.layers[0].register_forward_hook(lambda *args: in_body.append(args[2][0].shape[0]))
         behind_head.clear()
         steps = script.parts.engine.stats.num_steps
         script.play(requests_of(llama))
