@@ -90,7 +90,7 @@ def test_report_holds_every_case_against_its_bar(
     engine.main(["--out", str(results), "--report", *files])
     said = capsys.readouterr().out
     verdicts = [line.split()[0] for line in said.splitlines() if line.startswith(("holds", "misses", "unseen"))]
-    assert len(verdicts) == 16
+    assert len(verdicts) == 17
     assert "unseen" not in verdicts
     assert "holds   base only, of the better peer's" in said
     assert "holds   largest logprob difference from PEFT's, float16" in said

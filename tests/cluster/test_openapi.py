@@ -105,7 +105,7 @@ REASONS: tuple[tuple[str, str, str], ...] = (
     ("invalid_token_id", "", ""),
     ("context_length_exceeded", "", ""),
     # Which schemas, regular expressions and grammars can be followed.
-    ("grammar_refused", "structured_outputs", "cannot be followed"),
+    ("grammar_refused", "structured_outputs", "cannot be compiled"),
     # Relations between fields.
     ("invalid_value", r"structured_outputs|guided_\w+|response_format", "both say what the answer must be"),
     ("invalid_value", "structured_outputs", "exactly one of"),
