@@ -60,7 +60,7 @@ TARGETS = ("attention", "all-linear", "embedding", "head", "experts")
 LENGTHS = (3, 22, 45)
 """Of the prompts: the last is longer than every window, and takes several steps."""
 NUM_TOKENS = 5
-ENGINE = {"max_batch_tokens": 32, "kv_bytes": 4 << 20, "kv_page_tokens": 16, "max_running": 32}
+ENGINE = {"max_batch_tokens": 32, "kv_bytes": 8 << 20, "kv_page_tokens": 16, "max_running": 32}
 
 Status = Literal["served", "refused", "wrong", "not tried"]
 

@@ -92,6 +92,7 @@ def decode(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
 ) -> None:
@@ -102,14 +103,14 @@ def decode(
     block_tables: (num_sequences, max_pages) int32 or int64.
     context_lengths: (num_sequences,) int32 or int64, the query's own token included. Zeros are written where it is 0.
     window: only the last `window` tokens are read.
-    softcap, sinks: as in `Scores`.
+    softcap, sinks, key_bias: as in `Scores`.
     key_scales, value_scales: (num_pages, num_kv_heads, page_tokens) float32, where keys and values are in fp8.
 
     Raises ValueError for a wrong shape, stride, dtype or device. The caller guarantees that lengths fit the tables and
     page ids the cache.
     """
     num_sequences = query.shape[0]
-    _check(query, keys, values, block_tables, context_lengths, out, num_sequences, window, softcap, sinks)
+    _check(query, keys, values, block_tables, context_lengths, out, num_sequences, window, softcap, sinks, key_bias)
     check_scales("key_scales", key_scales, keys)
     check_scales("value_scales", value_scales, values)
     if num_sequences == 0:
@@ -136,6 +137,7 @@ def decode(
         context_lengths,
         out,
         query if sinks is None else sinks,
+        key_bias,
         workspace.partials,
         workspace.arrivals,
         key_scales,
@@ -147,6 +149,7 @@ def decode(
         block_tables.stride(0),
         keys.stride(0),
         keys.stride(1),
+        0 if key_bias is None else key_bias.stride(0),
         scaling * _LOG2_E if softcap is None else scaling / softcap,
         0.0 if softcap is None else softcap * _LOG2_E,
         window or 0,
@@ -185,6 +188,7 @@ def extend(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
 ) -> None:
@@ -195,7 +199,7 @@ def extend(
     first `context_length - n + i + 1` tokens, or the last `window` of those. The rest is as in `decode`.
     """
     num_sequences = query_indptr.shape[0] - 1
-    _check(query, keys, values, block_tables, context_lengths, out, num_sequences, window, softcap, sinks)
+    _check(query, keys, values, block_tables, context_lengths, out, num_sequences, window, softcap, sinks, key_bias)
     check_scales("key_scales", key_scales, keys)
     check_scales("value_scales", value_scales, values)
     _check_ints("query_indptr", query_indptr, 1, num_sequences + 1, query.device)
@@ -219,6 +223,7 @@ def extend(
         query_indptr,
         out,
         query if sinks is None else sinks,
+        key_bias,
         key_scales,
         value_scales,
         query.stride(0),
@@ -228,6 +233,7 @@ def extend(
         block_tables.stride(0),
         keys.stride(0),
         keys.stride(1),
+        0 if key_bias is None else key_bias.stride(0),
         scaling * _LOG2_E if softcap is None else scaling / softcap,
         0.0 if softcap is None else softcap * _LOG2_E,
         window or 0,
@@ -285,6 +291,7 @@ def _check(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    key_bias: Tensor | None,
 ) -> None:
     if query.dim() != 3 or keys.dim() != 4:
         raise ValueError(
@@ -329,6 +336,17 @@ def _check(
         raise ValueError(
             f"sinks must be ({num_heads},) and contiguous on {query.device}, as query is, got shape "
             f"{tuple(sinks.shape)}, strides {sinks.stride()} on {sinks.device}"
+        )
+    if key_bias is not None and (
+        key_bias.dim() != 2
+        or key_bias.shape[0] != num_heads
+        or key_bias.stride(1) != 1
+        or key_bias.dtype != torch.float32
+        or key_bias.device != query.device
+    ):
+        raise ValueError(
+            f"key_bias must be ({num_heads}, positions) float32 on {query.device} with unit stride along positions, "
+            f"got {key_bias.dtype} of shape {tuple(key_bias.shape)}, strides {key_bias.stride()} on {key_bias.device}"
         )
 
 

@@ -80,6 +80,14 @@ def _scores(q, k, scaling, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _add_bias(scores, key_bias, bias_stride, heads, is_head, positions, end):
+    """Scores, and what is added to them in units of log 2 for a row's head at the position of each key."""
+    pointers = key_bias + (heads * bias_stride)[:, None] + positions[None, :]
+    bias = tl.load(pointers, mask=is_head[:, None] & (positions < end)[None, :], other=0.0)
+    return scores + bias * 1.4426950408889634
+
+
+@triton.jit
 def _with_sinks(sinks, heads, is_head, maximum, total):
     """(maximum, total, share of what came before) with the heads' sinks, which take weight and give nothing."""
     sink = tl.load(sinks + heads, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634
@@ -97,6 +105,7 @@ def decode_kernel(
     context_lengths,
     out,
     sinks,
+    key_bias,
     partials,
     arrivals,
     key_scales,
@@ -108,6 +117,7 @@ def decode_kernel(
     table_stride,
     page_stride,
     head_stride,
+    bias_stride,
     scaling,
     softcap,
     window,
@@ -169,6 +179,8 @@ def decode_kernel(
                 key_scales, table, positions, end, kv_head_offset, page_stride, True, HEAD_DIM, PAGE_TOKENS
             )
             scores = _scores(q, k.to(q.dtype), scaling * token_scales[None, :], softcap, HAS_SOFTCAP)
+        if key_bias is not None:
+            scores = _add_bias(scores, key_bias, bias_stride, kv_head * GROUP + heads, heads < GROUP, positions, end)
         scores = tl.where((positions < end)[None, :], scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         weights = tl.exp2(scores - new_maximum[:, None])
@@ -248,12 +260,16 @@ def _extend_block(
     values,
     key_scales,
     value_scales,
+    key_bias,
+    heads,
+    is_row,
     table,
     positions,
     row_positions,
     end,
     kv_head_offset,
     page_stride,
+    bias_stride,
     scaling,
     softcap,
     window,
@@ -276,6 +292,8 @@ def _extend_block(
             key_scales, table, positions, end, kv_head_offset, page_stride, CAUSAL, HEAD_DIM, PAGE_TOKENS
         )
         scores = _scores(q, k.to(q.dtype), scaling * token_scales[None, :], softcap, HAS_SOFTCAP)
+    if key_bias is not None:
+        scores = _add_bias(scores, key_bias, bias_stride, heads, is_row, positions, end)
     if CAUSAL:
         scores = tl.where(positions[None, :] <= row_positions[:, None], scores, float("-inf"))
     if HAS_WINDOW:
@@ -310,6 +328,7 @@ def extend_kernel(
     query_indptr,
     out,
     sinks,
+    key_bias,
     key_scales,
     value_scales,
     query_stride,
@@ -319,6 +338,7 @@ def extend_kernel(
     table_stride,
     page_stride,
     head_stride,
+    bias_stride,
     scaling,
     softcap,
     window,
@@ -377,15 +397,17 @@ def extend_kernel(
     seen_by_all = tl.maximum((first_position + 1) // BLOCK_TOKENS * BLOCK_TOKENS, begin)
     for start in tl.range(begin, seen_by_all, BLOCK_TOKENS, num_stages=STAGES):
         maximum, total, result = _extend_block(
-            q, keys, values, key_scales, value_scales, table, start + tl.arange(0, BLOCK_TOKENS), row_positions, length,
-            kv_head_offset, page_stride, scaling, softcap, window, maximum, total, result, False, HAS_WINDOW,
-            HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, PAGE_TOKENS,
+            q, keys, values, key_scales, value_scales, key_bias, heads, inside, table,
+            start + tl.arange(0, BLOCK_TOKENS), row_positions, length, kv_head_offset, page_stride, bias_stride,
+            scaling, softcap, window, maximum, total, result, False, HAS_WINDOW, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM,
+            PAGE_TOKENS,
         )  # fmt: skip
     for start in tl.range(seen_by_all, last_position + 1, BLOCK_TOKENS, num_stages=STAGES):
         maximum, total, result = _extend_block(
-            q, keys, values, key_scales, value_scales, table, start + tl.arange(0, BLOCK_TOKENS), row_positions, length,
-            kv_head_offset, page_stride, scaling, softcap, window, maximum, total, result, True, HAS_WINDOW,
-            HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM, PAGE_TOKENS,
+            q, keys, values, key_scales, value_scales, key_bias, heads, inside, table,
+            start + tl.arange(0, BLOCK_TOKENS), row_positions, length, kv_head_offset, page_stride, bias_stride,
+            scaling, softcap, window, maximum, total, result, True, HAS_WINDOW, HAS_SOFTCAP, HEAD_DIM, BLOCK_DIM,
+            PAGE_TOKENS,
         )  # fmt: skip
     if HAS_SINKS:
         maximum, total, share = _with_sinks(sinks, heads, inside, maximum, total)

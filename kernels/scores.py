@@ -19,3 +19,5 @@ class Scores:
     """Scores s become softcap * tanh(s / softcap)."""
     sinks: Tensor | None = None
     """(num_heads,): a score more for each head, which takes weight and gives nothing."""
+    key_bias: Tensor | None = None
+    """(num_heads, positions up to the longest context) float32: added to a head's scores by the key's position."""

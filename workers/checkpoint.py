@@ -99,12 +99,17 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
 def max_model_len(model: ModelConfig, config: PretrainedConfig) -> int:
     """`model.max_model_len`, or the base's own. Raises UnsupportedModel when it is more than the base was made for."""
     if model.max_model_len is None:
-        own: int | None = getattr(config, "max_position_embeddings", None)
-        return own or 2048
+        return _positions(config) or 2048
     longest = longest_model_len(config)
     if longest is not None and model.max_model_len > longest:
         raise UnsupportedModel(f"max_model_len={model.max_model_len} is more than the base's {longest} positions")
     return model.max_model_len
+
+
+def _positions(config: PretrainedConfig) -> int | None:
+    """Of MPT by another name; None: its configuration names none."""
+    own: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    return own
 
 
 def longest_model_len(config: PretrainedConfig) -> int | None:
@@ -112,7 +117,7 @@ def longest_model_len(config: PretrainedConfig) -> int | None:
 
     That is `max_position_embeddings`, or more where the recipe of YaRN or dynamic RoPE stretches it by a factor.
     """
-    longest: int | None = getattr(config, "max_position_embeddings", None)
+    longest = _positions(config)
     parameters = getattr(config, "rope_parameters", None) or {}
     if longest is None or parameters.get("rope_type") not in ("yarn", "dynamic") or not parameters.get("factor"):
         return longest

@@ -89,6 +89,10 @@ def launch_each() -> None:
     starts = torch.arange(5, dtype=torch.int32)
     attention.extend(query, keys, values, tables, lengths, starts, out, scaling=0.1)
 
+    bias = torch.zeros(8, 48)
+    attention.decode(query, keys, values, tables, lengths, out, workspace, scaling=0.1, key_bias=bias)
+    attention.extend(query, keys, values, tables, lengths, starts, out, scaling=0.1, key_bias=bias)
+
     sinks = torch.zeros(8, dtype=DTYPE)
     for head_dim in (64, 512):
         keys, values = torch.zeros(2, 8, 2, 16, head_dim, dtype=DTYPE)

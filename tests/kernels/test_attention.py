@@ -70,6 +70,7 @@ def attend(
     window: int | None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """The oracle: (rows, heads, head_dim) of the last rows of one sequence, in float64."""
     k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in tokens)
@@ -79,6 +80,8 @@ def attend(
     scores = torch.einsum("rhd,thd->hrt", query.double().cpu(), k) * scaling
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
+    if key_bias is not None:
+        scores = scores + key_bias[:, None, :length].double().cpu()
     scores = scores.masked_fill(hidden, -torch.inf)
     if sinks is not None:
         columns = sinks.double().cpu()[:, None, None].expand(-1, rows, 1)
@@ -190,6 +193,39 @@ def test_capped_scores_and_sinks_match_float64(
         expected = [attend(query[i : i + 1], cache.tokens[i], 0.5, window, softcap, sinks) for i in range(len(lengths))]
         assert_near(out, torch.cat(expected))
         assert not out[2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize(("softcap", "window"), [(None, None), (2.0, 40)], ids=str)
+@pytest.mark.parametrize("shape", ["llama", "grouped7", "dim96"])
+@pytest.mark.slow
+def test_a_bias_by_head_and_key_matches_float64(
+    shape: str, softcap: float | None, window: int | None, dtype: torch.dtype
+) -> None:
+    """As ALiBi has it, and as long as the longest context, which is no multiple of a block."""
+    rows, lengths = [5, 1, 0, 33], [5, 30, 0, 331]
+    cache = make_cache(lengths, SHAPES[shape], dtype)
+    num_heads = SHAPES[shape][0]
+    slopes = 2.0 ** -torch.linspace(0.5, 6, num_heads)
+    key_bias = (slopes[:, None] * torch.arange(331)).to(DEVICE)
+    query = random_query(sum(rows), SHAPES[shape], dtype)
+    out = poisoned(query)
+    starts = torch.tensor([0, *rows]).cumsum(0)
+    kv = cache.keys, cache.values, cache.tables, cache.lengths
+    indptr = starts.to(torch.int32).to(DEVICE)
+    extend(query, *kv, indptr, out, scaling=0.2, window=window, softcap=softcap, key_bias=key_bias)
+    for index, (start, count) in enumerate(zip(starts.tolist(), rows, strict=False)):
+        if count:
+            mine = slice(start, start + count)
+            expected = attend(query[mine], cache.tokens[index], 0.2, window, softcap, None, key_bias)
+            assert_near(out[mine], expected)
+    query = query[: len(lengths)]
+    for num_processors in (0, 8):
+        out = poisoned(query)
+        workspace = workspace_for(SHAPES[shape], num_processors)
+        decode(query, *kv, out, workspace, scaling=0.2, window=window, softcap=softcap, key_bias=key_bias)
+        each = [attend(query[i : i + 1], cache.tokens[i], 0.2, window, softcap, None, key_bias) for i in range(4)]
+        assert_near(out, torch.cat(each))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

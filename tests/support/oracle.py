@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,9 @@ class Generation:
 @lru_cache(maxsize=32)
 def load_with_peft(base: Path, adapter: Path | None) -> PreTrainedModel | PeftModel:
     """The base in fp32 with the adapter on it (not merged). Cached by path: do not rewrite a folder in place."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    # Falcon's eager attention adds ALiBi twice.
+    own = "sdpa" if AutoConfig.from_pretrained(base).model_type == "falcon" else "eager"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation=own).eval()
     model.generation_config.eos_token_id = None
     if adapter is None:
         return model

@@ -91,7 +91,7 @@ class _Steps:
         for group in projection_groups(geometry_of(model, "bfloat16").modules):
             if "embed" not in group[0]:
                 substitute_projections(model, group, None, LoraContext())  # type: ignore[arg-type]
-        paged_attention.install(model, self.context)
+        paged_attention.install(model, self.context, 256)
         assert fused_layers.substitute(model, self.context, 256).kind == "fused"
         self.model = model
         # Each of two sequences has half of the pages.

@@ -57,7 +57,6 @@ SMALL = {"vocab_size": 304, "num_hidden_layers": 2, "num_layers": 2, "n_layer": 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "t5": ({"vocab_size": 304, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4}, "encoder-decoder"),
     "mamba": ({**SMALL, "hidden_size": 32, "state_size": 4}, "recurrent state"),
-    "bloom": ({**SMALL, "hidden_size": 32, "n_head": 4}, "does not attend through transformers"),
     "deepseek_v32": (DEEPSEEK, "hands attention indices"),
     "llama4_text": (LLAMA4, "chunks of 16 tokens"),
     "llama4_text-temperature": (

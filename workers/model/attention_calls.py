@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from lorafleet.workers.errors import UnsupportedModel
+from lorafleet.workers.model.family_attention import adopted, choose
 from lorafleet.workers.model.recurrent_layers import is_recurrent
 
 RECORDER = "lorafleet_recorder"
@@ -26,7 +27,7 @@ UNSUPPORTED_FEATURES = {
 }
 """Arguments of transformers' attention functions that change the result and are not implemented -> what they do."""
 
-KNOWN_TENSORS = frozenset({"cache_position", "position_ids", "s_aux"})
+KNOWN_TENSORS = frozenset({"cache_position", "key_bias", "position_ids", "s_aux"})
 """Tensors among the arguments that are known, or say nothing new. Any other is refused by its name."""
 
 MAX_HEAD_DIM = 512
@@ -62,11 +63,11 @@ def read_calls(model: PreTrainedModel, max_model_len: int) -> dict[int, Attentio
     """
     _check_temperature(model, max_model_len)
     try:
-        found = _record(model, with_masks=True)
+        found = _record(model, max_model_len, with_masks=True)
     except _CANNOT:
         # It looks into its masks; the probe sees whether it is served right without any.
         try:
-            found = _record(model, with_masks=False)
+            found = _record(model, max_model_len, with_masks=False)
         except _CANNOT as error:
             raise UnsupportedModel(
                 f"{_name(model)} needs attention masks, which are not made here ({error})"
@@ -102,7 +103,7 @@ class _Seen:
     """What it does that is not supported."""
 
 
-def _record(model: PreTrainedModel, *, with_masks: bool) -> dict[int, _Seen]:
+def _record(model: PreTrainedModel, max_model_len: int, *, with_masks: bool) -> dict[int, _Seen]:
     own = model.config._attn_implementation
     found: dict[int, _Seen] = {}
     made: list[tuple[Tensor, MaskFunction]] = []
@@ -146,10 +147,11 @@ def _record(model: PreTrainedModel, *, with_masks: bool) -> dict[int, _Seen]:
     AttentionInterface.register(RECORDER, attend)
     AttentionMaskInterface.register(RECORDER, make_mask)
     try:
-        model.set_attn_implementation(RECORDER)
-        model(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.int64, device=model.device), use_cache=False)
+        choose(model, RECORDER)
+        with adopted(model, RECORDER, max_model_len):
+            model(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.int64, device=model.device), use_cache=False)
     finally:
-        model.set_attn_implementation(own)
+        choose(model, own)
     return found
 
 

@@ -381,7 +381,9 @@ def _scores(attended: Attended, own: Any, module: nn.Module, call: AttentionCall
             return None
         sinks = module.get_parameter(name)
     scaling = call.head_dim**-0.5 if scaling is None else scaling
-    return Scores(scaling, call.window, features.get("softcap"), sinks) if isinstance(scaling, float) else None
+    if not isinstance(scaling, float):
+        return None
+    return Scores(scaling, call.window, features.get("softcap"), sinks, features.get("key_bias"))
 
 
 def _rotations(angles: tuple[Tensor, Tensor] | None, head_dim: int) -> Iterator[Rotation]:

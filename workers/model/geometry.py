@@ -19,6 +19,7 @@ from lorafleet.workers.checkpoint import read_config
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.model.experts import expert_shapes, is_dense_experts, is_experts, is_router
+from lorafleet.workers.model.family_attention import is_linear
 from lorafleet.workers.model.text_part import whole_names
 
 TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
@@ -88,7 +89,7 @@ def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:
     embedding = model.get_input_embeddings()
     for name, module in model.named_modules():
         # Subclasses may compute something else (a quantised linear): only the plain types count, and scaled embeddings.
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear or is_linear(module):
             modules[name] = ModuleShape("linear", module.in_features, module.out_features)
         elif type(module) is Conv1D:
             modules[name] = ModuleShape("linear", module.nx, module.nf)

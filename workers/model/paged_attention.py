@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from lorafleet.kernels import fused
 from lorafleet.kernels.kv_place import KVPlace
@@ -22,12 +22,15 @@ from lorafleet.kernels.scores import Scores
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.model.attention_calls import AttentionCall
+from lorafleet.workers.model.family_attention import adopt, choose, families_in
 from lorafleet.workers.step.batch import AttentionBatch
 
 if TYPE_CHECKING:
     from lorafleet.kernels.attention import DecodeWorkspace
 
 IMPLEMENTATION = "lorafleet_paged"
+MASKED = "lorafleet_paged_masked"
+"""The same for models that look into a mask: theirs hides nothing."""
 
 
 class Pages(NamedTuple):
@@ -66,15 +69,22 @@ class AttentionContext:
         )
 
 
-def install(model: PreTrainedModel, context: AttentionContext) -> None:
+def install(model: PreTrainedModel, context: AttentionContext, max_model_len: int) -> None:
     """Make every attention module of `model` use paged attention over `context`."""
-    AttentionInterface.register(IMPLEMENTATION, paged_attention)
-    model.set_attn_implementation(IMPLEMENTATION)
+    for name in (IMPLEMENTATION, MASKED):
+        AttentionInterface.register(name, paged_attention)
+    AttentionMaskInterface.register(MASKED, _no_mask)
+    choose(model, MASKED if any(each.needs_mask for each in families_in(model)) else IMPLEMENTATION)
+    adopt(model, IMPLEMENTATION, max_model_len)
     for module in model.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             module.__dict__["attention_context"] = context
     if context.calls and context.cache.keys[0].is_cuda:
         context.workspaces = _workspaces(context.calls, context.cache.keys[0].device)
+
+
+def _no_mask(*, device: torch.device, **_: object) -> Tensor:
+    return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def _workspaces(calls: Mapping[int, AttentionCall], device: torch.device) -> dict[int, DecodeWorkspace]:
@@ -102,13 +112,14 @@ def paged_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    key_bias: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Causal attention of one layer; the signature is that of transformers' attention functions.
 
     query: (1, num_heads, num_rows, head_dim); key: (1, num_kv_heads, num_rows, head_dim); value: the same with
-    value_dim. `s_aux`: what `Scores` calls sinks. `attention_mask` is None: what a row attends to follows from the
-    batch. Returns (1, num_rows, num_heads, value_dim).
+    value_dim. `s_aux`: what `Scores` calls sinks; `key_bias`: as there. `attention_mask` is None: what a row attends to
+    follows from the batch. Returns (1, num_rows, num_heads, value_dim).
     """
     context: AttentionContext = module.__dict__["attention_context"]
     layer = module.layer_idx
@@ -124,7 +135,7 @@ def paged_attention(
         # On pages both are as wide as the wider, with zeros that add nothing.
         query, key, value = (F.pad(each, (0, call.width - each.shape[-1])) for each in (query, key, value))
     fused.store(key, value, context.place(layer))
-    attended = attend(query, context, layer, Scores(scaling, call.window, softcap, s_aux))
+    attended = attend(query, context, layer, Scores(scaling, call.window, softcap, s_aux, key_bias))
     return attended[..., : call.value_dim].unsqueeze(0), None
 
 
@@ -179,6 +190,7 @@ def _attend_cuda(
         "window": scores.window,
         "softcap": scores.softcap,
         "sinks": scores.sinks,
+        "key_bias": scores.key_bias,
         "key_scales": keys.scales,
         "value_scales": values.scales,
     }
@@ -258,7 +270,17 @@ def _weigh(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scores: Scor
     of `query`.
     """
     is_grouped = query.shape[1] != key.shape[1]
+    bias = None
+    if scores.key_bias is not None:
+        known, num_tokens = scores.key_bias.shape[1], key.shape[2]
+        # Beyond the longest sequence there may be the rest of a page, which nobody attends to.
+        bias = (
+            scores.key_bias[:, :num_tokens] if known >= num_tokens else F.pad(scores.key_bias, (0, num_tokens - known))
+        )
+        bias = bias[:, None] if len(bias) == query.shape[1] else bias.view(query.shape[1], -1, num_tokens)
     if scores.softcap is None and scores.sinks is None:
+        if bias is not None:
+            mask = torch.where(mask, bias.to(query.dtype), float("-inf"))
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scores.scaling, enable_gqa=is_grouped
         )
@@ -267,6 +289,8 @@ def _weigh(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scores: Scor
     products = (query @ key.transpose(-1, -2)).float() * scores.scaling
     if scores.softcap is not None:
         products = scores.softcap * torch.tanh(products / scores.softcap)
+    if bias is not None:
+        products = products + bias
     products = products.masked_fill(~mask, float("-inf"))
     if scores.sinks is not None:
         per_row = scores.sinks.numel() == query.shape[1]

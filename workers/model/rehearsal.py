@@ -60,8 +60,16 @@ SMALL: dict[str, int] = {
     "shared_expert_intermediate_size": 32,
 }
 """Sizes that are lowered to this, in models that can be made so."""
-NARROW: dict[str, int] = {**SMALL, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+NARROW: dict[str, int] = {
+    **SMALL,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_kv_heads": 2,
+}
 """The same for a copy that is narrower, too; `head_dim` stays."""
+NARROW_ROTARY: dict[str, int] = {"rotary_dim": 8}
+"""And where heads become narrower with that."""
 STATE_SPACES = (("mamba_n_heads", "mamba_d_head", "mamba_expand"), ("num_heads", "head_dim", "expand"))
 """Fields of Mamba 2's heads and their width, which together are so many times as wide as the hidden state."""
 NUM_STATE_HEADS = 8
@@ -148,9 +156,13 @@ def small_config(config: PretrainedConfig, sizes: dict[str, int], max_model_len:
         for name, value in list(fields.items()):
             if LIMITS.fullmatch(name) and type(value) is int and LIMIT < value < max_model_len:
                 fields[name] = LIMIT
-    num_heads, num_kv_heads = (_field(small, name) for name in ("num_attention_heads", "num_key_value_heads"))
-    if num_kv_heads == num_heads:
-        sizes = {name: sizes["num_attention_heads"] if "key_value" in name else most for name, most in sizes.items()}
+    num_heads, of_keys = _field(small, "num_attention_heads"), ("num_key_value_heads", "num_kv_heads")
+    sizes = {
+        name: sizes["num_attention_heads"] if name in of_keys and _field(small, name) == num_heads else most
+        for name, most in sizes.items()
+    }
+    if _field(small, "head_dim") is None:
+        sizes |= NARROW_ROTARY if "num_attention_heads" in sizes else {}
     for name, most in sizes.items():
         if type(_field(small, name)) is int:
             setattr(small, name, min(_field(small, name), most))

@@ -116,7 +116,7 @@ def substitute(
         expert_layers.substitute_experts(model, name, weights, pool.expert_stride, lora)
         counts[name.rpartition(".")[2]] += 1
     norm_layers.substitute_norms(model, geometry.vectors, lora, pool.vector)
-    paged_attention.install(model, attention)
+    paged_attention.install(model, attention, base.max_model_len)
     recurrent = RecurrentContext(states)
     recurrent_layers.install(model, recurrent)
     parts = fused_layers.substitute(model, attention, base.max_model_len)
