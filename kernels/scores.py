@@ -21,3 +21,8 @@ class Scores:
     """(num_heads,): a score more for each head, which takes weight and gives nothing."""
     key_bias: Tensor | None = None
     """(num_heads, positions up to the longest context) float32: added to a head's scores by the key's position."""
+
+    @property
+    def is_plain(self) -> bool:
+        """True if there are products and a window alone."""
+        return self.softcap is None and self.sinks is None and self.key_bias is None

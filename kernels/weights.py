@@ -101,6 +101,20 @@ class OwnMatrix:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadColumns:
+    """Columns of a module's output: head h has those from `first` + h * `step` on."""
+
+    first: int
+    step: int
+    width: int
+
+    def of(self, head: int) -> slice:
+        """The columns of a head."""
+        start = self.first + head * self.step
+        return slice(start, start + self.width)
+
+
+@dataclass(frozen=True, slots=True)
 class LoraWeights:
     """Weights of a linear module, or of several that share their input (q/k/v, gate/up): `num_slices` of them.
 

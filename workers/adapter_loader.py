@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from lorafleet.adapter_store.errors import AdapterRefused
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
 from lorafleet.workers.errors import AdapterUnavailable, EngineFailed
 from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation, UploadedAdapter
@@ -100,7 +101,7 @@ class AdapterLoader:
             return
         now = self._clock()
         self._loads[version] = _Load(wanted_s=now, asked_s=now)
-        self._run(version, lambda: self._fetch(version))
+        self._run(version, lambda: self._checked(self._fetch(version)))
 
     def try_ready(self, sequence: Sequence) -> AdapterReadiness:
         """Take the sequence's lease as soon as its version has pages. See `AdapterGate`."""
@@ -279,6 +280,19 @@ class AdapterLoader:
         load.allocation = allocation
         self._run(version, lambda: self._pool.upload(allocation, weights))
         return True
+
+    def _checked(self, weights: AdapterWeights) -> AdapterWeights:
+        """The weights. Raises AdapterRefused when this worker's memory cannot serve them right."""
+        manifest = weights.manifest
+        absorbed = sorted(module.name for module in manifest.modules if module.name in self._pool.absorbed)
+        if manifest.invocation and absorbed:
+            raise AdapterRefused(
+                "unsupported_field",
+                f"alora_invocation_tokens is set, and LoRA is on {absorbed[0]}: the compressed cache of latents "
+                "serves one adapter of it for all of a sequence. Set worker.latent_cache to expanded, or train without",
+                "alora_invocation_tokens",
+            )
+        return weights
 
     def _fail(self, version: str, load: _Load, error: Exception) -> None:
         self._failures[version] = error

@@ -23,6 +23,7 @@ from lorafleet.workers.memory.state_store import StateStore
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model_parts import ModelParts, assemble_model, device_of
 from lorafleet.workers.ranks import Ranks
+from lorafleet.workers.sizing import compresses_latents
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ def _assemble_group(
 ) -> tuple[Group, ModelParts]:
     """Start the other ranks, and this one beside them. All end if one cannot start."""
     device = device_of(engine, 0)
+    compresses_latents(engine, device)  # a refusal need not wait for the others
     group = Group(model, engine, pool, captures=captures)
     with group.starting():
         parts = assemble_model(

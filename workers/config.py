@@ -119,6 +119,12 @@ class EngineConfig(Settings):
         "token at a scale of its own: about half the memory, and half the bytes of attention to long contexts. On a "
         "GPU it needs compute capability 8.9.",
     )
+    latent_cache: Literal["auto", "compressed", "expanded"] = Field(
+        default="auto",
+        description="What pages keep for latent attention (DeepSeek's). `compressed` keeps the latent of each token, "
+        "`expanded` the keys and values of all heads, as `auto` does. `compressed` is refused on a GPU, with several "
+        "devices, with `kv_dtype: fp8` and with other attention.",
+    )
     prefix_cache: PrefixSharing = Field(
         default="shared",
         description="Keep KV pages of finished requests for prompts that start alike: of all callers (`shared`), or of "

@@ -21,7 +21,7 @@ from lorafleet.workers.model.rehearsal import rehearse
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.model.startup import start_runner
 from lorafleet.workers.ranks import Ranks
-from lorafleet.workers.sizing import MemorySizes, kv_dtype, memory_sizes
+from lorafleet.workers.sizing import MemorySizes, compresses_latents, kv_dtype, memory_sizes
 from lorafleet.workers.step.forms import graph_forms
 
 
@@ -72,12 +72,13 @@ def assemble_model(
     started_s = time.monotonic()
     ranks = ranks or Ranks()
     device = device_of(engine, ranks.rank)
+    compresses = compresses_latents(engine, device)
     config = read_config(model)
     if ranks.is_first:
-        rehearse(config, max_model_len(model, config))
+        rehearse(config, max_model_len(model, config), compresses=compresses)
     rehearsal_s = time.monotonic() - started_s
     try:
-        base = load_base(model, device, ranks)
+        base = load_base(model, device, ranks, compresses=compresses)
     except torch.OutOfMemoryError as error:
         raise WorkerConfigError(_does_not_fit(device, ranks)) from error
     load_s = time.monotonic() - started_s - rehearsal_s

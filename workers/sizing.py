@@ -38,8 +38,32 @@ class MemorySizes:
     pool_bytes: int
 
 
+def compresses_latents(engine: EngineConfig, device: torch.device) -> bool:
+    """Return True if pages are to keep latents, where there are some. Raises WorkerConfigError if they cannot."""
+    size = engine.tensor_parallel_size
+    if engine.latent_cache == "compressed" and size > 1:
+        raise WorkerConfigError(
+            f"worker.latent_cache: compressed is not supported with worker.tensor_parallel_size={size}, where each "
+            "device has some of the heads: use latent_cache: auto, or tensor_parallel_size: 1"
+        )
+    if engine.latent_cache == "compressed" and device.type == "cuda":
+        raise WorkerConfigError("worker.latent_cache: compressed is not supported on a GPU yet: use latent_cache: auto")
+    return engine.latent_cache == "compressed"
+
+
 def kv_dtype(base: BaseModel, engine: EngineConfig) -> torch.dtype:
-    """Dtype of keys and values on pages. Raises WorkerConfigError for one that the device does not have."""
+    """Dtype of keys and values on pages. Raises WorkerConfigError for one that the base or the device does not have."""
+    if engine.latent_cache == "compressed" and not base.has_latents:
+        raise WorkerConfigError(
+            f"worker.latent_cache: compressed needs latent attention, which {type(base.model).__name__} does not have "
+            "in a form that is known: use latent_cache: auto"
+        )
+    if engine.kv_dtype == "fp8" and base.has_latents:
+        raise WorkerConfigError(
+            "worker.kv_dtype: fp8 is not supported with the compressed cache of latent attention, which takes "
+            f"{KVCache.page_bytes(base.layers, 1, TORCH_DTYPES[base.dtype])} bytes a token: use kv_dtype: auto, or "
+            "worker.latent_cache: expanded"
+        )
     if engine.kv_dtype == "auto":
         return TORCH_DTYPES[base.dtype]
     device = base.device

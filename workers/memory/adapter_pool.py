@@ -127,6 +127,8 @@ class AdapterPool:
         self._extras: dict[int, Mapping[str, Extra]] = {}
         self._vocabularies: dict[int, int] = {}
         self._ideal_bytes = 0
+        self.absorbed: frozenset[str] = frozenset()
+        """Modules whose LoRA is applied to queries and sums of latents, and not to each token."""
         self.row_norms: RowNorms | None = None
         """Who knows the base's weights sets it; adapters with magnitudes need it."""
         self.untabled: frozenset[str] = frozenset()

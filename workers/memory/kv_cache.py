@@ -22,6 +22,13 @@ class LayerKV:
 
     num_kv_heads: int
     head_dim: int
+    has_values: bool = True
+    """False: values are the first columns of keys, and nothing beside these is kept (latent attention)."""
+
+    @property
+    def width(self) -> int:
+        """Elements of keys and values of a token."""
+        return (1 + self.has_values) * self.num_kv_heads * self.head_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +44,9 @@ class KVCache:
     """The paged K and V tensors of every layer; a page id means the same page in all of them.
 
     `keys[layer]`, `values[layer]`: (num_pages, num_kv_heads, page_tokens, head_dim). Where they are in fp8,
-    `key_scales[layer]`, `value_scales[layer]`: (num_pages, num_kv_heads, page_tokens) float32. Every page id that
-    `allocate`, `acquire_prefix` or `insert` returned is held until `free` is called with it.
+    `key_scales[layer]`, `value_scales[layer]`: (num_pages, num_kv_heads, page_tokens) float32. The values of a layer
+    that keeps none beside its keys are its keys. Every page id that `allocate`, `acquire_prefix` or `insert` returned
+    is held until `free` is called with it.
     """
 
     def __init__(
@@ -58,7 +66,10 @@ class KVCache:
         # read so far.
         self._zeroes_pages = device.type == "cpu"
         self.keys: tuple[Tensor, ...] = tuple(self._zeros(layer, num_pages, dtype, device) for layer in layers)
-        self.values: tuple[Tensor, ...] = tuple(self._zeros(layer, num_pages, dtype, device) for layer in layers)
+        self.values: tuple[Tensor, ...] = tuple(
+            self._zeros(layer, num_pages, dtype, device) if layer.has_values else keys
+            for layer, keys in zip(layers, self.keys, strict=True)
+        )
         self.key_scales = self._scales(layers, num_pages, device) if dtype == FP8 else None
         self.value_scales = self._scales(layers, num_pages, device) if dtype == FP8 else None
         self._pages = PageAllocator(num_pages)
@@ -81,8 +92,10 @@ class KVCache:
     def page_bytes(layers: Sequence[LayerKV], page_tokens: int, dtype: torch.dtype) -> int:
         """Bytes that one page takes over all layers, K and V, with their scales where they are in fp8."""
         of_scale = torch.float32.itemsize if dtype == FP8 else 0
-        of_token = sum(layer.num_kv_heads * (layer.head_dim * dtype.itemsize + of_scale) for layer in layers)
-        return 2 * page_tokens * of_token
+        of_token = sum(
+            layer.width * dtype.itemsize + (1 + layer.has_values) * layer.num_kv_heads * of_scale for layer in layers
+        )
+        return page_tokens * of_token
 
     @property
     def counts(self) -> KVPageCounts:

@@ -7,14 +7,16 @@ none. What attention over pages cannot do is refused here, by its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from lorafleet.workers.errors import UnsupportedModel
+from lorafleet.workers.memory.kv_cache import LayerKV
 from lorafleet.workers.model.family_attention import adopted, choose
 from lorafleet.workers.model.recurrent_layers import is_recurrent
 
@@ -33,8 +35,21 @@ KNOWN_TENSORS = frozenset({"cache_position", "key_bias", "position_ids", "s_aux"
 MAX_HEAD_DIM = 512
 """Of the kernels: `kernels/attention.py`."""
 
+MAX_LATENT_RANK, MAX_LATENT_ROTATED = 512, 128
+"""The same of `kernels/latent.py`, for latents and for the rotated part of keys."""
+
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query position, key position) -> whether the query attends to the key, as transformers has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """A latent vector of each token, of which a linear module makes the keys and values of all heads."""
+
+    rank: int
+    """Elements of the latent vector."""
+    rotated: int
+    """Elements of the part of a key that is rotated, and is the same for all heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +63,27 @@ class AttentionCall:
     value_dim: int
     window: int | None
     """The last so many tokens, the row's own among them, are attended to; None: all that came before."""
+    latent: Latent | None = None
+    """What pages keep in the place of keys and values; None: these."""
 
     @property
     def width(self) -> int:
         """Of a head's keys and values on pages, which are of one size."""
         return max(self.head_dim, self.value_dim)
 
+    @property
+    def kept(self) -> LayerKV:
+        """Kept on pages of each token."""
+        if self.latent is None:
+            return LayerKV(self.num_kv_heads, self.width)
+        return LayerKV(1, self.latent.rank + self.latent.rotated, has_values=False)
+
 
 @torch.inference_mode()
-def read_calls(model: PreTrainedModel, max_model_len: int) -> dict[int, AttentionCall]:
+def read_calls(model: PreTrainedModel, max_model_len: int, *, compresses: bool = False) -> dict[int, AttentionCall]:
     """The call of each layer that attends, by the layer's number; none may where layers keep states.
+
+    `compresses`: pages are to keep latents, in the layers that have some.
 
     Raises UnsupportedModel for a call that attention over pages cannot answer within `max_model_len` tokens.
     """
@@ -85,6 +111,8 @@ def read_calls(model: PreTrainedModel, max_model_len: int) -> dict[int, Attentio
                 windows[seen.mask_function] = _window(seen.mask_function, layer, max_model_len, model)
             window = windows[seen.mask_function]
         calls[layer] = _checked(seen, layer, window, model)
+        if compresses:
+            calls[layer] = replace(calls[layer], latent=seen.latent)
     return calls
 
 
@@ -101,6 +129,7 @@ class _Seen:
     window: int | None
     features: tuple[str, ...]
     """What it does that is not supported."""
+    latent: Latent | None
 
 
 def _record(model: PreTrainedModel, max_model_len: int, *, with_masks: bool) -> dict[int, _Seen]:
@@ -141,18 +170,99 @@ def _record(model: PreTrainedModel, max_model_len: int, *, with_masks: bool) -> 
             if (given is not None and name in UNSUPPORTED_FEATURES)
             or (isinstance(given, Tensor) and name not in KNOWN_TENSORS)
         )
-        found[layer] = _Seen(query, key, value, mask_function, sliding_window, present)
+        expansion = expansions.pop(module, None)
+        is_plain = all(features.get(name) is None for name in ("softcap", "s_aux", "key_bias"))
+        latent = _latent(module, expansion, query, key, value) if expansion is not None and is_plain else None
+        found[layer] = _Seen(query, key, value, mask_function, sliding_window, present, latent)
         return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
     AttentionInterface.register(RECORDER, attend)
     AttentionMaskInterface.register(RECORDER, make_mask)
     try:
         choose(model, RECORDER)
-        with adopted(model, RECORDER, max_model_len):
+        with adopted(model, RECORDER, max_model_len), _expansions(model) as expansions:
             model(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.int64, device=model.device), use_cache=False)
     finally:
         choose(model, own)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Expansion:
+    """A call of a module's `expand_kv`, which makes keys and values of latents."""
+
+    latents: Tensor
+    rotated: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+@contextmanager
+def _expansions(model: PreTrainedModel) -> Iterator[dict[nn.Module, _Expansion]]:
+    """Within it, the last call of `expand_kv` by each module that has one is kept."""
+    kept: dict[nn.Module, _Expansion] = {}
+    modules = expanding(model)
+
+    def recorded(module: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        own: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = module.expand_kv  # type: ignore[assignment]
+
+        def expand(latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+            keys, values = own(latents, rotated)
+            kept[module] = _Expansion(latents, rotated, keys, values)
+            return keys, values
+
+        return expand
+
+    for module in modules:
+        module.__dict__["expand_kv"] = recorded(module)
+    try:
+        yield kept
+    finally:
+        for module in modules:
+            del module.__dict__["expand_kv"]
+
+
+def expanding(model: nn.Module) -> list[nn.Module]:
+    """The modules that make keys and values of latents, in a function of their own."""
+    return [
+        module
+        for module in model.modules()
+        if callable(getattr(module, "expand_kv", None)) and isinstance(getattr(module, "kv_b_proj", None), nn.Module)
+    ]
+
+
+def _latent(module: nn.Module, expansion: _Expansion, query: Tensor, key: Tensor, value: Tensor) -> Latent | None:
+    """The latent of which the very keys and values of a call are made; None if another rule makes them.
+
+    The rule: a linear module without a bias gives each head the first part of its keys, then its values. The second
+    part of the keys is the rotated one.
+    """
+    linear = module.kv_b_proj
+    if key is not expansion.keys or value is not expansion.values or type(linear) is not nn.Linear:
+        return None
+    latents, rotated = expansion.latents, expansion.rotated
+    _, num_heads, num_tokens, head_dim = key.shape
+    latent = Latent(latents.shape[-1], rotated.shape[-1])
+    plain, value_dim = head_dim - latent.rotated, value.shape[3]
+    shape = (num_heads * (plain + value_dim), latent.rank)
+    if (
+        linear.bias is not None
+        or plain <= 0
+        or linear.weight.shape != shape
+        or latents.shape != (1, 1, num_tokens, latent.rank)
+        or rotated.shape != (1, 1, num_tokens, latent.rotated)
+        or query.shape != key.shape
+        or (latents.is_cuda and (latent.rank > MAX_LATENT_RANK or latent.rotated > MAX_LATENT_ROTATED))
+    ):
+        return None
+    expanded = linear(latents[0, 0]).view(num_tokens, num_heads, plain + value_dim).transpose(0, 1)
+    pairs = (
+        (key[0, :, :, :plain], expanded[..., :plain]),
+        (key[0, :, :, plain:], rotated[0].expand(num_heads, -1, -1)),
+        (value[0], expanded[..., plain:]),
+    )
+    is_rule = all(bool((one - other).abs().max() <= 0.02 * other.abs().max()) for one, other in pairs)
+    return latent if is_rule else None
 
 
 def _checked(seen: _Seen, layer: int, window: int | None, model: PreTrainedModel) -> AttentionCall:

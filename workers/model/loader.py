@@ -85,13 +85,20 @@ class BaseModel:
 
     @property
     def layers(self) -> tuple[LayerKV, ...]:
-        """KV heads and head width that each layer keeps on pages; zeros for layers that do not attend."""
+        """Kept on pages of each layer; heads of zeros for layers that do not attend."""
         calls = (self.calls.get(layer) for layer in range(max(self.calls, default=-1) + 1))
-        return tuple(LayerKV(0, 0) if call is None else LayerKV(call.num_kv_heads, call.width) for call in calls)
+        return tuple(LayerKV(0, 0) if call is None else call.kept for call in calls)
+
+    @property
+    def has_latents(self) -> bool:
+        """True if pages keep latents in the place of some layers' keys and values."""
+        return any(call.latent is not None for call in self.calls.values())
 
 
-def load_base(model: ModelConfig, device: torch.device, ranks: Ranks | None = None) -> BaseModel:
-    """Load the base at `model.source`, or this rank's part of it.
+def load_base(
+    model: ModelConfig, device: torch.device, ranks: Ranks | None = None, *, compresses: bool = False
+) -> BaseModel:
+    """Load the base at `model.source`, or this rank's part of it. `compresses`: as in `read_calls`, for a whole base.
 
     Raises UnsupportedModel, naming what cannot be served.
     """
@@ -111,7 +118,7 @@ def load_base(model: ModelConfig, device: torch.device, ranks: Ranks | None = No
             loaded = _load_quantised(model.source, config, TORCH_DTYPES[dtype], device)
     if rounds:
         round_weights(loaded, geometry_of(empty_model(config, TORCH_DTYPES[dtype]), dtype))
-    base = base_of(loaded, config, dtype, max_model_len(model, config))
+    base = base_of(loaded, config, dtype, max_model_len(model, config), compresses=compresses)
     if device.type == "cuda" and has_fp8(loaded, base.geometry):
         reason = why_not_multiplied(device, dtype)
         if reason is not None:
@@ -157,11 +164,17 @@ def _load_part(
 
 
 def base_of(
-    loaded: PreTrainedModel, config: PretrainedConfig, dtype: Dtype, longest: int, probe_tokens: int = PROBE_TOKENS
+    loaded: PreTrainedModel,
+    config: PretrainedConfig,
+    dtype: Dtype,
+    longest: int,
+    probe_tokens: int = PROBE_TOKENS,
+    *,
+    compresses: bool = False,
 ) -> BaseModel:
     """The base of a model in memory. Raises UnsupportedModel, naming what cannot be served.
 
-    `longest`: tokens of the longest sequence. `probe_tokens`: length of its probe.
+    `longest`: tokens of the longest sequence. `probe_tokens`: length of its probe. `compresses`: as in `read_calls`.
     """
     device = loaded.device
     loaded.eval().requires_grad_(False)
@@ -180,7 +193,7 @@ def base_of(
         vocab_size=config.vocab_size,
         max_model_len=longest,
         stop_token_ids=_stop_token_ids(loaded),
-        calls=read_calls(loaded, longest),
+        calls=read_calls(loaded, longest, compresses=compresses),
         states=states,
         probe_token_ids=probe,
         probe_logits=probe_logits,

@@ -7,7 +7,7 @@ another, decodes (one row each) first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,6 +52,8 @@ class AttentionContext:
     batch: AttentionBatch | None = None
     workspaces: Mapping[int, DecodeWorkspace] = field(default_factory=dict)
     """Of each layer, on CUDA; layers of one shape share theirs, since a stream runs them in turn."""
+    latents: dict[int, Callable[[Tensor, Tensor, Tensor, Scores], Tensor]] = field(default_factory=dict)
+    """Of each layer whose pages keep latents, what attends to them; called as `LatentAttention` is."""
 
     def place(self, layer: int) -> KVPlace:
         """Place in `layer`'s cache of the running pass's keys and values."""
@@ -93,6 +95,8 @@ def _workspaces(calls: Mapping[int, AttentionCall], device: torch.device) -> dic
     made: dict[tuple[int, int, int], DecodeWorkspace] = {}
     workspaces = {}
     for layer, call in calls.items():
+        if call.latent is not None:
+            continue
         shape = call.num_heads, call.num_kv_heads, call.width
         if shape not in made:
             made[shape] = DecodeWorkspace.allocate(
@@ -127,15 +131,16 @@ def paged_attention(
     call = context.calls.get(layer)
     if call is None:
         raise UnsupportedModel(f"layer {layer} attends, though it did not when the model was first called")
+    scores = Scores(call.head_dim**-0.5 if scaling is None else scaling, call.window, softcap, s_aux, key_bias)
+    if call.latent is not None:
+        return context.latents[layer](query[0], key, value, scores)[None], None
     query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     _check_heads(query, key, value, call, layer)
-    if scaling is None:
-        scaling = call.head_dim**-0.5
     if call.value_dim != call.head_dim:
         # On pages both are as wide as the wider, with zeros that add nothing.
         query, key, value = (F.pad(each, (0, call.width - each.shape[-1])) for each in (query, key, value))
     fused.store(key, value, context.place(layer))
-    attended = attend(query, context, layer, Scores(scaling, call.window, softcap, s_aux, key_bias))
+    attended = attend(query, context, layer, scores)
     return attended[..., : call.value_dim].unsqueeze(0), None
 
 

@@ -83,18 +83,21 @@ FOLDER = ".cache/lorafleet/rehearsals"
 Steps = Sequence[Sequence[Piece]]
 
 
-def rehearse(config: PretrainedConfig, max_model_len: int) -> None:
-    """Raise UnsupportedModel when a small copy of the base is not computed as transformers computes it."""
+def rehearse(config: PretrainedConfig, max_model_len: int, *, compresses: bool = False) -> None:
+    """Raise UnsupportedModel when a small copy of the base is not computed as transformers computes it.
+
+    `compresses`: as in `read_calls`.
+    """
     digest = hashlib.sha256(_code().encode())
     fields = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
-    digest.update(f"{max_model_len} {json.dumps(fields, sort_keys=True, default=str)}".encode())
+    digest.update(f"{max_model_len} {compresses} {json.dumps(fields, sort_keys=True, default=str)}".encode())
     kept = Path.home() / FOLDER / f"{digest.hexdigest()[:32]}.json"
     with suppress(OSError, ValueError, KeyError):
         reason = json.loads(kept.read_text())["reason"]
         if reason is not None:
             raise UnsupportedModel(reason)
         return
-    reason = _why_not(config, max_model_len)
+    reason = _why_not(config, max_model_len, compresses=compresses)
     with suppress(OSError):  # it is rehearsed again next time
         kept.parent.mkdir(parents=True, exist_ok=True)
         written = kept.with_suffix(f".{id(config)}")
@@ -115,14 +118,14 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _why_not(config: PretrainedConfig, max_model_len: int) -> str | None:
+def _why_not(config: PretrainedConfig, max_model_len: int, *, compresses: bool) -> str | None:
     try:
         for sizes in (NARROW, SMALL, {}):
             plain = _copy(config, sizes, 0)
             if plain is not None:
                 read_calls(plain, max_model_len)  # so that a refusal speaks of the base's own limits
                 made = _copy(config, sizes, max_model_len) or plain
-                _Rehearsal(made, max(MIN_LEN, min(max_model_len, MAX_LEN))).run()
+                _Rehearsal(made, max(MIN_LEN, min(max_model_len, MAX_LEN)), compresses=compresses).run()
                 return None
         logger.info("no small copy of %s can be made; it is probed as it is only", config.model_type)
     except UnsupportedModel as error:
@@ -229,9 +232,9 @@ def _copy(config: PretrainedConfig, sizes: dict[str, int], max_model_len: int) -
 class _Rehearsal:
     """A copy twice, as transformers has it and substituted, and three prompts: two of them with an adapter."""
 
-    def __init__(self, model: PreTrainedModel, max_model_len: int) -> None:
+    def __init__(self, model: PreTrainedModel, max_model_len: int, *, compresses: bool = False) -> None:
         num_tokens = min(NUM_TOKENS, max_model_len)
-        base = base_of(model, model.config, "float32", max_model_len, num_tokens)
+        base = base_of(model, model.config, "float32", max_model_len, num_tokens, compresses=compresses)
         self.name = type(model).__name__
         self.own = copy.deepcopy(model)
         self.cache = KVCache(base.layers, num_pages=16, page_tokens=16, dtype=torch.float32, device=base.device)

@@ -19,6 +19,7 @@ from lorafleet.workers.memory.state_store import StateStore
 from lorafleet.workers.model import (
     expert_layers,
     fused_layers,
+    latent_attention,
     lora_layers,
     norm_layers,
     paged_attention,
@@ -117,6 +118,7 @@ def substitute(
         counts[name.rpartition(".")[2]] += 1
     norm_layers.substitute_norms(model, geometry.vectors, lora, pool.vector)
     paged_attention.install(model, attention, base.max_model_len)
+    pool.absorbed = latent_attention.install(model, attention)
     recurrent = RecurrentContext(states)
     recurrent_layers.install(model, recurrent)
     parts = fused_layers.substitute(model, attention, base.max_model_len)
