@@ -5,9 +5,7 @@ Four deployments of plain classes: `ingress` (HTTP and names, as many replicas a
 else. No postponed annotations here: Serve reads the type of `build`'s argument at run time.
 """
 
-import math
 from pathlib import Path
-from typing import Any
 
 from ray import serve
 from ray.serve.config import RequestRouterConfig
@@ -20,14 +18,10 @@ from lorafleet.cluster.ingress import Ingress, take_http_app
 from lorafleet.cluster.store.replica import StoreReplica
 from lorafleet.cluster.worker.replica import WorkerReplica
 
-ADMIN_CALLS = 256
-"""Calls of the admin plane that a worker takes beside the requests that the router sends it."""
 MAX_CALLS = 10_000
-"""Calls that the ingress and the store take at once: requests are bounded at the workers, where the work is."""
+"""Calls that a deployment takes at once: requests are bounded by each ingress, for each worker."""
 STATS_PERIOD_S = 1.0
 """How often workers tell the routers what they hold."""
-MEMORY_S = 5.0
-"""How long the router believes that an adapter is where it sent it, before the worker has said so."""
 HEALTH_PERIOD_S = 1.0
 """How soon a dead replica is found and replaced."""
 HEALTH_TIMEOUT_S = 30.0
@@ -68,11 +62,10 @@ def _workers(config: AppConfig, store: Application) -> Application:
         name="worker",
         num_replicas=worker.num_replicas,
         ray_actor_options={"num_cpus": worker.num_cpus, "num_gpus": worker.num_gpus},
-        # Each ingress bounds what it sends by itself.
-        max_ongoing_requests=config.ingress.num_replicas * worker.max_load + ADMIN_CALLS,
+        # Requests come by connections, and each ingress bounds them by itself. Serve counts a call for a connection.
+        max_ongoing_requests=MAX_CALLS,
         request_router_config=RequestRouterConfig(
             request_router_class="lorafleet.cluster.routing.worker_router:WorkerRouter",
-            request_router_kwargs=router_options(config),
             request_routing_stats_period_s=STATS_PERIOD_S,
             request_routing_stats_timeout_s=HEALTH_TIMEOUT_S,
         ),
@@ -114,15 +107,3 @@ def _ingress(config: AppConfig, workers: Application, store: Application, contro
         logging_config=_QUIET,
     )
     return deployment(serve.ingress(take_http_app)(Ingress)).bind(config, workers, store, controller)
-
-
-def router_options(config: AppConfig) -> dict[str, Any]:
-    """Settings of `WorkerRouter`."""
-    worker = config.worker
-    return {
-        "max_load": worker.max_load,
-        # Each ingress has a router of its own; the bound is for all of them.
-        "max_queued": math.ceil(worker.max_queued_requests / config.ingress.num_replicas),
-        "spill_gap": max(1, worker.max_running // 8),
-        "memory_s": MEMORY_S,
-    }

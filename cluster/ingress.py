@@ -6,7 +6,9 @@ A plain class: `cluster/app.py` makes a Serve deployment of it, with `take_http_
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -31,7 +33,9 @@ from lorafleet.cluster.openai import routes as openai
 from lorafleet.cluster.openai.peer_routes import build_peer_router
 from lorafleet.cluster.ray_internals import has_token, http_hosts
 from lorafleet.cluster.responses import routes as responses
+from lorafleet.cluster.routing.placement import Placement
 from lorafleet.cluster.routing.whereabouts import live_workers
+from lorafleet.cluster.routing.worker_queue import WorkerQueue
 from lorafleet.cluster.serving.dispatch import Dispatcher
 from lorafleet.cluster.serving.exposition import Exposition
 from lorafleet.cluster.serving.names import Names
@@ -40,6 +44,7 @@ from lorafleet.cluster.store.client import StoreClient
 from lorafleet.cluster.tracing import Traces
 from lorafleet.cluster.watchdog import Watchdog
 from lorafleet.cluster.worker.client import WorkersClient
+from lorafleet.cluster.worker.front import Front
 from lorafleet.workers.checkpoint import without_torch
 from lorafleet.workers.request import GenerateDelta, GenerateRequest
 
@@ -48,6 +53,9 @@ STORE_PATIENCE_S = 60.0
 
 UNCHECKED_S = 5.0
 """Longest time without a question for the health of an ingress that takes requests; Serve asks once a second."""
+
+MEMORY_S = 5.0
+"""How long the ingress believes that an adapter is where it sent it, before the worker has said so."""
 
 _http_app: ContextVar[FastAPI] = ContextVar("http_app")
 
@@ -73,14 +81,13 @@ class Ingress:
         tracing = config.tracing
         self._traces = Traces.to(tracing.endpoint, tracing.sample_ratio) if tracing.endpoint is not None else None
         self._names = Names(StoreClient(store))
-        client = WorkersClient(workers)
         with without_torch():
             prompts = Prompts.load(config.model)
         self._dispatcher = Dispatcher(
             config.model.id,
             prompts,
             self._names,
-            client,
+            Front(workers, _queue(config)),
             RequestMetrics(traces=self._traces),
             salts_prefixes=config.worker.prefix_cache == "per_key",
         )
@@ -101,7 +108,7 @@ class Ingress:
                         self._dispatcher,
                         keys,
                         self._readiness.not_ready,
-                        Exposition(config.model.id, client.counts),
+                        Exposition(config.model.id, WorkersClient(workers).counts),
                     ),
                     admin.build_router(control, keys, hubs=config.adapters.hubs),
                 ],
@@ -153,3 +160,11 @@ class Ingress:
         traces: Traces | None = getattr(self, "_traces", None)
         if traces is not None:
             traces.close()
+
+
+def _queue(config: AppConfig) -> WorkerQueue:
+    worker = config.worker
+    placement = Placement(max_load=worker.max_load, spill_gap=max(1, worker.max_running // 8), memory_s=MEMORY_S)
+    # Each ingress has a queue of its own; the bound is for all of them.
+    max_queued = math.ceil(worker.max_queued_requests / config.ingress.num_replicas)
+    return WorkerQueue(placement, max_queued=max_queued, ingress_id=uuid.uuid4().hex)

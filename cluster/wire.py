@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
+import pickle
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ParamSpec, TypeVar
@@ -19,51 +21,98 @@ from lorafleet.adapter_store.manifest import AdapterChat, AdapterManifest
 from lorafleet.adapter_store.names import NamedAdapter
 from lorafleet.cluster.errors import ClusterError
 from lorafleet.workers.errors import WorkerError
-from lorafleet.workers.request import GenerateDelta
+from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams
 from lorafleet.workers.state import WorkerState
 from lorafleet.workers.stats import ServedCounts
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 """Grows with every change of a type that two builds may exchange during a rolling update."""
 VERSION_PREFIX = 16
 """Hex digits of a version that routers are told: enough to tell versions apart, short enough to broadcast."""
 
-Batch = list[tuple[str, GenerateDelta]]
-"""Request ids and deltas, in the order in which they were made."""
+Order = tuple[str, bytes | None]
+"""The id of a sequence, and the request as `packed_request` writes it; None: abort the sequence."""
+Batch = list[tuple[str, GenerateDelta | bytes]]
+"""Request ids and deltas, in the order in which they were made. Bytes: a pickled error, which ends the sequence."""
 
 EXPECTED = (AdapterStoreError, ClusterError, WorkerError)
 """What replicas raise of what callers did, or of what is not there now."""
 
-OUTBOX_ID_BYTES = 32
-OUTBOX_KEY_BYTES = 32
+INGRESS_ID_BYTES = 32
+WORKER_KEY_BYTES = 32
 _FRAME_HEAD_BYTES = 4
-
-_to_msgpack = msgpack.Encoder().encode
-_batch_of = msgpack.Decoder(Batch).decode
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 
+def _plain(value: object) -> str:
+    """Sampling parameters as JSON: it has also what MessagePack lacks, say the large integers of a client's schema."""
+    if isinstance(value, SamplingParams):
+        return json.dumps(value.model_dump(exclude_defaults=True))
+    raise NotImplementedError(f"a {type(value).__name__} does not cross")
+
+
+def _from_plain(kind: type, value: Any) -> SamplingParams:
+    assert kind is SamplingParams
+    return SamplingParams.model_validate(json.loads(value))
+
+
+_to_msgpack = msgpack.Encoder(enc_hook=_plain).encode
+_batch_of = msgpack.Decoder(Batch).decode
+_order_of = msgpack.Decoder(Order).decode
+_request_of = msgpack.Decoder(EngineRequest, dec_hook=_from_plain).decode
+
+
 @dataclass(frozen=True, slots=True)
-class OutboxAddress:
-    """Address at which a worker's deltas are read. A client sends key and outbox id, then gets frames."""
+class WorkerAddress:
+    """Address of a worker's connections. A client sends key and ingress id; then frames go both ways."""
 
     host: str
     port: int
     key: bytes = field(repr=False)
 
 
-def batch_frame(batch: Batch) -> bytes:
-    """A batch as it goes over a connection: the length, big-endian, and the batch as MessagePack."""
-    body = _to_msgpack(batch)
+def frame(message: Batch | Order) -> bytes:
+    """A message as it goes over a connection: its length, big-endian, and itself as MessagePack."""
+    body = _to_msgpack(message)
     return len(body).to_bytes(_FRAME_HEAD_BYTES, "big") + body
 
 
 async def read_batch(reader: asyncio.StreamReader) -> Batch:
-    """The next batch of a connection. Raises IncompleteReadError at its end, and OSError."""
+    """The next batch of a worker. Raises IncompleteReadError at the connection's end, and OSError."""
+    return _batch_of(await _read_frame(reader))
+
+
+async def read_order(reader: asyncio.StreamReader) -> Order:
+    """The next order of an ingress. Raises IncompleteReadError at the connection's end, OSError and MsgspecError."""
+    return _order_of(await _read_frame(reader))
+
+
+async def _read_frame(reader: asyncio.StreamReader) -> bytes:
     head = await reader.readexactly(_FRAME_HEAD_BYTES)
-    return _batch_of(await reader.readexactly(int.from_bytes(head, "big")))
+    return await reader.readexactly(int.from_bytes(head, "big"))
+
+
+def packed_request(request: EngineRequest) -> bytes:
+    """A request as plain data. May raise, where a caller's schema holds what no JSON has."""
+    return _to_msgpack(request)
+
+
+def unpacked_request(packed: bytes) -> EngineRequest:
+    """The request in an order. Raises ValueError or MsgspecError for one of another build."""
+    return _request_of(packed)
+
+
+def packed_error(error: Exception) -> bytes:
+    """An error for `Batch`. Only those of `EXPECTED` survive it for certain."""
+    return pickle.dumps(error)
+
+
+def unpacked_error(packed: bytes) -> Exception:
+    """An error of a worker: ingresses connect only to addresses that Serve gave them, and trust what is there."""
+    error: Exception = pickle.loads(packed)
+    return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +230,7 @@ class RoutingReport:
     free_pages: int = 0
     """Free pages of its adapter pool."""
     answering: tuple[tuple[str, int], ...] = ()
-    """Ids of outboxes, sorted, and how many answers the worker makes for each: running and waiting."""
+    """Ids of ingresses, sorted, and how many answers the worker makes for each: running and waiting."""
 
     def packed(self) -> dict[str, Any]:
         """The form that Serve's controller carries: a plain dict."""
@@ -192,7 +241,7 @@ class RoutingReport:
         """The report in a dict of Serve's; an empty one where a worker of another build wrote it, or none did."""
         if not stats or stats.get("wire_version") != WIRE_VERSION:
             return cls()
-        answering = tuple((outbox_id, count) for outbox_id, count in stats["answering"])
+        answering = tuple((ingress_id, count) for ingress_id, count in stats["answering"])
         return cls(tuple(stats["resident"]), stats["free_pages"], answering)
 
 

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TypeVar
 
 from lorafleet.adapter_store.manifest import AdapterManifest, AdapterWeights
@@ -82,7 +83,8 @@ class Worker:
         Raises PromptTooLong, AdapterUnavailable, EngineFailed, and what `fetch` raises for an unknown version.
         """
         queue: asyncio.Queue[GenerateDelta | Exception] = asyncio.Queue()
-        with self._running(request, queue.put_nowait):
+        abort = self.begin(request, queue.put_nowait)
+        try:
             is_done = False
             while not is_done:
                 item = await queue.get()
@@ -90,40 +92,28 @@ class Worker:
                     raise item
                 is_done = item.finish_reason is not None
                 yield item
+        finally:
+            abort()
 
-    async def answer(self, request: EngineRequest, take: Callable[[GenerateDelta], None]) -> None:
-        """`generate` without a task that wakes for every delta: `take` is called with each as it is made.
+    def begin(self, request: EngineRequest, take: Take) -> Callable[[], None]:
+        """`generate` without a task: `take` is called with each delta as it is made, or with the error that ends all.
 
-        Returns after the last one. Cancelling it aborts the request within two steps.
+        Returns what aborts the request within two steps, and does nothing once it is over. Called on the event loop.
         """
-        is_done = asyncio.get_running_loop().create_future()
-
-        def note(item: GenerateDelta | Exception) -> None:
-            if is_done.done():  # cancelled, and about to leave
-                return
-            if isinstance(item, Exception):
-                is_done.set_exception(item)
-                return
-            take(item)
-            if item.finish_reason is not None:
-                is_done.set_result(None)
-
-        with self._running(request, note):
-            await is_done
-
-    @contextlib.contextmanager
-    def _running(self, request: EngineRequest, take: Take) -> Iterator[None]:
-        """Submit a request, whose deltas go to `take`; leaving before its end aborts it."""
         self._event_loop = asyncio.get_running_loop()
         # A caller may send the same id twice (a retry that raced its first attempt); streams are kept apart here.
         request = replace(request, request_id=f"{request.request_id}#{next(_serials)}")
         self._streams[request.request_id] = take
         try:
             self._engine.submit(request)
-            yield
-        finally:
-            if self._streams.pop(request.request_id, None) is not None:
-                self._engine.abort(request.request_id)
+        except Exception:
+            del self._streams[request.request_id]
+            raise
+        return partial(self._abort, request.request_id)
+
+    def _abort(self, request_id: str) -> None:
+        if self._streams.pop(request_id, None) is not None:
+            self._engine.abort(request_id)
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
         """On the engine's thread: one hand-over to the event loop a step, whatever the number of streams."""

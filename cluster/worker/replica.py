@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
 import ray
@@ -26,18 +25,14 @@ from lorafleet.cluster.metrics import WorkerMetrics
 from lorafleet.cluster.store.client import StoreClient
 from lorafleet.cluster.watchdog import Watchdog
 from lorafleet.cluster.wire import (
-    EXPECTED,
     VERSION_PREFIX,
-    Failure,
-    OutboxAddress,
     RoutingReport,
+    WorkerAddress,
     WorkerCounts,
     replying,
 )
-from lorafleet.cluster.worker.delta_server import DeltaServer
-from lorafleet.cluster.worker.outbox import Outboxes
+from lorafleet.cluster.worker.answer_server import AnswerServer
 from lorafleet.cluster.worker.reconciler import Reconciler
-from lorafleet.workers.request import EngineRequest
 from lorafleet.workers.state import WorkerState
 from lorafleet.workers.worker import Worker
 
@@ -65,8 +60,9 @@ class WorkerReplica:
             fetch=self._store.fetch,
             node_id=ray.get_runtime_context().get_node_id(),
         )
-        self._outboxes = Outboxes(is_alive=lambda: not self._worker.is_stalled)
-        self._delta_server = DeltaServer(self._outboxes, ray.util.get_node_ip_address())
+        self._server = AnswerServer(
+            self._worker.begin, ray.util.get_node_ip_address(), is_alive=lambda: not self._worker.is_stalled
+        )
         self._reconciler = Reconciler(self._worker, self._ask_store)
         self._may_begin = False
         self._metrics = WorkerMetrics(self.worker_id)
@@ -77,35 +73,14 @@ class WorkerReplica:
             asyncio.create_task(self._watchdog.run()),
         ]
 
-    async def generate(
-        self,
-        request: EngineRequest,
-        outbox_id: str,
-        excluded: frozenset[str] = frozenset(),
-        only_resident: bool = False,
-    ) -> AsyncIterator[str | Failure | None]:
-        """Answer into an outbox. Says which worker this is, and in the end None or what went wrong.
+    async def connection(self, worker_id: str) -> AsyncIterator[WorkerAddress]:
+        """Yield the address at which this worker takes requests. The call stays open as long as its ingress has some.
 
-        `excluded` and `only_resident` are for the router.
+        Serve counts it: the worker does not end before it.
         """
-        with self._outboxes.answering(outbox_id) as outbox:
-            answer = self._worker.answer(request, partial(outbox.put, request.request_id))
-            answering = asyncio.ensure_future(answer)
-            try:
-                yield self.worker_id
-                await answering
-                yield None
-            except EXPECTED as error:
-                yield Failure(error)
-            finally:
-                answering.cancel()
-
-    async def deltas(self, outbox_id: str, worker_id: str) -> AsyncIterator[OutboxAddress]:
-        """Yield the address at which an outbox is read. The call stays open as long as its ingress reads."""
         self._check(worker_id)
-        with self._outboxes.using(outbox_id):
-            yield await self._delta_server.address()
-            await asyncio.Event().wait()
+        yield await self._server.address()
+        await asyncio.Event().wait()
 
     @replying
     async def state(self, worker_id: str) -> WorkerState:
@@ -161,14 +136,14 @@ class WorkerReplica:
         held = (adapter.version[:VERSION_PREFIX] for adapter in state.adapters if adapter.state != "retired")
         pages = state.adapter_pages
         # Sorted: the pool lists adapters in LRU order, and Serve broadcasts every report that differs from the last.
-        return RoutingReport(tuple(sorted(held)), pages.total - pages.used, self._outboxes.loads()).packed()
+        return RoutingReport(tuple(sorted(held)), pages.total - pages.used, self._server.loads()).packed()
 
     def __del__(self) -> None:
         """Serve calls this when the replica has drained."""
         for task in getattr(self, "_tasks", ()):
             task.cancel()
-        if hasattr(self, "_delta_server"):
-            self._delta_server.close()
+        if hasattr(self, "_server"):
+            self._server.close()
         if hasattr(self, "_worker"):
             self._worker.close()
 

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import metronome
 from lorafleet.adapter_store.manifest import AdapterWeights
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
-from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingParams
+from lorafleet.workers.request import EngineRequest, SamplingParams
 
 
 async def test_a_metronome_answers_and_says_how_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,8 +19,8 @@ async def test_a_metronome_answers_and_says_how_it_is(monkeypatch: pytest.Monkey
         worker_id="w", model=ModelConfig(id="m", source="m"), engine=EngineConfig(), pool=PoolConfig(), fetch=fetch
     )
     try:
-        taken: list[GenerateDelta] = []
-        await worker.answer(EngineRequest("r", None, (5,), SamplingParams(max_tokens=3)), taken.append)
+        request = EngineRequest("r", None, (5,), SamplingParams(max_tokens=3))
+        taken = [delta async for delta in worker.generate(request)]
         assert [delta.text for delta in taken] == [metronome.TEXT] * 3
         assert [delta.finish_reason for delta in taken] == [None, None, "length"]
         assert (await worker.state()).running == 0

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from typing import Any
 
 import uvicorn
 from msgspec.structs import replace
 
-from lorafleet.cluster.worker.client import WorkersClient
+from lorafleet.cluster.worker.stream import AnswerStream
 from lorafleet.workers.request import GenerateDelta
+from tests.cluster.fronts import DELTA, LAST, Handle, front_of
 from tests.cluster.serving import BASE_ID, Service
-from tests.cluster.test_worker_client import DELTA, LAST, Handle, Response
 from tests.support.wait import until
 
 WORD = "x" * 16_384
@@ -33,29 +34,38 @@ async def ask(address: tuple[str, int], limit: int) -> tuple[asyncio.StreamReade
 
 async def test_what_is_kept_for_a_slow_reader_is_bounded() -> None:
     """One joined delta, and what the server's transport holds; no more, however much the worker makes."""
-    handle = Handle([Response(["w1", None], ends=True), Response(["w1", None], ends=True)])
-    workers = WorkersClient(handle)
+    handle = Handle("w1")
+    worker = handle.servers["w1"]
+    front = front_of(handle)
+    streams: list[AnswerStream] = []
+
+    class Recorded:
+        def generate(self, *args: Any, **kwargs: Any) -> AnswerStream:
+            streams.append(front.generate(*args, **kwargs))
+            return streams[-1]
+
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
     listener.bind(("127.0.0.1", 0))
-    app = Service(workers=workers).app()
+    app = Service(workers=Recorded()).app()
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
     serving = asyncio.create_task(server.serve([listener]))
     await until(lambda: server.started)
     try:
         slow_reader, slow_writer = await ask(listener.getsockname(), 1024)
-        await until(lambda: len(handle.calls) == 1)
+        await until(lambda: len(worker.requests) == 1)
         eager_reader, eager_writer = await ask(listener.getsockname(), 2**24)
-        await until(lambda: len(handle.calls) == 2 and "w1" in handle.boxes)
-        slow_id, eager_id = (call[0] for call in handle.calls)
-        slow = workers._streams[slow_id]
+        await until(lambda: len(worker.requests) == 2)
+        slow_id, eager_id = worker.requests
+        slow = streams[0]
         eager_body = asyncio.create_task(eager_reader.read())
         for i in range(NUM_DELTAS):
             delta = replace(DELTA, text=f"{i}{WORD}")
-            handle.boxes["w1"].put((slow_id, delta), (eager_id, delta))
+            worker.put(slow_id, delta)
+            worker.put(eager_id, delta)
             await asyncio.sleep(0.002)
             assert len(slow._items) <= 1
-        handle.boxes["w1"].put((eager_id, LAST))
+        worker.put(eager_id, LAST)
         body = await asyncio.wait_for(eager_body, 20)
         texts = [
             json.loads(line[6:])["choices"][0]["text"] for line in body.split(b"\n") if line.startswith(b"data: {")
@@ -68,7 +78,7 @@ async def test_what_is_kept_for_a_slow_reader_is_bounded() -> None:
         assert isinstance(waiting, GenerateDelta)
         assert len(waiting.text) > NUM_DELTAS * len(WORD) / 2
         # It gets all of it as soon as it reads.
-        handle.boxes["w1"].put((slow_id, LAST))
+        worker.put(slow_id, LAST)
         body = b""
         while piece := await asyncio.wait_for(slow_reader.read(2**20), 20):
             body += piece
