@@ -47,6 +47,11 @@ BASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ["q_proj", "k_proj"],
         ["wte", "lm_head"],
     ),
+    "xglm": (
+        {"vocab_size": 304, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
+        ["q_proj", "out_proj"],
+        ["embed_tokens", "lm_head"],
+    ),
 }
 """Settings, and what adapters are put on: attention, embedding and head."""
 

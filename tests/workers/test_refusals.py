@@ -59,12 +59,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({**SMALL, "hidden_size": 32, "state_size": 4}, "recurrent state"),
     "deepseek_v32": (DEEPSEEK, "hands attention indices"),
     "llama4_text": (LLAMA4, "chunks of 16 tokens"),
-    "llama4_text-temperature": (
+    "llama4_text/temperature": (
         {**LLAMA4, "attention_chunk_size": 64, "attn_temperature_tuning": True, "floor_scale": 32},
         "by the position from 32 tokens on",
     ),
-    "xglm": (
-        {"vocab_size": 304, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
+    "openai-gpt": (
+        {"vocab_size": 304, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
         "does not attend through transformers",
     ),
     # It attends to what comes after, too.
@@ -90,7 +90,7 @@ def save_base(folder: Path, kind: str, settings: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("kind", REFUSED)
 async def test_what_cannot_be_served_right_is_not_served(kind: str, tmp_path: Path) -> None:
     settings, reason = REFUSED[kind]
-    base = save_base(tmp_path, kind.partition("-")[0], settings)
+    base = save_base(tmp_path, kind.partition("/")[0], settings)
     await refuses(UnsupportedModel, reason, base)
 
 

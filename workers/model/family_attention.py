@@ -130,6 +130,15 @@ def _mpt(self: Any, hidden_states: Tensor, position_bias: Tensor, **_: object) -
     return self.out_proj(_attend(self, query, key, value, self.softmax_scale).flatten(2)), None
 
 
+def _xglm(self: Any, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
+    """In place of `XGLMAttention.forward`, of a layer's own tokens."""
+    shape = (*hidden_states.shape[:2], self.num_heads, self.head_dim)
+    heads = (
+        project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    return self.out_proj(_attend(self, *heads, self.scaling).flatten(2)), None
+
+
 def _scaled(scaling: Callable[[Any], float], window: Callable[[Any], int | None] = lambda module: None) -> Any:
     """In place of an `_attn` whose arguments and result are (1, heads, rows, head_dim)."""
 
@@ -178,5 +187,6 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "GPTNeoXJapaneseAttention": Family("_attn", _scaled(lambda module: 1 / module.norm_factor)),
     "MptAttention": Family("forward", _mpt, _mpt_bias, needs_mask=True),
+    "XGLMAttention": Family("forward", _xglm),
 }
 """By the class of transformers' attention module."""
