@@ -80,17 +80,25 @@ def route_few(experts: Tensor, num_experts: int, segments: Segments | None, slot
 
 
 def combine(
-    y: Tensor, experts: Tensor, weights: Tensor, routed: Routed, num_experts: int, dtype: torch.dtype
+    y: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    routed: Routed,
+    num_experts: int,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Sum what the experts of each row gave, times their weights, in `dtype`: (rows, width).
 
-    y: (routed, width) by place. experts, weights: (rows, top_k). What has no expert counts as zero.
+    y: (routed, width) by place. experts, weights: (rows, top_k). What has no expert counts as zero. A GPU writes into
+    `out`, contiguous, if it is given.
     """
     num_rows, top_k = experts.shape
     if y.is_cuda:
         from lorafleet.kernels import routing_triton
 
-        out = torch.empty((num_rows, y.shape[1]), dtype=dtype, device=y.device)
+        if out is None:
+            out = torch.empty((num_rows, y.shape[1]), dtype=dtype, device=y.device)
         if num_rows:
             routing_triton.combine(y, experts, weights, routed.places, num_experts, out)
         return out

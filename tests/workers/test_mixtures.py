@@ -30,7 +30,7 @@ from tests.workers.test_replayed_steps import BY_ROW, replay
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 SIZES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
     "llama4_text": {**LLAMA4, "num_local_experts": 3, "attention_chunk_size": 64},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "layer_types": ["full_attention"] * 2},
 }
@@ -85,13 +85,18 @@ def logprobs(model: PreTrainedModel | PeftModel, prompt: tuple[int, ...]) -> tor
     return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
 
 
-async def assert_as_peft(shelf: Shelf, folders: dict[str, Path], oracle: Path | None = None) -> None:
-    """Ask for prompts with the base and with all adapters at once. `oracle`: the base that PEFT loads, if another."""
+async def assert_as_peft(
+    shelf: Shelf, folders: dict[str, Path], oracle: Path | None = None, num_tokens: int = 1, size: int = 1
+) -> list[tuple[int, ...]]:
+    """Ask for prompts with the base and with all adapters at once, and return the tokens of the answers.
+
+    `oracle`: the base that PEFT loads, if another. `size`: ranks of the worker.
+    """
     oracle = oracle or shelf.base
     versions: dict[str | None, str | None] = {None: None, **{name: shelf.put(path) for name, path in folders.items()}}
     questions = [(name, random_prompt(length, length)) for length in (23, 7) for name in versions]
-    sampling = greedy(1, prompt_logprobs=True)
-    async with open_worker(shelf, max_batch_tokens=32) as worker:
+    sampling = greedy(num_tokens, prompt_logprobs=True)
+    async with open_worker(shelf, max_batch_tokens=32, tensor_parallel_size=size) as worker:
         answers = await asyncio.gather(*(ask(worker, prompt, versions[name], sampling) for name, prompt in questions))
     plain = load(oracle)
     for (name, prompt), answer in zip(questions, answers, strict=True):
@@ -100,6 +105,7 @@ async def assert_as_peft(shelf: Shelf, folders: dict[str, Path], oracle: Path | 
         expected = logprobs(plain if name is None else load(oracle, folders[name]), prompt)
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0, msg=f"{name}, {len(prompt)} tokens")
         assert name is None or float((expected - logprobs(plain, prompt)).abs().max()) > 0.05, "it does nothing"
+    return [answer.tokens for answer in answers]
 
 
 MIXTRAL = pytest.mark.parametrize("shelf", ["mixtral"], indirect=True)
@@ -108,6 +114,18 @@ MIXTRAL = pytest.mark.parametrize("shelf", ["mixtral"], indirect=True)
 async def test_experts_and_routers(shelf: Shelf) -> None:
     folders = {name: shelf.base.parent / name for name in CASES}
     await assert_as_peft(shelf, {name: folder for name, folder in folders.items() if folder.exists()})
+
+
+@pytest.mark.parametrize(
+    "shelf",
+    ["mixtral", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3_moe", "gpt_oss"))],
+    indirect=True,
+)
+async def test_experts_of_several_ranks(shelf: Shelf) -> None:
+    """Each rank has some of the experts, and of an adapter what is on those."""
+    folders = {name: shelf.base.parent / name for name in CASES}
+    alone = await assert_as_peft(shelf, folders, num_tokens=12)
+    assert await assert_as_peft(shelf, folders, num_tokens=12, size=2) == alone
 
 
 @MIXTRAL

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, OlmoeConfig, Phi3Config, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, Phi3Config, PretrainedConfig
 
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
@@ -18,6 +18,7 @@ from lorafleet.workers.model.part_loader import load_part
 from lorafleet.workers.model.sharding import shares_of
 from lorafleet.workers.ranks import Ranks
 from tests.support.bases import BaseKind
+from tests.workers.test_refusals import LLAMA4, SHAPE, save_base
 
 CPU = torch.device("cpu")
 
@@ -53,6 +54,26 @@ def test_parts_of_all_ranks_are_the_base(base_of: Callable[[BaseKind], Path], ki
     buffers = dict(whole.named_buffers())
     for part in parts:
         assert all(torch.equal(value, buffers[name]) for name, value in part.named_buffers())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "olmoe", "phimoe"])
+def test_each_rank_has_its_experts(kind: str, tmp_path: Path) -> None:
+    """Whether the checkpoint has a tensor for each expert or one for all; what nobody cuts is whole."""
+    base = save_base(tmp_path, kind, {**SHAPE, "num_local_experts": 4, "num_experts": 4, "pad_token_id": 0})
+    config = AutoConfig.from_pretrained(base)
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = ModelConfig(id="base", source=str(base))
+    parts = [load_part(model, config, torch.float32, CPU, shares_on(config, rank, 2)) for rank in range(2)]
+    seen = 0
+    for name, expected in whole.named_parameters():
+        found = [part.get_parameter(name) for part in parts]
+        if ".experts." in name:
+            assert torch.equal(torch.cat(found), expected), name
+            assert found[0].shape[0] == 2
+            seen += 1
+        elif kind != "mixtral" and ".self_attn." in name:
+            assert all(torch.equal(each, expected) for each in found), name
+    assert seen == (8 if kind == "gpt_oss" else 4)
 
 
 def test_dummies_are_equal_where_parts_are(base_of: Callable[[BaseKind], Path]) -> None:
@@ -93,8 +114,13 @@ SMALL = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 1, "vo
             4,
             "the 70 outputs of model.layers.0.mlp.gate_proj",
         ),
+        (
+            MixtralConfig(**SMALL, num_attention_heads=4, num_key_value_heads=4, num_local_experts=5),
+            4,
+            "the 5 experts of model.layers.0.mlp.experts",
+        ),
     ],
-    ids=["heads", "kv-heads", "vocabulary", "intermediate"],
+    ids=["heads", "kv-heads", "vocabulary", "intermediate", "experts"],
 )
 def test_uneven_sizes_are_refused(config: PretrainedConfig, size: int, message: str) -> None:
     with pytest.raises(WorkerConfigError, match=f"tensor_parallel_size: {size} ranks cannot share {message} evenly"):
@@ -108,8 +134,8 @@ def test_bases_that_cannot_be_cut_are_refused_by_name(base_of: Callable[[BaseKin
     assert shares_on(gpt2, 0, 1) == {}
     with pytest.raises(UnsupportedModel, match=r"phi3 cannot be cut .*'colwise_gather_output' for model\.layers\.0\."):
         shares_on(Phi3Config(**SMALL, num_attention_heads=4), 0, 2)
-    with pytest.raises(UnsupportedModel, match="olmoe cannot be cut"):
-        shares_on(OlmoeConfig(**SMALL, num_attention_heads=4, num_experts=4, num_experts_per_tok=2), 0, 2)
+    with pytest.raises(UnsupportedModel, match=r"llama4_text has experts that all compute all rows"):
+        shares_on(AutoConfig.for_model("llama4_text", **LLAMA4), 0, 2)
     fp8 = ModelConfig(id="base", source=str(base_of("llama")), quantization="fp8")
     with pytest.raises(WorkerConfigError, match="fp8 is not supported with 2 ranks"):
         load_base(fp8, CPU, Ranks(0, 2))

@@ -63,8 +63,9 @@ def pieces_of(
     run = rank if whole.num_experts > 1 else 0
     share = share or Share.whole(whole)
     shape, end = share.shape, base + num_rows * whole.in_dim
+    first_row, num_rows = rank * share.first_expert, rank * shape.num_experts
     if shape.kind != "embedding":
-        base += share.first_input
+        base += first_row * whole.in_dim + share.first_input
         pieces = [Piece(name, "a", 0, 0, base, stride=whole.in_dim, width=shape.in_dim, count=num_rows, run=run)]
     else:
         base += rank * share.first_input
@@ -75,7 +76,7 @@ def pieces_of(
         pieces = [Piece(name, "a", 0, 0, start=base, stride=row, width=row, count=full)] if full else []
         if rest:
             pieces.append(Piece(name, "a", 0, full, start=base + full * row, stride=row, width=rest * rank, count=1))
-    base = end + share.first_output
+    base = end + first_row * whole.out_dim + share.first_output
     for part, (start, width) in enumerate(parts_of(shape.out_dim, page_elements)):
         pieces.append(
             Piece(name, "b", part, 0, base + start, stride=whole.out_dim, width=width, count=num_rows, run=run)

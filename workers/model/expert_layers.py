@@ -20,6 +20,7 @@ from lorafleet.kernels.weights import LoraWeights
 from lorafleet.workers.model.experts import is_dense_experts, projections
 from lorafleet.workers.model.fused_parts import gate_of
 from lorafleet.workers.model.lora_layers import LoraContext
+from lorafleet.workers.ranks import Ranks
 
 MOST_ROWS_OF_KERNEL = 32
 """For each matrix, in the mean, that our own kernel multiplies: beyond, arithmetic counts, and torch's is better."""
@@ -34,9 +35,19 @@ class LoraExperts(nn.Module):
     """
 
     def __init__(
-        self, name: str, experts: nn.Module, weights: dict[str, LoraWeights], slot_stride: int, context: LoraContext
+        self,
+        name: str,
+        experts: nn.Module,
+        weights: dict[str, LoraWeights],
+        slot_stride: int,
+        context: LoraContext,
+        ranks: Ranks | None = None,
+        first_expert: int = 0,
     ) -> None:
-        """`weights` by the projection's name, as `AdapterPool.expert_weights` gives them."""
+        """`weights` by the projection's name, as `AdapterPool.expert_weights` gives them.
+
+        ranks: those that have the other experts, if `experts` has those from `first_expert` on only.
+        """
         super().__init__()
         self.name = name
         self.experts: Any = experts
@@ -44,6 +55,8 @@ class LoraExperts(nn.Module):
         self.lora = weights
         self.slot_stride = slot_stride
         self.context = context
+        self.ranks = ranks
+        self.first_expert = first_expert
         self.num_experts = int(getattr(experts, self.down_name).shape[0])
         gate: Any = experts
         self._activation = gate_of(gate._apply_gate) if gate.has_gate else None
@@ -51,6 +64,10 @@ class LoraExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states: (rows, hidden); top_k_index and top_k_weights: (rows, top_k) -> (rows, hidden)."""
         experts = self.experts
+        if self.ranks is not None:
+            own = top_k_index - self.first_expert
+            is_here = (own >= 0) & (own < self.num_experts)
+            top_k_index, top_k_weights = own.where(is_here, self.num_experts), top_k_weights.where(is_here, 0.0)
         segments = self.context.segments_at("body", self.name, hidden_states.shape[0])
         has_lora = segments is not None and segments.has_lora and not self.context.skips_experts
         routed = route(top_k_index, self.num_experts, segments if has_lora else None, self.slot_stride)
@@ -62,7 +79,9 @@ class LoraExperts(nn.Module):
         down = self._project(up, self.down_name, routed, top_k_index)
         if getattr(experts, "has_post_expert_norm", False):  # Since transformers 5.20.
             down = experts.post_expert_norm(down)
-        return combine(down, top_k_index, top_k_weights, routed, self.num_experts, hidden_states.dtype)
+        out = None if self.ranks is None else self.ranks.partial(len(hidden_states), down.shape[1], hidden_states)
+        combined = combine(down, top_k_index, top_k_weights, routed, self.num_experts, hidden_states.dtype, out)
+        return combined if self.ranks is None else self.ranks.all_reduce(combined)
 
     def _project(self, x: Tensor, name: str, routed: Routed, top_k_index: Tensor) -> Tensor:
         """x: (routed, in_dim) in order -> (routed, out_dim), zero where a row has no expert."""
@@ -194,9 +213,17 @@ def every_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 def substitute_experts(
-    model: nn.Module, name: str, weights: dict[str, LoraWeights], slot_stride: int, context: LoraContext
+    model: nn.Module,
+    name: str,
+    weights: dict[str, LoraWeights],
+    slot_stride: int,
+    context: LoraContext,
+    ranks: Ranks | None = None,
+    first_expert: int = 0,
 ) -> None:
-    """Put LoRA experts in the place of `name`."""
+    """Put LoRA experts in the place of `name`. The rest as in `LoraExperts`."""
     experts = model.get_submodule(name)
-    kind = LoraDenseExperts if is_dense_experts(experts) else LoraExperts
-    model.set_submodule(name, kind(name, experts, weights, slot_stride, context))
+    if is_dense_experts(experts):
+        model.set_submodule(name, LoraDenseExperts(name, experts, weights, slot_stride, context))
+    else:
+        model.set_submodule(name, LoraExperts(name, experts, weights, slot_stride, context, ranks, first_expert))

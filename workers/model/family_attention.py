@@ -133,10 +133,10 @@ def _mpt(self: Any, hidden_states: Tensor, position_bias: Tensor, **_: object) -
 def _xglm(self: Any, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
     """In place of `XGLMAttention.forward`, of a layer's own tokens."""
     shape = (*hidden_states.shape[:2], self.num_heads, self.head_dim)
-    heads = (
+    query, key, value = (
         project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
     )
-    return self.out_proj(_attend(self, *heads, self.scaling).flatten(2)), None
+    return self.out_proj(_attend(self, query, key, value, self.scaling).flatten(2)), None
 
 
 def _scaled(scaling: Callable[[Any], float], window: Callable[[Any], int | None] = lambda module: None) -> Any:

@@ -5,21 +5,28 @@ A base that is not spread over ranks is loaded by transformers itself (`loader.p
 
 from __future__ import annotations
 
+import copy
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel
-from lorafleet.workers.memory.shares import Share
+from lorafleet.workers.memory.shares import Share, share_of
 from lorafleet.workers.model.sharding import narrow
 from lorafleet.workers.model.stored_weights import QuantisedWeight, StoredWeights, name_in
 
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
+"""The number of an expert in the name of its matrix."""
 DUMMY_SPREAD = 0.02
 """Of made-up weights, where the configuration has no `initializer_range`."""
 
@@ -73,8 +80,8 @@ def _fill_with_dummies(model: PreTrainedModel, device: torch.device, shares: Map
     generator = torch.Generator(device)
     spread = getattr(model.config, "initializer_range", None) or DUMMY_SPREAD
     for name, parameter in list(model.named_parameters()):
-        share = shares.get(name.rpartition(".")[0])
-        place = "" if share is None else f"{share.first_input} {share.first_output}"
+        share = share_of(name, shares)
+        place = "" if share is None else f"{share.first_input} {share.first_output} {share.first_expert}"
         generator.manual_seed(zlib.crc32(f"{name} {place}".encode()))
         if parameter.device.type == "meta":
             value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
@@ -89,16 +96,56 @@ def _read(
 ) -> None:
     parameters = dict(model.named_parameters())
     missing = set(parameters)
+    experts = _SingleExperts(model, shares)
     for stored, weight in StoredWeights(source, config, device).items():
         name = name_in(model, stored)
         if name in missing:
-            value = _slice(weight, parameters[name], shares.get(name.rpartition(".")[0]), source)
+            value = _slice(weight, parameters[name], share_of(name, shares), source)
+            _set(model, name, value.to(device=device, dtype=parameters[name].dtype))
+            missing.remove(name)
+        else:
+            experts.note(name, weight)
+    for name, value in experts.joined():
+        if name in missing and value.shape == parameters[name].shape:
             _set(model, name, value.to(device=device, dtype=parameters[name].dtype))
             missing.remove(name)
     if missing:
         names = sorted(missing)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UnsupportedModel(f"model.source {source!r} lacks the weights {', '.join(names[:3])}{more}")
+
+
+class _SingleExperts:
+    """Matrices of single experts, as checkpoints have them. This rank's are joined by transformers' own rules."""
+
+    def __init__(self, model: PreTrainedModel, shares: Mapping[str, Share]) -> None:
+        self._shares = {name: share for name, share in shares.items() if share.shape.kind == "experts"}
+        self._rules: list[Any] = []
+        for kind in (type(model).__name__, model.config.model_type):
+            rules = get_checkpoint_conversion_mapping(kind) if self._shares else None
+            if rules is not None:
+                self._rules = [rule for rule in rules if isinstance(rule, WeightConverter)]
+                break
+        self._found: dict[str, dict[str, dict[int, Any]]] = {}
+        """Parameter -> pattern of its parts -> expert -> its matrix, unread."""
+
+    def note(self, name: str, weight: Any) -> None:
+        """Keep a tensor of the checkpoint, if it is of an expert that is here."""
+        parameter, pattern = rename_source_key(name, [], self._rules)
+        share, number = self._shares.get(parameter), EXPERT.search(name)
+        if share is not None and pattern is not None and number is not None:
+            expert = int(number[1]) - share.first_expert
+            if 0 <= expert < share.shape.num_experts:
+                self._found.setdefault(parameter, {}).setdefault(pattern, {})[expert] = weight
+
+    def joined(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters of which no part is missing, one after another."""
+        for parameter, parts in self._found.items():
+            rule = copy.deepcopy(next(rule for rule in self._rules if set(parts) <= set(rule.source_patterns)))
+            for pattern in rule.source_patterns:
+                for _, weight in sorted(parts.get(pattern, {}).items()):
+                    rule.add_tensor(parameter, parameter, pattern, partial(weight.__getitem__, ...))
+            yield parameter, next(iter(rule.convert(parameter).values()))
 
 
 def _slice(weight: Any, parameter: Tensor, share: Share | None, source: str) -> Tensor:

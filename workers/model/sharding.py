@@ -2,7 +2,7 @@
 
 The plan says by pattern which linear modules are cut by outputs (`colwise`) and which by inputs (`rowwise`). Heads are
 never cut; keys' and values' heads are on several ranks where there are fewer of them than ranks. The embedding and the
-head are cut by vocabulary.
+head are cut by vocabulary. Of a mixture's experts each rank has some, whatever the plan says of them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from transformers import PreTrainedModel
 
 from lorafleet.adapter_store.manifest import BaseGeometry, ModuleShape
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
-from lorafleet.workers.memory.shares import Share
+from lorafleet.workers.memory.shares import Share, share_of
+from lorafleet.workers.model.experts import ARGUMENTS, is_dense_experts, is_experts, projections
 from lorafleet.workers.ranks import Ranks
 
 WHOLE = frozenset({"replicated_with_grad_allreduce", "replicated", "replicate"})
 """Names that plans have for modules which every rank holds."""
+GATHERED = frozenset({"colwise_gather_output", "rowwise_split_input"})
+"""Names of ways to cut modules between which the whole is put together. In mixtures, every rank holds these whole."""
 SHARED_HEADS = ("k_proj", "v_proj")
 """Last parts of the names of modules whose heads serve several of the query's."""
 
@@ -41,6 +44,16 @@ def shares_of(model: PreTrainedModel, geometry: BaseGeometry, ranks: Ranks) -> d
     for name, module in model.named_modules():
         style = next((style for pattern, style in plan.items() if pattern.fullmatch(name)), None)
         is_end = any(module is end for end in ends)
+        if is_dense_experts(module):
+            raise UnsupportedModel(
+                f"{name} of {_kind(model)} has experts that all compute all rows, which cannot be cut for {ranks.size} "
+                "ranks: set worker.tensor_parallel_size to 1"
+            )
+        if is_experts(module):
+            for parameter in (f"{name}.{leaf}" for leaf in projections(module)):
+                whole = geometry.modules[parameter]
+                shares[parameter] = Share.of_experts(whole, *_part(name, "experts", whole.num_experts, ranks))
+            continue
         if not is_end and (style is None or style in WHOLE):
             continue
         shape = geometry.modules.get(name)
@@ -54,13 +67,18 @@ def shares_of(model: PreTrainedModel, geometry: BaseGeometry, ranks: Ranks) -> d
 
 def narrow(model: PreTrainedModel, shares: Mapping[str, Share]) -> None:
     """Give the modules that are cut parameters of their part's size, on the meta device, and tie what is tied."""
-    for name, share in shares.items():
+    for parameter, whole in list(model.named_parameters(remove_duplicate=False)):
+        name, _, leaf = parameter.rpartition(".")
         module: Any = model.get_submodule(name)
-        for leaf, whole in list(module.named_parameters(recurse=False)):
-            sizes = [part.stop - part.start for part in share.of_parameter(whole.dim())]
-            own = torch.empty(sizes, dtype=whole.dtype, device="meta")
-            setattr(module, leaf, nn.Parameter(own, requires_grad=False))
-        if isinstance(module, nn.Embedding):
+        share = share_of(parameter, shares)
+        if share is None:
+            continue
+        parts = zip(share.of_parameter(whole.dim()), whole.shape, strict=True)
+        sizes = [len(range(*part.indices(size))) for part, size in parts]
+        setattr(module, leaf, nn.Parameter(torch.empty(sizes, dtype=whole.dtype, device="meta"), requires_grad=False))
+        if share.shape.kind == "experts":
+            module.num_experts = share.shape.num_experts
+        elif share.shape.kind == "embedding":
             module.num_embeddings = share.shape.in_dim
         else:
             module.in_features, module.out_features = share.shape.in_dim, share.shape.out_dim
@@ -78,6 +96,12 @@ def computing_together(
     """Within it, transformers' own modules compute with those of the other ranks, as one whole model."""
     with ExitStack() as stack:
         for name, share in shares.items():
+            if share.shape.kind == "experts":
+                owner, _, leaf = name.rpartition(".")
+                if leaf == projections(model.get_submodule(owner))[0]:
+                    for hook in _expert_hooks(model.get_submodule(owner), share, ranks):
+                        stack.callback(hook.remove)
+                continue
             module, whole = model.get_submodule(name), geometry.modules[name]
             for hook in _hooks(module, share, whole, module is model.get_output_embeddings(), ranks):
                 stack.callback(hook.remove)
@@ -87,7 +111,7 @@ def computing_together(
 def _plan(model: PreTrainedModel) -> dict[re.Pattern[str], str]:
     """Pattern of a module's name -> how it is cut. Raises UnsupportedModel where that is not done here."""
     written: Mapping[str, str] = getattr(model.config, "base_model_tp_plan", None) or {}
-    if not written:
+    if not written and not getattr(model.config, "base_model_ep_plan", None):
         raise UnsupportedModel(
             f"transformers has no plan of tensor parallelism for {_kind(model)}: set worker.tensor_parallel_size to 1"
         )
@@ -95,10 +119,14 @@ def _plan(model: PreTrainedModel) -> dict[re.Pattern[str], str]:
     plan = {re.compile(re.escape(prefix + name).replace(r"\*", r"\d+")): style for name, style in written.items()}
     # Embedding and head are always cut by tokens, whatever a version of transformers says of them.
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    of_experts = {name for name, module in model.named_modules() if is_experts(module) or is_dense_experts(module)}
     modules = [name for name, module in model.named_modules() if not any(module is end for end in ends)]
-    names = [*modules, *(name for name, _ in model.named_parameters())]
+    names = [name for name in modules if name not in of_experts]
+    names += [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in of_experts]
     for pattern, style in plan.items():
-        if style in ("colwise", "rowwise") or style in WHOLE:
+        if of_experts and style in GATHERED:
+            plan[pattern] = "replicated"
+        if plan[pattern] in ("colwise", "rowwise") or plan[pattern] in WHOLE:
             continue
         found = next((name for name in names if pattern.fullmatch(name)), None)
         if found is not None:
@@ -173,6 +201,22 @@ def _embedding_hooks(module: nn.Module, share: Share, ranks: Ranks) -> list[Remo
         return ranks.all_reduce(y.masked_fill(elsewhere.pop()[..., None], 0.0))
 
     return [module.register_forward_pre_hook(look_up_own), module.register_forward_hook(add_up)]
+
+
+def _expert_hooks(experts: nn.Module, share: Share, ranks: Ranks) -> list[RemovableHandle]:
+    def choose_own(
+        _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Rows of others' experts go to one that is here, and count nothing."""
+        hidden_states, index, weights = {**dict(zip(ARGUMENTS, inputs, strict=False)), **named}.values()
+        own = index - share.first_expert
+        is_here = (own >= 0) & (own < share.shape.num_experts)
+        return (hidden_states, own.where(is_here, 0), weights.where(is_here, 0)), {}
+
+    return [
+        experts.register_forward_pre_hook(choose_own, with_kwargs=True),
+        experts.register_forward_hook(lambda _, inputs, y: ranks.all_reduce(y)),
+    ]
 
 
 def _kind(model: PreTrainedModel) -> str:

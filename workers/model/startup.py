@@ -114,7 +114,9 @@ def substitute(
     ):
         parameters = {leaf: f"{name}.{leaf}" for leaf in projections(model.get_submodule(name))}
         weights = {leaf: pool.expert_weights(parameter) for leaf, parameter in parameters.items()}
-        expert_layers.substitute_experts(model, name, weights, pool.expert_stride, lora)
+        part = base.shares.get(next(iter(parameters.values())))
+        first_expert, others = (0, None) if part is None else (part.first_expert, ranks)
+        expert_layers.substitute_experts(model, name, weights, pool.expert_stride, lora, others, first_expert)
         counts[name.rpartition(".")[2]] += 1
     norm_layers.substitute_norms(model, geometry.vectors, lora, pool.vector)
     paged_attention.install(model, attention, base.max_model_len)

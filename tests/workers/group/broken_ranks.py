@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 from lorafleet.adapter_store.manifest import AdapterManifest
@@ -30,6 +31,14 @@ def have_no_room_for_large_adapters() -> None:
         return manifest.rank < LARGE_RANK and AdapterPool.can_allocate(pool, manifest)
 
     setattr(FollowingPool, "can_allocate", can_allocate)  # noqa: B010
+
+
+def copy_slowly() -> None:
+    def upload(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return AdapterPool.upload(*arguments)
+
+    setattr(FollowingPool, "upload", upload)  # noqa: B010
 
 
 def lose_an_upload() -> None:

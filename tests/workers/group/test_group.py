@@ -11,18 +11,22 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import aclosing
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from lorafleet.workers.config import EngineConfig
+from lorafleet.workers.config import EngineConfig, PoolConfig
 from lorafleet.workers.errors import EngineFailed, NoRoomError, WorkerConfigError, WorkerError
 from lorafleet.workers.group import leader
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.worker import Worker
+from tests.support.adapters import make_adapter
+from tests.support.bases import BaseKind
 from tests.support.wait import eventually, until
 from tests.workers.group import broken_ranks
-from tests.workers.harness import Shelf, ask, greedy, open_worker, random_prompt, request_of
+from tests.workers.harness import Answer, Shelf, ask, assert_pefts, greedy, open_worker, random_prompt, request_of
 from tests.workers.test_step_in_flight import PAGE_BYTES, ask_all, assert_same
 
 ROOT = Path(__file__).parents[3]
@@ -127,6 +131,40 @@ async def test_an_adapter_that_one_rank_cannot_take_is_refused_by_all(
         pages = (await worker.state()).adapter_pages.used
         assert pages == sum(one.pages for one in (await worker.state()).adapters)
         assert large not in await worker.held_versions()
+
+
+async def test_a_version_is_replaced_while_its_stream_is_under_way(
+    base_of: Callable[[BaseKind], Path], tmp_path: Path, breaking: Callable[[Callable[[], None]], None]
+) -> None:
+    """The stream keeps its version, the next request has the new one, and no step has both: all logprobs are PEFT's.
+
+    One rank copies more slowly. There are two slots, so each version takes that of the one before the last.
+    """
+    shelf = Shelf(base_of("llama"))
+    versions = [
+        shelf.put(make_adapter(tmp_path / f"seed{seed}", shelf.base, "rank16", seed=seed, strength=1.5))
+        for seed in range(3)
+    ]
+    pool = PoolConfig(max_rank=16, max_slots=2, pool_bytes=4 << 20)
+    prompt, sampling = random_prompt(12, 7), greedy(150, logprobs=0, prompt_logprobs=True)
+    breaking(broken_ranks.copy_slowly)
+    async with open_worker(shelf, pool=pool, tensor_parallel_size=2) as worker:
+        for old, new in pairwise(versions):
+            answer = Answer()
+            async with aclosing(worker.generate(request_of(prompt, old, sampling))) as stream:
+                answer.add(await anext(stream))
+                await worker.make_resident(new, hold_s=10.0)
+                await worker.reconcile({new: False})
+                await worker.release_hold(new)
+                states = {each.version: (each.state, each.leases) for each in (await worker.state()).adapters}
+                assert states == {old: ("retired", 1), new: ("resident", 0)}
+                beside = asyncio.ensure_future(ask(worker, prompt, new, sampling))
+                async for delta in stream:
+                    answer.add(delta)
+            assert_pefts(shelf, old, prompt, answer, 1e-4)
+            assert_pefts(shelf, new, prompt, await beside, 1e-4)
+            assert answer.tokens != (await beside).tokens
+            assert await worker.held_versions() == (new,)
 
 
 @pytest.mark.slow
