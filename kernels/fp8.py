@@ -38,9 +38,17 @@ def quantise_rows(x: Tensor) -> Fp8Rows:
     return Fp8Rows((x.float() / scales[:, None]).to(DTYPE), scales)
 
 
-def quantise_weight(*matrices: Tensor) -> Fp8Weight:
-    """Round matrices (out_dim, in_dim), one below the other, at one scale."""
-    scale = _power_of_two(torch.stack([matrix.abs().amax().float() for matrix in matrices]).amax())
+def largest_of(*matrices: Tensor) -> Tensor:
+    """() float32, the largest magnitude in any of them."""
+    return torch.stack([matrix.abs().amax().float() for matrix in matrices]).amax()
+
+
+def quantise_weight(*matrices: Tensor, largest: Tensor | None = None) -> Fp8Weight:
+    """Round matrices (out_dim, in_dim), one below the other, at one scale.
+
+    largest: () float32, the largest magnitude that the scale is for; by default theirs.
+    """
+    scale = _power_of_two(largest_of(*matrices) if largest is None else largest)
     values = torch.cat([(matrix.float() / scale).to(DTYPE) for matrix in matrices])
     return Fp8Weight(values, scale.repeat(values.shape[0]))
 

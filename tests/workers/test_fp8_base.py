@@ -22,6 +22,7 @@ from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.model.lora_layers import FusedProjection, LoraContext
 from lorafleet.workers.model.quantisation import pack_weights, round_weights
+from lorafleet.workers.ranks import Ranks
 from tests.kernels.paged import paged_linear
 from tests.support.adapters import make_adapter
 from tests.support.bases import BaseKind, make_base
@@ -57,11 +58,14 @@ def write_rounded(base: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("kind", "size"), [("llama", 1), ("llama_tied", 1), ("qwen2", 1), ("qwen3", 1), ("llama_tied", 2), ("qwen2", 2)]
+)
 @pytest.mark.slow
 async def test_on_a_cpu_a_mixed_batch_says_what_peft_says_on_the_rounded_weights(
-    kind: BaseKind, tmp_path: Path
+    kind: BaseKind, size: int, tmp_path: Path
 ) -> None:
+    """Ranks round at the scales of the whole weights."""
     base = make_base(tmp_path / "base", kind)
     oracle = write_rounded(base, tmp_path / "rounded")
     shelf = Shelf(base)
@@ -69,7 +73,7 @@ async def test_on_a_cpu_a_mixed_batch_says_what_peft_says_on_the_rounded_weights
     versions = [None if folder is None else shelf.put(folder) for folder in folders]
     model = ModelConfig(id="base", source=str(base), quantization="fp8")
     sampling = greedy(NUM_TOKENS, logprobs=0)
-    async with open_worker(shelf, model=model) as worker:
+    async with open_worker(shelf, model=model, tensor_parallel_size=size) as worker:
         answers = await asyncio.gather(*(ask(worker, range(5, 35), version, sampling) for version in versions))
     plain = generate_with_peft(base, None, range(5, 35), NUM_TOKENS)
     for folder, answer in zip(folders, answers, strict=True):
@@ -154,9 +158,13 @@ class _Layer(nn.Module):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [3, 64, 1500])
 @pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("is_sum", [False, True])
 @torch.no_grad()
-def test_a_projection_on_a_gpu_matches_float64(with_bias: bool, rows: int) -> None:
-    """Rows of the base and of adapters; of the fp8 weight, and of the low-rank factors in bfloat16."""
+def test_a_projection_on_a_gpu_matches_float64(is_sum: bool, with_bias: bool, rows: int) -> None:
+    """Rows of the base and of adapters; of the fp8 weight, and of the low-rank factors in bfloat16.
+
+    With `is_sum` it is a term of a sum over ranks, of which there is one.
+    """
     rng, cuda = np.random.default_rng(rows), torch.device("cuda")
     paged = paged_linear(rng, in_dim=96, widths=(64, 32), ranks=[[8, 8], [4, 0]], dtype=torch.bfloat16, device=cuda)
     linears = [nn.Linear(96, width, bias=with_bias).to(cuda, torch.bfloat16) for width in (64, 32)]
@@ -164,10 +172,12 @@ def test_a_projection_on_a_gpu_matches_float64(with_bias: bool, rows: int) -> No
     names = ("mlp.gate_proj", "mlp.up_proj")
     shapes = {name: ModuleShape("linear", 96, width) for name, width in zip(names, (64, 32), strict=True)}
     geometry, layer = BaseGeometry(modules=shapes, dtype="bfloat16"), cast("PreTrainedModel", _Layer(linears))
-    round_weights(layer, geometry)
+    round_weights(layer, geometry, Ranks())
     pack_weights(layer, geometry)
     context = LoraContext()
-    projection = FusedProjection(names, [*linears], paged.weights, context, place="body", is_head=False)
+    projection = FusedProjection(
+        names, [*linears], paged.weights, context, place="body", is_head=False, ranks=Ranks(), is_sum=is_sum
+    )
     x = torch.randn(rows, 96, device=cuda, dtype=torch.bfloat16)
     base = rounded(x.double()) @ expected_weight.t()
     if with_bias:

@@ -13,7 +13,6 @@ from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.shares import Share
 from lorafleet.workers.model.geometry import empty_model, geometry_of
-from lorafleet.workers.model.loader import load_base
 from lorafleet.workers.model.part_loader import load_part
 from lorafleet.workers.model.sharding import shares_of
 from lorafleet.workers.ranks import Ranks
@@ -136,9 +135,6 @@ def test_bases_that_cannot_be_cut_are_refused_by_name(base_of: Callable[[BaseKin
         shares_on(Phi3Config(**SMALL, num_attention_heads=4), 0, 2)
     with pytest.raises(UnsupportedModel, match=r"llama4_text has experts that all compute all rows"):
         shares_on(AutoConfig.for_model("llama4_text", **LLAMA4), 0, 2)
-    fp8 = ModelConfig(id="base", source=str(base_of("llama")), quantization="fp8")
-    with pytest.raises(WorkerConfigError, match="fp8 is not supported with 2 ranks"):
-        load_base(fp8, CPU, Ranks(0, 2))
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(base_of: Callable[[BaseKind], Path], tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
 from lorafleet.adapter_store.manifest import BaseGeometry, Dtype
 from lorafleet.workers.checkpoint import max_model_len, read_config
 from lorafleet.workers.config import ModelConfig
-from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
+from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.kv_cache import LayerKV
 from lorafleet.workers.memory.shares import Share
 from lorafleet.workers.memory.state_store import StateShape
@@ -107,60 +108,79 @@ def load_base(
     rounds = model.quantization == "fp8"
     if rounds:
         refuse_device(device, dtype)
-    if ranks is not None and ranks.size > 1:
-        return _load_part(model, config, dtype, device, ranks)
-    with device:
-        if model.load == "dummy":
-            loaded = AutoModelForCausalLM.from_config(config, dtype=TORCH_DTYPES[dtype])
-        elif quantisation_of(config) is None:
-            loaded = _load_weights(model.source, config, TORCH_DTYPES[dtype], device)
-        else:
-            loaded = _load_quantised(model.source, config, TORCH_DTYPES[dtype], device)
+    ranks = ranks or Ranks()
+    geometry = geometry_of(empty_model(config, TORCH_DTYPES[dtype]), dtype)
+    shares: Mapping[str, Share] = {}
+    if ranks.size == 1:
+        loaded = _load_whole(model, config, TORCH_DTYPES[dtype], device)
+    else:
+        loaded, shares = _load_part(model, config, geometry, device, ranks)
     if rounds:
-        round_weights(loaded, geometry_of(empty_model(config, TORCH_DTYPES[dtype]), dtype))
-    base = base_of(loaded, config, dtype, max_model_len(model, config), compresses=compresses)
-    if device.type == "cuda" and has_fp8(loaded, base.geometry):
-        reason = why_not_multiplied(device, dtype)
-        if reason is not None:
-            logger.info("%s serves its fp8 weights dequantised: their product %s", type(loaded).__name__, reason)
-            return base
-        with torch.inference_mode(), rounding_inputs(loaded, base.geometry):
-            rounded = loaded(input_ids=base.probe_token_ids[None], use_cache=False).logits[0]
-        base = dataclasses.replace(base, rounded_probe_logits=rounded)
-        pack_weights(loaded, base.geometry)
+        round_weights(loaded, geometry, ranks)
+    with _computing_together(loaded, geometry, shares, ranks):
+        base = base_of(loaded, config, dtype, max_model_len(model, config), compresses=compresses)
+        base = dataclasses.replace(base, shares=shares, rounded_probe_logits=_rounded_logits(base))
+    if base.multiplies_fp8:
+        pack_weights(loaded, geometry)
         torch.cuda.empty_cache()
     return base
 
 
+def _load_whole(model: ModelConfig, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Any:
+    with device:
+        if model.load == "dummy":
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if quantisation_of(config) is None:
+            return _load_weights(model.source, config, dtype, device)
+        return _load_quantised(model.source, config, dtype, device)
+
+
 def _load_part(
-    model: ModelConfig, config: PretrainedConfig, dtype: Dtype, device: torch.device, ranks: Ranks
-) -> BaseModel:
-    """One rank's part of the base, probed together with the others."""
-    if model.quantization != "none":
-        raise WorkerConfigError(
-            f"model.quantization: {model.quantization} is not supported with {ranks.size} ranks: use quantization: none"
-        )
-    empty = empty_model(config, TORCH_DTYPES[dtype])
+    model: ModelConfig, config: PretrainedConfig, geometry: BaseGeometry, device: torch.device, ranks: Ranks
+) -> tuple[PreTrainedModel, Mapping[str, Share]]:
+    """One rank's part of the base, and what it has of modules that are cut."""
+    dtype = TORCH_DTYPES[geometry.dtype]
+    empty = empty_model(config, dtype)
     if is_recurrent(empty):
         raise UnsupportedModel(
             f"{type(empty).__name__} has layers that keep a recurrent state, which cannot be cut for "
             f"{ranks.size} ranks: set worker.tensor_parallel_size to 1"
         )
-    geometry = geometry_of(empty, dtype)
     shares = shares_of(empty, geometry, ranks)
-    part = load_part(model, config, TORCH_DTYPES[dtype], device, shares)
+    part = load_part(model, config, dtype, device, shares)
     part.generation_config = read_generation_config(model.source) or part.generation_config
+    return part, shares
+
+
+@contextmanager
+def _computing_together(
+    model: PreTrainedModel, geometry: BaseGeometry, shares: Mapping[str, Share], ranks: Ranks
+) -> Iterator[None]:
+    """Within it, the ranks' parts compute as one model. Raises UnsupportedModel where they cannot."""
     try:
-        with computing_together(part, geometry, shares, ranks):
-            base = base_of(part, config, dtype, max_model_len(model, config))
+        with computing_together(model, geometry, shares, ranks):
+            yield
     except (RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if ranks.size == 1 or isinstance(error, torch.OutOfMemoryError):
             raise
-        logger.info("%s cannot be computed by ranks", type(part).__name__, exc_info=error)
+        logger.info("%s cannot be computed by ranks", type(model).__name__, exc_info=error)
         raise UnsupportedModel(
-            f"{type(part).__name__} cannot be cut for {ranks.size} ranks: its layers look at more than their own part"
+            f"{type(model).__name__} cannot be cut for {ranks.size} ranks: its layers look at more than their own part"
         ) from error
-    return dataclasses.replace(base, shares=shares)
+
+
+@torch.inference_mode()
+def _rounded_logits(base: BaseModel) -> torch.Tensor | None:
+    """The probe's logits where linear modules see fp8 rows; None where fp8 is not multiplied."""
+    if base.device.type != "cuda" or not has_fp8(base.model, base.geometry):
+        return None
+    reason = why_not_multiplied(base.device, base.dtype)
+    if reason is not None:
+        logger.info("%s serves its fp8 weights dequantised: their product %s", type(base.model).__name__, reason)
+        return None
+    with rounding_inputs(base.model, base.geometry):
+        logits: torch.Tensor = base.model(input_ids=base.probe_token_ids[None], use_cache=False).logits[0]
+    return logits
 
 
 def base_of(

@@ -175,14 +175,18 @@ class FusedProjection(nn.Module):
         if in_fp8 is None:
             in_fp8 = fp8.quantise_rows(x)
         segments = self.context.segments_at(self.place, self.names[0], x.shape[0])
-        y, scales = fp8.product(in_fp8, self.fp8_weight, self.bias)
-        bias = None if scales is None else self.bias
+        own_bias = self.bias if self.sums is None else None
+        y, scales = fp8.product(in_fp8, self.fp8_weight, own_bias)
+        bias = None if scales is None else own_bias
         if segments is not None:
             # Adapters see the input as it is. Expand comes up while shrink runs, if nothing stands between them.
             h = ops.shrink(x, self.lora, segments)
             ops.expand(h, self.lora, segments, y, bias=bias, scales=scales)
+            y = self._summed_copy(y)
             self._adjust(y, segments)
             return y, None
+        if self.sums is not None:
+            return self._summed_copy(y if scales is None else fp8.rescale(y, scales)), None
         if scales is not None and bias is not None:
             return fp8.rescale(y, scales, bias), None
         return y, scales
@@ -229,6 +233,10 @@ class FusedProjection(nn.Module):
             return y
         y = self.sums.all_reduce(y)
         return y if self.bias is None else y.add_(self.bias)
+
+    def _summed_copy(self, y: Tensor) -> Tensor:
+        """The same of an output that does not lie where sums cost least."""
+        return y if self.sums is None else self._summed(self.sums.partial(y.shape[0], y.shape[1], y).copy_(y))
 
     def _gathered(self, y: Tensor) -> Tensor:
         return y if self.gathers is None else self.gathers.gather_columns(y)

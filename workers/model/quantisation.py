@@ -20,6 +20,7 @@ from lorafleet.kernels import fp8
 from lorafleet.kernels.fp8_values import DTYPE, Fp8Weight
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.model.geometry import projection_groups
+from lorafleet.workers.ranks import Ranks
 
 MIN_CAPABILITY = (8, 9)
 """Of GPUs that multiply fp8."""
@@ -52,10 +53,11 @@ def keep_scales(model: PreTrainedModel, parameter: str, scales: Tensor | None) -
 
 
 @torch.no_grad()
-def round_weights(model: PreTrainedModel, geometry: BaseGeometry) -> None:
+def round_weights(model: PreTrainedModel, geometry: BaseGeometry, ranks: Ranks) -> None:
     """Round the weights of the body's linear modules to fp8, and keep them in their dtype.
 
-    Modules that share their input have one scale. Those that come from fp8, embedding, head and norms stay as they are.
+    Modules that share their input have one scale, on all ranks that have parts of them. Those that come from fp8,
+    embedding, head and norms stay as they are.
     Raises UnsupportedModel if there is nothing to round.
     """
     groups = list(_groups(model, geometry))
@@ -63,7 +65,7 @@ def round_weights(model: PreTrainedModel, geometry: BaseGeometry) -> None:
         raise UnsupportedModel(f"{type(model).__name__} has no linear module that model.quantization: fp8 could round")
     for group in groups:
         if _own_scales(group) is None:
-            rounded = _rounded(group)
+            rounded = _rounded(group, ranks)
             for linear, weight in zip(group, rounded, strict=True):
                 linear.weight.copy_(fp8.dequantise(weight, linear.weight.dtype))
                 linear.register_buffer("fp8_scales", weight.scales, persistent=False)
@@ -71,7 +73,7 @@ def round_weights(model: PreTrainedModel, geometry: BaseGeometry) -> None:
 
 def has_fp8(model: PreTrainedModel, geometry: BaseGeometry) -> bool:
     """Return True if `pack_weights` finds weights to store."""
-    return any(_own_scales(group) is not None for group in _groups(model, geometry))
+    return any(_can_pack(group) for group in _groups(model, geometry))
 
 
 @contextmanager
@@ -82,7 +84,7 @@ def rounding_inputs(model: PreTrainedModel, geometry: BaseGeometry) -> Iterator[
         rows = inputs[0].flatten(0, -2)
         return (fp8.dequantise(fp8.quantise_rows(rows), rows.dtype).view_as(inputs[0]),)
 
-    groups = [group for group in _groups(model, geometry) if _own_scales(group) is not None]
+    groups = [group for group in _groups(model, geometry) if _can_pack(group)]
     hooks = [linear.register_forward_pre_hook(round_input) for group in groups for linear in group]
     try:
         yield
@@ -94,10 +96,10 @@ def rounding_inputs(model: PreTrainedModel, geometry: BaseGeometry) -> Iterator[
 def pack_weights(model: PreTrainedModel, geometry: BaseGeometry) -> None:
     """Store the weights that have scales beside them as fp8, which halves their memory. They lose nothing by it.
 
-    A group of modules that share their input, of which some have none, stays as it is.
+    A group of modules that share their input, of which some have none, stays as it is. So do parts of odd sizes.
     """
     for group in _groups(model, geometry):
-        scales = _own_scales(group)
+        scales = _own_scales(group) if _can_pack(group) else None
         for linear, own in zip(group, scales or (), strict=scales is not None):
             values = fp8.values_at(linear.weight.data, own)
             linear.weight = nn.Parameter(values, requires_grad=False)
@@ -118,8 +120,16 @@ def _own_scales(group: Sequence[nn.Module]) -> list[Tensor] | None:
     return scales if len(scales) == len(group) else None
 
 
-def _rounded(group: Sequence[nn.Linear]) -> list[Fp8Weight]:
-    whole = fp8.quantise_weight(*(linear.weight.data for linear in group))
+def _can_pack(group: Sequence[nn.Linear]) -> bool:
+    """Return True if the weights have scales, and the parts that are here can be multiplied as fp8."""
+    fits = all(fp8.fits(linear.out_features, linear.in_features) for linear in group)
+    return fits and _own_scales(group) is not None
+
+
+def _rounded(group: Sequence[nn.Linear], ranks: Ranks) -> list[Fp8Weight]:
+    weights = [linear.weight.data for linear in group]
+    largest = ranks.gather_columns(fp8.largest_of(*weights).view(1, 1)).amax()
+    whole = fp8.quantise_weight(*weights, largest=largest)
     widths = [linear.out_features for linear in group]
     parts = zip(torch.split(whole.values, widths), torch.split(whole.scales, widths), strict=True)
     return [Fp8Weight(values, scales) for values, scales in parts]
