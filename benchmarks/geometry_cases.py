@@ -7,7 +7,8 @@ experts those count that its rows are given to. A step of prompts is held agains
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -53,14 +54,17 @@ class TwoKinds:
 
 @dataclass(slots=True)
 class _Meter:
-    """Counts bytes and experts of a step."""
+    """Counts the experts that the last rows of prompts are given to, as the rows of a decode step would be."""
 
-    experts: list[tuple[int, int]] = field(default_factory=list)
-    """Of each layer: how many the rows were given to, and how many there are."""
+    length: int
+    """Of each prompt."""
+    shares: list[float] = field(default_factory=list)
+    """Of each layer: experts that are hit, of all."""
 
     def note(self, module: LoraExperts, args: tuple[torch.Tensor, ...]) -> None:
         """A hook ahead of experts."""
-        self.experts.append((int(torch.unique(args[1]).numel()), module.num_experts))
+        hit = torch.unique(args[1][self.length - 1 :: self.length]).numel()
+        self.shares.append(hit / module.num_experts)
 
 
 @cache
@@ -139,8 +143,8 @@ def moe_prefill(lab: Lab) -> Named:
     length = min(PROMPT, work.prompt)
     rows = min(8192, work.max_batch_tokens // length * length)
     for _ in range(lab.repeats + 1):
-        message = _step(lab, runner, rows // length, length)
-        seconds = _seconds(lambda message=message: runner.logits(message))  # type: ignore[misc]
+        with _step(lab, runner, rows // length, length) as message:
+            seconds = _seconds(lambda message=message: runner.logits(message))  # type: ignore[misc]
     flop = 2 * rows * _active_weights(lab, runner)
     rate = ceilings()[1]
     figures = {"rows": rows, "seconds": seconds, "tflop_s": flop / seconds / 1e12}
@@ -160,6 +164,14 @@ def moe_experts64(lab: Lab) -> Named:
 
 
 # --- other attention ---
+
+
+def gemma_start(lab: Lab) -> Named:
+    yield "gemma_start", _engine(lab, max_batch_tokens=lab.work.adapters).parts.startup_s
+
+
+def latent_start(lab: Lab) -> Named:
+    yield "latent_start", _engine(lab, max_batch_tokens=lab.work.adapters).parts.startup_s
 
 
 def gemma_decode(lab: Lab) -> Named:
@@ -193,15 +205,17 @@ def _decode(lab: Lab, case: str, name: str | None, engine: RunningEngine | None 
 
 def _floor(lab: Lab, runner: ModelRunner, num_rows: int, context: int) -> Figures:
     """Milliseconds that a decode step's bytes take: weights, the experts that are hit, keys and values."""
-    meter = _Meter()
+    length = 16
+    meter = _Meter(length)
     layers = [module for module in runner.base.model.modules() if isinstance(module, LoraExperts)]
     hooks = [layer.register_forward_pre_hook(meter.note) for layer in layers]
     try:
-        runner.logits(_step(lab, runner, num_rows, 1))
+        with _step(lab, runner, num_rows, length) as message:
+            runner.logits(message)
     finally:
         for hook in hooks:
             hook.remove()
-    share = np.mean([hit / most for hit, most in meter.experts[: len(layers)]]) if layers else 1.0
+    share = np.mean(meter.shares) if layers else 1.0
     num_bytes = 2.0 * _weights(runner, share) + num_rows * kv_bytes(lab.geometry, context)
     figures = {"floor_ms": num_bytes / ceilings()[0] * 1e3, "floor_gb": num_bytes / 1e9}
     return {**figures, "experts_hit": float(share), "copy_tb_s": ceilings()[0] / 1e12}
@@ -223,34 +237,38 @@ def _active_weights(lab: Lab, runner: ModelRunner) -> float:
     return _weights(runner, shape["num_experts_per_tok"] / shape["num_experts"]) - head
 
 
-def _step(lab: Lab, runner: ModelRunner, num_sequences: int, length: int) -> StepMessage:
-    """Prompts of random tokens, of the base, with the logits of the last row of each; their pages are one page."""
-    if not runner.null_pages:
-        runner.null_pages = runner.cache.allocate(1)
-    page, page_tokens = runner.null_pages[0], runner.cache.page_tokens
+@contextmanager
+def _step(lab: Lab, runner: ModelRunner, num_sequences: int, length: int) -> Iterator[StepMessage]:
+    """Prompts of random tokens, of the base, with the logits of the last row of each. Frees its pages at the end."""
+    page_tokens = runner.cache.page_tokens
+    pages = runner.cache.allocate(num_sequences * -(-length // page_tokens))
+    tables = np.array(pages, dtype=np.int32).reshape(num_sequences, -1)
     rows, positions = num_sequences * length, np.tile(np.arange(length), num_sequences)
     layout = Layout(
         token_ids=np.array(lab.tokens(rows)),
         positions=positions,
-        row_pages=np.full(rows, page),
+        row_pages=tables[:, np.arange(length) // page_tokens].ravel(),
         row_offsets=positions % page_tokens,
         row_slots=np.full(rows, BASE_SLOT, dtype=np.int32),
         query_lengths=np.full(num_sequences, length),
         context_lengths=np.full(num_sequences, length),
-        tables=np.full((num_sequences, -(-length // page_tokens)), page, dtype=np.int32),
+        tables=tables,
         logits_rows=np.arange(length - 1, rows, length),
         targets=np.zeros(0, dtype=np.int64),
         state_slots=np.full(num_sequences, NULL_SLOT),
     )
-    return layout.pack(
-        form=None,
-        chunk_length=None,
-        max_chunks=None,
-        pass_rows=(runner.pass_rows[0], max(runner.pass_rows[0], num_sequences)),
-        num_sampled=(),
-        num_prompt_tops=0,
-        sampling=NO_SAMPLING,
-    )
+    try:
+        yield layout.pack(
+            form=None,
+            chunk_length=None,
+            max_chunks=None,
+            pass_rows=(runner.pass_rows[0], max(runner.pass_rows[0], num_sequences)),
+            num_sampled=(),
+            num_prompt_tops=0,
+            sampling=NO_SAMPLING,
+        )
+    finally:
+        runner.cache.free(pages)
 
 
 PROCESSES: dict[str, tuple[str, tuple[Case, ...]]] = {
@@ -267,7 +285,7 @@ PROCESSES: dict[str, tuple[str, tuple[Case, ...]]] = {
             moe_experts64,
         ),
     ),
-    "gemma": ("gemma3-27b", (gemma_decode,)),
-    "latent": ("deepseek-v2-lite", (latent_decode,)),
+    "gemma": ("gemma3-27b", (gemma_start, gemma_decode)),
+    "latent": ("deepseek-v2-lite", (latent_start, latent_decode)),
 }
 """As `engine_cases.PROCESSES`."""

@@ -82,8 +82,9 @@ def rotate_and_store(
     """Rotate the queries in place, and write the rotated keys and the values to their pages.
 
     qkv: (rows, (num_heads + 2 num_kv_heads) * head_dim): query heads, then key heads, then value heads. Rows may be
-    strided. angles: cos and sin, (rows, at least rotation.num_angles) in qkv's dtype; None without rotation. Returns a
-    view of the queries, (rows, num_heads, head_dim). Raises ValueError.
+    strided. angles: cos and sin, (rows, at least rotation.num_angles) in qkv's dtype, or in float32 if it is
+    rotated in that; None without rotation. Returns a view of the queries, (rows, num_heads, head_dim). Raises
+    ValueError.
     """
     num_kv_heads, head_dim = place.keys.shape[1], place.keys.shape[3]
     num_heads = qkv.shape[-1] // head_dim - 2 * num_kv_heads
@@ -211,7 +212,7 @@ def _rotate(x: Tensor, angles: tuple[Tensor, Tensor], rotation: Rotation) -> Ten
         turned = pairs.flatten(-2).to(x.dtype)
     else:
         low, high = rotated.chunk(2, dim=-1)
-        turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+        turned = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
@@ -234,7 +235,8 @@ def _check_rotation(qkv: Tensor, angles: tuple[Tensor, Tensor] | None, rotation:
     if angles is None:
         raise ValueError("cos and sin must be given to rotate")
     for name, tensor in zip(("cos", "sin"), angles, strict=True):
-        _check_rows(name, tensor, (qkv.shape[0], max(rotation.num_angles, tensor.shape[-1])), qkv)
+        like = tensor if tensor.dtype == torch.float32 and tensor.device == qkv.device else qkv
+        _check_rows(name, tensor, (qkv.shape[0], max(rotation.num_angles, tensor.shape[-1])), like)
 
 
 def _check_gate_up(gate_up: Tensor, scales: Tensor | None) -> None:

@@ -467,8 +467,9 @@ def _weighted(wide, weight, dtype: tl.constexpr, IS_WIDE: tl.constexpr):
 
 @triton.jit
 def _rounded_product(a, b):
-    """The product as torch rounds it, in float32."""
-    return (a.to(tl.float32) * b.to(tl.float32)).to(a.dtype).to(tl.float32)
+    """The product as torch rounds it, in float32: not at all if b is wide."""
+    product = a.to(tl.float32) * b.to(tl.float32)
+    return product if b.dtype == tl.float32 else product.to(a.dtype).to(tl.float32)
 
 
 @triton.jit(do_not_specialize_on_alignment=_PLACES)

@@ -16,6 +16,7 @@ from transformers.models.glm4 import modeling_glm4 as glm4
 from transformers.models.gpt_oss import modeling_gpt_oss as gpt_oss
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2 import modeling_olmo2 as olmo2
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3 import modeling_phi3 as phi3
 
@@ -111,6 +112,7 @@ ROTATIONS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Rotation]] = {
     "part": (phi3.apply_rotary_pos_emb, Rotation(20)),
     "neighbours": (cohere.apply_rotary_pos_emb, Rotation(32, is_interleaved=True, step=2)),
     "part, neighbours": (glm4.apply_rotary_pos_emb, Rotation(20, is_interleaved=True)),
+    "wide table": (olmo2.apply_rotary_pos_emb, Rotation(32)),
     "half a table": (gpt_oss.apply_rotary_pos_emb, Rotation(32)),
     "none": (lambda query, key, *_: (query, key), Rotation(0)),
 }
@@ -148,7 +150,7 @@ def check_rotation(name: str, shape: Shape, kind: str | None, backend: str, dtyp
     angles = randn(rows, max(2, rotation.width) // 2, dtype=torch.float32, seed=1).mul(9)
     if name != "half a table":
         angles = angles.repeat_interleave(2, dim=1) if rotation.step == 2 else angles.repeat(1, 2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = (table if name == "wide table" else table.to(dtype) for table in (angles.cos(), angles.sin()))
     slots = torch.randperm(num_pages * page_tokens, generator=torch.Generator().manual_seed(2))[:rows]
     cache = torch.full((2, num_pages, num_kv_heads, page_tokens, head_dim), float("nan"), dtype=dtype, device=DEVICE)
     place = KVPlace(

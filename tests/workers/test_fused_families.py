@@ -142,6 +142,22 @@ def test_look_alikes_are_not_recognised(place: str, odd: type[nn.Module]) -> Non
     assert "forward" in runner.base.model.model.layers[0].__dict__
 
 
+def started(model: PreTrainedModel) -> ModelRunner:
+    """The runner of a bfloat16 base, without a probe."""
+    base = base_of(model, model.config, "bfloat16", rehearsal.MAX_LEN, 40)
+    cache = KVCache(base.layers, num_pages=16, page_tokens=16, dtype=torch.bfloat16, device=base.device)
+    linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]
+    layout = PoolLayout.of(base.geometry, projection_groups(linear), 2)
+    pool = AdapterPool(layout, pool_bytes=32 << 20, max_slots=2, device=base.device)
+    states = StateStore(base.states, num_slots=1, device=base.device)
+    return start_runner(base, cache, pool, states, max_pages=cache.pages_for(rehearsal.MAX_LEN + 1), is_probed=False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "olmo2"])
+def test_bfloat16_is_fused_whatever_dtype_angles_have(kind: str) -> None:
+    assert started(loud(kind, FAMILIES.get(kind, {})).bfloat16()).layers == "fused"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", [*FAMILIES, *IN_PART])
 @torch.no_grad()
@@ -162,16 +178,9 @@ def test_in_bfloat16_on_a_gpu_a_family_rounds_as_transformers(kind: str, tmp_pat
     double = own(torch.float64)
     double.set_experts_implementation("eager")
     exact, rounded = logprobs(double), logprobs(own(torch.bfloat16))
-    ours = base_of(own(torch.bfloat16), double.config, "bfloat16", rehearsal.MAX_LEN, len(tokens))
-    cache = KVCache(ours.layers, num_pages=16, page_tokens=16, dtype=torch.bfloat16, device=ours.device)
-    linear = [name for name, shape in ours.geometry.modules.items() if shape.kind == "linear"]
-    layout = PoolLayout.of(ours.geometry, projection_groups(linear), 2)
-    pool = AdapterPool(layout, pool_bytes=32 << 20, max_slots=2, device=ours.device)
-    pages = cache.allocate(cache.pages_for(len(tokens)))
-    states = StateStore(ours.states, num_slots=1, device=ours.device)
-    runner = start_runner(ours, cache, pool, states, max_pages=cache.pages_for(rehearsal.MAX_LEN + 1), is_probed=False)
+    runner = started(own(torch.bfloat16))
     assert runner.layers == ("in part" if kind in IN_PART else "fused")
-    state = states.acquire()
+    pages, state = runner.cache.allocate(runner.cache.pages_for(len(tokens))), runner.states.acquire()
     steps = [[Piece(tokens, start, end, pages, state)] for start, end in ((0, 23), (23, 24), (24, 40))]
     found = torch.cat(answer(runner, steps)).double().log_softmax(-1)
     error, their_error = float((found - exact).norm()), float((rounded - exact).norm())

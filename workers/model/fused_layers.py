@@ -248,7 +248,8 @@ def _substitute(model: PreTrainedModel, context: AttentionContext, max_model_len
         assert name is not None
         module = layer.get_submodule(name)
         cos_and_sin = call.arguments.get(ANGLES)
-        has_dtype = not isinstance(cos_and_sin, tuple) or all(each.dtype == model.dtype for each in cos_and_sin)
+        dtypes = (model.dtype, torch.float32)
+        has_dtype = not isinstance(cos_and_sin, tuple) or all(each.dtype in dtypes for each in cos_and_sin)
         known = context.calls.get(module.layer_idx) if isinstance(module.layer_idx, int) else None
         if known is not None and read.attention_arguments is not None and has_dtype:
             found = attention_of(module, read.attention_arguments, known, context, parts.rules)
