@@ -42,6 +42,8 @@ def route(experts: Tensor, num_experts: int, segments: Segments | None, slot_str
 
         if experts.numel() <= routing_triton.MOST_ROWS:
             return route_few(experts, num_experts, segments, slot_stride)
+        if segments is None:
+            return Routed(*routing_triton.order_of_experts(experts, num_experts), None)
     flat, top_k = experts.reshape(-1).clamp(max=num_experts), experts.shape[1]
     if segments is None:
         ordered, order = torch.sort(flat, stable=True)
@@ -77,6 +79,18 @@ def route_few(experts: Tensor, num_experts: int, segments: Segments | None, slot
         host_row_slots=np.empty(0, np.int32),
     )
     return Routed(order, rows, places, ends, made)
+
+
+def spread(x: Tensor, experts: Tensor, routed: Routed) -> Tensor:
+    """Copy each row to the places of its routed rows.
+
+    x: (rows, width), unit stride along width. experts: (rows, top_k). Returns (routed, width).
+    """
+    if x.is_cuda:
+        from lorafleet.kernels import routing_triton
+
+        return routing_triton.spread(x, experts.shape[1], routed.places)
+    return x[routed.rows]
 
 
 def combine(

@@ -1,7 +1,8 @@
-"""The Triton kernels of `routing`, for few routed rows: a launch for their order, one for their segments, one for sums.
+"""The Triton kernels of `routing`: one launch for the order of few routed rows, one for their segments, one for sums.
 
 A row's place is how many rows come before it, counted one by one. That is less work than a sort's launches as long as
-rows are few.
+rows are few. The order of many rows takes two launches if experts alone decide it: experts are counted by runs of rows,
+then each run knows its first place at each expert.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ MOST_ROWS = 8192
 _BLOCK = 16
 _BLOCK_OTHERS = 256
 _BLOCK_COLUMNS = 512
+_RUN = 512
+_SUB_RUN = 128
+"""Rows of a run that are placed at a time."""
 
 
 def order(
@@ -59,6 +63,52 @@ def order(
         num_warps=4,
     )
     return made, rows, places, ends, keys, slots
+
+
+def order_of_experts(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Order many routed rows by their experts alone: a counting sort.
+
+    Arguments: `routing.route`. Returns order and rows, (routed,) int64; places (routed,) int32; expert_ends
+    (num_experts,) int32.
+    """
+    num_routed, device = experts.numel(), experts.device
+    # Zeros as in `order`.
+    made, rows = torch.zeros((2, num_routed), dtype=torch.int64, device=device)
+    places = torch.empty(num_routed, dtype=torch.int32, device=device)
+    ends = torch.zeros(num_experts, dtype=torch.int32, device=device)
+    num_runs, width = triton.cdiv(num_routed, _RUN), triton.next_power_of_2(num_experts + 1)
+    counts = torch.empty((num_runs, width), dtype=torch.int32, device=device)
+    experts = experts.contiguous()
+    launch(_count_kernel, (num_runs,))(experts, counts, num_routed, num_experts, RUN=_RUN, WIDTH=width, num_warps=4)
+    launch(_place_kernel, (num_runs,))(
+        experts,
+        counts,
+        made,
+        rows,
+        places,
+        ends,
+        num_routed,
+        num_experts,
+        num_runs,
+        TOP_K=experts.shape[1],
+        RUN=_RUN,
+        SUB_RUN=_SUB_RUN,
+        WIDTH=width,
+        RUNS_AT_ONCE=16,
+        num_warps=8,
+    )
+    return made, rows, places, ends
+
+
+def spread(x: Tensor, top_k: int, places: Tensor) -> Tensor:
+    """Arguments: `routing.spread`. One program takes a run of columns of one row."""
+    num_rows, width = x.shape
+    out = torch.empty((num_rows * top_k, width), dtype=x.dtype, device=x.device)
+    if num_rows:
+        launch(_spread_kernel, (num_rows, triton.cdiv(width, 4 * _BLOCK_COLUMNS)))(
+            x, places, out, x.stride(0), width, TOP_K=top_k, BLOCK=4 * _BLOCK_COLUMNS, num_warps=4
+        )
+    return out
 
 
 def segments(keys: Tensor, slots: Tensor, chunk_length: int, max_chunks: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,6 +215,71 @@ def _order_kernel(
             is_before = (other[None, :] <= wanted[:, None]) & inside[None, :]
             count += tl.sum(is_before.to(tl.int32), 1)
         tl.store(ends + wanted, count, mask=wanted < num_experts)
+
+
+@triton.jit(do_not_specialize=["num_routed"])
+def _count_kernel(experts, counts, num_routed, num_experts, RUN: tl.constexpr, WIDTH: tl.constexpr):
+    run = tl.program_id(0)
+    routed = run * RUN + tl.arange(0, RUN)
+    # Rows after the last are counted where those without an expert are: nothing comes behind them.
+    expert = tl.load(experts + routed, mask=routed < num_routed, other=num_experts)
+    count = tl.histogram(tl.minimum(expert, num_experts).to(tl.int32), WIDTH)
+    tl.store(counts + run * WIDTH + tl.arange(0, WIDTH), count)
+
+
+@triton.jit(do_not_specialize=["num_routed", "num_runs"])
+def _place_kernel(
+    experts,
+    counts,
+    order,
+    rows,
+    places,
+    ends,
+    num_routed,
+    num_experts,
+    num_runs,
+    TOP_K: tl.constexpr,
+    RUN: tl.constexpr,
+    SUB_RUN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RUNS_AT_ONCE: tl.constexpr,
+):
+    own = tl.program_id(0)
+    columns = tl.arange(0, WIDTH)
+    total = tl.zeros((WIDTH,), dtype=tl.int32)
+    before = tl.zeros((WIDTH,), dtype=tl.int32)
+    for first in range(0, num_runs, RUNS_AT_ONCE):
+        run = first + tl.arange(0, RUNS_AT_ONCE)
+        inside = (run < num_runs)[:, None]
+        count = tl.load(counts + run[:, None] * WIDTH + columns[None, :], mask=inside, other=0)
+        total += tl.sum(count, 0)
+        before += tl.sum(tl.where((run < own)[:, None], count, 0), 0)
+    last = tl.cumsum(total, 0)
+    if own == 0:
+        tl.store(ends + columns, last, mask=columns < num_experts)
+    next_place = last - total + before
+    for first in range(own * RUN, (own + 1) * RUN, SUB_RUN):
+        routed = first + tl.arange(0, SUB_RUN)
+        inside = routed < num_routed
+        expert = tl.minimum(tl.load(experts + routed, mask=inside, other=num_experts), num_experts).to(tl.int32)
+        is_its = expert[:, None] == columns[None, :]
+        ones = is_its.to(tl.int32)
+        place = tl.sum(tl.where(is_its, next_place[None, :] + tl.cumsum(ones, 0) - 1, 0), 1)
+        tl.store(order + place, routed.to(tl.int64), mask=inside)
+        tl.store(rows + place, (routed // TOP_K).to(tl.int64), mask=inside)
+        tl.store(places + routed, place, mask=inside)
+        next_place += tl.sum(ones, 0)
+
+
+@triton.jit
+def _spread_kernel(x, places, out, x_stride, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    values = tl.load(x + row * x_stride + columns, mask=inside)
+    for index in tl.static_range(TOP_K):
+        place = tl.load(places + row * TOP_K + index).to(tl.int64)
+        tl.store(out + place * width + columns, values, mask=inside)
 
 
 @triton.jit

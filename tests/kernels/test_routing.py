@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorafleet.kernels import routing_triton
-from lorafleet.kernels.routing import Routed, combine, repeat, route, route_few
+from lorafleet.kernels.routing import Routed, combine, repeat, route, route_few, spread
 from lorafleet.kernels.segments import BASE_SLOT, build_segments
 
 CPU = torch.device("cpu")
@@ -61,6 +61,29 @@ def test_the_order_and_the_chunks(
     other = route(torch.zeros_like(experts), num_experts, segments, stride).segments
     assert other is not None
     assert (other.max_chunks, other.chunk_length) == (made.max_chunks, made.chunk_length)
+
+
+@pytest.mark.parametrize(("num_rows", "num_experts", "top_k"), [(3, 4, 2), (517, 5, 3), (300, 128, 8)])
+def test_the_order_by_experts_alone(num_rows: int, num_experts: int, top_k: int) -> None:
+    """Of runs whose last is not full, where some rows have no expert."""
+    generator = torch.Generator().manual_seed(num_rows)
+    experts = torch.randint(0, num_experts + 2, (num_rows, top_k), generator=generator).to(DEVICE)
+    order, rows, places, ends = routing_triton.order_of_experts(experts, num_experts)
+    flat = experts.reshape(-1).clamp(max=num_experts).cpu()
+    wanted = torch.sort(flat, stable=True).indices
+    assert order.tolist() == wanted.tolist()
+    assert rows.tolist() == (wanted // top_k).tolist()
+    assert wanted[places.cpu().long()].tolist() == list(range(len(flat)))
+    assert ends.tolist() == flat.bincount(minlength=num_experts + 1).cumsum(0)[:num_experts].tolist()
+
+
+@pytest.mark.parametrize("width", [40, 3000])
+def test_rows_are_spread(width: int) -> None:
+    experts = torch.tensor([[0, 2], [3, 1], [1, 0], [3, 3]]).to(DEVICE)
+    x = torch.randn(4, 2 * width).to(DEVICE)[:, :width]
+    routed = route_few(experts, 3, None, 1)
+    assert torch.equal(routing_triton.spread(x, 2, routed.places), x[routed.rows])
+    assert torch.equal(spread(x, experts, routed), x[routed.rows])
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafleet.kernels import fused, ops
-from lorafleet.kernels.routing import Routed, combine, repeat, route
+from lorafleet.kernels.routing import Routed, combine, repeat, route, spread
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraWeights
 from lorafleet.workers.model.experts import is_dense_experts, projections
@@ -71,7 +71,7 @@ class LoraExperts(nn.Module):
         segments = self.context.segments_at("body", self.name, hidden_states.shape[0])
         has_lora = segments is not None and segments.has_lora and not self.context.skips_experts
         routed = route(top_k_index, self.num_experts, segments if has_lora else None, self.slot_stride)
-        up = self._project(hidden_states[routed.rows], self.up_name, routed, top_k_index)
+        up = self._project(spread(hidden_states, top_k_index, routed), self.up_name, routed, top_k_index)
         if self._activation is not None:
             up = fused.gated(up, self._activation)
         else:
