@@ -50,6 +50,9 @@ KERNELS = {
     "copy_rows": row_copy_triton._copy_rows_kernel,
     "product": grouped_triton._product_kernel,
     "order": routing_triton._order_kernel,
+    "count": routing_triton._count_kernel,
+    "place": routing_triton._place_kernel,
+    "spread": routing_triton._spread_kernel,
     "segments": routing_triton._segments_kernel,
     "combine": routing_triton._combine_kernel,
 }
@@ -131,6 +134,8 @@ def launch_each() -> None:
         _, _, places, _, keys, routed_slots = routing_triton.order(experts, 128, slots, 128)
         if keys is not None and routed_slots is not None:
             routing_triton.segments(keys, routed_slots, 16, 512)
+    routing_triton.order_of_experts(experts, 128)
+    routing_triton.spread(torch.zeros(64, 256, dtype=DTYPE), 8, places)
     for num_rows in (32, 64, 128):  # of 4 matrices
         ends = torch.zeros(4, dtype=torch.int32)
         grouped_triton.product(torch.zeros(num_rows, 64, dtype=DTYPE), torch.zeros(4, 64, 32, dtype=DTYPE), ends)

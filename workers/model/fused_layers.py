@@ -18,15 +18,14 @@ from transformers import PreTrainedModel
 
 from lorafleet.kernels import fused
 from lorafleet.kernels.norms import PLAIN, Branch, Norm, NormRule
+from lorafleet.workers.model.fused_mlp import FusedMLP, mlp_of
 from lorafleet.workers.model.fused_parts import (
     ANGLES,
     FusedAttention,
-    FusedMLP,
     FusedNorm,
     Input,
     Output,
     attention_of,
-    mlp_of,
     rule_of,
 )
 from lorafleet.workers.model.lora_layers import FusedProjection

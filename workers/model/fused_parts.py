@@ -1,4 +1,4 @@
-"""Parts of a layer that fused kernels compute: norms, attention up to its output, and gated MLPs, told by what they do.
+"""Parts of a layer that fused kernels compute: norms, and attention up to its output, told by what they do.
 
 A module whose children have a known shape runs on random input, with stand-ins for its projections. Where the kernels'
 arithmetic gives the same numbers, it is a part; any other module stays transformers'. Weights stay where they are.
@@ -7,7 +7,7 @@ arithmetic gives the same numbers, it is a part; any other module stays transfor
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorafleet.kernels import fp8, fused
 from lorafleet.kernels.fp8_values import Fp8Rows
 from lorafleet.kernels.kv_place import HeadNorm, KVPlace, Rotation
-from lorafleet.kernels.norms import Activation, Norm, NormRule
+from lorafleet.kernels.norms import Norm, NormRule
 from lorafleet.kernels.scores import Scores
 from lorafleet.workers.model.attention_calls import AttentionCall
 from lorafleet.workers.model.lora_layers import FusedProjection, ProjectionSlice
@@ -26,13 +26,13 @@ from lorafleet.workers.model.paged_attention import AttentionContext, attend
 from lorafleet.workers.model.stand_ins import CANNOT, Attended, Call, StandIn, attention_recorded, copied, is_near
 from lorafleet.workers.model.wiring import is_norm, untouched
 
-_ROWS = 4
-_LARGE = 30.0
+NUM_ROWS = 4
+"""Of random input that a module is tried with."""
+LARGE = 30.0
 """Size of elements that leave whatever limits a module sets them."""
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 ANGLES = "position_embeddings"
 """What transformers calls cos and sin in a call of attention."""
-ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "gelu")
 
 
 class Output(NamedTuple):
@@ -78,7 +78,7 @@ def rule_of(norm: nn.Module, rules: dict[tuple[object, ...], NormRule | None]) -
 
 def _tried(norm: nn.Module, eps: float, width: int) -> NormRule | None:
     own = copied(norm, {}, torch.float32)
-    x = torch.randn(_ROWS, width) + 0.5
+    x = torch.randn(NUM_ROWS, width) + 0.5
     x[0] *= eps**0.5  # so small that eps counts
     weight = torch.randn(width)
     for offset, is_centred in ((0.0, False), (1.0, False), (0.0, True)):
@@ -119,75 +119,6 @@ class FusedNorm:
             y: Tensor = self._own(x)
             return y
         return fused.rms_norm(x.reshape(-1, x.shape[-1]), Norm(weight, self._rule)).view(x.shape)
-
-
-# --- gated MLPs ---
-
-
-class FusedMLP:
-    """A gated MLP: down(activation(gate(x)) * up(x))."""
-
-    def __init__(self, gate_up: FusedProjection, down: FusedProjection, activation: Activation) -> None:
-        self.reader, self._down, self._activation = gate_up, down, activation
-
-    def __call__(self, x: Input) -> Output:
-        """x: (rows, width) -> (rows, width)."""
-        gate_up = project(self.reader, x)
-        if self._down.fp8_weight is None:
-            return project(self._down, Input(fused.gated(gate_up.values, self._activation, gate_up.scales)))
-        return project(self._down, Input(*fused.gated_fp8(gate_up.values, self._activation, gate_up.scales)))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Stands for the module's forward: (..., width) -> the same shape."""
-        y = self(Input(hidden_states.reshape(-1, hidden_states.shape[-1]))).finished()
-        return y.view(*hidden_states.shape[:-1], y.shape[-1])
-
-
-def mlp_of(module: nn.Module) -> FusedMLP | None:
-    """The part that the module is."""
-    groups = _groups(module)
-    if groups is None or len(groups) != 2 or any(is_norm(child) for child in module.children()):
-        return None
-    downs = [group for group in groups if len(group.widths) == 1]
-    for down in downs:
-        (joined,) = (group for group in groups if group is not down)
-        inner = down.weight.shape[1]
-        if joined.widths in ([inner, inner], [2 * inner]):
-            tried = [_activations(module, joined, down, spread) for spread in (1.0, _LARGE)]
-            for activation in ACTIVATIONS:
-                if all(activation in found for found in tried):
-                    return FusedMLP(joined, down, activation)
-    return None
-
-
-def gate_of(apply: Callable[[Tensor], Tensor]) -> Activation | None:
-    """The activation with which a function of gate and up, side by side, is `fused.gated`; None if there is none."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        given = [torch.randn(_ROWS, 16) * spread for spread in (1.0, _LARGE)]
-    for activation in ACTIVATIONS:
-        try:
-            if all(is_near(fused.gated(each, activation), apply(each)) for each in given):
-                return activation
-        except CANNOT:
-            return None
-    return None
-
-
-def _activations(module: nn.Module, joined: FusedProjection, down: FusedProjection, spread: float) -> list[Activation]:
-    """Activations that make of gate and up, with elements of this size, what the module makes of them."""
-    x, gives = torch.randn(1, _ROWS, 8), torch.randn(1, _ROWS, 8)
-    gate_up = torch.randn(1, _ROWS, 2 * down.weight.shape[1]) * spread
-    calls: list[Call] = []
-    children = _projections_standing(module, {id(joined): gate_up, id(down): gives}, calls)
-    try:
-        out = copied(module, children, torch.float32)(x)
-    except CANNOT:
-        return []
-    if out is not gives or not _is_between(calls, x, gives, len(children)):
-        return []
-    made = calls[-1].given[0]
-    return [activation for activation in ACTIVATIONS if is_near(fused.gated(gate_up[0], activation), made)]
 
 
 # --- attention ---
@@ -311,12 +242,12 @@ def attention_of(
         return None
     arguments = {name: _in_float(value) for name, value in arguments.items()}
     angles = arguments.get(ANGLES)
-    num_rows = _ROWS if angles is None else angles[0].shape[1]
+    num_rows = NUM_ROWS if angles is None else angles[0].shape[1]
     width = (call.num_heads + 2 * call.num_kv_heads) * call.head_dim
     hidden, made, gives = (torch.randn(1, num_rows, size) for size in (8, width, 8))
-    made *= _LARGE
+    made *= LARGE
     calls: list[Call] = []
-    children = _projections_standing(module, {id(qkv): made, id(out): gives}, calls)
+    children = projections_standing(module, {id(qkv): made, id(out): gives}, calls)
     for name, norm in named.items():
         children[name] = copied(untouched(norm), {}, torch.float32)
     own = copied(module, children, torch.float32)
@@ -329,7 +260,7 @@ def attention_of(
     if len(seen) != 1 or not isinstance(result, tuple) or result[0] is not gives:
         return None
     attended = seen[0]
-    if not _is_between(calls, hidden, gives, num_projections):
+    if not is_between(calls, hidden, gives, num_projections):
         return None
     if not torch.equal(calls[-1].given[0], attended.gave[0].flatten(1)):
         return None
@@ -360,7 +291,7 @@ class _OnePlace:
 
 def _attention_projections(module: nn.Module, call: AttentionCall) -> tuple[FusedProjection, FusedProjection] | None:
     """The projections before and behind attention."""
-    groups = _groups(module)
+    groups = groups_of(module)
     if groups is None or len(groups) != 2 or call.value_dim != call.head_dim:
         return None
     query, key = call.num_heads * call.head_dim, call.num_kv_heads * call.head_dim
@@ -451,7 +382,7 @@ def _in_float(value: Any) -> Any:
 # --- projections ---
 
 
-def _is_between(calls: list[Call], x: Tensor, gives: Tensor, num_projections: int) -> bool:
+def is_between(calls: list[Call], x: Tensor, gives: Tensor, num_projections: int) -> bool:
     """Return True if all projections but the last were given x itself, and each was called once."""
     return (
         len(calls) == num_projections
@@ -460,7 +391,7 @@ def _is_between(calls: list[Call], x: Tensor, gives: Tensor, num_projections: in
     )
 
 
-def _groups(module: nn.Module) -> list[FusedProjection] | None:
+def groups_of(module: nn.Module) -> list[FusedProjection] | None:
     """The products of a module's projections; None if some are computed with others' or not by us."""
     slices = [child for child in module.children() if isinstance(child, ProjectionSlice)]
     if any(
@@ -473,7 +404,7 @@ def _groups(module: nn.Module) -> list[FusedProjection] | None:
     return groups if all(counts[id(group)] == len(group.widths) for group in groups) else None
 
 
-def _projections_standing(module: nn.Module, gives: Mapping[int, Tensor], calls: list[Call]) -> dict[str, nn.Module]:
+def projections_standing(module: nn.Module, gives: Mapping[int, Tensor], calls: list[Call]) -> dict[str, nn.Module]:
     """Stand-ins for the module's projections: each gives its columns of what its group gives."""
     made: dict[str, nn.Module] = {}
     for name, child in module.named_children():
