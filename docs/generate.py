@@ -357,7 +357,8 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "groups": lambda: table(
         ("", "sequences", "adapters", "step, ms", "bytes alone, ms", "over bytes and sums"), measured.group_rows()
     ),
-    "mixtures": lambda: table(("", "step, ms", "output tokens/s"), measured.mixture_rows()),
+    "geometries": lambda: table(("", "step, ms", "bytes alone, ms", "over bytes"), measured.geometry_rows()),
+    "mixtures": lambda: table(("", "output tokens/s", "of the base"), measured.mixture_rows()),
     "routes": routes,
     "serve-gpu": lambda: table(
         ("", "output tokens/s", "first token, ms: p50, p99", "between tokens, ms: p50, p99"), measured.serve_rows()

@@ -212,19 +212,36 @@ def group_rows() -> Rows:
         )
 
 
-MIXTURE_STEPS = {
-    "moe_decode_base": "base",
-    "moe_decode_lora64": "64 adapters on attention",
-    "moe_decode_experts64": "64 adapters on experts",
+GEOMETRY_STEPS = {
+    "moe_decode_base": "Qwen3-30B-A3B",
+    "moe_decode_lora64": "the same, 64 adapters on attention",
+    "moe_decode_experts64": "the same, 64 adapters on experts",
+    "gemma_decode": "Gemma 3 27B",
+    "latent_decode": "DeepSeek V2 Lite",
+}
+MIXTURE_LOADS = {
+    "moe_base": "base",
+    "moe_lora64": "64 adapters on attention",
+    "moe_experts64": "64 adapters on experts",
 }
 
 
-def mixture_rows() -> Rows:
-    """Decode steps of 64 sequences of a mixture."""
+def geometry_rows() -> Rows:
+    """Decode steps of 64 sequences of bases that are not Llama's kind."""
     results = latest(RESULTS / "geometries.jsonl")
-    for case, name in MIXTURE_STEPS.items():
+    for case, name in GEOMETRY_STEPS.items():
         for line in results.get(case, ()):
-            yield name, f"{line['gap_ms_p50']:.1f}", number(line["output_tokens_per_s"])
+            yield name, f"{line['gap_ms_p50']:.1f}", f"{line['floor_ms']:.1f}", f"{line['of_floor']:.2f}"
+
+
+def mixture_rows() -> Rows:
+    """Output tokens/s of a mixture, and the part of the base's."""
+    results = latest(RESULTS / "geometries.jsonl")
+    for case, name in MIXTURE_LOADS.items():
+        for line in results.get(case, ()):
+            (base,) = (each for each in results["moe_base"] if each["run"] == line["run"])
+            speed = line["output_tokens_per_s"]
+            yield name, number(speed), f"{speed / base['output_tokens_per_s']:.2f}"
 
 
 def prompt_graph_rows() -> Rows:
