@@ -21,6 +21,7 @@ from running_engine import Figures, RunningEngine, running_engine
 from lorafleet.adapter_store.manifest import AdapterWeights
 from lorafleet.kernels.segments import BASE_SLOT
 from lorafleet.workers.config import PoolConfig
+from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.state_store import NULL_SLOT
 from lorafleet.workers.model.expert_layers import LoraExperts
 from lorafleet.workers.model.runner import ModelRunner
@@ -216,7 +217,9 @@ def _floor(lab: Lab, runner: ModelRunner, num_rows: int, context: int) -> Figure
         for hook in hooks:
             hook.remove()
     share = np.mean(meter.shares) if layers else 1.0
-    num_bytes = 2.0 * _weights(runner, share) + num_rows * kv_bytes(lab.geometry, context)
+    # Of latent attention that is what pages keep: latents, or the keys and values of all heads.
+    of_token = KVCache.page_bytes(runner.base.layers, 1, torch.bfloat16)
+    num_bytes = 2.0 * _weights(runner, share) + num_rows * context * of_token
     figures = {"floor_ms": num_bytes / ceilings()[0] * 1e3, "floor_gb": num_bytes / 1e9}
     return {**figures, "experts_hit": float(share), "copy_tb_s": ceilings()[0] / 1e12}
 

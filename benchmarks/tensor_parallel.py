@@ -180,7 +180,7 @@ def measure_engine(geometry: str, size: int, folder: Path) -> Lines:
         running.run(prompts, names, 4)
         weights = sum(value.nbytes for value in parts.runner.base.model.parameters())
         of_adapters = parts.pool.ideal_bytes
-        per_token = sum(2 * each.num_kv_heads * each.head_dim for each in parts.runner.base.layers)
+        per_token = sum(each.width for each in parts.runner.base.layers)
         per_token *= parts.cache.keys[0].itemsize
         yield (
             "memory",

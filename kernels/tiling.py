@@ -106,7 +106,12 @@ def stages(wanted: int, steps: int, tile_bytes: int, tensor: Tensor) -> int:
     """
     if wanted == 1:
         wanted = min(steps, _MOST_STAGES)
-    return max(1, min(wanted, _shared_bytes(tensor.device) // tile_bytes)) if tensor.is_cuda else wanted
+    return max(1, min(wanted, shared_bytes(tensor) // tile_bytes))
+
+
+def shared_bytes(tensor: Tensor) -> int:
+    """Return the bytes of shared memory that a program on the tensor's device may have; many where that is none."""
+    return _shared_bytes(tensor.device) if tensor.is_cuda else 1 << 20
 
 
 @cache

@@ -122,8 +122,8 @@ class EngineConfig(Settings):
     latent_cache: Literal["auto", "compressed", "expanded"] = Field(
         default="auto",
         description="What pages keep for latent attention (DeepSeek's). `compressed` keeps the latent of each token, "
-        "`expanded` the keys and values of all heads, as `auto` does. `compressed` is refused on a GPU, with several "
-        "devices, with `kv_dtype: fp8` and with other attention.",
+        "`expanded` the keys and values of all heads. `auto` compresses on one GPU, and expands on a CPU and on "
+        "several devices. With the compressed cache `kv_dtype: fp8` is refused, as is activated LoRA on `kv_b_proj`.",
     )
     prefix_cache: PrefixSharing = Field(
         default="shared",

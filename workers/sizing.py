@@ -46,9 +46,8 @@ def compresses_latents(engine: EngineConfig, device: torch.device) -> bool:
             f"worker.latent_cache: compressed is not supported with worker.tensor_parallel_size={size}, where each "
             "device has some of the heads: use latent_cache: auto, or tensor_parallel_size: 1"
         )
-    if engine.latent_cache == "compressed" and device.type == "cuda":
-        raise WorkerConfigError("worker.latent_cache: compressed is not supported on a GPU yet: use latent_cache: auto")
-    return engine.latent_cache == "compressed"
+    is_automatic = engine.latent_cache == "auto" and device.type == "cuda" and size == 1
+    return is_automatic or engine.latent_cache == "compressed"
 
 
 def kv_dtype(base: BaseModel, engine: EngineConfig) -> torch.dtype:

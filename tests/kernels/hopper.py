@@ -22,6 +22,9 @@ from lorafleet.kernels import (
     expand_triton,
     fused_triton,
     grouped_triton,
+    head_lora_triton,
+    latent,
+    latent_triton,
     routing_triton,
     row_copy_triton,
     shrink_triton,
@@ -31,6 +34,7 @@ from lorafleet.kernels.kv_place import HeadNorm, KVPlace, Rotation
 from lorafleet.kernels.launching import compiled_ahead
 from lorafleet.kernels.norms import Activation, Branch, Norm, NormRule
 from lorafleet.kernels.segments import build_segments
+from lorafleet.kernels.weights import HeadColumns
 from tests.kernels.paged import paged_embedding, paged_linear
 
 CPU = torch.device("cpu")
@@ -55,6 +59,11 @@ KERNELS = {
     "spread": routing_triton._spread_kernel,
     "segments": routing_triton._segments_kernel,
     "combine": routing_triton._combine_kernel,
+    "head_lora": head_lora_triton._head_lora_kernel,
+    "latent_store": latent_triton.store_kernel,
+    "latent_decode": latent_triton.decode_kernel,
+    "latent_combine": latent_triton.combine_kernel,
+    "latent_extend": latent_triton.extend_kernel,
 }
 
 
@@ -129,6 +138,7 @@ def launch_each() -> None:
 
     for dtype, head_dim in ((DTYPE, 128), (torch.float16, 128), (DTYPE, 512)):
         launch_in_fp8(dtype, head_dim, tables, lengths, starts)
+    launch_on_latents(tables, lengths, starts)
     experts = torch.zeros(64, 8, dtype=torch.int64)
     for slots in (None, torch.zeros(64, dtype=torch.int32)):
         _, _, places, _, keys, routed_slots = routing_triton.order(experts, 128, slots, 128)
@@ -167,6 +177,24 @@ def launch_in_fp8(dtype: torch.dtype, head_dim: int, tables: Tensor, lengths: Te
     fused_triton.store(rows, rows, place)
 
 
+def launch_on_latents(tables: Tensor, lengths: Tensor, starts: Tensor) -> None:
+    """Attention to latents of DeepSeek's widths, with 16 heads and with 128, and LoRA on what is absorbed."""
+    keys = torch.zeros(8, 1, 16, 576, dtype=DTYPE)
+    weights = paged_linear(
+        np.random.default_rng(0), in_dim=512, widths=(4096,), ranks=[[8]], dtype=DTYPE, device=CPU, max_rank=64
+    ).weights
+    for heads, chunk_length in ((16, 16), (128, 128)):
+        query, turned, values = (torch.zeros(4, heads, width, dtype=DTYPE) for width in (512, 64, 128))
+        workspace = latent.LatentWorkspace.allocate(num_heads=heads, rank=512, device=CPU, num_processors=132)
+        latent.decode(query, turned, keys, tables, lengths, query, workspace, scaling=0.1)
+        latent.extend(query, turned, keys, tables, lengths, starts, query, scaling=0.1)
+        segments = build_segments(np.zeros(4, np.int32), device=CPU, chunk_length=chunk_length)
+        for x, y, first in ((values, query, 0), (query, values, 128)):
+            columns = HeadColumns(first, 256, 128)
+            head_lora_triton.add(x, weights, segments, y, columns, is_absorbed=first == 0)
+    latent.store(query[:, 0], turned[:, 0], keys, lengths, lengths)
+
+
 def variants(kernel: Any) -> list[Any]:
     """What has been compiled of a kernel."""
     return list(kernel.device_caches[0][0].values())
@@ -174,7 +202,7 @@ def variants(kernel: Any) -> list[Any]:
 
 def main() -> None:
     triton.runtime.driver.set_active(Hopper())
-    for module in (attention, fused_triton, embedding_triton, expand_triton, shrink_triton):
+    for module in (attention, fused_triton, embedding_triton, expand_triton, latent, shrink_triton):
         module.dependent_launch = lambda tensor: True  # type: ignore[attr-defined]
     with compiled_ahead(2):
         launch_each()

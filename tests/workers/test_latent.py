@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from lorafleet.adapter_store.errors import AdapterRefused
+from lorafleet.kernels import head_lora, head_lora_triton
+from lorafleet.kernels.latent import LatentWorkspace
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.kv_cache import LayerKV
-from lorafleet.workers.model import rehearsal
+from lorafleet.workers.model import latent_attention, rehearsal
 from lorafleet.workers.model.attention_calls import Latent, read_calls
 from tests.support.adapters import make_adapter
 from tests.support.bases import make_base
@@ -88,6 +92,20 @@ def test_families_with_latents(kind: str, settings: dict[str, Any]) -> None:
     done.run()
     assert {call.latent for call in done.runner.base.calls.values()} == {Latent(rank=8, rotated=4)}
     assert done.runner.pool.absorbed
+
+
+@pytest.mark.slow
+def test_what_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rehearsal with the kernels, in Triton's interpreter."""
+    monkeypatch.setattr(latent_attention, "_workspace", workspace)
+    for name, is_absorbed in (("add_absorbed", True), ("add_expanded", False)):
+        monkeypatch.setattr(head_lora, name, partial(head_lora_triton.add, is_absorbed=is_absorbed))
+    model = loud("deepseek_v3", {**DEEPSEEK, "n_routed_experts": 2, "rope_parameters": YARN}).eval()
+    rehearsal._Rehearsal(model, rehearsal.MAX_LEN, compresses=True).run()
+
+
+def workspace(num_heads: int, rank: int, device: torch.device) -> LatentWorkspace:
+    return LatentWorkspace.allocate(num_heads=num_heads, rank=rank, device=device, num_processors=16)
 
 
 class Scaled(DeepseekV3Attention):  # type: ignore[misc]

@@ -11,6 +11,8 @@ sequence have one adapter. Activated LoRA has rows of two, and is refused on the
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,16 +25,27 @@ from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.model.attention_calls import AttentionCall, expanding
 from lorafleet.workers.model.lora_layers import FusedProjection, ProjectionSlice
 from lorafleet.workers.model.paged_attention import AttentionContext, attend
+from lorafleet.workers.step.batch import AttentionBatch
+
+if TYPE_CHECKING:
+    from lorafleet.kernels.latent import LatentWorkspace
 
 
 class LatentAttention:
     """Attention of one layer to latents."""
 
-    def __init__(self, projection: FusedProjection, call: AttentionCall, layer: int, context: AttentionContext) -> None:
-        """`projection`: what makes keys and values of latents."""
+    def __init__(
+        self,
+        projection: FusedProjection,
+        call: AttentionCall,
+        layer: int,
+        context: AttentionContext,
+        workspace: LatentWorkspace | None,
+    ) -> None:
+        """`projection`: what makes keys and values of latents. `workspace`: on CUDA."""
         assert call.latent is not None
         self._projection, self._call, self._latent = projection, call, call.latent
-        self._layer, self._context = layer, context
+        self._layer, self._context, self._workspace = layer, context, workspace
         plain = call.head_dim - call.latent.rotated
         self._step = plain + call.value_dim
         self._keys, self._values = HeadColumns(0, self._step, plain), HeadColumns(plain, self._step, call.value_dim)
@@ -82,6 +95,8 @@ class LatentAttention:
         """
         batch, place = self._context.batch, self._context.place(self._layer)
         assert batch is not None
+        if self._workspace is not None:
+            return _attend_cuda((absorbed, turned), (latents, rotated), place.keys, batch, self._workspace, scores)
         place.keys[batch.row_pages, 0, batch.row_offsets] = torch.cat((latents, rotated), dim=-1)
         query = torch.cat((absorbed, turned), dim=-1).transpose(0, 1)
         attended = attend(query, self._context, self._layer, scores)
@@ -124,6 +139,35 @@ class LatentAttention:
         return of_heads[..., columns.first : columns.first + columns.width]
 
 
+def _attend_cuda(
+    query: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    keys: Tensor,
+    batch: AttentionBatch,
+    workspace: LatentWorkspace,
+    scores: Scores,
+) -> Tensor:
+    """query: absorbed and rotated parts, (heads, rows, width). own: latents and rotated parts, (rows, width).
+
+    Returns sums of latents, (heads, rows, rank).
+    """
+    from lorafleet.kernels import latent as kernels
+
+    kernels.store(*own, keys, batch.row_pages, batch.row_offsets)
+    sums = torch.empty_like(query[0], memory_format=torch.contiguous_format)
+    absorbed, turned, out = (each.transpose(0, 1) for each in (*query, sums))
+    num, lengths, tables = batch.num_decodes, batch.context_lengths, batch.block_tables
+    how: dict[str, Any] = {"scaling": scores.scaling, "window": scores.window}
+    if num:
+        decoding = absorbed[:num], turned[:num], keys, tables[:num], lengths[:num], out[:num]
+        kernels.decode(*decoding, workspace, **how)
+    if num < lengths.shape[0]:
+        # After the decodes, since a graph's empty lines write zeros where rows of prompts may be.
+        indptr = batch.query_indptr[num:]
+        kernels.extend(absorbed, turned, keys, tables[num:], lengths[num:], indptr, out, **how)
+    return sums
+
+
 def install(model: PreTrainedModel, context: AttentionContext) -> frozenset[str]:
     """Have every layer whose pages keep latents attend to those. The leaves of `model` are substituted already.
 
@@ -131,6 +175,7 @@ def install(model: PreTrainedModel, context: AttentionContext) -> frozenset[str]
     """
     names = {module: name for name, module in model.named_modules()}
     absorbed = set()
+    workspaces: dict[tuple[int, int], LatentWorkspace | None] = {}
     for module in expanding(model):
         layer = module.layer_idx
         assert isinstance(layer, int)
@@ -138,10 +183,22 @@ def install(model: PreTrainedModel, context: AttentionContext) -> frozenset[str]
         if call is not None and call.latent is not None:
             slice_ = module.kv_b_proj
             assert isinstance(slice_, ProjectionSlice)
-            context.latents[layer] = LatentAttention(slice_.fused, call, layer, context)
+            shape = call.num_heads, call.latent.rank
+            if shape not in workspaces:
+                workspaces[shape] = _workspace(*shape, context.cache.keys[layer].device)
+            context.latents[layer] = LatentAttention(slice_.fused, call, layer, context, workspaces[shape])
             module.__dict__["expand_kv"] = _as_they_are
             absorbed.add(names[slice_])
     return frozenset(absorbed)
+
+
+def _workspace(num_heads: int, rank: int, device: torch.device) -> LatentWorkspace | None:
+    """Shared by layers of one shape, since a stream runs them in turn."""
+    if device.type == "cpu":
+        return None
+    from lorafleet.kernels.latent import LatentWorkspace
+
+    return LatentWorkspace.allocate(num_heads=num_heads, rank=rank, device=device)
 
 
 def _as_they_are(latents: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:

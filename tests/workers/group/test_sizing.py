@@ -50,7 +50,7 @@ def test_errors_speak_of_the_group(base: BaseModel, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_base_that_fits_no_gpu_is_told_of_groups(llama: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*arguments: object) -> BaseModel:
+    def load(*arguments: object, **named: object) -> BaseModel:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(model_parts, "load_base", load)
