@@ -96,7 +96,8 @@ def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder / "quantised", folder / "quantised"  # which transformers dequantises itself
 
 
-async def test_experts_answer_as_pefts(mixture: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+async def test_experts_answer_as_pefts(mixture: tuple[Path, Path], size: int, tmp_path: Path) -> None:
     quantised, plain = mixture
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -106,10 +107,10 @@ async def test_experts_answer_as_pefts(mixture: tuple[Path, Path], tmp_path: Pat
     randomise_adapter(peft, 0.7)
     peft.save_pretrained(tmp_path / "up")
     shelf = Shelf(quantised)
-    await assert_as_peft(shelf, {"up": tmp_path / "up"}, oracle=plain)
+    await assert_as_peft(shelf, {"up": tmp_path / "up"}, oracle=plain, size=size)
 
 
-@pytest.mark.parametrize("kind", ["fp8_blocks", "gptq"])
+@pytest.mark.parametrize("kind", ["fp8_rows", "fp8_blocks", "gptq"])
 def test_parts_of_all_ranks_are_the_base(base_of: Callable[[BaseKind], Path], kind: str, tmp_path: Path) -> None:
     write_quantised(base_of("llama"), kind, tmp_path / "quantised", tmp_path / "plain")
     model = ModelConfig(id="base", source=str(tmp_path / "quantised"))
@@ -119,6 +120,14 @@ def test_parts_of_all_ranks_are_the_base(base_of: Callable[[BaseKind], Path], ki
     for name, dim in (("q_proj", 0), ("o_proj", 1)):
         name = f"model.layers.0.self_attn.{name}.weight"
         torch.testing.assert_close(torch.cat([part.get_parameter(name) for part in parts], dim), plain[name])
+        found: list[Any] = [
+            getattr(part.get_submodule(name.removesuffix(".weight")), "fp8_scales", None) for part in parts
+        ]
+        if kind != "fp8_rows":
+            assert found == [None, None]
+            continue
+        scales = load_file(tmp_path / "quantised" / "model.safetensors")[f"{name}_scale"].flatten().float()
+        assert torch.equal(torch.cat(found), scales) if dim == 0 else all(torch.equal(one, scales) for one in found)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -22,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.shares import Share, share_of
+from lorafleet.workers.model.quantisation import keep_scales
 from lorafleet.workers.model.sharding import narrow
 from lorafleet.workers.model.stored_weights import QuantisedWeight, StoredWeights, name_in
 
@@ -100,9 +101,12 @@ def _read(
     for stored, weight in StoredWeights(source, config, device).items():
         name = name_in(model, stored)
         if name in missing:
-            value = _slice(weight, parameters[name], share_of(name, shares), source)
+            share = share_of(name, shares)
+            value = _slice(weight, parameters[name], share, source)
             _set(model, name, value.to(device=device, dtype=parameters[name].dtype))
             missing.remove(name)
+            scales = weight.row_scales if isinstance(weight, QuantisedWeight) else None
+            keep_scales(model, name, scales if scales is None or share is None else scales[share.outputs])
         else:
             experts.note(name, weight)
     for name, value in experts.joined():
