@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from lorafleet.adapter_store.manifest import BaseGeometry
 from lorafleet.workers.checkpoint import max_model_len, read_config
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig
-from lorafleet.workers.errors import WorkerConfigError
+from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.memory.state_store import StateStore
-from lorafleet.workers.model.geometry import projection_groups, resolve_device
+from lorafleet.workers.model.geometry import projection_groups, read_geometry, resolve_device, without
 from lorafleet.workers.model.loader import BaseModel, load_base
 from lorafleet.workers.model.rehearsal import rehearse
 from lorafleet.workers.model.runner import ModelRunner
@@ -35,6 +36,20 @@ class ModelParts:
     runner: ModelRunner
     startup_s: dict[str, float]
     """Seconds of each part of the start."""
+
+
+def served_geometry(model: ModelConfig, engine: EngineConfig, device: str) -> BaseGeometry:
+    """The modules that an adapter may target, less those on which it would be computed wrong, for a worker's `device`.
+
+    A base that is not served has all: its worker says why. Raises UnsupportedModel and WorkerConfigError.
+    """
+    geometry, config = read_geometry(model, device), read_config(model)
+    try:
+        compresses = compresses_latents(engine, resolve_device(device))
+        off = rehearse(config, max_model_len(model, config), compresses=compresses)
+    except WorkerConfigError:
+        return geometry
+    return without(geometry, off)
 
 
 def device_of(engine: EngineConfig, rank: int) -> torch.device:
@@ -74,13 +89,20 @@ def assemble_model(
     device = device_of(engine, ranks.rank)
     compresses = compresses_latents(engine, device)
     config = read_config(model)
+    off: frozenset[str] = frozenset()
     if ranks.is_first:
-        rehearse(config, max_model_len(model, config), compresses=compresses)
+        off = rehearse(config, max_model_len(model, config), compresses=compresses)
+        if off and ranks.size > 1:
+            raise UnsupportedModel(
+                f"adapters on {', '.join(sorted(off))} would be computed wrong, which one device can leave out, and "
+                f"{ranks.size} cannot: set worker.tensor_parallel_size to 1"
+            )
     rehearsal_s = time.monotonic() - started_s
     try:
         base = load_base(model, device, ranks, compresses=compresses)
     except torch.OutOfMemoryError as error:
         raise WorkerConfigError(_does_not_fit(device, ranks)) from error
+    base = replace(base, geometry=without(base.geometry, off))
     load_s = time.monotonic() - started_s - rehearsal_s
     linear = [name for name, shape in base.geometry.modules.items() if shape.kind == "linear"]
     layout = PoolLayout.of(base.geometry, projection_groups(linear), pool.max_rank, base.shares)

@@ -35,7 +35,7 @@ from lorafleet.cluster.store.paths import locate
 from lorafleet.cluster.watchdog import Watchdog
 from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights, StoreProblem, named_version, replying
 from lorafleet.workers.checkpoint import load_tokenizer
-from lorafleet.workers.model.geometry import read_geometry
+from lorafleet.workers.model_parts import served_geometry
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class StoreReplica:
             AdapterStore,
             state_dir=config.state_dir,
             sources=config.adapters.sources,
-            geometry=read_geometry(model, config.worker.resolved_device),
+            geometry=served_geometry(model, config.worker, config.worker.resolved_device),
             max_rank=config.adapters.max_rank,
             host_cache_bytes=config.adapters.host_cache_bytes,
             put=put,

@@ -55,8 +55,11 @@ BASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
 }
 """Settings, and what adapters are put on: attention, embedding and head."""
 
+SLOW = ("falcon", "codegen", "xglm")
+"""Those that others stand for."""
 
-@pytest.mark.parametrize("name", BASES)
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in BASES])
 async def test_answers_are_pefts(name: str, tmp_path: Path) -> None:
     """The base and adapters in one batch; prompts come in parts, beside others that decode."""
     settings, attention, ends = BASES[name]

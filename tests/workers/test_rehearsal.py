@@ -12,11 +12,17 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from lorafleet.adapter_store.errors import AdapterRefused
+from lorafleet.adapter_store.peft_format import AdapterReader
 from lorafleet.workers.checkpoint import read_config
-from lorafleet.workers.config import ModelConfig
+from lorafleet.workers.config import EngineConfig, ModelConfig
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.model import rehearsal
+from lorafleet.workers.model.geometry import NORMS
 from lorafleet.workers.model.rehearsal import NARROW, rehearse, small_config
+from lorafleet.workers.model_parts import served_geometry
+from tests.support.adapters import make_adapter
+from tests.workers.harness import Shelf, ask, assert_pefts, greedy, open_worker, random_prompt
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +96,6 @@ def odd() -> Iterator[None]:
     ("oddity", "reason"),
     [
         ("mean", r"model\.layers\.0\.mlp \(OddMLP\) computes something else .* when a prompt comes in parts"),
-        ("order", r"model\.layers\.0\.mlp \(OddMLP\) computes something else .* with others and their adapters"),
-        ("norm", r"model\.layers\.0\.mlp \(OddMLP\) computes something else .* with others and their adapters"),
     ],
 )
 @pytest.mark.slow
@@ -102,6 +106,42 @@ def test_what_is_wrong_with_a_base_that_nobody_has_tried_is_found(
     config = OddConfig(oddity=oddity, num_hidden_layers=2)
     with pytest.raises(UnsupportedModel, match=reason):
         rehearse(config, 512)
+
+
+@pytest.mark.usefixtures("odd")
+@pytest.mark.parametrize(
+    ("oddity", "kinds"), [("order", {"down_proj"}), pytest.param("norm", {NORMS}, marks=pytest.mark.slow)]
+)
+async def test_adapters_alone_are_refused_where_they_alone_are_wrong(
+    oddity: str, kinds: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The base and adapters on other modules are served; the refusal names the module."""
+    monkeypatch.setattr(rehearsal, "NARROW", {**NARROW, "num_hidden_layers": 2})
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 304}
+    config = OddConfig(oddity=oddity, num_hidden_layers=2, max_position_embeddings=64, **sizes)
+    assert rehearse(config, 64) == kinds
+    assert f"without adapters on {', '.join(kinds)}" in caplog.text
+    assert rehearse(config, 64) == kinds  # kept
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    model, engine = ModelConfig(id="base", source=str(tmp_path / "base")), EngineConfig(device="cpu")
+    geometry = served_geometry(model, engine, "cpu")
+    assert bool(geometry.vectors) == (NORMS not in kinds)
+    reader = AdapterReader(geometry, 8)
+    saved: dict[str, Any] = {
+        "down_proj": {"target_modules": ["q_proj", "down_proj"]},
+        NORMS: {"modules_to_save": ["norm"]},
+    }
+    (kind,) = kinds
+    bad = make_adapter(tmp_path / "bad", tmp_path / "base", "rank4_qv", **saved[kind])
+    with pytest.raises(AdapterRefused, match="down_proj" if kind == "down_proj" else "norm"):
+        reader.read(bad)
+    shelf = Shelf(tmp_path / "base")
+    version = shelf.put(make_adapter(tmp_path / "good", shelf.base, "rank4_qv"))
+    prompt = random_prompt(20, 1)
+    async with open_worker(shelf) as worker:
+        for each in (None, version):
+            answer = await ask(worker, prompt, each, greedy(8, logprobs=0, prompt_logprobs=True))
+            assert_pefts(shelf, each, prompt, answer, 1e-4)
 
 
 @pytest.mark.usefixtures("odd")
@@ -128,7 +168,12 @@ def test_a_base_is_rehearsed_once(home: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UnsupportedModel, match="its own mask"):
         rehearse(bad, 512)
     tried = []
-    monkeypatch.setattr(rehearsal, "_why_not", lambda config, length: tried.append(length))
+
+    def find(config: object, length: int, *, compresses: bool) -> rehearsal.Finding:
+        tried.append(length)
+        return rehearsal.Finding()
+
+    monkeypatch.setattr(rehearsal, "_find", find)
     rehearse(good, 512)
     with pytest.raises(UnsupportedModel, match="its own mask"):
         rehearse(bad, 512)

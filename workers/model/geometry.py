@@ -6,7 +6,7 @@ Read from the configuration alone (meta tensors), so the adapter store can valid
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -30,6 +30,9 @@ TORCH_DTYPES: Mapping[Dtype, torch.dtype] = {
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Modules of one parent that are always applied to the same tensor, one after another; they are fused."""
+
+NORMS = "norms"
+"""A kind of what adapters change, beside those of `kind_of`."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -81,6 +84,24 @@ def read_geometry(model: ModelConfig, device: str = "auto") -> BaseGeometry:
             names[name] = f"{names[owner]}.{leaf}"
     names = {name: whole for name, whole in names.items() if name in geometry.modules}
     return replace(geometry, whole_names=names, left_out=others)
+
+
+def kind_of(name: str, shape: ModuleShape) -> str:
+    """The last part of a module's name; experts have one kind for their parameters together."""
+    return (name.rpartition(".")[0] if shape.kind == "experts" else name).rpartition(".")[2]
+
+
+def without(geometry: BaseGeometry, kinds: Collection[str]) -> BaseGeometry:
+    """The geometry without modules of these kinds; `NORMS` stands for the parameters of all norms."""
+    if not kinds:
+        return geometry
+    modules = {name: shape for name, shape in geometry.modules.items() if kind_of(name, shape) not in kinds}
+    return replace(
+        geometry,
+        modules=modules,
+        vectors={} if NORMS in kinds else geometry.vectors,
+        whole_names={name: whole for name, whole in geometry.whole_names.items() if name in modules},
+    )
 
 
 def geometry_of(model: PreTrainedModel, dtype: Dtype) -> BaseGeometry:

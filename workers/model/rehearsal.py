@@ -4,7 +4,8 @@ The probe of the base itself allows for the rounding of its dtype, and is short.
 few layers, loud random weights, and limits (windows, chunks) that its prompts are longer than. It computes prompts
 whole and in parts, beside others, with random adapters on every module that may have one, and with norms in the
 place of all that adapters may replace. All must be transformers' own answers to float32's rounding. What is not is
-traced to the first module that differs.
+traced to the first module that differs. Where adapters on some kinds of modules alone make the difference, the base is
+served, and they are refused.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import logging
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.memory.state_store import StateStore
 from lorafleet.workers.model import probe
 from lorafleet.workers.model.attention_calls import read_calls
-from lorafleet.workers.model.geometry import projection_groups
+from lorafleet.workers.model.geometry import NORMS, geometry_of, kind_of, projection_groups, without
 from lorafleet.workers.model.loader import base_of
 from lorafleet.workers.model.module_trace import Trace, first_difference
 from lorafleet.workers.model.probe import Piece
@@ -76,6 +78,8 @@ NUM_STATE_HEADS = 8
 """Of a narrow copy: as many as there are groups at most."""
 MAX_PARAMETERS = 64_000_000
 """A copy that has more parameters takes seconds; it is not made."""
+MAX_KINDS_OFF = 2
+"""Where adapters on more kinds of modules are wrong, the base is not served."""
 POOL_BYTES = 32 << 20
 FOLDER = ".cache/lorafleet/rehearsals"
 """Below the home folder: what rehearsals found, so that another start need not rehearse the same base again."""
@@ -83,28 +87,52 @@ FOLDER = ".cache/lorafleet/rehearsals"
 Steps = Sequence[Sequence[Piece]]
 
 
-def rehearse(config: PretrainedConfig, max_model_len: int, *, compresses: bool = False) -> None:
+class _WrongBase(UnsupportedModel):
+    """Without any adapter, a copy is not what transformers computes."""
+
+
+class Finding(NamedTuple):
+    """Outcome of a rehearsal."""
+
+    reason: str | None = None
+    """Why the base is not served."""
+    without: frozenset[str] = frozenset()
+    """Kinds of modules on which adapters are not, as `geometry.without` takes them."""
+
+
+def rehearse(config: PretrainedConfig, max_model_len: int, *, compresses: bool = False) -> frozenset[str]:
     """Raise UnsupportedModel when a small copy of the base is not computed as transformers computes it.
 
-    `compresses`: as in `read_calls`.
+    `compresses`: as in `read_calls`. Returns the kinds of modules on which adapters are not served.
     """
     digest = hashlib.sha256(_code().encode())
     fields = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
     digest.update(f"{max_model_len} {compresses} {json.dumps(fields, sort_keys=True, default=str)}".encode())
     kept = Path.home() / FOLDER / f"{digest.hexdigest()[:32]}.json"
+    found: Finding | None = None
     with suppress(OSError, ValueError, KeyError):
-        reason = json.loads(kept.read_text())["reason"]
-        if reason is not None:
-            raise UnsupportedModel(reason)
-        return
-    reason = _why_not(config, max_model_len, compresses=compresses)
+        known = json.loads(kept.read_text())
+        found = Finding(known["reason"], frozenset(known["without"]))
+    if found is None:
+        found = _find(config, max_model_len, compresses=compresses)
+        _keep(found, kept)
+    if found.reason is not None:
+        raise UnsupportedModel(found.reason)
+    if found.without:
+        logger.warning(
+            "%s is served without adapters on %s, which would be computed wrong",
+            config.model_type,
+            ", ".join(sorted(found.without)),
+        )
+    return found.without
+
+
+def _keep(found: Finding, kept: Path) -> None:
     with suppress(OSError):  # it is rehearsed again next time
         kept.parent.mkdir(parents=True, exist_ok=True)
-        written = kept.with_suffix(f".{id(config)}")
-        written.write_text(json.dumps({"reason": reason}))
+        written = kept.with_suffix(f".{id(found)}")
+        written.write_text(json.dumps({"reason": found.reason, "without": sorted(found.without)}))
         written.replace(kept)
-    if reason is not None:
-        raise UnsupportedModel(reason)
 
 
 @cache
@@ -118,19 +146,47 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _why_not(config: PretrainedConfig, max_model_len: int, *, compresses: bool) -> str | None:
+def _find(config: PretrainedConfig, max_model_len: int, *, compresses: bool) -> Finding:
     try:
         for sizes in (NARROW, SMALL, {}):
             plain = _copy(config, sizes, 0)
             if plain is not None:
                 read_calls(plain, max_model_len)  # so that a refusal speaks of the base's own limits
                 made = _copy(config, sizes, max_model_len) or plain
-                _Rehearsal(made, max(MIN_LEN, min(max_model_len, MAX_LEN)), compresses=compresses).run()
-                return None
+                longest = max(MIN_LEN, min(max_model_len, MAX_LEN))
+                try:
+                    _Rehearsal(copy.deepcopy(made), longest, compresses=compresses).run()
+                except _WrongBase:
+                    raise
+                except UnsupportedModel:
+                    off = _kinds_off(made, longest, compresses=compresses)
+                    if not off:
+                        raise
+                    return Finding(without=off)
+                return Finding()
         logger.info("no small copy of %s can be made; it is probed as it is only", config.model_type)
     except UnsupportedModel as error:
-        return str(error)
-    return None
+        return Finding(str(error))
+    return Finding()
+
+
+def _kinds_off(model: PreTrainedModel, max_model_len: int, *, compresses: bool) -> frozenset[str]:
+    """Kinds of modules on which adapters alone make what differs; none if it is the base itself, or many of them."""
+
+    def is_right(off: frozenset[str]) -> bool:
+        try:
+            return _Rehearsal(copy.deepcopy(model), max_model_len, compresses=compresses, off=off).is_right()
+        except UnsupportedModel:
+            return False
+
+    kinds = frozenset(kind_of(name, shape) for name, shape in geometry_of(model, "float32").modules.items())
+    found: frozenset[str] = frozenset()
+    for kind in sorted(kinds):
+        if not is_right(kinds - {kind} | {NORMS}):
+            found |= {kind}
+        if len(found) > MAX_KINDS_OFF:
+            return frozenset()
+    return next((off for off in (found, found | {NORMS}) if off and is_right(off)), frozenset())
 
 
 # --- the copy ---
@@ -232,9 +288,18 @@ def _copy(config: PretrainedConfig, sizes: dict[str, int], max_model_len: int) -
 class _Rehearsal:
     """A copy twice, as transformers has it and substituted, and three prompts: two of them with an adapter."""
 
-    def __init__(self, model: PreTrainedModel, max_model_len: int, *, compresses: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_model_len: int,
+        *,
+        compresses: bool = False,
+        off: frozenset[str] = frozenset(),
+    ) -> None:
+        """off: kinds of modules on which adapters are not."""
         num_tokens = min(NUM_TOKENS, max_model_len)
         base = base_of(model, model.config, "float32", max_model_len, num_tokens, compresses=compresses)
+        base = replace(base, geometry=without(base.geometry, off))
         self.name = type(model).__name__
         self.own = copy.deepcopy(model)
         self.cache = KVCache(base.layers, num_pages=16, page_tokens=16, dtype=torch.float32, device=base.device)
@@ -251,16 +316,21 @@ class _Rehearsal:
             base, self.cache, pool, states, max_pages=self.cache.pages_for(max_model_len + 1), is_probed=False
         )
 
+    def is_right(self) -> bool:
+        """Return True if all answers are transformers' own."""
+        if self._is_right(self._mixed()):
+            return True
+        if self.runner.can_recompute:
+            self.runner.body.may_keep = False
+            return self._is_right(self._mixed())
+        return False
+
     def run(self) -> None:
         """Raise UnsupportedModel, naming what differs first, unless all answers are transformers' own."""
         refused = None
         try:
-            if self._is_right(self._mixed()):
+            if self.is_right():
                 return
-            if self.runner.can_recompute:
-                self.runner.body.may_keep = False
-                if self._is_right(self._mixed()):
-                    return
         except UnsupportedModel as error:
             refused = error  # there may be more to say
         n = len(self.prompts[0])
@@ -268,14 +338,15 @@ class _Rehearsal:
         parts = [[self._piece(0, 0, n // 2)], [self._piece(0, n // 2, n)]]
         self._compare(parts, "when a prompt comes in parts (it may keep more of earlier tokens than keys and values)")
         if refused is not None:
-            raise refused
+            raise _WrongBase(str(refused)) from refused
         self._compare(self._mixed(), "in a batch with others and their adapters")
 
     def _compare(self, steps: Steps, how: str) -> None:
         for index in range(len(self.prompts)):
             if not self._is_right(steps, index):
-                where = self._first_difference(steps, index)
-                raise UnsupportedModel(f"{self.name}: {where} computes something else than in transformers {how}")
+                where, is_alone = self._first_difference(steps, index), all(len(pieces) == 1 for pieces in steps)
+                error = _WrongBase if index == 0 and is_alone else UnsupportedModel
+                raise error(f"{self.name}: {where} computes something else than in transformers {how}")
 
     def _mixed(self) -> Steps:
         """Whole prompts, parts of prompts and single tokens side by side, in three steps."""
