@@ -103,16 +103,18 @@ def test_decode_matches_float64(shape: str, num_processors: int, window: int | N
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("shape", EVERY_SHAPE)
 def test_extend_matches_float64(shape: str, window: int | None, dtype: torch.dtype) -> None:
-    """Chunks of several lengths, the first three rows of the batch being others'."""
-    rows, lengths, sizes = [5, 1, 0, 33, 7], [5, 30, 16, 40, 75], (SHAPES | LARGE)[shape]
+    """Chunks of several lengths, and rows of padding; the first three rows of the batch are others'."""
+    rows, lengths, sizes = [5, 1, 0, 33, 7, 4], [5, 30, 16, 40, 75, 0], (SHAPES | LARGE)[shape]
     cache, (query, turned, out) = make_cache(lengths, sizes, dtype), random_query(3 + sum(rows), sizes, dtype)
     starts = torch.tensor([3, *rows]).cumsum(0)
     indptr, scaling = starts.to(torch.int32).to(DEVICE), 2.0 / sum(sizes[1:3]) ** 0.5
     extend(query, turned, cache.keys, cache.tables, cache.lengths, indptr, out, scaling=scaling, window=window)
     assert out[:3].isnan().all()
     for index, (start, count) in enumerate(zip(starts.tolist(), rows, strict=False)):
-        if count:
-            mine = slice(start, start + count)
+        mine = slice(start, start + count)
+        if lengths[index] == 0:
+            assert not out[mine].any()
+        elif count:
             assert_near(out[mine], attend(query[mine], turned[mine], cache.tokens[index], scaling, window))
 
 

@@ -13,14 +13,17 @@ from torch import Tensor
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from lorafleet.adapter_store.errors import AdapterRefused
+from lorafleet.adapter_store.manifest import Dtype
 from lorafleet.kernels import head_lora, head_lora_triton
 from lorafleet.kernels.latent import LatentWorkspace
+from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.kv_cache import LayerKV
 from lorafleet.workers.model import latent_attention, rehearsal
 from lorafleet.workers.model.attention_calls import Latent, read_calls
 from tests.support.adapters import make_adapter
 from tests.support.bases import make_base
+from tests.support.oracle import prompt_logprobs_with_peft
 from tests.workers.harness import Shelf, ask, assert_pefts, greedy, open_worker, random_prompt
 from tests.workers.test_fused_families import loud
 from tests.workers.test_refusals import DEEPSEEK, refuses, save_base
@@ -73,6 +76,28 @@ async def test_a_mixed_batch_as_peft_computes_it(shelf: Shelf, settings: dict[st
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
     if not settings:
         assert all(answer.last.num_cached_tokens == 32 for answer in again)
+
+
+@pytest.mark.gpu
+async def test_on_a_gpu(shelf: Shelf) -> None:
+    """In captured graphs and in prompts, beside each other; `auto` compresses there."""
+    bars: dict[Dtype, float] = {"float32": 2e-3, "bfloat16": 0.3}
+    for dtype, bar in bars.items():
+        own = Shelf(shelf.base, dtype=dtype)
+        versions = [None, *(own.put(shelf.base.parent / name) for name in ADAPTERS)]
+        model = ModelConfig(id="base", source=str(shelf.base), dtype=dtype)
+        async with open_worker(own, model=model, device="cuda", max_batch_tokens=32) as worker:
+            assert worker._parts.runner.base.has_latents
+            sampling = greedy(9, logprobs=0, prompt_logprobs=True)
+            asked = [(version, random_prompt(41, number)) for number, version in enumerate(versions)]
+            answers = await asyncio.gather(*(ask(worker, prompt, version, sampling) for version, prompt in asked))
+        for (version, prompt), answer in zip(asked, answers, strict=True):
+            tokens = (*prompt, *answer.tokens)
+            expected = prompt_logprobs_with_peft(own.base, own.folders.get(version or ""), tokens)[:-1]
+            given = [entry for delta in answer.deltas for entry in delta.prompt_logprobs or ()]
+            found = torch.tensor([entry.logprob for entry in (*given[1:], *answer.logprobs)])
+            chosen = expected.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+            assert float((found - chosen).abs().mean()) < bar, (version, dtype)
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,9 @@ def test_a_base_is_rehearsed_once(home: Path, monkeypatch: pytest.MonkeyPatch) -
     assert tried == []
     rehearse(good, 256)
     assert tried == [256]
+    rehearse(good, 256, compresses=True)
+    assert tried.pop() == 256
+    assert tried == [256]
     for kept in (home / rehearsal.FOLDER).iterdir():
         kept.write_text("{")
     rehearse(good, 512)

@@ -67,7 +67,8 @@ class LatentAttention:
         absorbed = torch.bmm(plain, self._absorbing)
         if segments is not None:
             head_lora.add_absorbed(plain.transpose(0, 1), lora, segments, absorbed.transpose(0, 1), self._keys)
-        attended = self._attend(absorbed, turned, latents[0, 0], rotated[0, 0], scores)
+        own = [each if each.stride(-1) == 1 else each.contiguous() for each in (latents[0, 0], rotated[0, 0])]
+        attended = self._attend(absorbed, turned, own[0], own[1], scores)
         values = torch.bmm(attended, self._expanding).transpose(0, 1)
         if segments is not None:
             head_lora.add_expanded(attended.transpose(0, 1), lora, segments, values, self._values)
