@@ -239,10 +239,15 @@ class AdapterStore:
 
     async def named(self, name: str) -> NamedAdapter:
         """The adapter of this name; no source is asked. Raises UnknownAdapter."""
-        record = self._catalog.records.get(name)
-        if record is None:
+        adapter = self.find(name)
+        if adapter is None:
             raise unknown_adapter(name)
-        return self._named(record)
+        return adapter
+
+    def find(self, name: str) -> NamedAdapter | None:
+        """The adapter of this name, None if there is none; no source is asked."""
+        record = self._catalog.records.get(name)
+        return None if record is None else self._named(record)
 
     async def records(self) -> tuple[NameRecord, ...]:
         """All names without their manifests."""

@@ -4,6 +4,7 @@
     python benchmarks/serve_metronome.py --haproxy --workers 8 --streams 512  # as many a worker: 8 times the tokens
     python benchmarks/serve_metronome.py --haproxy --workers 8 --streams 512 --beats 6.25  # as many tokens in all
     python benchmarks/serve_metronome.py --haproxy --burst 256                # 256 first tokens at once
+    python benchmarks/serve_metronome.py --haproxy --adapters                 # requests for two adapters in turn
 
 A metronome gives each stream a token a beat, so nothing but the way is measured. Three loads tell three costs apart:
 nothing at all (CPU a second), answers of one token (CPU a request) and long answers (CPU a token). A token's cost has
@@ -33,7 +34,7 @@ from typing import Any, cast
 import bars
 import metronome
 import uvloop
-from serve_overhead import BASE_ID, DEMO, HAPROXY, free_port, machine, service, tree
+from serve_overhead import ADAPTERS, BASE_ID, DEMO, HAPROXY, free_port, machine, service, tree
 from serve_overhead import cpu_seconds as cpu_of_processes
 
 from lorafleet.cluster import app
@@ -51,6 +52,7 @@ BURST_BEATS = 200.0
 WORKERS_PER_INGRESS = 4
 BURST_INGRESSES = 8
 IDLE_S = 10.0
+SHAPE = ("streams", "beats", "max_tokens", "workers", "ingresses", "haproxy", "adapters")
 
 
 def cpu_seconds() -> Counter[str]:
@@ -131,13 +133,13 @@ class Load:
     gaps_s: list[float] = field(default_factory=list)
 
 
-async def run_rounds(port: int, num_rounds: int, num_streams: int, max_tokens: int) -> Load:
-    """Rounds of streams that begin at once."""
+async def run_rounds(port: int, models: Sequence[str], num_rounds: int, num_streams: int, max_tokens: int) -> Load:
+    """Rounds of streams that begin at once, for these models in turn."""
     loop = asyncio.get_running_loop()
     sampling = {"max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
     options = {"stream": True, "return_token_ids": True}
     bodies = [
-        json.dumps({"model": BASE_ID, "prompt": f"{i}. Say something.", **sampling, **options}).encode()
+        json.dumps({"model": models[i % len(models)], "prompt": f"{i}. Say something.", **sampling, **options}).encode()
         for i in range(num_streams)
     ]
     clients: list[Client] = []
@@ -182,11 +184,11 @@ def costs(idle: Load, short: Load, long: Load) -> dict[str, dict[str, float]]:
 
 async def measure(args: argparse.Namespace, port: int) -> dict[str, Any]:
     """All loads, after one that does not count."""
-    await run_rounds(port, 1, args.streams, 20)
+    await run_rounds(port, args.models, 1, args.streams, 20)
     await asyncio.sleep(3.0)
     idle = await run_idle()
-    short = await run_rounds(port, args.short_rounds, args.streams, SHORT_TOKENS)
-    long = await run_rounds(port, args.rounds, args.streams, args.max_tokens)
+    short = await run_rounds(port, args.models, args.short_rounds, args.streams, SHORT_TOKENS)
+    long = await run_rounds(port, args.models, args.rounds, args.streams, args.max_tokens)
     found = costs(idle, short, long)
     return {
         "tokens_per_s": round(long.num_tokens / long.wall_s, 1),
@@ -204,9 +206,9 @@ async def measure(args: argparse.Namespace, port: int) -> dict[str, Any]:
 
 async def measure_burst(args: argparse.Namespace, port: int) -> dict[str, Any]:
     """Bursts of answers of one token, after two that do not count."""
-    await run_rounds(port, 2, args.burst, SHORT_TOKENS)
+    await run_rounds(port, args.models, 2, args.burst, SHORT_TOKENS)
     await asyncio.sleep(3.0)
-    load = await run_rounds(port, BURST_ROUNDS, args.burst, SHORT_TOKENS)
+    load = await run_rounds(port, args.models, BURST_ROUNDS, args.burst, SHORT_TOKENS)
     return {
         **{f"first_token_ms_p{share}": round(percentile(load.first_s, share) * 1e3, 1) for share in (50, 90, 99)},
         "cpu_ms_per_request": round(sum(load.cpu_s[role] for role in OURS) / load.num_requests * 1e3, 2),
@@ -234,6 +236,7 @@ def percentile(ordered: Sequence[float], share: int) -> float:
 
 def shape_of(args: argparse.Namespace) -> None:
     """Fill in what was not said."""
+    args.models = ADAPTERS if args.adapters else (BASE_ID,)
     args.streams = args.burst or args.streams
     args.ingresses = args.ingresses or (BURST_INGRESSES if args.burst else -(-args.workers // WORKERS_PER_INGRESS))
     args.beats = args.beats or (BURST_BEATS if args.burst else 50.0)
@@ -256,6 +259,7 @@ def main() -> None:
         "--ingresses", type=int, help=f"one to {WORKERS_PER_INGRESS} workers; in a burst {BURST_INGRESSES}"
     )
     parser.add_argument("--haproxy", action="store_true")
+    parser.add_argument("--adapters", action="store_true", help="ask for adapters, whose names the store resolves")
     args = parser.parse_args()
     shape_of(args)
     os.environ["METRONOME_BEATS_PER_S"] = str(args.beats)
@@ -267,14 +271,18 @@ def main() -> None:
         config = AppConfig.model_validate(
             {
                 "model": {"id": BASE_ID, "source": str(DEMO / "base")},
-                "adapters": {"state_dir": f"{folder}/state"},
+                "adapters": {
+                    "state_dir": f"{folder}/state",
+                    "sources": [{"name": "demo", "kind": "directory", "root": str(DEMO / "adapters")}],
+                    "preload": [{"name": name, "source": "demo", "key": name} for name in ADAPTERS],
+                },
                 "worker": {"num_replicas": args.workers, "device": "cpu", "max_running": 512},
                 "ingress": {"num_replicas": args.ingresses},
             }
         )
         with service(config, folder, port):
             figures = uvloop.run((measure_burst if args.burst else measure)(args, port))
-    shape = {key: getattr(args, key) for key in ("streams", "beats", "max_tokens", "workers", "ingresses", "haproxy")}
+    shape = {key: getattr(args, key) for key in SHAPE}
     line = {"case": "burst" if args.burst else "costs", **figures, **shape, **machine()}
     bars.append(args.out, line)
     print(json.dumps(line, indent=1))

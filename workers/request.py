@@ -189,6 +189,10 @@ class TemplateOptions(BaseModel):
     tools: tuple[dict[str, Any], ...] = Field(default=(), description="Functions that the model may call.")
     variables: dict[str, Any] = Field(default={}, description="Variables of the template's own.")
 
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> TemplateOptions:
+        """Itself, as it is frozen: pydantic copies a default for every request."""
+        return self
+
 
 class GenerateRequest(SamplingParams):
     """A caller's request to the service: `handle.generate.remote(GenerateRequest(model="shout", prompt="Hi"))`.

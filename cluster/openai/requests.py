@@ -118,6 +118,10 @@ class StreamOptions(BaseModel):
     )
     include_obfuscation: bool = Field(default=False, description="Accepted; nothing is padded.")
 
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> StreamOptions:
+        """Itself, as it is frozen: pydantic copies a default for every request."""
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, options: Any) -> Any:

@@ -1,6 +1,7 @@
 """Names of adapters and the versions they stand for, asked of the adapter store on every request.
 
-The store alone decides. While it is away, the last table answers instead, so adapters on workers are served on. One
+The store alone decides. A request waits for a call that was made after it came; all that come meanwhile share the next
+one. While it is away, the last table answers instead, so adapters on workers are served on. One
 call always waits at the store, and its failure shows at once that the store is gone. So no request waits for a timeout.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 from bisect import bisect_right
 from collections.abc import Coroutine
@@ -35,6 +37,10 @@ class NameStore(Protocol):
         """Return the version of `name`; fetch it on first use where a source allows that. Raises UnknownAdapter."""
         ...
 
+    async def known(self, names: tuple[str, ...]) -> tuple[NamedVersion | None, ...]:
+        """Return the versions of these names at one moment; None for a name without one."""
+        ...
+
     async def names(self, since: int) -> NamesAt:
         """Return the names that changed after this generation, or all of them; -1: all."""
         ...
@@ -58,6 +64,9 @@ class Names:
         self._gone = asyncio.Event()
         self._has_table = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
+        self._asked: dict[str, asyncio.Future[NamedVersion | None]] = {}
+        """Names for the next call to the store."""
+        self._asking: asyncio.Task[None] | None = None
 
     @property
     def is_away(self) -> bool:
@@ -79,8 +88,9 @@ class Names:
 
     def stop(self) -> None:
         """End the watch."""
-        if self._watcher is not None:
-            self._watcher.cancel()
+        for task in (self._watcher, self._asking):
+            if task is not None:
+                task.cancel()
 
     async def resolve(self, name: str) -> NamedVersion:
         """Return the entry of `name` now.
@@ -95,9 +105,10 @@ class Names:
             is_known = name in self._names
             before = self._num_observed
             try:
-                entry = await self._unless_gone(
-                    self._store.resolve(name), self._patience_s if is_known else self._first_use_s
-                )
+                entry = await self._ask(name) if is_known else None
+                if entry is None:
+                    is_known = False
+                    entry = await self._unless_gone(self._store.resolve(name), self._first_use_s)
             except UnknownAdapter:
                 self._names.pop(name, None)
                 raise ModelNotFound(
@@ -144,6 +155,33 @@ class Names:
         """A name that has a version, from the store, or as it was seen last while the store is away."""
         await self._look()
         return self._names.get(name)
+
+    async def _ask(self, name: str) -> NamedVersion | None:
+        """Return the entry of a name by a call to the store that begins after this one. Raises as `_unless_gone`."""
+        answer = self._asked.get(name)
+        if answer is None:
+            answer = self._asked[name] = asyncio.get_running_loop().create_future()
+        if self._asking is None:
+            # In a context of its own: Serve ends the calls that a request made with the request.
+            self._asking = asyncio.get_running_loop().create_task(self._ask_all(), context=contextvars.Context())
+        return await asyncio.shield(answer)
+
+    async def _ask_all(self) -> None:
+        """Call the store until nobody asks."""
+        try:
+            while self._asked:
+                asked, self._asked = self._asked, {}
+                try:
+                    entries = await self._unless_gone(self._store.known(tuple(asked)), self._patience_s)
+                except Exception as error:
+                    for answer in asked.values():
+                        answer.set_exception(error)
+                        answer.exception()  # its callers may have left
+                else:
+                    for answer, entry in zip(asked.values(), entries, strict=True):
+                        answer.set_result(entry)
+        finally:
+            self._asking = None
 
     async def _look(self) -> None:
         self.start()

@@ -29,6 +29,7 @@ class StoreClient:
         # Answers may hold references to shared memory, so they go by reference, but for what every request asks.
         self._handle = by_reference(handle)
         self._light_handle = by_value(handle)
+        self._known = by_value(handle, method_name="known")
 
     async def publish(self, source: str, key: str) -> AdapterManifest:
         manifest: AdapterManifest = await self._call("publish", FETCH_S, source, key)
@@ -56,6 +57,11 @@ class StoreClient:
         """Return the version of `name` without its manifest. A name without a version is looked up in the sources."""
         entry: NamedVersion = await self._await(self._light_handle.options(method_name="resolve").remote(name), FETCH_S)
         return entry
+
+    async def known(self, names: tuple[str, ...]) -> tuple[NamedVersion | None, ...]:
+        """Return the versions of names, as `resolve` does; None for a name without one."""
+        entries: tuple[NamedVersion | None, ...] = await self._await(self._known.remote(names), CALL_S)
+        return entries
 
     async def named(self, name: str) -> NamedAdapter:
         """The adapter of this name; no source is asked. Raises UnknownAdapter."""

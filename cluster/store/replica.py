@@ -123,6 +123,14 @@ class StoreReplica:
         """Return the version of a name, for one request. The manifest is left out: it is thousands of times as long."""
         return self._named_version(await self._store.resolve(name))
 
+    async def known(self, names: tuple[str, ...]) -> tuple[NamedVersion | None, ...]:
+        """Return the versions of names at one moment, as `resolve` does; None for a name without one."""
+        return tuple(map(self._known, names))
+
+    def _known(self, name: str) -> NamedVersion | None:
+        adapter = self._store.find(name)
+        return None if adapter is None else self._named_version(adapter)
+
     async def names(self, since: int = -1) -> NamesAt:
         """Return the names that changed after a generation, as `resolve` does; all names where that is not known."""
         if since >= 0:

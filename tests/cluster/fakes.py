@@ -192,6 +192,11 @@ class FakeStore:
             raise UnknownAdapter("adapter_not_found", f"there is no adapter {name!r}")
         return self._entry(name)
 
+    async def known(self, names: tuple[str, ...]) -> tuple[NamedVersion | None, ...]:
+        self.num_resolved += 1
+        await self._answer()
+        return tuple(self._entry(name) if name in self.versions else None for name in names)
+
     async def names(self, since: int) -> NamesAt:
         await self._answer()
         if since >= 1:
