@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AddedToken, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase, TokenizersBackend
 
 from lorafleet.adapter_store.manifest import OwnToken
 from lorafleet.cluster.errors import BadRequest
@@ -38,6 +38,7 @@ class Vocabulary:
         """Bytes of text that one token stands for at most."""
         self._pieces: dict[int, TokenPiece] = {}
         self._decoder = _decoder_of(tokenizer)
+        self._encode = None if tokenizer is None else _encoder_of(tokenizer)
         self._added: Mapping[int, Any] = {} if tokenizer is None else dict(tokenizer.added_tokens_decoder)
 
     def with_own(self, own: Sequence[OwnToken], num_tokens: int) -> Vocabulary:
@@ -72,15 +73,14 @@ class Vocabulary:
 
     def encode(self, text: str, param: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of a text. Raises BadRequest."""
-        if self.tokenizer is None:
+        if self._encode is None:
             raise BadRequest("the base has no tokenizer; send the prompt as token ids", param, "no_tokenizer")
         try:
-            encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
+            return tuple(self._encode(text, add_special_tokens))
         except UnicodeEncodeError as error:
             raise BadRequest(
                 f"{param} has a lone surrogate, which is not a character; send valid Unicode", param
             ) from error
-        return tuple(encoded["input_ids"])
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Text of a prompt that came as token ids, for `echo`."""
@@ -123,6 +123,28 @@ class Vocabulary:
             return TokenPiece(utf8.decode(), utf8, is_special=False)
         except UnicodeDecodeError:
             return TokenPiece("bytes:" + "".join(f"\\x{byte:02x}" for byte in utf8), utf8, is_special=False)
+
+
+def _encoder_of(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, bool], Sequence[int]]:
+    """The way from a text to token ids; the flag adds special tokens.
+
+    The tokenizer's own call hands a single text to threads of the backend, and prepares much that nobody reads: that
+    takes several times as long as a short text does. So the backend is asked where the call adds nothing of its own.
+    """
+    kind = type(tokenizer)
+    if not isinstance(tokenizer, TokenizersBackend) or (
+        kind.__call__ is not TokenizersBackend.__call__ or kind._encode_plus is not TokenizersBackend._encode_plus
+    ):
+        return lambda text, special: tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+
+    def encode(text: str, special: bool) -> Sequence[int]:
+        token_ids: list[int] = backend.encode(text, add_special_tokens=special).ids
+        return token_ids
+
+    return encode
 
 
 def _longest_token(tokenizer: PreTrainedTokenizerBase | None) -> int:

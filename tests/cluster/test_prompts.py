@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,12 +45,26 @@ def prompts_of(tokenizer: PreTrainedTokenizerBase | None, max_model_len: int = 5
     return Prompts(tokenizer, vocab_size=VOCAB_SIZE, max_model_len=max_model_len)
 
 
-async def test_text_is_encoded_as_transformers_does() -> None:
-    tokenizer = byte_level_with_bos()
-    request = GenerateRequest(model="m", prompt=TEXT)
-    token_ids = await prompts_of(tokenizer).tokenize(request)
-    assert list(token_ids) == tokenizer(TEXT)["input_ids"]
-    assert token_ids.count(tokenizer.bos_token_id) == 1
+class OfItsOwn(PreTrainedTokenizerFast):  # type: ignore[misc]
+    """As Code Llama's: it does something to texts before the backend has them."""
+
+    def _encode_plus(self, text: str, *args: Any, **kwargs: Any) -> Any:
+        return super()._encode_plus(text.replace("fox", "owl"), *args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [PreTrainedTokenizerFast, OfItsOwn])
+async def test_text_is_encoded_as_transformers_does(kind: type[PreTrainedTokenizerFast]) -> None:
+    plain = byte_level_with_bos()
+    backend = plain.backend_tokenizer
+    backend.enable_truncation(4)  # as some files have it; transformers turns it off
+    tokenizer = kind(tokenizer_object=backend, bos_token=plain.bos_token)
+    prompts = prompts_of(tokenizer)
+    for text in (TEXT, f"{plain.bos_token} in the text{plain.bos_token}"):
+        for special in (True, False):
+            request = GenerateRequest(model="m", prompt=text, add_special_tokens=special)
+            token_ids = await prompts.tokenize(request)
+            assert list(token_ids) == tokenizer(text, add_special_tokens=special)["input_ids"]
+            assert token_ids.count(tokenizer.bos_token_id) == text.count(plain.bos_token) + special
 
 
 async def test_chats_are_rendered_as_transformers_does_with_one_bos() -> None:
