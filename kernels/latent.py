@@ -10,6 +10,7 @@ A cache is (num_pages, 1, page_tokens, rank + rotated): a token's latent, then t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -68,12 +69,32 @@ class LatentWorkspace:
         return min(MAX_SPLITS, most), busy
 
 
-def store(latents: Tensor, rotated: Tensor, keys: Tensor, row_pages: Tensor, row_offsets: Tensor) -> None:
-    """Write rows to their places on pages.
+class Angles(Protocol):
+    """Angles of rows: `cos` and `sin` are (rows, rotated / 2) with the same strides."""
+
+    @property
+    def cos(self) -> Tensor: ...
+    @property
+    def sin(self) -> Tensor: ...
+    @property
+    def is_interleaved(self) -> bool:
+        """A pair is two neighbours; otherwise element i and element rotated / 2 + i."""
+
+
+def store(
+    latents: Tensor,
+    rotated: Tensor,
+    keys: Tensor,
+    row_pages: Tensor,
+    row_offsets: Tensor,
+    query_rotated: Tensor | None = None,
+    angles: Angles | None = None,
+) -> None:
+    """Write rows to their places on pages. With angles the second parts are rotated, and those of queries in place.
 
     latents: (rows, rank); rotated: (rows, rotated); rows may be strided. keys: the cache. row_pages, row_offsets:
-    (rows,) int32, page of each row and token of that page. The caller guarantees that the cache has them. Raises
-    ValueError.
+    (rows,) int32, page of each row and token of that page. The caller guarantees that the cache has them.
+    query_rotated: (rows, heads, rotated), rows and heads may be strided. Raises ValueError.
     """
     _check_cache(keys, latents.shape[-1], rotated.shape[-1])
     for name, tensor in (("latents", latents), ("rotated", rotated)):
@@ -85,24 +106,54 @@ def store(latents: Tensor, rotated: Tensor, keys: Tensor, row_pages: Tensor, row
         _check_like(name, tensor, keys)
     for name, tensor in (("row_pages", row_pages), ("row_offsets", row_offsets)):
         _check_ints(name, tensor, 1, latents.shape[0], keys.device)
-    if latents.shape[0] == 0:
+    num_rows, rank, width = latents.shape[0], latents.shape[1], rotated.shape[1]
+    query = query_rotated if angles is not None and query_rotated is not None else rotated[:, None]
+    if angles is not None:
+        _check_rotation(query_rotated, angles, num_rows, width, keys)
+    if num_rows == 0:
         return
-    rank, width = latents.shape[1], rotated.shape[1]
-    launch(store_kernel, (latents.shape[0],))(
+    cos, sin = (rotated, rotated) if angles is None else (angles.cos, angles.sin)
+    launch(store_kernel, (num_rows,))(
         latents,
         rotated,
         keys,
         row_pages,
         row_offsets,
+        query,
+        cos,
+        sin,
         latents.stride(0),
         rotated.stride(0),
         keys.stride(0),
+        query.stride(0),
+        query.stride(1),
+        cos.stride(0),
+        cos.stride(1),
+        NUM_HEADS=query.shape[1],
+        BLOCK_HEADS=power_of_two(query.shape[1]),
+        ROTATES=angles is not None,
+        IS_INTERLEAVED=angles is not None and angles.is_interleaved,
         RANK=rank,
         BLOCK_RANK=power_of_two(rank),
         ROTATED=width,
-        BLOCK_ROTATED=power_of_two(width),
-        num_warps=2,
+        BLOCK_ROTATED=max(2, power_of_two(width)),
+        num_warps=4,
     )
+
+
+def _check_rotation(query: Tensor | None, angles: Angles, num_rows: int, width: int, keys: Tensor) -> None:
+    if query is None or query.dim() != 3 or query.shape[::2] != (num_rows, width) or query.stride(2) != 1:
+        shape = None if query is None else tuple(query.shape)
+        raise ValueError(f"query_rotated must be ({num_rows}, heads, {width}) with unit stride, got {shape}")
+    _check_like("query_rotated", query, keys)
+    for name, tensor in (("cos", angles.cos), ("sin", angles.sin)):
+        if width % 2 or tensor.shape != (num_rows, width // 2) or tensor.stride() != angles.cos.stride():
+            raise ValueError(
+                f"{name} must be ({num_rows}, {width} / 2) with the strides of cos, got {tuple(tensor.shape)} with "
+                f"{tensor.stride()}"
+            )
+        if tensor.dtype not in _DTYPES or tensor.device != keys.device:
+            raise ValueError(f"{name} must be of floats on {keys.device}, got {tensor.dtype} on {tensor.device}")
 
 
 def decode(

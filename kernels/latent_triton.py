@@ -14,30 +14,64 @@ TABLES = ("block_tables", "context_lengths", "query_indptr", "row_pages", "row_o
 """Views into a step's one array: where they start must not make another kernel of it."""
 
 
-@triton.jit(do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=["angle_stride", "angle_step"], do_not_specialize_on_alignment=(*TABLES, "cos", "sin"))
 def store_kernel(
     latents,
     rotated,
     keys,
     row_pages,
     row_offsets,
+    query,
+    cos,
+    sin,
     latents_stride,
     rotated_stride,
     page_stride,
+    query_stride,
+    query_head_stride,
+    angle_stride,
+    angle_step,
+    NUM_HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    ROTATES: tl.constexpr,
+    IS_INTERLEAVED: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     ROTATED: tl.constexpr,
     BLOCK_ROTATED: tl.constexpr,
 ):
-    """One program a row."""
+    """One program a row. With ROTATES it rotates the row's part of its key on the way, and those of its queries."""
     row = tl.program_id(0).to(tl.int64)
     page = tl.load(row_pages + row).to(tl.int64)
     at = keys + page * page_stride + tl.load(row_offsets + row) * (RANK + ROTATED)
     dims = tl.arange(0, BLOCK_RANK)
     tl.store(at + dims, tl.load(latents + row * latents_stride + dims, mask=dims < RANK), mask=dims < RANK)
-    turned = tl.arange(0, BLOCK_ROTATED)
-    part = tl.load(rotated + row * rotated_stride + turned, mask=turned < ROTATED)
-    tl.store(at + RANK + turned, part, mask=turned < ROTATED)
+    part = rotated + row * rotated_stride
+    if ROTATES:
+        HALF: tl.constexpr = ROTATED // 2
+        i = tl.arange(0, BLOCK_ROTATED // 2)
+        is_pair = i < HALF
+        low = 2 * i if IS_INTERLEAVED else i
+        high = 2 * i + 1 if IS_INTERLEAVED else HALF + i
+        angles = row * angle_stride + i * angle_step
+        row_cos = tl.load(cos + angles, mask=is_pair, other=0.0).to(tl.float32)
+        row_sin = tl.load(sin + angles, mask=is_pair, other=0.0).to(tl.float32)
+        a = tl.load(part + low, mask=is_pair, other=0.0).to(tl.float32)
+        b = tl.load(part + high, mask=is_pair, other=0.0).to(tl.float32)
+        tl.store(at + RANK + low, (a * row_cos - b * row_sin).to(keys.dtype.element_ty), mask=is_pair)
+        tl.store(at + RANK + high, (b * row_cos + a * row_sin).to(keys.dtype.element_ty), mask=is_pair)
+        heads = tl.arange(0, BLOCK_HEADS)
+        q = query + row * query_stride + (heads * query_head_stride)[:, None]
+        inside = (heads < NUM_HEADS)[:, None] & is_pair[None, :]
+        q_a = tl.load(q + low[None, :], mask=inside, other=0.0).to(tl.float32)
+        q_b = tl.load(q + high[None, :], mask=inside, other=0.0).to(tl.float32)
+        turned_a = q_a * row_cos[None, :] - q_b * row_sin[None, :]
+        turned_b = q_b * row_cos[None, :] + q_a * row_sin[None, :]
+        tl.store(q + low[None, :], turned_a.to(query.dtype.element_ty), mask=inside)
+        tl.store(q + high[None, :], turned_b.to(query.dtype.element_ty), mask=inside)
+    else:
+        turned = tl.arange(0, BLOCK_ROTATED)
+        tl.store(at + RANK + turned, tl.load(part + turned, mask=turned < ROTATED), mask=turned < ROTATED)
 
 
 @triton.jit

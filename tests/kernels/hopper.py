@@ -192,7 +192,9 @@ def launch_on_latents(tables: Tensor, lengths: Tensor, starts: Tensor) -> None:
         for x, y, first in ((values, query, 0), (query, values, 128)):
             columns = HeadColumns(first, 256, 128)
             head_lora_triton.add(x, weights, segments, y, columns, is_absorbed=first == 0)
-    latent.store(query[:, 0], turned[:, 0], keys, lengths, lengths)
+    cos, sin = torch.view_as_real(torch.zeros(4, 32, dtype=torch.complex64)).unbind(-1)
+    for angles in (None, SimpleNamespace(cos=cos, sin=sin, is_interleaved=True)):
+        latent.store(query[:, 0], turned[:, 0], keys, lengths, lengths, turned, angles)
 
 
 def variants(kernel: Any) -> list[Any]:

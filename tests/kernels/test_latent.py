@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorafleet.kernels import latent
 from lorafleet.kernels.latent import LatentWorkspace, decode, extend, store
+from lorafleet.workers.model.latent_rotation import Angles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -149,6 +150,31 @@ def test_store_writes_rows_to_their_places(dtype: torch.dtype) -> None:
     assert int(keys.isfinite().sum()) == 3 * 48, "something else was written"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("is_interleaved", [False, True])
+def test_store_rotates_keys_and_queries(is_interleaved: bool, dtype: torch.dtype) -> None:
+    """The oracle: products of complex numbers in float64. Angles as a transposed product leaves them."""
+    generator, width, rank = torch.Generator().manual_seed(0), 12, 40
+    rows, query = (
+        torch.randn(*size, generator=generator).to(dtype).to(DEVICE) for size in ((3, 60), (5, 3, width + 4))
+    )
+    query = query.transpose(0, 1)[..., 4:]
+    phases = torch.randn(width // 2, 3, generator=generator).t()
+    turns = torch.polar(torch.full_like(phases, 1.3), phases).to(DEVICE)
+    cos, sin = torch.view_as_real(turns).unbind(-1)
+    keys = torch.full((4, 1, 16, rank + width), float("nan"), dtype=dtype, device=DEVICE)
+    pages, offsets = (torch.tensor(each, dtype=torch.int32, device=DEVICE) for each in ([3, 0, 3], [5, 15, 0]))
+    given = rows[:, None, 48:].clone(), query.clone()
+    store(rows[:, :rank], rows[:, 48:], keys, pages, offsets, query, Angles(cos, sin, is_interleaved))
+    made = keys[pages, 0, offsets]
+    assert torch.equal(made[:, :rank], rows[:, :rank])
+    for got, x in zip((made[:, None, rank:], query), given, strict=True):
+        pairs = x.double().reshape(*x.shape[:-1], -1, 2) if is_interleaved else torch.stack(x.double().chunk(2, -1), -1)
+        wanted = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns[:, None].to(torch.complex128))
+        assert_near(got, (wanted.flatten(-2) if is_interleaved else torch.cat(wanted.unbind(-1), -1)).cpu())
+    assert int(keys.isfinite().sum()) == 3 * (rank + width), "something else was written"
+
+
 def test_refuses_what_does_not_fit() -> None:
     shape = SHAPES["small"]
     cache, (query, turned, out) = make_cache([4, 4], shape, torch.float32), random_query(2, shape, torch.float32)
@@ -168,5 +194,9 @@ def test_refuses_what_does_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             decode(**{**good, **changed})  # type: ignore[arg-type]
+    places = cache.lengths, cache.lengths
+    wide = Angles(torch.zeros(2, 9, device=DEVICE), torch.zeros(2, 9, device=DEVICE), True)
+    with pytest.raises(ValueError, match="cos must be"):
+        store(query[:, 0], turned[:, 0], cache.keys, *places, turned, wide)
     assert latent._group(128, 64) == 64
     assert [latent._group(heads, 64) for heads in (67, 40, 96)] == [1, 40, 48]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from lorafleet.adapter_store.errors import AdapterRefused
@@ -19,8 +21,9 @@ from lorafleet.kernels.latent import LatentWorkspace
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import WorkerConfigError
 from lorafleet.workers.memory.kv_cache import LayerKV
-from lorafleet.workers.model import latent_attention, rehearsal
-from lorafleet.workers.model.attention_calls import Latent, read_calls
+from lorafleet.workers.model import latent_attention, latent_rotation, rehearsal
+from lorafleet.workers.model.attention_calls import Latent, expanding, read_calls
+from lorafleet.workers.model.latent_rotation import Angles
 from tests.support.adapters import make_adapter
 from tests.support.bases import make_base
 from tests.support.oracle import prompt_logprobs_with_peft
@@ -116,6 +119,8 @@ def test_families_with_latents(kind: str, settings: dict[str, Any]) -> None:
     done = rehearsal._Rehearsal(loud(kind, {**DEEPSEEK, **settings}).eval(), rehearsal.MAX_LEN, compresses=True)
     done.run()
     assert {call.latent for call in done.runner.base.calls.values()} == {Latent(rank=8, rotated=4)}
+    model = done.runner.base.model
+    assert all("forward" in module.__dict__ for module in expanding(model)), "the rotation is not deferred"
     assert done.runner.pool.absorbed
 
 
@@ -131,6 +136,26 @@ def test_what_a_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def workspace(num_heads: int, rank: int, device: torch.device) -> LatentWorkspace:
     return LatentWorkspace.allocate(num_heads=num_heads, rank=rank, device=device, num_processors=16)
+
+
+def test_rotations_are_told_by_what_they_do() -> None:
+    """Of neighbours and of halves, by complex numbers or cos and sin, in either order; nothing else."""
+    turned = latent_rotation.rotated
+
+    def of(is_interleaved: bool, size: float = 1.0, shuffles: bool = False) -> Callable[..., tuple[Tensor, Tensor]]:
+        def own(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+            angles = Angles(cos[0, :, :4] * size, sin[0, :, :4], is_interleaved)
+            order = [0, 2, 4, 6, 1, 3, 5, 7] if shuffles else list(range(8))
+            return turned(query, angles)[..., order], turned(key, angles)[..., order]
+
+        return own
+
+    assert latent_rotation._kind(of(False), 8, 2) is False
+    assert latent_rotation._kind(of(True, shuffles=True), 8, 2) is True
+    assert latent_rotation._kind(of(True, size=1.01), 8, 2) is None
+    assert latent_rotation._kind(of(True), 8, 1) is None
+    assert latent_rotation._kind(lambda query, key, cos, sin: (query, key), 8, 2) is None
+    assert latent_rotation._kind(apply_rotary_emb, 8, 1) is True
 
 
 class Scaled(DeepseekV3Attention):  # type: ignore[misc]

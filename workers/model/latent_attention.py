@@ -3,7 +3,8 @@
 A page keeps the normed latent of a token and the rotated part of its key. A linear module (`kv_b_proj`) would make the
 rest of each head's key and its value of that. Here its part for keys is absorbed: queries are multiplied with it. All
 heads then attend to one head of keys, whose first columns are the values, and the sums of latents go through the part
-for values. Transformers' own code makes queries, latents and angles, and does what follows.
+for values. Transformers' own code makes queries, latents and angles, and does what follows. Queries and keys are
+rotated when latents are written.
 
 LoRA on the module is applied to both halves by the adapter of the query's row. That is exact, since all rows of a
 sequence have one adapter. Activated LoRA has rows of two, and is refused on the module.
@@ -22,7 +23,9 @@ from lorafleet.kernels.scores import Scores
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import HeadColumns
 from lorafleet.workers.errors import UnsupportedModel
+from lorafleet.workers.model import latent_rotation
 from lorafleet.workers.model.attention_calls import AttentionCall, expanding
+from lorafleet.workers.model.latent_rotation import Angles, Deferred
 from lorafleet.workers.model.lora_layers import FusedProjection, ProjectionSlice
 from lorafleet.workers.model.paged_attention import AttentionContext, attend
 from lorafleet.workers.step.batch import AttentionBatch
@@ -40,12 +43,13 @@ class LatentAttention:
         call: AttentionCall,
         layer: int,
         context: AttentionContext,
+        rotation: Deferred,
         workspace: LatentWorkspace | None,
     ) -> None:
-        """`projection`: what makes keys and values of latents. `workspace`: on CUDA."""
+        """`projection`: what makes keys and values of latents. `rotation`: the module's. `workspace`: on CUDA."""
         assert call.latent is not None
         self._projection, self._call, self._latent = projection, call, call.latent
-        self._layer, self._context, self._workspace = layer, context, workspace
+        self._layer, self._context, self._rotation, self._workspace = layer, context, rotation, workspace
         plain = call.head_dim - call.latent.rotated
         self._step = plain + call.value_dim
         self._keys, self._values = HeadColumns(0, self._step, plain), HeadColumns(plain, self._step, call.value_dim)
@@ -96,8 +100,12 @@ class LatentAttention:
         """
         batch, place = self._context.batch, self._context.place(self._layer)
         assert batch is not None
+        angles = self._rotation.take()
         if self._workspace is not None:
-            return _attend_cuda((absorbed, turned), (latents, rotated), place.keys, batch, self._workspace, scores)
+            own = latents, rotated
+            return _attend_cuda((absorbed, turned), own, angles, place.keys, batch, self._workspace, scores)
+        if angles is not None:
+            turned, rotated = (latent_rotation.rotated(each, angles) for each in (turned, rotated))
         place.keys[batch.row_pages, 0, batch.row_offsets] = torch.cat((latents, rotated), dim=-1)
         query = torch.cat((absorbed, turned), dim=-1).transpose(0, 1)
         attended = attend(query, self._context, self._layer, scores)
@@ -143,6 +151,7 @@ class LatentAttention:
 def _attend_cuda(
     query: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
+    angles: Angles | None,
     keys: Tensor,
     batch: AttentionBatch,
     workspace: LatentWorkspace,
@@ -150,11 +159,12 @@ def _attend_cuda(
 ) -> Tensor:
     """query: absorbed and rotated parts, (heads, rows, width). own: latents and rotated parts, (rows, width).
 
-    Returns sums of latents, (heads, rows, rank).
+    With angles the rotated parts are still to be rotated, and those of queries are, in place. Returns sums of latents,
+    (heads, rows, rank).
     """
     from lorafleet.kernels import latent as kernels
 
-    kernels.store(*own, keys, batch.row_pages, batch.row_offsets)
+    kernels.store(*own, keys, batch.row_pages, batch.row_offsets, query[1].transpose(0, 1), angles)
     sums = torch.empty_like(query[0], memory_format=torch.contiguous_format)
     absorbed, turned, out = (each.transpose(0, 1) for each in (*query, sums))
     num, lengths, tables = batch.num_decodes, batch.context_lengths, batch.block_tables
@@ -187,7 +197,9 @@ def install(model: PreTrainedModel, context: AttentionContext) -> frozenset[str]
             shape = call.num_heads, call.latent.rank
             if shape not in workspaces:
                 workspaces[shape] = _workspace(*shape, context.cache.keys[layer].device)
-            context.latents[layer] = LatentAttention(slice_.fused, call, layer, context, workspaces[shape])
+            rotation = latent_rotation.defer(module, call.latent.rotated)
+            attention = LatentAttention(slice_.fused, call, layer, context, rotation, workspaces[shape])
+            context.latents[layer] = attention
             module.__dict__["expand_kv"] = _as_they_are
             absorbed.add(names[slice_])
     return frozenset(absorbed)
