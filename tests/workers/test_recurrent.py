@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.qwen3_next import modeling_qwen3_next
 
 from lorafleet.adapter_store.manifest import Dtype
 from lorafleet.workers.config import EngineConfig, ModelConfig, PoolConfig, SpeculationConfig
@@ -261,6 +263,31 @@ def test_a_layer_that_forgets_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(recurrent_layers, "OPERATIONS", {})
     with pytest.raises(UnsupportedModel, match=r"layers\.0\.conv \(Lfm2ShortConv\) .* when a prompt comes in parts"):
         rehearse(AutoConfig.for_model("lfm2", **SHAPE | SIZES["lfm2"]), 64)
+
+
+def test_kernels_of_other_packages_are_for_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As if flash-linear-attention and causal-conv1d were installed: the base is rehearsed and served on a CPU."""
+    base = save(tmp_path, "qwen3_next", SIZES["qwen3_next"])
+    names = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "causal_conv1d_fn")
+    for name in names:
+        own = getattr(modeling_qwen3_next, name)
+
+        @functools.wraps(own)
+        def kernel(*args: object, **kwargs: object) -> None:
+            raise RuntimeError("there is no driver for this tensor")
+
+        monkeypatch.setattr(modeling_qwen3_next, name, kernel)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    caplog.set_level("INFO")
+    assert not rehearse(AutoConfig.from_pretrained(base), 64)
+    assert "no small copy" not in caplog.text
+    for name in names:
+        with pytest.raises(RuntimeError, match="no driver"):
+            getattr(modeling_qwen3_next, name)()
+    loaded = load_base(ModelConfig(id="base", source=str(base)), torch.device("cpu"))
+    assert loaded.probe_logits.isfinite().all()
 
 
 @pytest.mark.gpu

@@ -40,7 +40,7 @@ from lorafleet.workers.model.quantisation import (
     rounding_inputs,
     why_not_multiplied,
 )
-from lorafleet.workers.model.recurrent_layers import is_recurrent, read_states
+from lorafleet.workers.model.recurrent_layers import is_recurrent, read_states, take_plain_functions
 from lorafleet.workers.model.rope import fix_frequencies
 from lorafleet.workers.model.sharding import computing_together, shares_of
 from lorafleet.workers.model.stored_weights import QuantisedWeight, StoredWeights, name_in
@@ -115,6 +115,8 @@ def load_base(
         loaded = _load_whole(model, config, TORCH_DTYPES[dtype], device)
     else:
         loaded, shares = _load_part(model, config, geometry, device, ranks)
+    if device.type == "cpu":
+        take_plain_functions(type(loaded))
     if rounds:
         round_weights(loaded, geometry, ranks)
     with _computing_together(loaded, geometry, shares, ranks):

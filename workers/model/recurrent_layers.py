@@ -8,6 +8,7 @@ Sequences of one row, which come first, are one batch. A longer piece is compute
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
@@ -237,6 +238,30 @@ def recurrent_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def is_recurrent(model: nn.Module) -> bool:
     """Return True if any layer keeps a state. Raises UnsupportedModel for one in a form that is not known."""
     return bool(list(recurrent_modules(model)))
+
+
+def take_plain_functions(model_class: type[nn.Module]) -> Callable[[], None]:
+    """Have layers of a class' module compute with transformers' own functions; what is returned restores them.
+
+    Transformers puts kernels of other packages (flash-linear-attention, causal-conv1d, mamba-ssm) in their place where
+    those are installed. Such kernels compute on a GPU only.
+    """
+    found: dict[str, Any] = vars(sys.modules[model_class.__module__])
+    kernels = {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, FunctionType) and inspect.unwrap(value) is not value
+    }
+    found.update({name: _plain(inspect.unwrap(value)) for name, value in kernels.items()})
+    return lambda: found.update(kernels)
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, given no more keywords than it knows: layers also give those that other packages' know."""
+    parameters = inspect.signature(function).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return function
+    return lambda *args, **kwargs: function(*args, **{name: kwargs[name] for name in parameters if name in kwargs})
 
 
 def read_states(model: PreTrainedModel) -> dict[str, StateShape]:

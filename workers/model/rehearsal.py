@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.adapter_pool import AdapterPool
@@ -38,7 +38,7 @@ from lorafleet.workers.model.geometry import NORMS, geometry_of, kind_of, projec
 from lorafleet.workers.model.loader import base_of
 from lorafleet.workers.model.module_trace import Trace, first_difference
 from lorafleet.workers.model.probe import Piece
-from lorafleet.workers.model.recurrent_layers import is_recurrent
+from lorafleet.workers.model.recurrent_layers import is_recurrent, take_plain_functions
 from lorafleet.workers.model.rehearsal_adapters import Adapter, applied, publish
 from lorafleet.workers.model.startup import start_runner
 
@@ -114,7 +114,13 @@ def rehearse(config: PretrainedConfig, max_model_len: int, *, compresses: bool =
         known = json.loads(kept.read_text())
         found = Finding(known["reason"], frozenset(known["without"]))
     if found is None:
-        found = _find(config, max_model_len, compresses=compresses)
+        is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        restore = take_plain_functions(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]) if is_known else None
+        try:
+            found = _find(config, max_model_len, compresses=compresses)
+        finally:
+            if restore is not None:
+                restore()
         _keep(found, kept)
     if found.reason is not None:
         raise UnsupportedModel(found.reason)
