@@ -183,6 +183,11 @@ def latent_decode(lab: Lab) -> Named:
     yield from _decode(lab, "latent_decode", None, _engine(lab, max_batch_tokens=lab.work.adapters))
 
 
+def latent_decode_lora64(lab: Lab) -> Named:
+    engine = _engine(lab, max_batch_tokens=lab.work.adapters)
+    yield from _decode(lab, "latent_decode_lora64", f"a{{}}-r{RANK}", engine)
+
+
 def _throughput(lab: Lab, case: str, name: str | None) -> Named:
     engine, work = _engine(lab), lab.work
     versions = [name.format(i % work.adapters) if name else None for i in range(work.requests)]
@@ -289,6 +294,6 @@ PROCESSES: dict[str, tuple[str, tuple[Case, ...]]] = {
         ),
     ),
     "gemma": ("gemma3-27b", (gemma_start, gemma_decode)),
-    "latent": ("deepseek-v2-lite", (latent_start, latent_decode)),
+    "latent": ("deepseek-v2-lite", (latent_start, latent_decode, latent_decode_lora64)),
 }
 """As `engine_cases.PROCESSES`."""

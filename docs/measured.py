@@ -218,6 +218,7 @@ GEOMETRY_STEPS = {
     "moe_decode_experts64": "the same, 64 adapters on experts",
     "gemma_decode": "Gemma 3 27B",
     "latent_decode": "DeepSeek V2 Lite",
+    "latent_decode_lora64": "the same, 64 adapters on attention",
 }
 MIXTURE_LOADS = {
     "moe_base": "base",
