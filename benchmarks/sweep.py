@@ -131,6 +131,7 @@ VARIANTS = (
     Case("Qwen3_5MoeForCausalLM, text alone", "qwen3_5_moe_text"),
     Case("Qwen3ForCausalLM, window", "qwen3", {"use_sliding_window": True, "max_window_layers": 2}),
     Case("FalconForCausalLM, ALiBi", "falcon", {"alibi": True}),
+    Case("FalconForCausalLM, multi-query", "falcon", {"multi_query": True}),
     Case("FalconForCausalLM, new decoder", "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     Case("Llama4ForCausalLM, more tokens than a chunk", "llama4_text", {"attention_chunk_size": 64}),
 )

@@ -55,7 +55,7 @@ BASES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
 }
 """Settings, and what adapters are put on: attention, embedding and head."""
 
-SLOW = ("falcon", "codegen", "xglm")
+SLOW = ("gptj", "codegen", "xglm")
 """Those that others stand for."""
 
 

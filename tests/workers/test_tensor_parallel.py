@@ -18,6 +18,7 @@ from tests.support.oracle import prompt_logprobs_with_peft
 from tests.workers import test_dora, test_extras, test_vocabularies
 from tests.workers.harness import Answer, Shelf, ask, assert_pefts, greedy, open_worker, random_prompt
 from tests.workers.test_extras import cases_of
+from tests.workers.test_refusals import DEEPSEEK, SHAPE, save_base
 from tests.workers.test_vocabularies import bench_of
 
 __all__ = ["bench_of", "cases_of"]
@@ -99,6 +100,30 @@ async def test_transformers_own_layers(tmp_path: Path) -> None:
     """A kind whose layers are not fused."""
     shelf = make_shelf(make_base(tmp_path / "base", "qwen3", hidden_act="gelu"), tmp_path)
     check(shelf, await ask_all(shelf, tensor_parallel_size=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "settings", "targets"),
+    [
+        ("deepseek_v2", {**DEEPSEEK, "v_head_dim": 16}, ("q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")),
+        (
+            "olmoe",
+            {**SHAPE, "num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": 0},
+            ("q_proj", "k_proj", "o_proj"),
+        ),
+    ],
+)
+async def test_mixtures_with_attention_of_their_own(
+    kind: str, settings: dict[str, Any], targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Latent attention, cut by heads behind the latent, and attention that every rank holds whole."""
+    shelf = Shelf(save_base(tmp_path / "base", kind, settings))
+    shelf.put(make_adapter(tmp_path / "attention", shelf.base, r=4, lora_alpha=8, target_modules=targets))
+    shelf.put(make_adapter(tmp_path / "all", shelf.base, r=4, lora_alpha=8, target_modules="all-linear"))
+    on_two = await ask_all(shelf, tensor_parallel_size=2)
+    check(shelf, on_two)
+    assert tokens_of(on_two) == tokens_of(await ask_all(shelf))
 
 
 @pytest.mark.slow

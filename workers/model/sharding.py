@@ -23,7 +23,7 @@ from lorafleet.workers.memory.shares import Share, share_of
 from lorafleet.workers.model.experts import ARGUMENTS, is_dense_experts, is_experts, projections
 from lorafleet.workers.ranks import Ranks
 
-WHOLE = frozenset({"replicated_with_grad_allreduce", "replicated", "replicate"})
+WHOLE = frozenset({"replicated_with_grad_allreduce", "replicated", "replicate", "mla_kv_a_proj"})
 """Names that plans have for modules which every rank holds."""
 GATHERED = frozenset({"colwise_gather_output", "rowwise_split_input"})
 """Names of ways to cut modules between which the whole is put together. In mixtures, every rank holds these whole."""
@@ -164,7 +164,11 @@ def _part(name: str, what: str, size: int, ranks: Ranks) -> tuple[int, int]:
 
 def _head_dim(model: PreTrainedModel, name: str) -> int:
     """Width of a head, of which a module has several; 1 for one that has none."""
-    head_dim = getattr(model.get_submodule(name.rpartition(".")[0]), "head_dim", None)
+    owner: Any = model.get_submodule(name.rpartition(".")[0])
+    if hasattr(owner, "kv_lora_rank"):  # latent attention, where heads of keys and values are made of a latent
+        is_of_keys = name.endswith("kv_b_proj")
+        return int(owner.qk_nope_head_dim + owner.v_head_dim if is_of_keys else owner.qk_head_dim)
+    head_dim = getattr(owner, "head_dim", None)
     return head_dim if isinstance(head_dim, int) else 1
 
 
