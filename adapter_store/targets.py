@@ -59,13 +59,17 @@ def effective_modules(
 def unmatched_targets(spec: LoraSpec, geometry: BaseGeometry) -> list[str]:
     """Names in `target_modules` that no module of the base ends in; PEFT passes over them if another one matches.
 
-    Raises AdapterRefused `unknown_target` for a name of what the base has and LoRA cannot be on here.
+    Raises AdapterRefused `unknown_target` for a name of what the base has, `exclude_modules` does not name, and LoRA
+    cannot be on here.
     """
     if isinstance(spec.target_modules, str):
         return []
     names = [name for module in _modules(geometry) for name in _names(module, geometry)]
     absent = spec.target_modules.difference(*map(_ends, names))
+    if not absent:
+        return []
     others = {owner for parameter in geometry.parameters for owner in _owners(parameter)}
+    others -= _excluded(spec, others, geometry)
     there = absent.intersection(*[{end for owner in others for end in _ends(owner)}])
     if there:
         message = f"target_modules names what the base has, but LoRA cannot be on here: {listed(there)}"

@@ -183,7 +183,8 @@ def _serve(case: Case, model: PreTrainedModel, folder: Path) -> Row:
         if modules:
             try:
                 field = "target_parameters" if name == "experts" else "target_modules"
-                oracle.adapters[name] = _adapter(model, {field: modules}, folder / name)
+                settings = {field: modules, "exclude_modules": _odd_linears(model)}
+                oracle.adapters[name] = _adapter(model, settings, folder / name)
                 reader.read(folder / name)
             except AdapterRefused as error:
                 targets[name] = _line(error)
@@ -229,6 +230,15 @@ def _targets(model: PreTrainedModel) -> dict[str, list[str] | str]:
         "head": [names[head]] if head in names else [],
         "experts": [name for name, value in model.named_parameters() if value.dim() == 3 and ".experts." in name],
     }
+
+
+def _odd_linears(model: PreTrainedModel) -> list[str]:
+    """Names of linear modules, such as some routers, that give more than their product. PEFT does not compute those."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    ]
 
 
 def _adapter(model: PreTrainedModel, targets: Mapping[str, list[str] | str], folder: Path) -> PeftModel:
@@ -365,7 +375,8 @@ def page(rows: Iterable[Row]) -> str:
         "## Served",
         "",
         "Fused layers are the fast ones; `in part`: some of their modules are transformers'.",
-        "Targets are what an adapter may be put on.",
+        "Targets are what an adapter may be put on. `all-linear` is without routers that give more than a product,",
+        "as those of Llama 4 and PhiMoE do: PEFT does not compute with an adapter on them.",
         "",
         *_table(
             ("class", "model_type", "layers", *TARGETS),

@@ -240,6 +240,21 @@ def test_what_is_refused(shelf: Shelf, tmp_path: Path, name: str) -> None:
 
 
 @MIXTRAL
+def test_what_is_excluded_may_be_named(shelf: Shelf, tmp_path: Path) -> None:
+    """As `all-linear` with `exclude_modules` is saved: PEFT writes the names that it stands for."""
+    shutil.copytree(shelf.base.parent / "attention", tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"target_modules": ["q_proj", "v_proj", "experts"]}
+    path.write_text(json.dumps(config))
+    with pytest.raises(AdapterRefused, match="LoRA cannot be on here: experts"):
+        shelf.put(tmp_path / "a")
+    for excluded in (["experts"], ["mlp.experts"], r".*\.experts"):
+        path.write_text(json.dumps(config | {"exclude_modules": excluded}))
+        manifest = shelf.weights[shelf.put(tmp_path / "a")].manifest
+        assert {module.name.rpartition(".")[2] for module in manifest.modules} == {"q_proj", "v_proj"}
+
+
+@MIXTRAL
 def test_a_parameter_that_is_not_there_is_a_warning(shelf: Shelf, tmp_path: Path) -> None:
     shutil.copytree(shelf.base.parent / "both", tmp_path / "a")
     path = tmp_path / "a" / "adapter_config.json"

@@ -82,7 +82,6 @@ def read_geometry(model: ModelConfig, device: str = "auto") -> BaseGeometry:
         owner, _, leaf = name.rpartition(".")
         if shape.kind == "experts" and owner in names:
             names[name] = f"{names[owner]}.{leaf}"
-    names = {name: whole for name, whole in names.items() if name in geometry.modules}
     return replace(geometry, whole_names=names, left_out=others)
 
 
@@ -100,7 +99,6 @@ def without(geometry: BaseGeometry, kinds: Collection[str]) -> BaseGeometry:
         geometry,
         modules=modules,
         vectors={} if NORMS in kinds else geometry.vectors,
-        whole_names={name: whole for name, whole in geometry.whole_names.items() if name in modules},
     )
 
 
