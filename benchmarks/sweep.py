@@ -234,11 +234,9 @@ def _targets(model: PreTrainedModel) -> dict[str, list[str] | str]:
 
 def _odd_linears(model: PreTrainedModel) -> list[str]:
     """Names of linear modules, such as some routers, that give more than their product. PEFT does not compute those."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    ]
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    own = [(name, module) for name, module in linear if type(module).forward is not nn.Linear.forward]
+    return [name for name, module in own if not isinstance(module(torch.zeros(1, module.in_features)), Tensor)]
 
 
 def _adapter(model: PreTrainedModel, targets: Mapping[str, list[str] | str], folder: Path) -> PeftModel:
