@@ -77,7 +77,7 @@ class Vocabulary:
             raise BadRequest("the base has no tokenizer; send the prompt as token ids", param, "no_tokenizer")
         try:
             return tuple(self._encode(text, add_special_tokens))
-        except UnicodeEncodeError as error:
+        except (UnicodeEncodeError, TypeError) as error:  # the latter from the backend
             raise BadRequest(
                 f"{param} has a lone surrogate, which is not a character; send valid Unicode", param
             ) from error

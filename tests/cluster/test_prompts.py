@@ -67,6 +67,14 @@ async def test_text_is_encoded_as_transformers_does(kind: type[PreTrainedTokeniz
             assert token_ids.count(tokenizer.bos_token_id) == text.count(plain.bos_token) + special
 
 
+@pytest.mark.parametrize("kind", [PreTrainedTokenizerFast, OfItsOwn])
+async def test_half_a_character_is_refused(kind: type[PreTrainedTokenizerFast]) -> None:
+    """A Python caller's: in JSON it is no text."""
+    prompts = prompts_of(kind(tokenizer_object=byte_level_with_bos().backend_tokenizer))
+    with pytest.raises(BadRequest, match="prompt has a lone surrogate"):
+        await prompts.tokenize(GenerateRequest(model="m", prompt="a\ud800b"))
+
+
 async def test_chats_are_rendered_as_transformers_does_with_one_bos() -> None:
     tokenizer = byte_level_with_bos()
     messages = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXT})
