@@ -27,6 +27,7 @@ from lorafleet.cluster.wire import (
     unpacked_request,
 )
 from lorafleet.cluster.worker.outbox import Outbox
+from lorafleet.cluster.worker.race import until_one_ends
 from lorafleet.workers.request import EngineRequest, GenerateDelta
 from lorafleet.workers.worker import Take
 
@@ -133,15 +134,7 @@ class AnswerServer:
             if not hmac.compare_digest(key, self._key):
                 return
             self._desks[desk] = ingress_id
-            tasks = asyncio.ensure_future(_send(outbox, writer)), asyncio.ensure_future(_receive(desk, reader))
-            try:
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    await task
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+            await until_one_ends(_send(outbox, writer), _receive(desk, reader))
         except (TimeoutError, OSError, EOFError, UnicodeDecodeError):
             pass  # it has left, or was no ingress
         except Exception:

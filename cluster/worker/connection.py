@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 from lorafleet.cluster.errors import WorkerGone
 from lorafleet.cluster.wire import Batch, Order, WorkerAddress, frame, read_batch, unpacked_error
 from lorafleet.cluster.worker.pace import Turns
+from lorafleet.cluster.worker.race import until_one_ends
 from lorafleet.cluster.worker.stream import AnswerStream
 from lorafleet.workers.request import GenerateDelta
 
@@ -105,19 +106,7 @@ class Connection:
                 address: WorkerAddress = await anext(response)
             # The call says nothing more; it ends when the worker is lost, also where no connection tells of it.
             heard = asyncio.Event()
-            tasks = (
-                asyncio.ensure_future(self._talk(address, heard)),
-                asyncio.ensure_future(anext(response, None)),
-                asyncio.ensure_future(_while_heard(heard)),
-            )
-            try:
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    await task
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+            await until_one_ends(self._talk(address, heard), anext(response, None), _while_heard(heard))
         except TimeoutError:
             reason = "the worker has fallen silent"
             logger.warning("worker %s has fallen silent", self.worker_id)
