@@ -1,7 +1,8 @@
 """Operations between a decoder layer's products, one launch each: residual and norms, rotary and KV write, gate and up.
 
-Entry points: CUDA runs the Triton kernels of `fused_triton`, other devices the plain torch here, which is also their
-oracle. All round where transformers' modules round, or less, so that a layer keeps its values. Nothing synchronises.
+Entry points: CUDA runs the kernels of `fused_triton` and `kv_place_triton`. Other devices run the plain torch here,
+which is also the kernels' oracle. All round where transformers' modules round, or less, so that a layer keeps its
+values. Nothing synchronises.
 
 `scales`: (rows,) float32, what a product of fp8 rows is still to be multiplied with; it is rounded after that. The
 functions ending in `_fp8` also return their output in fp8, for the next product.
@@ -105,9 +106,9 @@ def rotate_and_store(
         if not qkv.is_cuda:
             fp8.rescale(qkv, scales)
     if qkv.is_cuda:
-        from lorafleet.kernels import fused_triton
+        from lorafleet.kernels import kv_place_triton
 
-        fused_triton.rotate_and_store(qkv, angles, place, rotation, norm, scales)
+        kv_place_triton.rotate_and_store(qkv, angles, place, rotation, norm, scales)
         return query
     if norm is not None:
         key = _normalise(key, norm.key.weight, norm.key.rule)
@@ -130,9 +131,9 @@ def store(key: Tensor, value: Tensor, place: KVPlace) -> None:
     for name, tensor in (("key", key), ("value", value)):
         _check_rows(name, tensor, shape, _like(place))
     if key.is_cuda:
-        from lorafleet.kernels import fused_triton
+        from lorafleet.kernels import kv_place_triton
 
-        fused_triton.store(key, value, place)
+        kv_place_triton.store(key, value, place)
         return
     _write(key, place.keys, place.key_scales, place)
     _write(value, place.values, place.value_scales, place)

@@ -23,6 +23,10 @@ class NormRule:
     """Whether x's mean is taken from it first."""
 
 
+NO_RULE = NormRule(0.0)
+"""Stands where there is no norm."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Norm:
     """A norm with its weight."""

@@ -23,6 +23,7 @@ from lorafleet.kernels import (
     fused_triton,
     grouped_triton,
     head_lora_triton,
+    kv_place_triton,
     latent,
     latent_triton,
     routing_triton,
@@ -48,8 +49,8 @@ KERNELS = {
     "decode": attention_triton.decode_kernel,
     "extend": attention_triton.extend_kernel,
     "rms_norm": fused_triton._rms_norm_kernel,
-    "rotate_and_store": fused_triton._rotate_and_store_kernel,
-    "store": fused_triton._store_kernel,
+    "rotate_and_store": kv_place_triton._rotate_and_store_kernel,
+    "store": kv_place_triton._store_kernel,
     "gated": fused_triton._gated_kernel,
     "copy_rows": row_copy_triton._copy_rows_kernel,
     "product": grouped_triton._product_kernel,
@@ -126,8 +127,8 @@ def launch_each() -> None:
     norms = [Norm(weight, NormRule(1e-5, *others)) for others in ((), (1.0, True), (0.0, True, True))]
     qkv, angles = torch.zeros(4, 12 * 64, dtype=DTYPE), (rotation, rotation)
     for each, pairs in zip(norms, (Rotation(64), Rotation(32, is_interleaved=True), Rotation(0)), strict=True):
-        fused_triton.rotate_and_store(qkv, angles, place, pairs, HeadNorm(each, each))
-    fused_triton.store(torch.zeros(4, 2, 64, dtype=DTYPE), torch.zeros(4, 2, 64, dtype=DTYPE), place)
+        kv_place_triton.rotate_and_store(qkv, angles, place, pairs, HeadNorm(each, each))
+    kv_place_triton.store(torch.zeros(4, 2, 64, dtype=DTYPE), torch.zeros(4, 2, 64, dtype=DTYPE), place)
     for each in norms:
         fused_triton.rms_norm(rotation, norms[0], rotation.clone(), None, Branch(each, 0.5))
         fused_triton.rms_norm(rotation, each, rotation.clone())
@@ -172,9 +173,9 @@ def launch_in_fp8(dtype: torch.dtype, head_dim: int, tables: Tensor, lengths: Te
     angles = torch.zeros(4, head_dim, dtype=dtype)
     for rotation in (Rotation(head_dim), Rotation(32, is_interleaved=True)):
         qkv = torch.zeros(4, 12 * head_dim, dtype=dtype)
-        fused_triton.rotate_and_store(qkv, (angles, angles), place, rotation, None)
+        kv_place_triton.rotate_and_store(qkv, (angles, angles), place, rotation, None)
     rows = torch.zeros(4, 2, head_dim, dtype=dtype)
-    fused_triton.store(rows, rows, place)
+    kv_place_triton.store(rows, rows, place)
 
 
 def launch_on_latents(tables: Tensor, lengths: Tensor, starts: Tensor) -> None:
@@ -204,7 +205,7 @@ def variants(kernel: Any) -> list[Any]:
 
 def main() -> None:
     triton.runtime.driver.set_active(Hopper())
-    for module in (attention, fused_triton, embedding_triton, expand_triton, latent, shrink_triton):
+    for module in (attention, fused_triton, embedding_triton, expand_triton, kv_place_triton, latent, shrink_triton):
         module.dependent_launch = lambda tensor: True  # type: ignore[attr-defined]
     with compiled_ahead(2):
         launch_each()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafleet.kernels import fp8, fp8_triton, fused, fused_triton
+from lorafleet.kernels import fp8, fp8_triton, fused, fused_triton, kv_place_triton
 from lorafleet.kernels.fp8_values import Fp8Rows, Fp8Weight
 from lorafleet.kernels.kv_place import KVPlace, Rotation
 from lorafleet.kernels.norms import Norm, NormRule
@@ -140,7 +140,7 @@ def test_layers_take_and_make_fp8_rows(is_scaled: bool, backend: str, dtype: tor
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_scaled_heads_are_rotated_and_stored(backend: str, dtype: torch.dtype) -> None:
     """4 query heads and 2 KV heads of 8: the same as of the scaled heads."""
-    run = fused_triton.rotate_and_store if backend == "triton" else fused.rotate_and_store
+    run = kv_place_triton.rotate_and_store if backend == "triton" else fused.rotate_and_store
     qkv, scales = randn(3, 64, dtype=dtype), powers(3, 6)
     angles = randn(3, 4, seed=8).repeat(1, 2)
     pages, offsets = (torch.tensor(each, dtype=torch.int32, device=DEVICE) for each in ([2, 0, 3], [5, 0, 15]))

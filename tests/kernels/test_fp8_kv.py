@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafleet.kernels import fused, fused_triton
+from lorafleet.kernels import fused, kv_place_triton
 from lorafleet.kernels.attention import decode, extend
 from lorafleet.kernels.kv_place import HeadNorm, KVPlace, Rotation
 from lorafleet.kernels.norms import Norm, NormRule
@@ -120,13 +120,13 @@ def assert_rounds(found: Tensor, exact: Tensor, backend: ModuleType) -> None:
     """To the nearest of the format's values."""
     largest = exact.abs().amax(-1, keepdim=True)
     # The interpreter's cast loses a carry into the exponent.
-    share = 1 / 2 if backend is fused_triton and DEVICE.type == "cpu" else 1 / 16
+    share = 1 / 2 if backend is kv_place_triton and DEVICE.type == "cpu" else 1 / 16
     assert ((found - exact).abs() <= share * exact.abs() + largest * 2.0**-17).all()
     assert (found - exact).abs().max() > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", [fused_triton, fused], ids=["triton", "torch"])
+@pytest.mark.parametrize("backend", [kv_place_triton, fused], ids=["triton", "torch"])
 @pytest.mark.parametrize("rotation", [Rotation(24), Rotation(8, is_interleaved=True)], ids=["all", "some"])
 @pytest.mark.parametrize("with_norm", [False, True])
 def test_rotated_heads_are_rounded(
@@ -153,7 +153,7 @@ def test_rotated_heads_are_rounded(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", [fused_triton, fused], ids=["triton", "torch"])
+@pytest.mark.parametrize("backend", [kv_place_triton, fused], ids=["triton", "torch"])
 def test_stored_heads_are_rounded(backend: ModuleType, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(2)
     place = empty_place(3, 24)

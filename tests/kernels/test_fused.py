@@ -20,7 +20,7 @@ from transformers.models.olmo2 import modeling_olmo2 as olmo2
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.phi3 import modeling_phi3 as phi3
 
-from lorafleet.kernels import fused, fused_triton
+from lorafleet.kernels import fused, fused_triton, kv_place_triton
 from lorafleet.kernels.kv_place import HeadNorm, KVPlace, Rotation
 from lorafleet.kernels.norms import Activation, Branch, Norm, NormRule
 
@@ -170,7 +170,7 @@ def check_rotation(name: str, shape: Shape, kind: str | None, backend: str, dtyp
     query, key = (each[0].transpose(0, 1) for each in apply(query, key, cos[None], sin[None]))
 
     if backend == "triton":
-        fused_triton.rotate_and_store(qkv, (cos, sin), place, rotation, norm)
+        kv_place_triton.rotate_and_store(qkv, (cos, sin), place, rotation, norm)
         rotated = qkv[:, : num_heads * head_dim].view(rows, num_heads, head_dim)
     else:
         rotated = fused.rotate_and_store(qkv, (cos, sin), place, rotation, norm)
@@ -190,7 +190,7 @@ def test_store_writes_the_rows_places_alone(backend: str, dtype: torch.dtype) ->
     cache = torch.full((2, 4, 3, 16, 80), float("nan"), dtype=dtype, device=DEVICE)
     pages = torch.tensor([3, 0, 0, 2, 3], dtype=torch.int32, device=DEVICE)
     offsets = torch.tensor([15, 0, 7, 8, 1], dtype=torch.int32, device=DEVICE)
-    run: Callable[..., None] = fused_triton.store if backend == "triton" else fused.store
+    run: Callable[..., None] = kv_place_triton.store if backend == "triton" else fused.store
     run(key, value, KVPlace(cache[0], cache[1], pages, offsets))
     assert torch.equal(cache[0][pages, :, offsets], key)
     assert torch.equal(cache[1][pages, :, offsets], value)

@@ -19,7 +19,8 @@ from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.model import fused_layers
 from lorafleet.workers.model.fused_parts import Output
-from lorafleet.workers.model.lora_layers import FusedProjection, LoraContext, LoraEmbedding
+from lorafleet.workers.model.lora_context import LoraContext
+from lorafleet.workers.model.lora_layers import FusedProjection, LoraEmbedding
 from lorafleet.workers.model.norm_layers import AdapterNorm
 from tests.workers.memory.geometries import EVERYTHING, decoder, groups_of, manifest_of
 

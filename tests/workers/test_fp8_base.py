@@ -20,7 +20,8 @@ from lorafleet.adapter_store.manifest import BaseGeometry, ModuleShape
 from lorafleet.kernels.segments import build_segments
 from lorafleet.workers.config import ModelConfig
 from lorafleet.workers.errors import UnsupportedModel, WorkerConfigError
-from lorafleet.workers.model.lora_layers import FusedProjection, LoraContext
+from lorafleet.workers.model.lora_context import LoraContext
+from lorafleet.workers.model.lora_layers import FusedProjection
 from lorafleet.workers.model.quantisation import pack_weights, round_weights
 from lorafleet.workers.ranks import Ranks
 from tests.kernels.paged import paged_linear

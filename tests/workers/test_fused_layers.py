@@ -17,7 +17,8 @@ from lorafleet.workers.memory.kv_cache import KVCache, LayerKV
 from lorafleet.workers.model import fused_layers, paged_attention
 from lorafleet.workers.model.attention_calls import read_calls
 from lorafleet.workers.model.geometry import geometry_of, projection_groups
-from lorafleet.workers.model.lora_layers import LoraContext, substitute_projections
+from lorafleet.workers.model.lora_context import LoraContext
+from lorafleet.workers.model.lora_layers import substitute_projections
 from lorafleet.workers.model.paged_attention import AttentionContext
 from lorafleet.workers.step.batch import AttentionBatch
 from tests.support.adapters import make_adapter

@@ -17,7 +17,7 @@ from lorafleet.kernels import ops
 from lorafleet.kernels.segments import Segments, build_segments
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.model import lora_layers
-from lorafleet.workers.model.lora_layers import LoraContext
+from lorafleet.workers.model.lora_context import LoraContext
 from tests.kernels.paged import paged_embedding, paged_linear
 from tests.support.bases import VOCAB_SIZE, BaseKind
 from tests.workers.harness import Shelf, ask, greedy, open_worker, random_prompt

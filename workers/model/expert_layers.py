@@ -19,7 +19,7 @@ from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraWeights
 from lorafleet.workers.model.experts import is_dense_experts, projections
 from lorafleet.workers.model.fused_mlp import gate_of
-from lorafleet.workers.model.lora_layers import LoraContext
+from lorafleet.workers.model.lora_context import LoraContext
 from lorafleet.workers.ranks import Ranks
 
 MOST_ROWS_OF_KERNEL = 32

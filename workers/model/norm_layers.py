@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lorafleet.kernels.weights import OwnVector
 from lorafleet.workers.memory.extra_rows import ExtraVector
-from lorafleet.workers.model.lora_layers import LoraContext, Owner, Place, place_of
+from lorafleet.workers.model.lora_context import LoraContext, Owner, Place, place_of
 
 
 class AdapterNorm(nn.Module):

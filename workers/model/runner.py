@@ -17,7 +17,7 @@ from lorafleet.workers.memory.state_store import StateStore
 from lorafleet.workers.model.cuda_graphs import StepGraph
 from lorafleet.workers.model.loader import BaseModel
 from lorafleet.workers.model.logits import BodyOnce
-from lorafleet.workers.model.lora_layers import LoraContext
+from lorafleet.workers.model.lora_context import LoraContext
 from lorafleet.workers.model.paged_attention import AttentionContext
 from lorafleet.workers.model.recurrent_layers import RecurrentContext
 from lorafleet.workers.model.sampler import Chosen, Sampler, with_logprobs

@@ -31,7 +31,7 @@ from lorafleet.workers.model.experts import projections
 from lorafleet.workers.model.geometry import projection_groups
 from lorafleet.workers.model.loader import BaseModel
 from lorafleet.workers.model.logits import BodyOnce
-from lorafleet.workers.model.lora_layers import LoraContext
+from lorafleet.workers.model.lora_context import LoraContext
 from lorafleet.workers.model.paged_attention import AttentionContext
 from lorafleet.workers.model.recurrent_layers import RecurrentContext
 from lorafleet.workers.model.row_norms import RowNorms
