@@ -10,10 +10,8 @@ import logging
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -23,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafleet.workers import speculation
 from lorafleet.workers.adapter_loader import AdapterLoader
+from lorafleet.workers.commands import Commands
 from lorafleet.workers.config import EngineConfig
 from lorafleet.workers.deltas import embedding_delta, token_delta
 from lorafleet.workers.detokenizer import Detokenizer
@@ -37,11 +36,11 @@ from lorafleet.workers.errors import (
 )
 from lorafleet.workers.grammars import Grammars, Matcher
 from lorafleet.workers.group.leader import Group
-from lorafleet.workers.launched import LaunchedRows, LaunchedStep, SampledRow
+from lorafleet.workers.launched import LaunchedStep
 from lorafleet.workers.model.runner import ModelRunner
 from lorafleet.workers.request import EngineRequest, FinishReason, GenerateDelta, StructuredOutputs, TokenLogprobs
 from lorafleet.workers.scheduler import Scheduler
-from lorafleet.workers.sequence import ScheduledRows, Sequence, pending_token
+from lorafleet.workers.sequence import ScheduledRows, Sequence
 from lorafleet.workers.speculation import Guesser
 from lorafleet.workers.stats import EngineStats, ServedCounts
 from lorafleet.workers.step.builder import BatchBuilder, BuiltStep
@@ -56,16 +55,6 @@ COMPILERS = 8
 """Threads that compile grammars, which the ingress has compiled before: one that is slow keeps no other waiting."""
 IDLE_WAIT_S = 0.2
 """How long an idle loop sleeps before it shows that it lives."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Commands:
-    """Calls of other threads, in order."""
-
-    queue: deque[Callable[[], None]]
-    wake: threading.Event
-    lock: threading.Lock
-    """Held to add a command and to end the loop: no command is added that would never run."""
 
 
 class Engine:
@@ -129,10 +118,9 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._outbox: list[Delivery] = []
         self._in_flight: LaunchedStep | None = None
-        self._commands = _Commands(deque(), threading.Event(), threading.Lock())
+        self._commands = Commands()
         self._loop_alive_s = clock()
         self._failure: BaseException | None = None
-        self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="lorafleet-engine", daemon=True)
         loader.on_progress = self._commands.wake.set
         if group is not None:
@@ -146,37 +134,25 @@ class Engine:
 
     def close(self, timeout_s: float = 10.0) -> None:
         """End the loop; requests in flight get EngineFailed."""
-        self._is_closing = True
-        self._commands.wake.set()
+        self._commands.close()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request; everything that comes of it is delivered under its id."""
         if request.sampling.structured_outputs is None:
-            self._post(lambda: self._add(request))
+            self._commands.post(lambda: self._add(request))
         else:
-            self._post(lambda: self._compile(request, request.sampling.structured_outputs))
+            self._commands.post(lambda: self._compile(request, request.sampling.structured_outputs))
 
     def abort(self, request_id: str) -> None:
         """End a request that nobody waits for; unknown and finished ids are fine. Takes effect before the next step."""
         with contextlib.suppress(EngineFailed):  # then there is nothing to end
-            self._post(lambda: self._abort(request_id))
+            self._commands.post(lambda: self._abort(request_id))
 
     def call(self, function: Callable[[], Result]) -> Future[Result]:
         """Run `function` on the engine's thread between two steps."""
-        future: Future[Result] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._post(run)
-        return future
+        return self._commands.call(function)
 
     def served(self) -> ServedCounts:
         """Return the counts of served work. On the engine's thread."""
@@ -212,26 +188,18 @@ class Engine:
         """Seconds since the step loop last went round."""
         return self._clock() - self._loop_alive_s
 
-    def _post(self, command: Callable[[], None]) -> None:
-        with self._commands.lock:
-            if self._is_closing:
-                raise EngineFailed("the step loop has ended")
-            self._commands.queue.append(command)
-        self._commands.wake.set()
-
     # --- on the engine's thread ---
 
     def _run(self) -> None:
         try:
             if self._runner.base.device.type == "cuda":
                 torch.cuda.set_device(self._runner.base.device)  # a thread starts on the first GPU
-            while not self._is_closing:
+            while not self._commands.is_closed:
                 self._loop_alive_s = self._clock()
                 self._commands.wake.clear()
                 if self._group is not None:
                     self._group.check()
-                while self._commands.queue:
-                    self._commands.queue.popleft()()
+                self._commands.run()
                 self._loader.publish_ready()
                 self._fail_unloadable()
                 if not self._step():
@@ -241,10 +209,8 @@ class Engine:
             logger.exception("the step loop ended")
             self._failure = error
         finally:
-            with self._commands.lock:
-                self._is_closing = True
-            while self._commands.queue:
-                self._commands.queue.popleft()()
+            self._commands.close()
+            self._commands.run()
             for sequence in list(self._sequences.values()):
                 self._end_with(sequence, EngineFailed("the worker's step loop ended"))
             for request_id in self._compiling:
@@ -280,24 +246,7 @@ class Engine:
         if self._group is not None:
             self._group.tell_step(built.message, None if previous is None else previous.next_token_ids)
         step = self._runner.launch(built.message, previous, partial(self._fill_masks, built))
-        num_pooled = [item.num_pooled for item in built.rows]
-        for item in built.rows:
-            item.sequence.num_computed += item.num_rows
-        rows = tuple(
-            LaunchedRows(item.sequence, item.sequence.num_computed, item.sequence.num_preemptions)
-            for item in built.rows
-        )
-        pooled = tuple((row, count) for row, count in zip(rows, num_pooled, strict=True) if count)
-        sampled = tuple(
-            SampledRow(item.sequence, len(item.sequence.token_ids) + number, guess)
-            for item in built.rows
-            if item.num_sampled
-            for number, guess in enumerate((*item.guess, None))
-        )
-        for index, row in enumerate(sampled):
-            row.sequence.token_ids.append(pending_token(index))
-        num_rows = sum(item.num_rows for item in built.rows)
-        return LaunchedStep(step, num_rows, rows, sampled, built.prompts, pooled, started_s)
+        return LaunchedStep.of(step, built.rows, built.prompts, started_s)
 
     def _fill_masks(self, built: BuiltStep) -> None:
         """Ask the grammars which tokens may come, once they have those of the step in flight.
@@ -307,21 +256,8 @@ class Engine:
         if not built.message.sampling.masked.size:
             return
         if self._in_flight is not None:
-            self._follow(self._in_flight)
+            self._in_flight.follow()
         built.fill_masks()
-
-    def _follow(self, launched: LaunchedStep) -> None:
-        """Wait for a step, and let the grammars take its tokens."""
-        launched.step.wait()
-        if launched.is_followed:
-            return
-        launched.is_followed = True
-        token_ids: list[int] = []
-        for index, row in enumerate(launched.sampled):
-            if row.sequence.matcher is not None and not row.sequence.is_over:
-                assert launched.step.sampled is not None
-                token_ids = token_ids or launched.step.sampled.token_ids.tolist()
-                row.sequence.matcher.take(token_ids[index])
 
     @property
     def _guesses_pay(self) -> bool:
@@ -343,13 +279,13 @@ class Engine:
         }
 
     def _collect(self, launched: LaunchedStep) -> None:
-        self._follow(launched)
+        launched.follow()
         chosen = launched.step.sampled
         token_ids = [] if chosen is None else chosen.token_ids.tolist()
         standing = launched.settle(token_ids, self.stats.served)
         for row in launched.rows:
-            self._share_pages(row)
-        self._note_prompt_logprobs(launched)
+            row.share_pages(self._runner.cache)
+        launched.note_prompt_logprobs()
         if chosen is not None:
             is_finite = chosen.peaks.isfinite().tolist()
             logprobs = None if chosen.logprobs is None else chosen.logprobs.tolist()
@@ -369,53 +305,10 @@ class Engine:
                     assert logprobs is not None
                     token_logprobs = (TokenLogprobs(token_ids[index], logprobs[index], chosen.top(index, num_top)),)
                 self._deliver_token(sequence, place, token_logprobs)
-        self._pool(launched)
+        for sequence in launched.embedded():
+            self._deliver_embedding(sequence)
         self.stats.note_step(len(launched.rows), launched.num_rows, self._clock() - launched.started_s)
         self._flush()
-
-    def _share_pages(self, row: LaunchedRows) -> None:
-        """Offer the pages that this step filled to the prefix cache."""
-        sequence, cache = row.sequence, self._runner.cache
-        num_computed = min(row.num_computed, sequence.num_computed)
-        num_full = num_computed // cache.page_tokens
-        is_same_run = row.num_preemptions == sequence.num_preemptions and not sequence.is_over
-        if is_same_run and num_full > sequence.num_shared_pages:
-            tokens = sequence.token_ids[:num_computed]
-            salt = sequence.request.cache_salt
-            kept = cache.insert(sequence.version, tokens, sequence.kv_pages, salt, sequence.num_base)
-            if kept != sequence.kv_pages:
-                sequence.kv_pages = kept
-                sequence.num_tabled_pages = 0
-            sequence.num_shared_pages = num_full
-
-    def _note_prompt_logprobs(self, launched: LaunchedStep) -> None:
-        chosen = launched.step.prompts
-        if chosen is None:
-            return
-        assert chosen.logprobs is not None
-        logprobs = chosen.logprobs.tolist()
-        row = 0
-        for rows in launched.prompts:
-            sequence, num_top = rows.sequence, rows.sequence.request.sampling.prompt_tops
-            for position in range(rows.start + 1, rows.start + 1 + rows.count):
-                # After a preemption positions come again; those that were noted stand.
-                if position == len(sequence.prompt_logprobs) + 1:
-                    found = TokenLogprobs(sequence.token_ids[position], logprobs[row], chosen.top(row, num_top))
-                    sequence.prompt_logprobs.append(found)
-                row += 1
-
-    def _pool(self, launched: LaunchedStep) -> None:
-        """Add what a step left of prompts to their embeddings, and deliver those that are whole."""
-        for index, (row, num_rows) in enumerate(launched.pooled):
-            sequence = row.sequence
-            if sequence.is_over or row.num_preemptions != sequence.num_preemptions:
-                continue
-            assert launched.step.pooled is not None
-            found = launched.step.pooled[index].numpy()
-            is_first = sequence.pooled is None or row.num_computed == num_rows
-            sequence.pooled = found if is_first else sequence.pooled + found
-            if row.num_computed == sequence.num_prompt:
-                self._deliver_embedding(sequence)
 
     def _deliver_embedding(self, sequence: Sequence) -> None:
         assert sequence.pooled is not None
@@ -459,7 +352,7 @@ class Engine:
 
         def done(compiled: Future[Matcher]) -> None:
             with contextlib.suppress(EngineFailed):  # which the loop's end has told the request
-                self._post(lambda: self._add_compiled(request, compiled))
+                self._commands.post(lambda: self._add_compiled(request, compiled))
 
         self._compilers.submit(self._grammars.matcher, asked).add_done_callback(done)
 
@@ -477,26 +370,13 @@ class Engine:
     def _add(self, request: EngineRequest, matcher: Matcher | None = None) -> None:
         if matcher is not None:
             matcher.end_token_ids = frozenset(request.end_token_ids).difference(self._runner.base.stop_token_ids)
-        num_prompt = len(request.prompt_token_ids)
-        room = self._runner.base.max_model_len - num_prompt
-        if not request.prompt_token_ids or room < 1:
-            error: WorkerError = PromptTooLong(
-                f"the prompt has {num_prompt} tokens; it must have at least 1 and leave room for an answer "
-                f"within the model's {self._runner.base.max_model_len}"
-            )
-            self._outbox.append((request.request_id, error))
-            return
-        vocab_size = request.vocabulary or self._runner.base.vocab_size
-        for token_id in (*request.prompt_token_ids, *request.sampling.stop_token_ids, *request.sampling.logit_bias):
-            if not 0 <= token_id < vocab_size:
-                error = InvalidTokenId(f"token id {token_id} is not in the vocabulary of {vocab_size}")
-                self._outbox.append((request.request_id, error))
-                return
-        if request.pooling is not None and not self._runner.can_pool:
-            self._outbox.append((request.request_id, PoolingUnsupported("the base keeps its hidden states to itself")))
+        refusal = self._refusal(request)
+        if refusal is not None:
+            self._outbox.append((request.request_id, refusal))
             return
         assert request.request_id not in self._sequences, f"request id {request.request_id} is in use"
         sampling = request.sampling
+        room = self._runner.base.max_model_len - len(request.prompt_token_ids)
         sequence = Sequence(
             request=request,
             arrival_s=self._clock(),
@@ -517,6 +397,22 @@ class Engine:
         self._scheduler.add(sequence)
         if request.version is not None:
             self._loader.want(request.version)
+
+    def _refusal(self, request: EngineRequest) -> WorkerError | None:
+        """Return why this base cannot answer the request; None if it can."""
+        base, num_prompt = self._runner.base, len(request.prompt_token_ids)
+        if not 0 < num_prompt < base.max_model_len:
+            return PromptTooLong(
+                f"the prompt has {num_prompt} tokens; it must have at least 1 and leave room for an answer "
+                f"within the model's {base.max_model_len}"
+            )
+        vocab_size = request.vocabulary or base.vocab_size
+        for token_id in (*request.prompt_token_ids, *request.sampling.stop_token_ids, *request.sampling.logit_bias):
+            if not 0 <= token_id < vocab_size:
+                return InvalidTokenId(f"token id {token_id} is not in the vocabulary of {vocab_size}")
+        if request.pooling is not None and not self._runner.can_pool:
+            return PoolingUnsupported("the base keeps its hidden states to itself")
+        return None
 
     def _guesser(self, request: EngineRequest) -> Guesser | None:
         """A guesser for an answer in which each row's choice depends on its own prefix alone."""
