@@ -6,14 +6,12 @@ A crash leaves the old state or the new one. Calls block; any thread may make th
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -21,19 +19,22 @@ from pathlib import Path
 
 from lorafleet.adapter_store import folder_layout
 from lorafleet.adapter_store.database import DamagedDatabaseError, Database, create, salvage, set_aside
-from lorafleet.adapter_store.errors import StaleGeneration, StoreUnusable, UnknownAdapter, UnknownVersion
-from lorafleet.adapter_store.files import make_empty, make_folder_durable, sync, unwritable, write_durably
+from lorafleet.adapter_store.errors import StaleGeneration, UnknownAdapter, UnknownVersion
+from lorafleet.adapter_store.files import locked, make_empty, make_folder_durable, sync, unwritable, write_durably
 from lorafleet.adapter_store.folder_layout import MANIFEST, manifest_file, manifest_of, manifest_row
 from lorafleet.adapter_store.manifest import AdapterManifest
-from lorafleet.adapter_store.names import NameRecord, VersionsToKeep
+from lorafleet.adapter_store.name_index import NameIndex
+from lorafleet.adapter_store.names import NameRecord
 from lorafleet.adapter_store.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from lorafleet.adapter_store.records import (
     Damage,
     DesiredRecord,
     DesiredState,
-    NameChanges,
     Row,
     Tombstone,
+    counter_row,
+    name_entry,
+    name_row,
 )
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,6 @@ DELETED_S = 365 * 86400.0
 FORGOTTEN_S = 86400.0
 """How long other tombstones are kept, for readers of `changes_since`."""
 
-_LOCK_PATIENCE_S = 10.0
 _AFTER_DAMAGE = 10**6
 """Damage may hide the latest generation: numbers go on far behind it."""
 _DESIRED_COUNTERS = ("desired", "desired-copy")
@@ -61,24 +61,16 @@ class Catalog:
         self._wall_clock = wall_clock
         self._changes = threading.Lock()
         self._indexes = threading.Lock()
-        self.records: dict[str, NameRecord] = {}
-        """In order of their generations."""
-        self.tombstones: dict[str, Tombstone] = {}
-        """In order of their generations."""
+        self.names = NameIndex()
         self.manifests: dict[str, AdapterManifest] = {}
-        self.generation = 0
-        self._expired = 0
-        self._named: Counter[str] = Counter()
-        self._pinned: Counter[str] = Counter()
         self._desired = DesiredState(0, ())
-        self._damaged_names: dict[str, str] = {}
         self._damaged_desired: dict[str, str] = {}
         self._damaged: dict[str, str] = {}
         self._folder_lock: int | None = None
         self._database: Database | None = None
         try:
             self._versions.mkdir(parents=True, exist_ok=True)
-            self._folder_lock = _lock(folder / "lock")
+            self._folder_lock = locked(folder / "lock")
             make_empty(self._staging)
             sync(folder)
             self._database = self._opened(folder / "catalog.sqlite", folder / "names")
@@ -108,8 +100,8 @@ class Catalog:
 
     def damaged(self) -> tuple[Damage, ...]:
         """All that is damaged. A database that was moved aside is named until its file is removed."""
+        found = self.names.faults()
         with self._indexes:
-            found = [Damage("name", name, why) for name, why in self._damaged_names.items()]
             found += [Damage("version", version, why) for version, why in self._damaged.items()]
             found += [Damage("desired", name, why) for name, why in self._damaged_desired.items()]
         try:
@@ -146,48 +138,20 @@ class Catalog:
                 self._damaged_desired.clear()
         return state
 
-    def changes_since(self, generation: int) -> NameChanges:
-        """The names that changed after `generation`; costs what changed, not what there is."""
-        with self._indexes:
-            records, deleted = [], []
-            for record in reversed(self.records.values()):
-                if record.generation <= generation:
-                    break
-                records.append(record)
-            for tombstone in reversed(self.tombstones.values()):
-                if tombstone.generation <= generation:
-                    break
-                deleted.append(tombstone.name)
-            is_complete = self._expired <= generation <= self.generation
-            return NameChanges(self.generation, tuple(records), tuple(deleted), is_complete)
-
-    def is_named(self, version: str) -> bool:
-        """Return True if a name points at the version."""
-        return version in self._named
-
-    def versions_to_keep(self, held: Iterable[str]) -> VersionsToKeep:
-        """Versions of `held` that have a name, and all pinned ones."""
-        with self._indexes:
-            named = {version: version in self._pinned for version in held if version in self._named}
-            return VersionsToKeep(self.generation, dict.fromkeys(self._pinned, True) | named)
-
     def expire_tombstones(self) -> int:
         """Remove tombstones that have had their time, durably; returns how many."""
         now = self._wall_clock()
         with self._changes:
             old = [
                 tombstone
-                for tombstone in self.tombstones.values()
+                for tombstone in self.names.tombstones.values()
                 if now - tombstone.deleted_at >= (DELETED_S if tombstone.explicit else FORGOTTEN_S)
             ]
             if old:
-                expired = max(self._expired, *(tombstone.generation for tombstone in old))
-                counter = _counter(self.generation, expired)
+                expired = max(self.names.expired, *(tombstone.generation for tombstone in old))
+                counter = counter_row(self.names.generation, expired)
                 self._write([counter], [("name", tombstone.name) for tombstone in old])
-                with self._indexes:
-                    self._expired = expired
-                    for tombstone in old:
-                        del self.tombstones[tombstone.name]
+                self.names.expire(old, expired)
         return len(old)
 
     def set_name(self, record: NameRecord) -> NameRecord:
@@ -198,9 +162,9 @@ class Catalog:
     def add_name(self, record: NameRecord) -> NameRecord:
         """As `set_name`, unless the name is there, which is then returned. Raises UnknownAdapter for a deleted name."""
         with self._changes:
-            if record.name in self.records:
-                return self.records[record.name]
-            if self.is_deleted(record.name):
+            if record.name in self.names.records:
+                return self.names.records[record.name]
+            if self.names.is_deleted(record.name):
                 raise UnknownAdapter(
                     "adapter_not_found", f"adapter {record.name} was deleted; load it again to use it", "model"
                 )
@@ -215,17 +179,8 @@ class Catalog:
         """Take a name away, durably; its version stays published. Raises UnknownAdapter."""
         with self._changes:
             record = self._record(name)
-            tombstone = Tombstone(name, explicit, self.generation + 1, self._wall_clock())
-            self._write([_tombstone_row(tombstone), _counter(tombstone.generation, self._expired)])
-            with self._indexes:
-                self._forget(name)
-                self.generation = tombstone.generation
-                self.tombstones[name] = tombstone
+            self._write_name(Tombstone(name, explicit, self.names.generation + 1, self._wall_clock()))
             return record
-
-    def is_deleted(self, name: str) -> bool:
-        """Return True if the name was deleted and not loaded since. A damaged entry counts as deleted."""
-        return name in self._damaged_names or (name in self.tombstones and self.tombstones[name].explicit)
 
     @contextmanager
     def staging_folder(self) -> Iterator[Path]:
@@ -275,7 +230,7 @@ class Catalog:
     def remove(self, version: str, is_unwanted: Callable[[], bool]) -> bool:
         """Take a version off the disk, unless it has a name, or is wanted at the moment that nothing else changes."""
         with self._changes:
-            if version not in self.manifests or self.is_named(version) or not is_unwanted():
+            if version not in self.manifests or self.names.is_named(version) or not is_unwanted():
                 return False
             self._write([], [("version", version)])
             with self._indexes:
@@ -301,37 +256,22 @@ class Catalog:
         return all((self.folder(version) / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE, MANIFEST))
 
     def _record(self, name: str) -> NameRecord:
-        if name not in self.records:
+        if name not in self.names.records:
             raise UnknownAdapter("adapter_not_found", f"there is no adapter {name[:128]!r}", "model")
-        return self.records[name]
+        return self.names.records[name]
 
     def _set_name(self, record: NameRecord) -> NameRecord:
         if record.version not in self.manifests:
             raise UnknownVersion("version_not_found", f"there is no adapter version {record.version[:40]}", "version")
-        stamped = replace(record, generation=self.generation + 1)
-        rows = [_name_row(stamped), _counter(stamped.generation, self._expired)]
-        self._write(rows, [("lost", stamped.name)] if stamped.name in self._damaged_names else ())
-        with self._indexes:
-            self._forget(stamped.name)
-            self.generation = stamped.generation
-            self._remember(stamped)
+        stamped = replace(record, generation=self.names.generation + 1)
+        self._write_name(stamped)
         return stamped
 
-    def _remember(self, record: NameRecord) -> None:
-        self.records[record.name] = record
-        self._named[record.version] += 1
-        if record.pinned:
-            self._pinned[record.version] += 1
-
-    def _forget(self, name: str) -> None:
-        # Taken out first, a name comes last again when it is put back: so both stay in order of generations.
-        self.tombstones.pop(name, None)
-        self._damaged_names.pop(name, None)
-        record = self.records.pop(name, None)
-        if record is not None:
-            _count_down(self._named, record.version)
-            if record.pinned:
-                _count_down(self._pinned, record.version)
+    def _write_name(self, entry: NameRecord | Tombstone) -> None:
+        """Write a name's new entry, with the generation that it makes, and then let readers see it."""
+        rows = [name_row(entry), counter_row(entry.generation, self.names.expired)]
+        self._write(rows, [("lost", entry.name)] if entry.name in self.names.damaged else ())
+        self.names.put(entry)
 
     def _write(self, rows: Iterable[Row], removed: Iterable[tuple[str, str]] = ()) -> None:
         if self._database is None:
@@ -345,7 +285,7 @@ class Catalog:
             if not names.exists() and any(self._versions.iterdir()):
                 self._set_aside.mkdir(exist_ok=True)
                 (self._set_aside / f"{path.stem}-{time.time_ns()}.missing").touch()
-            create(path, [*rows, _counter(max((row.fields().get("generation", 0) for row in rows), default=0), 0)])
+            create(path, [*rows, counter_row(max((row.fields().get("generation", 0) for row in rows), default=0), 0)])
         if names.exists():
             names.rename(names.with_name("names.taken-over"))
         try:
@@ -358,7 +298,7 @@ class Catalog:
             rows = list(saved.rows)
             if all((row.kind, row.key) != ("counter", "names") for row in rows):
                 latest = max((row.fields().get("generation", 0) for row in rows if row.kind == "name"), default=0)
-                rows.append(_counter(latest + _AFTER_DAMAGE, 0))
+                rows.append(counter_row(latest + _AFTER_DAMAGE, 0))
             create(path, {(row.kind, row.key): row for row in [*lost, *rows]}.values())
             return Database(path)
 
@@ -376,34 +316,33 @@ class Catalog:
         entries = []
         for row, values in fields.get("name", []):
             try:
-                entries.append(_name_entry(values))
+                entries.append(name_entry(values))
             except _UNREADABLE as error:
                 damaged.append(row)
                 logger.error("entry name %r of the catalogue cannot be read: %s", row.key, error)
+        names = self.names
         for entry in sorted(entries, key=lambda entry: entry.generation):
-            self.generation = entry.generation
-            if isinstance(entry, Tombstone):
-                self.tombstones[entry.name] = entry
-            elif entry.version in self.manifests:
-                self._remember(entry)
+            if isinstance(entry, Tombstone) or entry.version in self.manifests:
+                names.put(entry)
             else:
-                self._damaged_names[entry.name] = f"its version {entry.version} is damaged: load it again"
+                names.generation = entry.generation
+                names.damaged[entry.name] = f"its version {entry.version} is damaged: load it again"
         for row, _ in fields.get("lost", []):
-            self._damaged_names.setdefault(row.key, "its record was lost with a damaged database: load it again")
+            names.damaged.setdefault(row.key, "its record was lost with a damaged database: load it again")
         for row in damaged:
             # A damaged kind, too, must not let a deleted name come back.
-            for key in row.names() - self.records.keys() if row.kind not in ("version", "counter", "desired") else ():
-                self._damaged_names[key] = "its record is damaged: load it again"
+            for key in row.names() - names.records.keys() if row.kind not in ("version", "counter", "desired") else ():
+                names.damaged[key] = "its record is damaged: load it again"
         self._load_counters(fields, damaged)
 
     def _load_counters(self, fields: dict[str, list[tuple[Row, dict[str, object]]]], damaged: list[Row]) -> None:
         counters = {row.key: values for row, values in fields.get("counter", [])}
-        names = counters.get("names", {})
-        self.generation = max(self.generation, _number(names.get("generation")))
-        self._expired = _number(names.get("expired"))
+        counted = counters.get("names", {})
+        self.names.generation = max(self.names.generation, _number(counted.get("generation")))
+        self.names.expired = _number(counted.get("expired"))
         if "names" not in counters or any(row.kind not in ("version", "desired") for row in damaged):
-            self.generation += _AFTER_DAMAGE
-            self._expired = self.generation
+            self.names.generation += _AFTER_DAMAGE
+            self.names.expired = self.names.generation
         adapters = []
         for _, values in fields.get("desired", []):
             adapters.append(DesiredRecord(**values))  # type: ignore[arg-type]
@@ -445,33 +384,8 @@ class Catalog:
         self._write(mended)
 
 
-def _name_row(record: NameRecord) -> Row:
-    return Row.of("name", record.name, {"state": "named", **asdict(record)})
-
-
-def _tombstone_row(tombstone: Tombstone) -> Row:
-    return Row.of("name", tombstone.name, {"state": "deleted", **asdict(tombstone)})
-
-
-def _counter(generation: int, expired: int) -> Row:
-    return Row.of("counter", "names", {"generation": generation, "expired": expired})
-
-
-def _name_entry(fields: dict[str, object]) -> NameRecord | Tombstone:
-    values = {key: value for key, value in fields.items() if key != "state"}
-    if fields["state"] == "deleted":
-        return Tombstone(**values)  # type: ignore[arg-type]
-    return NameRecord(**values)  # type: ignore[arg-type]
-
-
 def _number(value: object) -> int:
     return value if isinstance(value, int) else 0
-
-
-def _count_down(counter: Counter[str], key: str) -> None:
-    counter[key] -= 1
-    if not counter[key]:
-        del counter[key]
 
 
 def _has_content(path: Path, content: str) -> bool:
@@ -479,22 +393,3 @@ def _has_content(path: Path, content: str) -> bool:
         return path.read_bytes() == content.encode()
     except OSError:
         return False
-
-
-def _lock(path: Path) -> int:
-    """A descriptor that holds the lock. A store that is being replaced may need a moment to go."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    deadline = time.monotonic() + _LOCK_PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                os.close(descriptor)
-                raise StoreUnusable(
-                    "store_locked",
-                    "another adapter store uses this state folder; stop it or set another adapters.state_dir",
-                ) from error
-            time.sleep(0.05)
-        else:
-            return descriptor

@@ -1,15 +1,18 @@
-"""Files and folders that are there whole or not at all, whenever the process or the machine stops."""
+"""Files and folders that are there whole or not at all, whenever the process or the machine stops; and their lock."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 
 from lorafleet.adapter_store.errors import StoreUnusable
 
+_LOCK_PATIENCE_S = 10.0
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -55,3 +58,25 @@ def make_empty(folder: Path) -> None:
     """Make sure that `folder` exists, and remove all that is in it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def locked(path: Path) -> int:
+    """A descriptor that holds the lock of a state folder. A store that is being replaced may need a moment to go.
+
+    Raises StoreUnusable `store_locked`.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise StoreUnusable(
+                    "store_locked",
+                    "another adapter store uses this state folder; stop it or set another adapters.state_dir",
+                ) from error
+            time.sleep(0.05)
+        else:
+            return descriptor

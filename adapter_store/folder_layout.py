@@ -18,7 +18,7 @@ from lorafleet.adapter_store.manifest import (
     shared_module,
 )
 from lorafleet.adapter_store.names import NameRecord
-from lorafleet.adapter_store.records import Row, Tombstone
+from lorafleet.adapter_store.records import Row, Tombstone, name_row
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def _row_of_name(fields: Any, name: str, now: float) -> Row:
         raise ValueError(f"its state is {state!r}")
     if not isinstance(entry.generation, int):
         raise ValueError("its generation is not a number")
-    return Row.of("name", name, {"state": state, **asdict(entry)})
+    return name_row(entry)
 
 
 def _manifest(fields: dict[str, Any]) -> AdapterManifest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lorafleet.adapter_store.names import NameRecord
@@ -103,3 +103,20 @@ class Row:
 def checksum(content: str) -> str:
     """Digest of an entry's content."""
     return hashlib.sha256(content.encode(errors="replace")).hexdigest()[:32]
+
+
+def name_row(entry: NameRecord | Tombstone) -> Row:
+    """The entry of a name, or of one that was deleted."""
+    state = "deleted" if isinstance(entry, Tombstone) else "named"
+    return Row.of("name", entry.name, {"state": state, **asdict(entry)})
+
+
+def name_entry(fields: Mapping[str, Any]) -> NameRecord | Tombstone:
+    """The inverse of `name_row`. Raises KeyError or TypeError."""
+    values = {key: value for key, value in fields.items() if key != "state"}
+    return Tombstone(**values) if fields["state"] == "deleted" else NameRecord(**values)
+
+
+def counter_row(generation: int, expired: int) -> Row:
+    """The entry of the generation that names have, and of the latest one that a tombstone was removed of."""
+    return Row.of("counter", "names", {"generation": generation, "expired": expired})

@@ -221,19 +221,19 @@ class AdapterStore:
         Raises UnknownAdapter; AdapterRefused if a source offers what cannot be served; SourceUnavailable if no source
         offers it and not all could be asked.
         """
-        record = self._catalog.records.get(name)
+        record = self._catalog.names.records.get(name)
         if record is not None:
             return self._named(record)
         known = self._absent.get(name)
         if known is not None:
             raise known
-        if NAME_PATTERN.fullmatch(name) is None or self._catalog.is_deleted(name):
+        if NAME_PATTERN.fullmatch(name) is None or self._catalog.names.is_deleted(name):
             raise unknown_adapter(name)
         return await self._resolves.do(name, lambda: self._resolve(name))
 
     async def table(self) -> NameTable:
         """All names. Equal generations mean equal tables; see `generation`."""
-        if self._table.generation != self._catalog.generation:
+        if self._table.generation != self._catalog.names.generation:
             self._table = await self._on_disk(self._new_table)
         return self._table
 
@@ -246,12 +246,12 @@ class AdapterStore:
 
     def find(self, name: str) -> NamedAdapter | None:
         """The adapter of this name, None if there is none; no source is asked."""
-        record = self._catalog.records.get(name)
+        record = self._catalog.names.records.get(name)
         return None if record is None else self._named(record)
 
     async def records(self) -> tuple[NameRecord, ...]:
         """All names without their manifests."""
-        return await self._on_disk(lambda: tuple(self._catalog.records.copy().values()))
+        return await self._on_disk(lambda: tuple(self._catalog.names.records.copy().values()))
 
     async def page(self, after: str, limit: int | None) -> tuple[NamedAdapter, ...]:
         """At most `limit` adapters in order of their names, those that come after `after`; None: all of them."""
@@ -278,7 +278,7 @@ class AdapterStore:
 
     async def generation(self) -> int:
         """Grows with every change of any name: a cheap way to see whether a table is still true."""
-        return self._catalog.generation
+        return self._catalog.names.generation
 
     async def manifest(self, version: str) -> AdapterManifest:
         """The manifest of a published version. Raises UnknownVersion."""
@@ -305,7 +305,7 @@ class AdapterStore:
         """Note the versions that a worker holds. Return those of them that have a name, and all pinned ones."""
         versions = frozenset(held)
         self._note_holding(worker_id, versions)
-        return self._catalog.versions_to_keep(versions)
+        return self._catalog.names.versions_to_keep(versions)
 
     async def reconcile_again(self, worker_id: str, generation: int) -> VersionsToKeep | None:
         """The same for a worker that holds what it said last; None if the names are of the generation that it was told.
@@ -316,8 +316,8 @@ class AdapterStore:
         if holding is None:
             raise UnknownWorker("unknown_worker", f"the store does not know what worker {worker_id} holds")
         self._note_holding(worker_id, holding.versions)
-        is_told = generation == self._catalog.generation
-        return None if is_told else self._catalog.versions_to_keep(holding.versions)
+        is_told = generation == self._catalog.names.generation
+        return None if is_told else self._catalog.names.versions_to_keep(holding.versions)
 
     def _note_holding(self, worker_id: str, versions: frozenset[str]) -> None:
         now = self._clock()
@@ -365,12 +365,12 @@ class AdapterStore:
 
     def _new_table(self) -> NameTable:
         # The generation is read first: a change meanwhile makes the table newer than it says, and it is made again.
-        generation = self._catalog.generation
-        records = sorted(self._catalog.records.copy().values(), key=lambda record: record.name)
+        generation = self._catalog.names.generation
+        records = sorted(self._catalog.names.records.copy().values(), key=lambda record: record.name)
         return NameTable(generation, tuple(self._named(record) for record in records))
 
     def _changes_since(self, generation: int) -> TableChanges:
-        changes = self._catalog.changes_since(generation)
+        changes = self._catalog.names.changes_since(generation)
         adapters = tuple(self._named(record) for record in changes.records)
         return TableChanges(changes.generation, adapters, changes.deleted, changes.is_complete)
 
@@ -459,7 +459,7 @@ class AdapterStore:
 
     def _touch_named(self, name: str) -> None:
         """The grace period of the version that a name is about to leave starts now."""
-        record = self._catalog.records.get(name)
+        record = self._catalog.names.records.get(name)
         if record is not None:
             self._touched[record.version] = self._clock()
 
@@ -468,7 +468,7 @@ class AdapterStore:
         return (
             now - self._touched.setdefault(version, now) >= GRACE_S
             and version not in self._fetches
-            and not self._catalog.is_named(version)
+            and not self._catalog.names.is_named(version)
             and all(version not in holding.versions for holding in list(self._holdings.values()))
         )
 

@@ -70,7 +70,7 @@ def crashing_at(step: int) -> Iterator[Callable[[], int]]:
 
 
 def state(catalog: Catalog) -> tuple[object, ...]:
-    return dict(catalog.records), dict(catalog.tombstones), dict(catalog.manifests)
+    return dict(catalog.names.records), dict(catalog.names.tombstones), dict(catalog.manifests)
 
 
 def prepared(folder: Path) -> Catalog:
@@ -118,7 +118,7 @@ def test_a_crash_leaves_the_old_state_or_the_new(change: Callable[[Catalog], obj
         # What was cut short can be done again.
         change(again) if state(again) == before else None
         assert state(again)[2] == after[2]
-        assert {name: r.version for name, r in again.records.items()} == {n: r.version for n, r in done.records.items()}
+        assert {name: r.version for name, r in again.names.records.items()} == {n: r.version for n, r in done.records.items()}
         for version in again.manifests:
             assert (again.folder(version) / "adapter_config.json").read_text() == version
         again.close()
@@ -129,11 +129,11 @@ def test_a_crash_leaves_the_old_state_or_the_new(change: Callable[[Catalog], obj
 def test_all_is_as_it_was_after_a_restart(tmp_path: Path) -> None:
     catalog = prepared(tmp_path)
     catalog.delete_name("gone", explicit=True)
-    before, generation = state(catalog), catalog.generation
+    before, generation = state(catalog), catalog.names.generation
     catalog.close()
     again = Catalog(tmp_path)
     assert state(again) == before
-    assert again.generation == generation == 3
+    assert again.names.generation == generation == 3
     assert again.set_name(record("new", "v2")).generation == 4
     again.close()
 
@@ -141,11 +141,11 @@ def test_all_is_as_it_was_after_a_restart(tmp_path: Path) -> None:
 def test_generation_outlives_the_name_that_had_it(tmp_path: Path) -> None:
     catalog = prepared(tmp_path)
     catalog.delete_name("gone", explicit=False)
-    generation = catalog.generation
+    generation = catalog.names.generation
     catalog.close()
     again = Catalog(tmp_path)
-    assert again.generation == generation
-    assert not again.is_deleted("gone")
+    assert again.names.generation == generation
+    assert not again.names.is_deleted("gone")
     again.close()
 
 
@@ -192,10 +192,10 @@ def test_the_former_layout_is_taken_over_once(tmp_path: Path) -> None:
     old_layout(tmp_path)
     for _ in range(2):
         catalog = Catalog(tmp_path)
-        assert catalog.records == {"kept": record("kept", "v1", pinned=True, warm="all", generation=4)}
-        assert catalog.is_deleted("gone")
+        assert catalog.names.records == {"kept": record("kept", "v1", pinned=True, warm="all", generation=4)}
+        assert catalog.names.is_deleted("gone")
         assert catalog.manifests == {version: manifest(version) for version in ("v1", "v2")}
-        assert catalog.generation == 7
+        assert catalog.names.generation == 7
         assert catalog.damaged() == ()
         catalog.close()
     assert not (tmp_path / "names").exists()
@@ -214,11 +214,11 @@ def test_damaged_files_of_the_former_layout_are_named(tmp_path: Path) -> None:
     (versions / "v4").symlink_to("nowhere")
     (versions / "v5").write_text("a file")
     catalog = Catalog(tmp_path)
-    assert set(catalog.records) == {"kept"}
+    assert set(catalog.names.records) == {"kept"}
     named = {(damage.kind, damage.entry) for damage in catalog.damaged()}
     names_of = {("name", name) for name in ("gone", "deep", "typed", "folder", "link")}
     assert named == names_of | {("version", version) for version in ("v2", "v3", "v4", "v5")}
-    assert catalog.is_deleted("gone")
+    assert catalog.names.is_deleted("gone")
     for version in ("v2", "v3", "v4", "v5"):
         publish(catalog, version)
     catalog.set_name(record("gone", "v2"))
@@ -230,7 +230,7 @@ def test_a_version_whose_folder_is_gone_is_named_and_published_again(tmp_path: P
     prepared(tmp_path).close()
     shutil.rmtree(tmp_path / "versions" / "v1")
     again = Catalog(tmp_path)
-    assert again.records["kept"].version == "v1"
+    assert again.names.records["kept"].version == "v1"
     assert [(damage.kind, damage.entry) for damage in again.damaged()] == [("version", "v1")]
     publish(again, "v1")
     assert again.damaged() == ()
@@ -266,19 +266,19 @@ def test_changes_since_a_generation(tmp_path: Path) -> None:
         catalog.set_name(record(name, "v1"))
     catalog.pin_name("a", True)
     catalog.delete_name("b", explicit=False)
-    changes = catalog.changes_since(3)
+    changes = catalog.names.changes_since(3)
     assert ([r.name for r in changes.records], changes.deleted) == (["a"], ("b",))
     assert (changes.generation, changes.is_complete) == (5, True)
-    assert catalog.changes_since(5) == NameChanges(5, (), (), True)
+    assert catalog.names.changes_since(5) == NameChanges(5, (), (), True)
     now[0] += catalog_module.FORGOTTEN_S
     assert catalog.expire_tombstones() == 1
-    assert not catalog.changes_since(3).is_complete
+    assert not catalog.names.changes_since(3).is_complete
     catalog.close()
     again = Catalog(tmp_path)
-    assert (again.generation, again.tombstones) == (5, {})
-    assert not again.changes_since(3).is_complete
-    assert again.changes_since(5).is_complete
-    assert again.versions_to_keep(("v1", "v2")).versions == {"v1": True}
+    assert (again.names.generation, again.names.tombstones) == (5, {})
+    assert not again.names.changes_since(3).is_complete
+    assert again.names.changes_since(5).is_complete
+    assert again.names.versions_to_keep(("v1", "v2")).versions == {"v1": True}
     again.close()
 
 
@@ -291,7 +291,7 @@ def test_one_damaged_byte_anywhere(tmp_path: Path, trials: int) -> None:
 
 
 def test_only_one_store_has_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalog_module, "_LOCK_PATIENCE_S", 0.0)
+    monkeypatch.setattr("lorafleet.adapter_store.files._LOCK_PATIENCE_S", 0.0)
     first = Catalog(tmp_path)
     with pytest.raises(StoreUnusable) as caught:
         Catalog(tmp_path)

@@ -79,7 +79,7 @@ async def test_the_folder_goes_over_to_the_replica_that_serve_starts_elsewhere(
     await store.set_desired(wanted, 2)
     ended: list[int] = []
     monkeypatch.setattr("os._exit", ended.append)
-    monkeypatch.setattr("lorafleet.adapter_store.catalog._LOCK_PATIENCE_S", 0.1)
+    monkeypatch.setattr("lorafleet.adapter_store.files._LOCK_PATIENCE_S", 0.1)
     stranger = Handle(object())
     successor = StoreReplica(config, lambda: Handle(replica) if is_of_this_service else stranger)
     try:

@@ -45,7 +45,7 @@ class States:
             catalog.set_name(record(f"gone{number}", "v0"))
             catalog.delete_name(f"gone{number}", explicit=True)
         catalog.set_desired([DesiredRecord(f"wanted{number}", "s", "k") for number in range(4)], 9)
-        self._records, self._manifests = dict(catalog.records), dict(catalog.manifests)
+        self._records, self._manifests = dict(catalog.names.records), dict(catalog.manifests)
         shutil.copytree(closed, root / "killed", ignore=shutil.ignore_patterns("*-shm"))
         catalog.close()
 
@@ -71,13 +71,13 @@ class States:
         damaged = {(damage.kind, damage.entry) for damage in catalog.damaged()}
         has_lost_file = any(kind == "database" for kind, _ in damaged)
         for name, kept in self._records.items():
-            if name in catalog.records:
-                assert catalog.records[name] == kept, told
+            if name in catalog.names.records:
+                assert catalog.names.records[name] == kept, told
             else:
                 assert ("name", name) in damaged or has_lost_file, told
-        assert catalog.records.keys() <= self._records.keys(), told
+        assert catalog.names.records.keys() <= self._records.keys(), told
         for number in range(4):
-            assert catalog.is_deleted(f"gone{number}") or has_lost_file, told
+            assert catalog.names.is_deleted(f"gone{number}") or has_lost_file, told
             is_wanted = any(adapter.name == f"wanted{number}" for adapter in catalog.desired().adapters)
             assert is_wanted or not catalog.desired().is_complete or has_lost_file, told
         assert catalog.desired().generation == 9 or has_lost_file, told
