@@ -26,11 +26,8 @@ from lorafleet.adapter_store.errors import (
     AdapterRefused,
     AdapterStoreError,
     InvalidName,
-    SourceUnavailable,
     StoreUnusable,
-    UnknownSource,
     UnknownVersion,
-    UnknownWorker,
 )
 from lorafleet.adapter_store.host_cache import HostCache
 from lorafleet.adapter_store.manifest import (
@@ -40,12 +37,13 @@ from lorafleet.adapter_store.manifest import (
     BaseGeometry,
 )
 from lorafleet.adapter_store.names import NAME_PATTERN, NamedAdapter, NameRecord, NameTable, VersionsToKeep
+from lorafleet.adapter_store.open_sources import OpenSource, OpenSources
 from lorafleet.adapter_store.peft_format import AdapterReader
 from lorafleet.adapter_store.records import Damage, DesiredRecord, DesiredState
 from lorafleet.adapter_store.resolution import AbsentNames, first_offer, unknown_adapter
 from lorafleet.adapter_store.single_flight import SingleFlight
 from lorafleet.adapter_store.source_config import SourceConfig
-from lorafleet.adapter_store.sources import Source, checked_key, open_source
+from lorafleet.adapter_store.version_use import GRACE_S, VersionUse
 
 __all__ = [
     "AdapterStore",
@@ -62,35 +60,15 @@ __all__ = [
 Result = TypeVar("Result")
 
 
-GRACE_S = 600.0
-"""How long a version without a name stays published, and how long a worker that fell silent is believed to hold any."""
-
 _COLLECTED_AT_ONCE = 500
 """Versions that `collect` judges before other calls have their turn."""
 
-_SOURCE_THREADS = 4
 _DISK_THREADS = 4
 
 
 def identity(weights: AdapterWeights) -> Any:
     """The default of `put`: weights are kept as they are."""
     return weights
-
-
-@dataclass(frozen=True, slots=True)
-class _OpenSource:
-    config: SourceConfig
-    source: Source
-    threads: ThreadPoolExecutor
-    """Its own: a source that hangs keeps nobody else waiting."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Holding:
-    """Versions that a worker reported, and the time of its report."""
-
-    at: float
-    versions: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,16 +115,8 @@ class AdapterStore:
         weights can be read: adapters on embeddings bring copies of them, and are refused without it. Without
         `base_tokens` chat templates and tokenizers are ignored.
         """
-        names = [config.name for config in sources]
-        if len(set(names)) != len(names):
-            raise ValueError(f"two sources have the same name: {sorted(names)}")
         self._reader = AdapterReader(geometry, max_rank, base_weights, base_tokens)
-        self._sources = {
-            config.name: _OpenSource(
-                config, open_source(config), ThreadPoolExecutor(_SOURCE_THREADS, f"source-{config.name}")
-            )
-            for config in sources
-        }
+        self._sources = OpenSources(sources)
         self._catalog = Catalog(state_dir / f"base-{_fingerprint(geometry)}")
         self._disk = ThreadPoolExecutor(_DISK_THREADS, "adapter-store")
         self._put = put
@@ -160,8 +130,7 @@ class AdapterStore:
             num_bytes = self._reader.num_bytes(manifest.modules, manifest.extras)
             self._catalog.manifests[version] = replace(manifest, num_bytes=num_bytes)
         self._table = NameTable(-1, ())
-        self._touched = dict.fromkeys(self._catalog.manifests, clock())
-        self._holdings: dict[str, _Holding] = {}
+        self._use = VersionUse(self._catalog.manifests, clock)
         self._collected_at = clock()
         self._failure: StoreUnusable | None = None
         """Why the last write failed, until one succeeds."""
@@ -174,8 +143,7 @@ class AdapterStore:
 
     def close(self) -> None:
         """Let another store have the state folder; work that runs is not waited for."""
-        for opened in self._sources.values():
-            opened.threads.shutdown(wait=False, cancel_futures=True)
+        self._sources.close()
         self._disk.shutdown(wait=False, cancel_futures=True)
         self._catalog.close()
 
@@ -184,7 +152,7 @@ class AdapterStore:
 
         Raises UnknownSource, InvalidKey, UnknownKey, AdapterRefused, SourceUnavailable.
         """
-        opened = self._opened(source)
+        opened = self._sources[source]
         manifest, value = await self._in_source(opened, lambda: self._publish(opened, key))
         self._failure = None
         self._cache.put(manifest.version, value, manifest.num_bytes)
@@ -192,7 +160,7 @@ class AdapterStore:
 
     async def validate(self, source: str, key: str) -> AdapterManifest:
         """Fetch and check an adapter as `publish` does, and keep nothing."""
-        opened = self._opened(source)
+        opened = self._sources[source]
         return await self._in_source(opened, lambda: self._validate(opened, key))
 
     async def flip(self, record: NameRecord) -> NamedAdapter:
@@ -294,7 +262,7 @@ class AdapterStore:
         damaged.
         """
         await self.manifest(version)
-        self._touched[version] = self._clock()
+        self._use.touch(version)
         with self._cache.hold(version):
             value = self._cache.get(version)
             if value is None:
@@ -312,16 +280,14 @@ class AdapterStore:
 
         Raises UnknownWorker for a worker that has not said what it holds.
         """
-        holding = self._holdings.get(worker_id)
-        if holding is None:
-            raise UnknownWorker("unknown_worker", f"the store does not know what worker {worker_id} holds")
-        self._note_holding(worker_id, holding.versions)
+        versions = self._use.held_by(worker_id)
+        self._note_holding(worker_id, versions)
         is_told = generation == self._catalog.names.generation
-        return None if is_told else self._catalog.names.versions_to_keep(holding.versions)
+        return None if is_told else self._catalog.names.versions_to_keep(versions)
 
     def _note_holding(self, worker_id: str, versions: frozenset[str]) -> None:
+        self._use.hold(worker_id, versions)
         now = self._clock()
-        self._holdings[worker_id] = _Holding(now, versions)
         if now - self._collected_at >= GRACE_S / 10:
             self._collected_at = now
             task = asyncio.create_task(self.collect())
@@ -330,17 +296,14 @@ class AdapterStore:
 
     async def collect(self) -> tuple[str, ...]:
         """Remove published versions that nothing has named, held or asked for during the grace period; returns them."""
-        now = self._clock()
-        for worker_id, holding in list(self._holdings.items()):
-            if now - holding.at >= GRACE_S:
-                del self._holdings[worker_id]
+        self._use.expire()
         removed = []
         for number, version in enumerate(list(self._catalog.manifests), 1):
             if number % _COLLECTED_AT_ONCE == 0:
                 await asyncio.sleep(0)
             if self._is_unwanted(version) and await self._on_disk(partial(self._remove, version)):
                 self._cache.drop(version)
-                self._touched.pop(version, None)
+                self._use.forget(version)
                 removed.append(version)
         await self._on_disk(self._catalog.expire_tombstones)
         return tuple(removed)
@@ -353,12 +316,6 @@ class AdapterStore:
     def check_health(self) -> None:
         """Raises StoreUnusable when the state folder cannot be written any more."""
         self._catalog.check_writable()
-
-    def _opened(self, source: str) -> _OpenSource:
-        if source not in self._sources:
-            choices = f"choose one of {', '.join(self._sources)}" if self._sources else "none is configured"
-            raise UnknownSource("unknown_source", f"there is no source {source[:128]!r}; {choices}", "source")
-        return self._sources[source]
 
     def _named(self, record: NameRecord) -> NamedAdapter:
         return NamedAdapter.of(record, self._catalog.manifests[record.version])
@@ -387,34 +344,26 @@ class AdapterStore:
                 self._failure = error
             raise
 
-    async def _in_source(self, opened: _OpenSource, work: Callable[[], Result]) -> Result:
-        """Run work in the source's own threads. Work that takes too long is left alone, and done for nobody."""
-        running = asyncio.get_running_loop().run_in_executor(opened.threads, work)
-        try:
-            with self._noting_failures():
-                return await asyncio.wait_for(running, opened.config.timeout_s)
-        except TimeoutError as error:
-            name, limit = opened.config.name, opened.config.timeout_s
-            message = f"source {name} did not answer within {limit:g} s"
-            raise SourceUnavailable("source_unavailable", message, "source") from error
+    async def _in_source(self, opened: OpenSource, work: Callable[[], Result]) -> Result:
+        with self._noting_failures():
+            return await opened.run(work)
 
-    def _publish(self, opened: _OpenSource, key: str) -> tuple[AdapterManifest, Any]:
+    def _publish(self, opened: OpenSource, key: str) -> tuple[AdapterManifest, Any]:
         with self._catalog.staging_folder() as folder:
             weights = self._read_from(opened, key, folder)
             self._reader.drop_base_copies(folder)
             # Before it is published, so that it is never seen unnamed and old.
-            self._touched[weights.manifest.version] = self._clock()
+            self._use.touch(weights.manifest.version)
             self._catalog.publish(folder, weights.manifest)
         return weights.manifest, self._put(weights)
 
-    def _validate(self, opened: _OpenSource, key: str) -> AdapterManifest:
+    def _validate(self, opened: OpenSource, key: str) -> AdapterManifest:
         with self._catalog.staging_folder() as folder:
             return self._read_from(opened, key, folder).manifest
 
-    def _read_from(self, opened: _OpenSource, key: str, folder: Path) -> AdapterWeights:
+    def _read_from(self, opened: OpenSource, key: str, folder: Path) -> AdapterWeights:
         """Only the copy is looked at: what happens to the original meanwhile cannot give a mixed version."""
-        checked_key(key)
-        opened.source.fetch(key, folder, self._reader.max_weights_bytes)
+        opened.fetch(key, folder, self._reader.max_weights_bytes)
         return self._reader.read(folder, strict=opened.config.strict)
 
     async def _fetch(self, version: str) -> Any:
@@ -440,11 +389,7 @@ class AdapterStore:
         return self._put(weights)
 
     async def _resolve(self, name: str) -> NamedAdapter:
-        asks = {
-            source: partial(self.publish, source, name)
-            for source, opened in self._sources.items()
-            if opened.config.resolve
-        }
+        asks = {source: partial(self.publish, source, name) for source in self._sources.resolving}
         try:
             source, manifest = await first_offer(name, asks)
         except AdapterRefused as error:
@@ -461,16 +406,10 @@ class AdapterStore:
         """The grace period of the version that a name is about to leave starts now."""
         record = self._catalog.names.records.get(name)
         if record is not None:
-            self._touched[record.version] = self._clock()
+            self._use.touch(record.version)
 
     def _is_unwanted(self, version: str) -> bool:
-        now = self._clock()
-        return (
-            now - self._touched.setdefault(version, now) >= GRACE_S
-            and version not in self._fetches
-            and not self._catalog.names.is_named(version)
-            and all(version not in holding.versions for holding in list(self._holdings.values()))
-        )
+        return version not in self._fetches and not self._catalog.names.is_named(version) and self._use.is_over(version)
 
     def _remove(self, version: str) -> bool:
         return self._catalog.remove(version, lambda: self._is_unwanted(version))

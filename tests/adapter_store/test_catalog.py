@@ -118,7 +118,9 @@ def test_a_crash_leaves_the_old_state_or_the_new(change: Callable[[Catalog], obj
         # What was cut short can be done again.
         change(again) if state(again) == before else None
         assert state(again)[2] == after[2]
-        assert {name: r.version for name, r in again.names.records.items()} == {n: r.version for n, r in done.records.items()}
+        assert {name: r.version for name, r in again.names.records.items()} == {
+            n: r.version for n, r in done.names.records.items()
+        }
         for version in again.manifests:
             assert (again.folder(version) / "adapter_config.json").read_text() == version
         again.close()

@@ -37,8 +37,9 @@ from lorafleet.adapter_store.manifest import (
     shared_module,
 )
 from lorafleet.adapter_store.names import NamedAdapter, NameRecord, NameTable
-from lorafleet.adapter_store.service import GRACE_S, AdapterStore, StoreUsage
+from lorafleet.adapter_store.service import AdapterStore, StoreUsage
 from lorafleet.adapter_store.source_config import DirectoryConfig, ObjectStoreConfig
+from lorafleet.adapter_store.version_use import GRACE_S
 from tests.adapter_store.conftest import AdapterCopy, Base, staged_files
 from tests.support.clock import Clock
 
@@ -709,7 +710,7 @@ def test_sources_have_names_of_their_own(open_store: OpenStore, tmp_path: Path) 
 
 
 def test_grace_outlasts_a_request() -> None:
-    assert service.GRACE_S >= 300
+    assert GRACE_S >= 300
 
 
 def test_many_names_make_a_small_table() -> None:
