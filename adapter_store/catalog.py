@@ -257,7 +257,7 @@ class Catalog:
 
     def _record(self, name: str) -> NameRecord:
         if name not in self.names.records:
-            raise UnknownAdapter("adapter_not_found", f"there is no adapter {name[:128]!r}", "model")
+            raise UnknownAdapter("adapter_not_found", f"no adapter is named {name[:128]!r}", "name")
         return self.names.records[name]
 
     def _set_name(self, record: NameRecord) -> NameRecord:

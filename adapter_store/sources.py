@@ -34,6 +34,10 @@ from lorafleet.adapter_store.peft_format import CONFIG_FILE, OTHER_WEIGHTS_FILES
 from lorafleet.adapter_store.source_config import DirectoryConfig, HubConfig, ObjectStoreConfig
 
 _MAX_KEY_CHARS = 1024
+_KEY_RULE = (
+    f"a key is a relative path of up to {_MAX_KEY_CHARS} printable characters, without '.' or '..' as a part, "
+    r"a ~ at the beginning of one, or any of \ : ? # % * [ ]"
+)
 _CHANGED_ATTEMPTS = 3
 _TICK_NS = 10_000_000
 """At least one tick of a file system's clock."""
@@ -74,7 +78,7 @@ def checked_key(key: str) -> PurePosixPath:
         or any(part in ("", ".", "..") or part.startswith("~") or len(part.encode()) > 255 for part in parts)
         or re.search(r"[\\:?#%*\[\]]", key)
     ):
-        raise InvalidKey("invalid_key", f"key {key[:100]!r} must be a plain relative path without '..'", "key")
+        raise InvalidKey("invalid_key", f"key {key[:100]!r} is refused: {_KEY_RULE}", "key")
     return PurePosixPath(key)
 
 

@@ -6,6 +6,7 @@ else. No postponed annotations here: Serve reads the type of `build`'s argument 
 """
 
 from pathlib import Path
+from typing import Any
 
 from ray import serve
 from ray.serve.config import RequestRouterConfig
@@ -19,7 +20,8 @@ from lorafleet.cluster.store.replica import StoreReplica
 from lorafleet.cluster.worker.replica import WorkerReplica
 
 MAX_CALLS = 10_000
-"""Calls that a deployment takes at once: requests are bounded by each ingress, for each worker."""
+"""Calls that a deployment takes at once. Requests come by connections, each of which Serve counts as a call: every
+ingress bounds them by itself, for each worker."""
 STATS_PERIOD_S = 1.0
 """How often workers tell the routers what they hold."""
 HEALTH_PERIOD_S = 1.0
@@ -27,7 +29,14 @@ HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 30.0
 SOLE_ROUTER = "lorafleet.cluster.routing.sole_router:SoleRouter"
 
-_QUIET = LoggingConfig(enable_access_log=False)
+SHARED: Any = {
+    "max_ongoing_requests": MAX_CALLS,
+    "health_check_period_s": HEALTH_PERIOD_S,
+    "health_check_timeout_s": HEALTH_TIMEOUT_S,
+    "graceful_shutdown_wait_loop_s": 0.2,
+    "logging_config": LoggingConfig(enable_access_log=False),
+}
+"""Options of every deployment."""
 
 
 def build(args: AppConfig) -> Application:
@@ -43,15 +52,9 @@ def _store(config: AppConfig) -> Application:
         name="adapter_store",
         num_replicas=1,
         ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=MAX_CALLS,
-        request_router_config=RequestRouterConfig(
-            request_router_class="lorafleet.cluster.routing.sole_router:SoleRouter"
-        ),
-        health_check_period_s=HEALTH_PERIOD_S,
-        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        request_router_config=RequestRouterConfig(request_router_class=SOLE_ROUTER),
         graceful_shutdown_timeout_s=5.0,
-        graceful_shutdown_wait_loop_s=0.2,
-        logging_config=_QUIET,
+        **SHARED,
     )
     return deployment(StoreReplica).bind(config)
 
@@ -62,18 +65,13 @@ def _workers(config: AppConfig, store: Application) -> Application:
         name="worker",
         num_replicas=worker.num_replicas,
         ray_actor_options={"num_cpus": worker.num_cpus, "num_gpus": worker.num_gpus},
-        # Requests come by connections, and each ingress bounds them by itself. Serve counts a call for a connection.
-        max_ongoing_requests=MAX_CALLS,
         request_router_config=RequestRouterConfig(
             request_router_class="lorafleet.cluster.routing.worker_router:WorkerRouter",
             request_routing_stats_period_s=STATS_PERIOD_S,
             request_routing_stats_timeout_s=HEALTH_TIMEOUT_S,
         ),
-        health_check_period_s=HEALTH_PERIOD_S,
-        health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=worker.drain_s,
-        graceful_shutdown_wait_loop_s=0.2,
-        logging_config=_QUIET,
+        **SHARED,
     )
     return deployment(WorkerReplica).bind(config, store)
 
@@ -83,13 +81,9 @@ def _controller(config: AppConfig, workers: Application, store: Application) -> 
         name="controller",
         num_replicas=1,
         ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=MAX_CALLS,
         request_router_config=RequestRouterConfig(request_router_class=SOLE_ROUTER),
-        health_check_period_s=HEALTH_PERIOD_S,
-        health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=5.0,
-        graceful_shutdown_wait_loop_s=0.2,
-        logging_config=_QUIET,
+        **SHARED,
     )
     return deployment(Controller).bind(config, workers, store)
 
@@ -99,11 +93,7 @@ def _ingress(config: AppConfig, workers: Application, store: Application, contro
         name="ingress",
         num_replicas=config.ingress.num_replicas,
         ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=MAX_CALLS,
-        health_check_period_s=HEALTH_PERIOD_S,
-        health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_timeout_s=config.worker.drain_s,
-        graceful_shutdown_wait_loop_s=0.2,
-        logging_config=_QUIET,
+        **SHARED,
     )
     return deployment(serve.ingress(take_http_app)(Ingress)).bind(config, workers, store, controller)

@@ -20,9 +20,10 @@ from lorafleet.adapter_store.source_config import DirectoryConfig, HubConfig, So
 from lorafleet.cluster.errors import EmptySecret
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.validation import with_integers
-from lorafleet.workers.config import Bytes, EngineConfig, ModelConfig, PoolConfig, Settings
+from lorafleet.workers.config import DEVICE_PATTERN, Bytes, EngineConfig, ModelConfig, PoolConfig, Settings
 
 NAME_PATTERN = rf"^{NAME_GRAMMAR}$"
+VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
 
 Warm = Literal["all"] | Annotated[int, Field(ge=0), BeforeValidator(with_integers)]
@@ -88,18 +89,26 @@ class WorkerConfig(EngineConfig):
     """The workers: how many, on what, and how much each takes on."""
 
     device: str = Field(
-        default="auto", description="`auto`: a GPU if num_gpus is set, else the CPU; or `cpu`, `cuda`, `cuda:N`."
+        default="auto",
+        pattern=DEVICE_PATTERN,
+        description="`auto`: a GPU if num_gpus is set, else the CPU; or `cpu`, `cuda`, `cuda:N`.",
     )
-    num_replicas: int = Field(default=1, ge=1, description="Workers, each with the base and a pool of its own.")
+    num_replicas: int = Field(
+        default=1, ge=1, le=10_000, description="Workers, each with the base and a pool of its own."
+    )
     num_gpus: float = Field(
         default=0,
         ge=0,
+        allow_inf_nan=False,
         description="GPUs that Ray reserves for each worker: tensor_parallel_size, where that is more than 1.",
     )
-    num_cpus: float = Field(default=0.25, gt=0, description="CPUs that Ray reserves for each worker.")
+    num_cpus: float = Field(
+        default=0.25, gt=0, allow_inf_nan=False, description="CPUs that Ray reserves for each worker."
+    )
     cpu_threads: int | None = Field(
         default=None,
         ge=1,
+        le=1024,
         description="Threads of one worker on a CPU, which its ranks share; default its share of the machine's cores.",
     )
     max_queued_requests: int = Field(
@@ -115,6 +124,10 @@ class WorkerConfig(EngineConfig):
     @model_validator(mode="after")
     def _a_device_for_each_rank(self) -> Self:
         size = self.tensor_parallel_size
+        if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
+            raise ValueError(
+                f"num_gpus must be a whole number where it is over 1, as Ray wants it; got {self.num_gpus:g}"
+            )
         if size > 1 and self.num_gpus not in (0, size):
             raise ValueError(
                 f"num_gpus must be {size} for tensor_parallel_size={size}, a GPU for each rank of a worker, or 0 for "
@@ -151,6 +164,7 @@ class IngressConfig(Settings):
     num_replicas: int = Field(
         default=1,
         ge=1,
+        le=10_000,
         description="Ingresses, any of which takes every call. One for each one or two workers keeps up with GPUs.",
     )
 
@@ -160,13 +174,21 @@ class AuthConfig(Settings):
 
     api_keys_env: str = Field(
         default="LORAFLEET_API_KEYS",
+        pattern=VARIABLE_PATTERN,
         description="Keys of the data plane, separated by commas; unset: open to all. Set without a key in it, the "
         "service does not start.",
     )
     admin_token_env: str = Field(
         default="LORAFLEET_ADMIN_TOKEN",
+        pattern=VARIABLE_PATTERN,
         description="Token of the admin plane; may be unset only while HTTP is bound to loopback.",
     )
+
+    @model_validator(mode="after")
+    def _two_variables(self) -> Self:
+        if self.api_keys_env == self.admin_token_env:
+            raise ValueError("api_keys_env and admin_token_env must differ, or clients' keys open the admin plane")
+        return self
 
     def read_keys(self) -> Keys:
         """The secrets, from the environment of this process. Raises EmptySecret for a variable that is set to none."""
@@ -229,8 +251,10 @@ class AppConfig(Settings):
         nested: dict[str, Any] = {}
         config = values.pop("config", None)
         if config is not None:
-            nested = read_serve_args(Path(config))
+            nested = read_serve_args(Path(str(config)))
         for key, value in values.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{key!r} is not the name of a setting")
             path = key.split(".")
             for part in reversed(path):
                 value = {part: _parsed(value)}
@@ -238,9 +262,13 @@ class AppConfig(Settings):
         return nested
 
     @model_validator(mode="after")
-    def _preload_from_known_sources(self) -> Self:
+    def _preload_can_be_loaded(self) -> Self:
         known = [source.name for source in self.adapters.sources]
         for adapter in self.adapters.preload:
+            if adapter.name == self.model.id:
+                raise ValueError(
+                    f"adapters.preload: {adapter.name!r} is the base's name, its model.id: choose another one"
+                )
             if adapter.source not in known:
                 raise ValueError(
                     f"adapters.preload: {adapter.name!r} comes from source {adapter.source!r}, "
@@ -275,19 +303,31 @@ class AppConfig(Settings):
 
 def read_serve_args(path: Path) -> dict[str, Any]:
     """The `args` of the application in a Serve YAML. Raises ValueError when there is not exactly one application."""
-    document = yaml.safe_load(path.read_text())
+    try:
+        document = _read_yaml(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"config={path} cannot be read: {error}") from error
     applications = document.get("applications") if isinstance(document, dict) else None
-    if not isinstance(applications, list) or len(applications) != 1:
+    if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
         raise ValueError(f"{path} must be a Serve config with exactly one entry in `applications`")
     args = applications[0].get("args", {})
+    if not isinstance(args, dict):
+        raise ValueError(f"{path}: the application's args must be an object")
     return dict(args)
 
 
 def _parsed(value: Any) -> Any:
     """A value from a command line: YAML where it opens a list or a mapping, else as it is, for pydantic to convert."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        return yaml.safe_load(value)
+        return _read_yaml(value)
     return value
+
+
+def _read_yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"this is not YAML: {error}") from error
 
 
 def _merged(base: Any, override: Any) -> Any:

@@ -21,7 +21,8 @@ from lorafleet.cluster.config import AppConfig, UserConfig
 from lorafleet.cluster.http.auth import is_loopback
 
 IMPORT_PATH = "lorafleet.cluster.app:build"
-DEPLOYMENTS = ("ingress", "worker", "controller", "adapter_store")
+SOLE = ("controller", "adapter_store")
+DEPLOYMENTS = ("ingress", "worker", *SOLE)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -62,7 +63,10 @@ def _serve_configs(document: object) -> Iterator[object]:
         text = spec.get("serveConfigV2") if isinstance(spec, Mapping) else None
         if not isinstance(text, str):
             raise InvalidConfig("RayService: spec.serveConfigV2 is missing")
-        yield yaml.safe_load(text)
+        try:
+            yield yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InvalidConfig(f"RayService: spec.serveConfigV2: {error}") from error
     elif "apiVersion" not in document:
         yield document
 
@@ -72,6 +76,7 @@ def check_config(config: Any) -> Checked:
     schema = _valid(ServeDeploySchema, config, "")
     host = schema.http_options.host
     names: list[str] = []
+    owners: dict[Path, str] = {}
     warnings = _passed_over(ServeDeploySchema, config, "")
     for i, application in enumerate(schema.applications):
         where = f"applications.{i}."
@@ -80,9 +85,14 @@ def check_config(config: Any) -> Checked:
         names.append(application.name)
         warnings += _passed_over(ServeApplicationSchema, config["applications"][i], where)
         args = _valid(AppConfig, application.args, f"{where}args.")
+        owner = owners.setdefault(args.state_dir, application.name)
+        if owner != application.name:
+            raise InvalidConfig(
+                f"{where}args.adapters.state_dir: application {owner!r} has {args.state_dir} already: give each its own"
+            )
         counts = {deployment.name: deployment.num_replicas for deployment in application.deployments}
-        for name, given in (("worker", args.worker), ("ingress", args.ingress)):
-            if "num_replicas" in given.model_fields_set and not isinstance(counts.get(name), int):
+        for name, scaled in (("worker", args.worker), ("ingress", args.ingress)):
+            if "num_replicas" in scaled.model_fields_set and not isinstance(counts.get(name), int):
                 warnings.append(
                     f"{where}args.{name}.num_replicas: a change of args restarts every deployment; num_replicas of the "
                     f"deployment {name!r} changes without that"
@@ -92,10 +102,21 @@ def check_config(config: Any) -> Checked:
                 raise InvalidConfig(
                     f"{where}deployments.{j}.name must be one of {', '.join(DEPLOYMENTS)}; got {deployment.name!r}"
                 )
-            user_config = deployment.model_dump(exclude_unset=True).get("user_config")
-            if deployment.name == "ingress" and user_config is not None:
+            given = deployment.model_dump(exclude_unset=True)
+            if deployment.name in SOLE and (
+                given.get("num_replicas", 1) != 1 or given.get("autoscaling_config") is not None
+            ):
+                raise InvalidConfig(
+                    f"{where}deployments.{j}.num_replicas must be 1: there is one {deployment.name} of a service"
+                )
+            user_config = given.get("user_config")
+            if user_config is not None and deployment.name != "ingress":
+                raise InvalidConfig(f"{where}deployments.{j}.user_config: only the ingress takes one")
+            if user_config is not None:
                 desired = _valid(UserConfig, user_config, f"{where}deployments.{j}.user_config.")
                 known = {source.name for source in args.adapters.sources}
+                if args.model.id in (adapter.name for adapter in desired.adapters):
+                    raise InvalidConfig(f"{where}deployments.{j}.user_config: {args.model.id!r} is the base's name")
                 warnings += [
                     f"user_config wants {adapter.name!r} from {adapter.source!r}, which is not in adapters.sources"
                     for adapter in desired.adapters
@@ -121,7 +142,10 @@ def _valid(model: type[Model], values: Any, where: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        reasons = (f"{where}{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors())
+        reasons = []
+        for each in error.errors():
+            place = f"{where}{'.'.join(str(part) for part in each['loc'])}".rstrip(".") or "the config"
+            reasons.append(f"{place}: {each['msg'].removeprefix('Value error, ')}")
         raise InvalidConfig("\n".join(reasons)) from error
 
 

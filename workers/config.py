@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 _UNITS = {
     "": 1,
@@ -21,14 +21,26 @@ _UNITS = {
 }
 
 
+_MAX_BYTES = 2**63 - 1
+MAX_ID_BYTES = 200
+"""The id is the name of a folder, too."""
+
+
 def parse_bytes(value: object) -> object:
-    """`1GiB`, `512 MB` or a plain number of bytes. Raises ValueError on anything else."""
-    if not isinstance(value, str) or value == "auto":
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{value!r} is not a size: write a number of bytes or, say, 512MiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    """`1GiB`, `512 MB` or a plain number of bytes. Raises ValueError on anything else, and on sizes that none has."""
+    size = value
+    if isinstance(value, str) and value != "auto":
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        size = 0.0 if match is None else float(match[1]) * _UNITS.get(match[2], 0)
+        size = int(size) if size <= _MAX_BYTES else size
+    if isinstance(size, bool) or (isinstance(size, int | float) and not 1 <= size <= _MAX_BYTES):
+        raise ValueError(f"{str(value)[:40]!r} is not a size: write a number of bytes, at least 1, or, say, 512MiB")
+    return size
+
+
+def _whole(value: object) -> object:
+    """A number that a command line gives as text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
@@ -51,10 +63,21 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _usable_id(value: str) -> str:
+    """Refuse ids that nobody could send or see, and those that make no folder of the store's state."""
+    if not value.isprintable() or value != value.strip() or not value.strip(".") or len(value.encode()) > MAX_ID_BYTES:
+        raise ValueError(
+            f"an id has up to {MAX_ID_BYTES} bytes, all printable, without a space around them, and is more than dots"
+        )
+    return value
+
+
 class ModelConfig(Settings):
     """The base model."""
 
-    id: str = Field(min_length=1, description="Name of the base in requests and in GET /v1/models.")
+    id: Annotated[str, AfterValidator(_usable_id)] = Field(
+        min_length=1, description="Name of the base in requests and in GET /v1/models."
+    )
     source: str = Field(
         min_length=1, description="Local folder or hub id of a decoder-only model that transformers loads."
     )
@@ -71,6 +94,7 @@ class ModelConfig(Settings):
     max_model_len: int | None = Field(
         default=None,
         ge=1,
+        lt=2**31,
         description="Longest prompt plus answer, in tokens; default the model's own. Longrope and dynamic RoPE choose "
         "their frequencies by it, for all requests alike.",
     )
@@ -87,6 +111,9 @@ class ModelConfig(Settings):
     )
 
 
+DEVICE_PATTERN = r"^(auto|cpu|cuda(:\d+)?)$"
+
+
 class SpeculationConfig(Settings):
     """Guesses of tokens, made before the base computes them."""
 
@@ -100,19 +127,21 @@ class EngineConfig(Settings):
     """One worker's engine."""
 
     device: str = Field(
-        default="auto", description="`auto` takes a GPU if there is one; else `cpu`, `cuda` or `cuda:N`."
+        default="auto",
+        pattern=DEVICE_PATTERN,
+        description="`auto` takes a GPU if there is one; else `cpu`, `cuda` or `cuda:N`.",
     )
-    tensor_parallel_size: Literal[1, 2, 4, 8] = Field(
+    tensor_parallel_size: Annotated[Literal[1, 2, 4, 8], BeforeValidator(_whole)] = Field(
         default=1,
         description="Devices of one worker. Each holds a part of the base, of every adapter and of the KV pages: for a "
         "base that one GPU cannot hold, or to answer sooner. The worker is a group of so many processes on one node.",
     )
     max_batch_tokens: int = Field(
-        default=2048, ge=1, description="Token budget of one step, prefill and decode together."
+        default=2048, ge=1, le=2**20, description="Token budget of one step, prefill and decode together."
     )
-    max_running: int = Field(default=64, ge=1, description="Most sequences in one step.")
+    max_running: int = Field(default=64, ge=1, le=2**16, description="Most sequences in one step.")
     kv_bytes: BytesOrAuto = Field(default="auto", description="Memory for KV pages, on each device of a worker.")
-    kv_page_tokens: int = Field(default=16, ge=1, description="Tokens in one KV page.")
+    kv_page_tokens: int = Field(default=16, ge=1, le=2**16, description="Tokens in one KV page.")
     kv_dtype: Literal["auto", "fp8"] = Field(
         default="auto",
         description="`auto` keeps keys and values in the model's dtype. `fp8` rounds them to 8 bits, each head of each "
@@ -134,6 +163,7 @@ class EngineConfig(Settings):
     logits_chunk_tokens: int = Field(
         default=512,
         ge=1,
+        le=2**20,
         description="Most tokens whose logits exist at once, which bounds the memory that a large vocabulary takes: a "
         "step that needs more makes them in several passes, and runs without a CUDA graph.",
     )

@@ -299,6 +299,14 @@ NAMES = (
 )
 
 
+async def test_a_name_with_a_newline_is_not_the_name_without_it(api: Api) -> None:
+    await api.load("shout", "a")
+    assert error_of(await api.http.delete("/admin/v1/adapters/shout%0A")) == (404, "unknown_url")
+    body = {"source": "demo", "key": "b"}
+    assert error_of(await api.http.put("/admin/v1/adapters/shout%0A", json=body)) == (404, "unknown_url")
+    assert api.store.names["shout"].key == "a"
+
+
 @pytest.mark.parametrize("name", NAMES)
 async def test_names_as_people_have_them(api: Api, name: str) -> None:
     response = await api.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": "a"})

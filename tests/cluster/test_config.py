@@ -71,10 +71,28 @@ def test_unknown_keys_are_errors_that_name_the_key(part: str) -> None:
         ("worker", {"tensor_parallel_size": 3}, "worker.tensor_parallel_size"),
         ("worker", {"tensor_parallel_size": 4, "num_gpus": 2}, "num_gpus must be 4 for tensor_parallel_size=4.*got 2"),
         ("worker", {"tensor_parallel_size": 2, "device": "cuda:1"}, "device must be auto, cpu or cuda.*'cuda:1'"),
+        ("worker", {"num_gpus": 1.5}, "num_gpus must be a whole number where it is over 1.*got 1.5"),
+        ("worker", {"num_gpus": float("inf")}, "finite"),
+        ("worker.device", "tpu", "worker.device"),
+        ("worker.max_running", 10**15, "less than or equal to 65536"),
+        ("worker.kv_bytes", "9" * 400 + "TiB", "is not a size"),
+        ("worker.kv_bytes", -1, "'-1' is not a size"),
+        ("adapters.pool_bytes", 0, "'0' is not a size"),
+        ("adapters.pool_bytes", True, "'True' is not a size"),
         ("model.dtype", "int8", "model.dtype"),
+        ("model.id", "..", "is more than dots"),
+        ("model.id", "a\nb", "all printable"),
+        ("model.id", "模" * 67, "up to 200 bytes"),
+        ("model.id", "shout", "'shout' is the base's name"),
+        ("auth.admin_token_env", "LORAFLEET_API_KEYS", "must differ"),
+        ("auth.api_keys_env", "A=B", "auth.api_keys_env"),
+        ("config", 3, "config=3 cannot be read"),
+        ("config", "/", "config=/ cannot be read"),
+        ("adapters.preload", "[{name: ", "this is not YAML"),
+        (3, 4, "3 is not the name of a setting"),
     ],
 )
-def test_wrong_values_are_refused(key: str, value: Any, message: str) -> None:
+def test_wrong_values_are_refused(key: Any, value: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         AppConfig.model_validate({**contract(), key: value})
 
@@ -85,6 +103,7 @@ def test_command_lines_reach_every_key() -> None:
         "model.source=examples/demo/base",
         "worker.num_replicas=3",
         "worker.prefix_cache=false",
+        "worker.tensor_parallel_size=2",
         "adapters.pool_bytes=64MiB",
         "adapters.sources=[{name: demo, kind: directory, root: adapters}]",
         "adapters.preload=[{name: shout, source: demo, key: shout, warm: all}]",
@@ -92,6 +111,7 @@ def test_command_lines_reach_every_key() -> None:
     )
     assert config.worker.num_replicas == 3
     assert config.worker.prefix_cache == "off"
+    assert config.worker.tensor_parallel_size == 2
     assert config.adapters.pool_bytes == 64 * 2**20
     assert config.adapters.preload[0].warm == "all"
     assert config.auth.api_keys_env == "KEYS"
@@ -110,7 +130,7 @@ def test_command_lines_override_a_serve_yaml(tmp_path: Path) -> None:
         from_command_line(f"config={path}")
 
 
-def test_serve_builds_three_deployments_of_a_mapping() -> None:
+def test_serve_builds_four_deployments_of_a_mapping() -> None:
     application = call_user_app_builder_with_args_if_necessary(build, contract())
     built = build_app(application, name="lorafleet")
     assert {deployment.name for deployment in built.deployments} == {"ingress", "worker", "controller", "adapter_store"}

@@ -53,6 +53,9 @@ def app_with_faults() -> httpx.ASGITransport:
         ("GET", "/bug", "", 500, "internal_error", None),
         ("GET", "/teapot", "", 418, "bad_request", None),
         ("PUT", "/typed", "{", 400, "invalid_json", None),
+        ("PUT", "/typed", b'{"count": "\xff"}', 400, "invalid_json", None),
+        ("PUT", "/typed", '{"count":' * 5000 + "1" + "}" * 5000, 400, "invalid_json", None),
+        ("PUT", "/typed%0A", "{}", 404, "unknown_url", None),
         ("PUT", "/typed", '{"count": "many"}', 400, "invalid_value", "count"),
         ("PUT", "/typed", "{}", 400, "missing_parameter", "count"),
         ("PUT", "/typed", "null", 400, "invalid_json", None),
@@ -63,7 +66,7 @@ def app_with_faults() -> httpx.ASGITransport:
         ("GET", "/nowhere", "", 404, "unknown_url", None),
     ],
 )
-async def test_errors(method: str, path: str, content: str, status: int, code: str, param: str | None) -> None:
+async def test_errors(method: str, path: str, content: str | bytes, status: int, code: str, param: str | None) -> None:
     async with httpx.AsyncClient(transport=app_with_faults(), base_url="http://x") as client:
         response = await client.request(method, path, content=content, headers={"content-type": "application/json"})
     error = response.json()["error"]

@@ -68,11 +68,31 @@ def test_replicas_in_args_alone_get_a_note() -> None:
         ({"import_path": "other.app:build"}, "no application has import_path"),
         ({"deployments": [{"name": "workers"}]}, r"deployments\.0\.name must be one of ingress.*; got 'workers'"),
         ({"deployments": [{"name": "ingress", "user_config": {"a": 1}}]}, r"deployments\.0\.user_config\.a: Extra"),
+        (
+            {
+                "deployments": [
+                    {"name": "ingress", "user_config": {"adapters": [{"name": "demo", "source": "d", "key": "k"}]}}
+                ]
+            },
+            r"deployments\.0\.user_config: 'demo' is the base's name",
+        ),
+        ({"deployments": [{"name": "worker", "user_config": {}}]}, r"deployments\.0\.user_config: only the ingress"),
+        ({"deployments": [{"name": "adapter_store", "num_replicas": 2}]}, "must be 1: there is one adapter_store"),
+        ({"deployments": [{"name": "controller", "autoscaling_config": {}}]}, "must be 1: there is one controller"),
     ],
 )
 def test_what_is_wrong_is_named(application: dict[str, Any], reason: str) -> None:
     with pytest.raises(InvalidConfig, match=reason):
         check_config(local(**application))
+
+
+def test_two_applications_have_a_state_each() -> None:
+    config = local()
+    config["applications"].append(config["applications"][0] | {"name": "other", "route_prefix": "/other"})
+    with pytest.raises(
+        InvalidConfig, match=r"applications\.1\..*state_dir: application 'lorafleet' has \.lorafleet already"
+    ):
+        check_config(config)
 
 
 def test_keys_that_serve_passes_over_are_noted() -> None:
@@ -86,7 +106,17 @@ def test_a_user_config_from_an_unknown_source_is_noted() -> None:
     assert any("'nowhere'" in warning for warning in check_config(config).warnings)
 
 
-@pytest.mark.parametrize("text", ["", "a: [", "[]", "kind: RayService\nspec: {}", "apiVersion: v1\nkind: Secret"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a: [",
+        "[]",
+        "kind: RayService\nspec: {}",
+        "kind: RayService\nspec: {serveConfigV2: 'a: ['}",
+        "apiVersion: v1\nkind: Secret",
+    ],
+)
 def test_files_without_a_config_are_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(text)
