@@ -5,6 +5,9 @@ Four deployments of plain classes: `ingress` (HTTP and names, as many replicas a
 else. No postponed annotations here: Serve reads the type of `build`'s argument at run time.
 """
 
+import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,12 @@ from ray.serve.schema import LoggingConfig
 from lorafleet.cluster.admin.controller import Controller
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.ingress import Ingress, take_http_app
+from lorafleet.cluster.ray_internals import environment_with_hook
 from lorafleet.cluster.store.replica import StoreReplica
 from lorafleet.cluster.worker.replica import WorkerReplica
+from lorafleet.cluster.worker.spare_keeper import HOOK
+
+logger = logging.getLogger(__name__)
 
 MAX_CALLS = 10_000
 """Calls that a deployment takes at once. Requests come by connections, each of which Serve counts as a call: every
@@ -64,7 +71,11 @@ def _workers(config: AppConfig, store: Application) -> Application:
     deployment = serve.deployment(
         name="worker",
         num_replicas=worker.num_replicas,
-        ray_actor_options={"num_cpus": worker.num_cpus, "num_gpus": worker.num_gpus},
+        ray_actor_options={
+            "num_cpus": worker.num_cpus,
+            "num_gpus": worker.num_gpus,
+            **({"runtime_env": environment_with_hook(HOOK)} if worker.spare_processes and _is_found_anywhere() else {}),
+        },
         request_router_config=RequestRouterConfig(
             request_router_class="lorafleet.cluster.routing.worker_router:WorkerRouter",
             request_routing_stats_period_s=STATS_PERIOD_S,
@@ -74,6 +85,17 @@ def _workers(config: AppConfig, store: Application) -> Application:
         **SHARED,
     )
     return deployment(WorkerReplica).bind(config, store)
+
+
+def _is_found_anywhere() -> bool:
+    """Return True if a process finds this package without its caller's `sys.path`, which Ray hands on after hooks."""
+    look = "import importlib.util as u; raise SystemExit(u.find_spec('lorafleet.cluster') is None)"
+    is_found = (
+        subprocess.run([sys.executable, "-P", "-c", look], cwd="/", capture_output=True, check=False).returncode == 0
+    )
+    if not is_found:
+        logger.info("no process is kept in reserve for workers: lorafleet is found by sys.path of the caller only")
+    return is_found
 
 
 def _controller(config: AppConfig, workers: Application, store: Application) -> Application:

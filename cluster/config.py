@@ -117,6 +117,13 @@ class WorkerConfig(EngineConfig):
         description="Requests that may wait while every worker holds twice max_running; more are refused with 429. "
         "Each ingress takes an equal share of them.",
     )
+    spare_processes: int = Field(
+        default=1,
+        ge=0,
+        le=8,
+        description="Processes that each node keeps in reserve beside its workers. One that takes a dead worker's "
+        "place has torch and transformers imported already. Each takes 350 MB of memory or more, and none of a GPU's.",
+    )
     drain_s: float = Field(
         default=600.0, gt=0, description="How long a worker that is to stop may take to end the streams it has."
     )

@@ -14,13 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import triton
 
-_HAS_GPU = torch.cuda.is_available()
 _seen: ContextVar[set[Hashable] | None] = ContextVar("lorafleet_compiled_ahead", default=None)
 """Launches that `compiled_ahead` has met; None outside of it."""
 
@@ -47,8 +46,14 @@ class _Bound:
 _bound: dict[Hashable, _Bound] = {}
 
 
+@cache
+def _has_gpu() -> bool:
+    """Not asked on import: a process that has seen the GPUs cannot be given one of them any more."""
+    return torch.cuda.is_available()
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
-    device = torch.cuda.current_device() if _HAS_GPU else -1
+    device = torch.cuda.current_device() if _has_gpu() else -1
     values: list[object] = []
     kinds: list[object] = [kernel, device]
     for each in arguments:

@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from lorafleet.adapter_store.manifest import AdapterManifest
 from lorafleet.adapter_store.names import VersionsToKeep
-from lorafleet.cluster import heap
+from lorafleet.cluster import heap, ray_internals
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.metrics import WorkerMetrics
 from lorafleet.cluster.store.client import StoreClient
@@ -33,6 +33,7 @@ from lorafleet.cluster.wire import (
 )
 from lorafleet.cluster.worker.answer_server import AnswerServer
 from lorafleet.cluster.worker.reconciler import Reconciler
+from lorafleet.cluster.worker.spare_keeper import HOOK, SpareKeeper
 from lorafleet.workers.state import WorkerState
 from lorafleet.workers.worker import Worker
 
@@ -50,6 +51,8 @@ class WorkerReplica:
         if config.worker.resolved_device == "cpu":
             threads = config.worker.cpu_threads or cpu_share(config.worker.num_replicas)
             torch.set_num_threads(max(1, threads // config.worker.tensor_parallel_size))
+        elif (told := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():
+            torch.set_num_threads(int(told))  # Ray sets it for an actor, which may be after the imports
         self.worker_id: str = serve.get_replica_context().replica_id.unique_id
         self._store = StoreClient(store)
         self._worker = Worker(
@@ -67,6 +70,13 @@ class WorkerReplica:
         self._may_begin = False
         self._metrics = WorkerMetrics(self.worker_id)
         self._watchdog = Watchdog(lambda: self._worker.is_stalled)
+        self._spares: SpareKeeper | None = None
+        if config.worker.spare_processes and ray_internals.has_hook(HOOK):
+            self._spares = SpareKeeper(
+                ray_internals.folder_of_environment(),
+                config.worker.spare_processes,
+                ray_internals.start_spare_process,
+            )
         self._tasks = [
             asyncio.create_task(self._reconciler.run()),
             asyncio.create_task(self._report()),
@@ -128,6 +138,8 @@ class WorkerReplica:
             await self._reconciler.await_first(STORE_PATIENCE_S)
             heap.settle()
             self._may_begin = True
+            if self._spares is not None:
+                self._tasks.append(asyncio.create_task(self._spares.run()))
         self._worker.check_health()
 
     async def record_routing_stats(self) -> dict[str, Any]:
@@ -142,6 +154,9 @@ class WorkerReplica:
         """Serve calls this when the replica has drained."""
         for task in getattr(self, "_tasks", ()):
             task.cancel()
+        spares = getattr(self, "_spares", None)
+        if spares is not None:
+            spares.close()
         if hasattr(self, "_server"):
             self._server.close()
         if hasattr(self, "_worker"):

@@ -23,7 +23,7 @@ from typing import Any
 import ray
 
 from tests.chaos.faults import FAULTS, HAPROXY_FAULTS, Fault, haproxy_environment
-from tests.chaos.health import await_whole, leftovers
+from tests.chaos.health import await_spares, await_whole, leftovers
 from tests.chaos.hostile import KINDS, attacker
 from tests.chaos.load import Load, Oracle, Question, oracle_of
 from tests.chaos.nodes import WORKER_CPUS, node_faults, ray_nodes
@@ -59,12 +59,13 @@ def fresh_args(root: Path) -> dict[str, Any]:
     args["adapters"]["preload"] = [
         {"name": name, "source": "demo", "key": name, "warm": "all"} for name in ("one", "two")
     ]
-    args["worker"] |= {"max_running": 32, "max_queued_requests": 64, "kv_bytes": "16MiB"}
+    args["worker"] |= {"max_running": 32, "max_queued_requests": 64, "kv_bytes": "16MiB", "spare_processes": 1}
     return args
 
 
 def strike(service: LiveService, fault: Fault, oracle: Oracle, num_clients: int) -> Trial:
     """Strike once under load, and wait until all is well."""
+    await_spares(service)
     old = frozenset(process.pid for each in processes().values() for process in each)
     with Load(service.url, oracle, num_clients) as load:
         time.sleep(WARM_S)

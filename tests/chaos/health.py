@@ -8,8 +8,11 @@ import psutil
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
+from lorafleet.cluster.config import AppConfig
+from lorafleet.cluster.worker.spare_keeper import READY
 from tests.chaos.processes import processes
-from tests.cluster.live.service import APP, LiveService
+from tests.cluster.live.service import APP, LiveService, spares
+from tests.support.wait import eventually
 
 LIMIT_S = 180.0
 """How long a service may take to be whole again."""
@@ -52,6 +55,12 @@ def await_whole(service: LiveService, gone: frozenset[int] = frozenset()) -> flo
             raise TimeoutError(f"the service is not whole again within {LIMIT_S:.0f} s")
         time.sleep(0.2)
     return time.monotonic()
+
+
+def await_spares(service: LiveService) -> None:
+    """Wait until each worker that dies would find a process in reserve. Raises AssertionError after `LIMIT_S`."""
+    count = AppConfig.model_validate(service.args).worker.spare_processes
+    eventually(lambda: len(spares(READY)) >= count * len({worker["node_id"] for worker in service.workers()}), LIMIT_S)
 
 
 def leftovers(service: LiveService) -> list[str]:

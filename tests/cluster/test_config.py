@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,21 @@ def test_serve_builds_four_deployments_of_a_mapping() -> None:
     assert built.ingress_deployment_name == "ingress"
     with pytest.raises(ValidationError, match="nonsense"):
         call_user_app_builder_with_args_if_necessary(build, contract(nonsense=1))
+
+
+@pytest.mark.parametrize(
+    ("spare_processes", "is_found", "has_hook"), [(1, True, True), (0, True, False), (1, False, False)]
+)
+def test_only_workers_with_processes_in_reserve_have_an_environment(
+    spare_processes: int, is_found: bool, has_hook: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none without which Ray's hook finds the package, or no worker would start."""
+    if not is_found:
+        monkeypatch.setattr("sys.executable", shutil.which("false"))
+    application = build(AppConfig.model_validate(contract(worker={"spare_processes": spare_processes})))
+    deployments = build_app(application, name="lorafleet").deployments
+    with_environment = {each.name for each in deployments if each.ray_actor_options.get("runtime_env")}
+    assert with_environment == ({"worker"} if has_hook else set())
 
 
 def test_local_paths_become_absolute_and_hub_ids_stay(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def cluster() -> Iterator[None]:
 def live(cluster: None, world: Path) -> Iterator[LiveService]:
     """Two workers, and one adapter preloaded."""
     args = args_for(world)
+    args["worker"]["spare_processes"] = 1
     args["adapters"]["preload"] = [{"name": "preloaded", "source": "demo", "key": "thin"}]
     with live_service(world, args) as service:
         yield service

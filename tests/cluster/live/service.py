@@ -19,6 +19,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
+from lorafleet.cluster.worker.spare_keeper import READY, STARTING, FileLock
 from tests.support.wait import eventually
 
 APP = "lorafleet"
@@ -135,6 +136,14 @@ def free_port() -> int:
         return port
 
 
+def spares(*states: str) -> set[int]:
+    """Ids of the processes that the running Ray keeps in reserve, and that are in one of these states."""
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    locks = [FileLock(path) for path in session.glob("lorafleet-*/spare-*")]
+    holders = [lock.holder for lock in locks if lock.is_held]
+    return {holder[0] for holder in holders if holder is not None and holder[1] in states}
+
+
 @contextmanager
 def serve_environment(**environment: str) -> Iterator[None]:
     """Variables that every process of a Ray inherits which is started meanwhile, beside those that are advised."""
@@ -188,7 +197,13 @@ def args_for(root: Path) -> dict[str, Any]:
             "host_cache_bytes": "32MiB",
             "state_dir": str(root / "state"),
         },
-        "worker": {"num_replicas": 2, "max_running": 16, "max_queued_requests": 16, "kv_bytes": "4MiB"},
+        "worker": {
+            "num_replicas": 2,
+            "max_running": 16,
+            "max_queued_requests": 16,
+            "kv_bytes": "4MiB",
+            "spare_processes": 0,
+        },
     }
 
 
@@ -205,3 +220,4 @@ def live_service(root: Path, args: dict[str, Any]) -> Iterator[LiveService]:
     finally:
         service.http.close()
         serve.shutdown()
+        eventually(lambda: not spares(STARTING, READY), 20.0)

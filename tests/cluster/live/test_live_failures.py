@@ -13,7 +13,8 @@ import httpx
 import pytest
 import ray
 
-from tests.cluster.live.service import LiveService, served_by, version_of
+from lorafleet.cluster.worker.spare_keeper import READY
+from tests.cluster.live.service import LiveService, served_by, spares, version_of
 from tests.support.wait import eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("tidy")]
@@ -58,6 +59,17 @@ def test_a_killed_worker_costs_only_its_begun_streams(live: LiveService) -> None
     assert seen == {new}
     assert new != old
     eventually(lambda: set(live.adapter("pinned")["workers"].values()) == {"resident"}, 5.0)
+
+
+def test_a_process_in_reserve_takes_a_dead_workers_place(live: LiveService) -> None:
+    eventually(lambda: bool(spares(READY)), 60.0)
+    [spare] = spares(READY)
+    victim = min(live.worker_ids())
+    live.kill("worker", worker_id=victim)
+    eventually(lambda: victim not in live.worker_ids() and len(live.worker_ids()) == 2, 30.0)
+    assert spare in {worker["pid"] for worker in live.workers()}
+    assert served_by(live.complete_many("tiny", 48, max_tokens=16)) == live.worker_ids()
+    eventually(lambda: bool(spares(READY) - {spare}), 60.0)
 
 
 def test_a_killed_store_is_missed_by_cold_adapters_only(live: LiveService) -> None:
