@@ -99,17 +99,22 @@ def kind_of(field: Schema, definitions: Schema) -> str:
     return ("true or false" if kind == "boolean" else str(kind)) + _bounds(field)
 
 
+def _plain(number: float) -> str:
+    """A bound without an exponent: 65,536, but 0.1."""
+    return f"{number:,.0f}" if number == int(number) else f"{number:g}"
+
+
 def _bounds(field: Schema) -> str:
     low, high = field.get("minimum"), field.get("maximum")
     above, below = field.get("exclusiveMinimum", field.get("gt")), field.get("exclusiveMaximum", field.get("lt"))
     parts = []
     if low is not None and high is not None and abs(high) < 2**53:
-        parts.append(f"{low:g} to {high:g}")
+        parts.append(f"{_plain(low)} to {_plain(high)}")
     else:
-        parts += [f"at least {low:g}"] if low is not None and abs(low) < 2**53 else []
-        parts += [f"at most {high:g}"] if high is not None and abs(high) < 2**53 else []
-    parts += [f"over {above:g}"] if above is not None else []
-    parts += [f"below {below:g}"] if below is not None else []
+        parts += [f"at least {_plain(low)}"] if low is not None and abs(low) < 2**53 else []
+        parts += [f"at most {_plain(high)}"] if high is not None and abs(high) < 2**53 else []
+    parts += [f"over {_plain(above)}"] if above is not None else []
+    parts += [f"below {_plain(below)}"] if below is not None else []
     parts += [f"`{field['pattern']}`"] if "pattern" in field else []
     return "".join(f", {part}" for part in parts)
 

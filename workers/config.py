@@ -94,7 +94,6 @@ class ModelConfig(Settings):
     max_model_len: int | None = Field(
         default=None,
         ge=1,
-        lt=2**31,
         description="Longest prompt plus answer, in tokens; default the model's own. Longrope and dynamic RoPE choose "
         "their frequencies by it, for all requests alike.",
     )

@@ -78,10 +78,6 @@ class Scheduler:
         """The sequences of which a step computes one token, the last."""
         return [each for each in self._running if not each.is_complete and each.num_uncomputed == 1]
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
-
     def __iter__(self) -> Iterator[Sequence]:
         yield from self._running
         yield from self._waiting

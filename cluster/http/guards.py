@@ -1,12 +1,24 @@
-"""Dependencies of routers whose routes want a client's key."""
+"""Routers whose routes want a client's key."""
 
 from __future__ import annotations
 
-from fastapi import Depends, Request
+from http import HTTPStatus
+
+from fastapi import APIRouter, Depends, Request
 from fastapi.params import Depends as Dependency
 
 from lorafleet.cluster.http.auth import Keys
-from lorafleet.cluster.http.description import bearer
+from lorafleet.cluster.http.description import bearer, error_responses
+
+
+def client_router(keys: Keys) -> APIRouter:
+    """A router for OpenAI's routes, below /v1."""
+    return APIRouter(
+        prefix="/v1",
+        dependencies=client_guard(keys),
+        tags=["OpenAI"],
+        responses=error_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.INTERNAL_SERVER_ERROR),
+    )
 
 
 def client_guard(keys: Keys, *, key_header: str | None = None) -> list[Dependency]:

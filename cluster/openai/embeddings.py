@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from contextlib import aclosing
-from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -16,8 +15,8 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from lorafleet.cluster.errors import BadRequest
 from lorafleet.cluster.http.auth import Keys
-from lorafleet.cluster.http.description import body_of, error_responses, replies
-from lorafleet.cluster.http.guards import client_guard
+from lorafleet.cluster.http.description import body_of, replies
+from lorafleet.cluster.http.guards import client_router
 from lorafleet.cluster.http.sse import ClientGone, while_connected
 from lorafleet.cluster.openai.answering import CLIENT_CLOSED_REQUEST, answer_errors
 from lorafleet.cluster.openai.replies import to_json
@@ -125,12 +124,7 @@ class Embeddings(Settings):
 
 def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
     """The route."""
-    router = APIRouter(
-        prefix="/v1",
-        dependencies=client_guard(keys),
-        tags=["OpenAI"],
-        responses=error_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.INTERNAL_SERVER_ERROR),
-    )
+    router = client_router(keys)
 
     @router.post(
         "/embeddings",

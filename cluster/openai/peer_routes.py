@@ -71,7 +71,13 @@ def build_peer_router(
     async def metrics() -> Response:
         return Response(await exposition.text(), media_type=CONTENT_TYPE_LATEST)
 
-    guarded = APIRouter(
+    router.include_router(_tokenizing(dispatcher, keys))
+    return router
+
+
+def _tokenizing(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
+    """The routes of the tokenizer, which want a client's key."""
+    router = APIRouter(
         dependencies=client_guard(keys),
         tags=["OpenAI"],
         responses=error_responses(
@@ -84,7 +90,7 @@ def build_peer_router(
         ),
     )
 
-    @guarded.post(
+    @router.post(
         "/tokenize",
         summary="Token ids of a text or a conversation",
         openapi_extra=body_of(TokenizeBody, NEUTRAL),
@@ -114,7 +120,7 @@ def build_peer_router(
             }
         )
 
-    @guarded.post(
+    @router.post(
         "/detokenize",
         summary="The text of token ids",
         openapi_extra=body_of(DetokenizeBody, {}),
@@ -126,7 +132,7 @@ def build_peer_router(
         vocabulary = await dispatcher.vocabulary_of(adapter)
         return JSONResponse({"prompt": vocabulary.decode(body.tokens)})
 
-    @guarded.get(
+    @router.get(
         "/tokenizer_info", summary="The tokenizer's special tokens and settings", responses=replies(TokenizerInfo)
     )
     async def tokenizer_info() -> JSONResponse:
@@ -135,7 +141,6 @@ def build_peer_router(
             raise BadRequest("the base has no tokenizer", None, "no_tokenizer")
         return JSONResponse(_info_of(prompts.tokenizer) | {"model_max_length": prompts.max_model_len})
 
-    router.include_router(guarded)
     return router
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from lorafleet.cluster.errors import ModelNotFound
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.description import Responses, body_of, error_responses, events_of, replies
-from lorafleet.cluster.http.guards import client_guard
+from lorafleet.cluster.http.guards import client_router
 from lorafleet.cluster.http.request_ids import request_id_of
 from lorafleet.cluster.openai.answering import answer, answer_errors
 from lorafleet.cluster.openai.replies import ChatReply, CompletionReply
@@ -39,12 +39,7 @@ OWNER = "lorafleet"
 
 def build_router(dispatcher: Dispatcher, keys: Keys, *, started: int) -> APIRouter:
     """The data plane. started: Unix seconds, when the base came to be."""
-    router = APIRouter(
-        prefix="/v1",
-        dependencies=client_guard(keys),
-        tags=["OpenAI"],
-        responses=error_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.INTERNAL_SERVER_ERROR),
-    )
+    router = client_router(keys)
 
     @router.get(
         "/models",

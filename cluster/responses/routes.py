@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from http import HTTPStatus
-
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from lorafleet.cluster.http.auth import Keys
 from lorafleet.cluster.http.bodies import ErrorBody
-from lorafleet.cluster.http.description import body_of, error_responses, events_of, replies
-from lorafleet.cluster.http.guards import client_guard
+from lorafleet.cluster.http.description import body_of, events_of, replies
+from lorafleet.cluster.http.guards import client_router
 from lorafleet.cluster.openai.answering import answer, answer_errors
 from lorafleet.cluster.openai.requests import parsed
 from lorafleet.cluster.openai.turns import Turn
@@ -22,12 +20,7 @@ from lorafleet.cluster.serving.dispatch import Dispatcher
 
 def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
     """The route."""
-    router = APIRouter(
-        prefix="/v1",
-        dependencies=client_guard(keys),
-        tags=["OpenAI"],
-        responses=error_responses(HTTPStatus.UNAUTHORIZED, HTTPStatus.INTERNAL_SERVER_ERROR),
-    )
+    router = client_router(keys)
 
     @router.post(
         "/responses",

@@ -235,7 +235,8 @@ class Names:
                 generation = await self._store.watch(self._generation)
             except (StoreUnavailable, TimeoutError):
                 if not self.is_away:
-                    logger.warning("the adapter store is away; the names known so far go on being served")
+                    if self._has_table.is_set():  # at the start nothing is lost
+                        logger.warning("the adapter store is away; the names known so far go on being served")
                     self._gone.set()
                 await asyncio.sleep(PROBE_S)
             except Exception:

@@ -164,10 +164,6 @@ class Prompts:
         """True if a prompt ends with the tag that begins a thought."""
         return vocabulary.decode(token_ids[-_TAG_TOKENS:]).rstrip().endswith("<think>")
 
-    def room_for(self, num_prompt_tokens: int) -> int:
-        """Most tokens that an answer to such a prompt may have."""
-        return self.max_model_len - num_prompt_tokens
-
     async def render(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -169,7 +169,7 @@ class Stepping:
     def run(self, max_steps: int = 1000) -> None:
         """Step until nothing is left."""
         for _ in range(max_steps):
-            if not self.scheduler.has_work and self._in_flight is None:
+            if not self.live and self._in_flight is None:
                 return
             self.step()
         raise AssertionError(f"work is left after {max_steps} steps")

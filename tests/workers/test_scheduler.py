@@ -237,7 +237,7 @@ def test_finishing_gives_back_pages_and_lease_wherever_it_is() -> None:
         run.finish(sequence)
         run.check()
     assert run.gate.leases["a"] == 0
-    assert not run.scheduler.has_work
+    assert not run.live
 
 
 @pytest.mark.parametrize("lag", [False, True], ids=["synchronous", "step_in_flight"])

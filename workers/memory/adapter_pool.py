@@ -153,10 +153,6 @@ class AdapterPool:
         return self._slots.num_free
 
     @property
-    def total_bytes(self) -> int:
-        return self._pages.num_total * self.layout.page_bytes
-
-    @property
     def used_bytes(self) -> int:
         """Bytes of the pages that adapters own."""
         return self._pages.num_used * self.layout.page_bytes

@@ -161,10 +161,7 @@ class Residency:
         entry = self._entries.get(version)
         return entry.state if entry else None
 
-    # Coming: reserve, then publish or abandon.
-
-    def can_reserve(self, manifest: AdapterManifest) -> bool:
-        return self.victims(manifest) is not None
+    # Coming: try_reserve, then publish or abandon.
 
     def fits_beside_pinned(self, manifest: AdapterManifest) -> bool:
         """Return True if the version would fit beside the pinned ones alone. If not, waiting for room is in vain."""
@@ -172,7 +169,7 @@ class Residency:
         return self._num_pinned < self._pool.num_slots and self._pool.num_pages(manifest) <= room
 
     def victims(self, manifest: AdapterManifest) -> tuple[str, ...] | None:
-        """Versions that `reserve` would evict now, least recently used first; None when even that makes no room."""
+        """Versions that `try_reserve` would evict now, least recently used first; None when even that makes no room."""
         missing_pages = self._pool.num_pages(manifest) - self._pool.num_pages_free
         missing_slots = 1 - self._pool.num_slots_free
         if missing_pages > self._evictable_pages or missing_slots > self._num_evictable:
@@ -212,13 +209,6 @@ class Residency:
             self._num_evictions += 1
         allocation = self._pool.allocate(manifest)
         self._entries[manifest.version] = _Entry(allocation)
-        return allocation
-
-    def reserve(self, manifest: AdapterManifest) -> Allocation:
-        """As `try_reserve`. Raises NoRoomError."""
-        allocation = self.try_reserve(manifest)
-        if allocation is None:
-            raise self.no_room(manifest)
         return allocation
 
     def no_room(self, manifest: AdapterManifest) -> NoRoomError:

@@ -9,6 +9,7 @@ import numpy as np
 
 from lorafleet.kernels.segments import BASE_SLOT
 from lorafleet.workers.grammars import fill_masks
+from lorafleet.workers.memory.residency import AdapterLease
 from lorafleet.workers.sequence import PromptRows, ScheduledRows, Sequence
 from lorafleet.workers.step.forms import GraphForm, choose_form
 from lorafleet.workers.step.layout import Layout, chunk_bounds, most_chunks
@@ -92,6 +93,7 @@ class BatchBuilder:
         token_ids: list[int] = []
         for item in rows:
             token_ids += item.token_ids
+
         slots = np.array([_slot(seq) for seq in sequences], dtype=np.int32)
         row_slots = slots[row_sequence]
         special = [index for index, seq in enumerate(sequences) if seq.lease is not None and not seq.lease.is_plain]
@@ -99,43 +101,18 @@ class BatchBuilder:
             start = int(row_starts[index])
             num_base = min(sequences[index].num_base - int(starts[index]), int(lengths[index]))
             row_slots[start : start + max(0, num_base)] = BASE_SLOT
+        leases = [lease for index in special if (lease := sequences[index].lease) is not None and lease.has_extras]
+        # Layers that look for extras look at experts too: such batches are few.
+        skips_experts = self._has_experts and not leases and not any(map(_is_on_experts, sequences))
 
         prompts = [(index, prompt) for index, item in enumerate(rows) if (prompt := _prompt_rows(item)) is not None]
         prompt_rows = [row_starts[index] + np.arange(one.count) + one.start - starts[index] for index, one in prompts]
         num_each = np.array(num_sampled)
         sampled_rows = np.repeat(row_ends - np.cumsum(num_each), num_each) + np.arange(num_each.sum())
-        logits_rows = np.concatenate([*prompt_rows, sampled_rows])
-
-        leases = [lease for index in special if (lease := sequences[index].lease) is not None and lease.has_extras]
-        graph_forms = self._graph_forms
-        if leases:
-            # Layers that do not find all of it in tables are told on the host which rows have what, one after another.
-            graph_forms = self._extra_forms if all(lease.is_tabled for lease in leases) else ()
-
-        # Layers that look for extras look at experts too: such batches are few.
-        skips_experts = self._has_experts and not leases and not any(map(_is_on_experts, sequences))
-
-        ends_of_rows = row_ends.tolist()
-        pooled = tuple((end - item.num_pooled, end) for item, end in zip(rows, ends_of_rows, strict=True))
+        pooled = tuple((end - item.num_pooled, end) for item, end in zip(rows, row_ends.tolist(), strict=True))
         pooled = tuple((first, end) for first, end in pooled if first < end)
-        if pooled:
-            graph_forms = ()  # a graph gives logits only
 
-        extended = lengths > 1
-        if self._has_states and extended.any():
-            graph_forms = ()
-        keys = int((lengths[extended] * ends[extended]).sum())
-        form, max_chunks = None, None
-        num_pages = int(-(-ends.max() // self._page_tokens))
-        if len(logits_rows) <= self._pass_rows[1]:
-            form = choose_form(
-                graph_forms,
-                num_rows=len(positions),
-                num_prompts=int(np.count_nonzero(extended)),
-                num_keys=keys,
-                num_pages=num_pages,
-            )
-        tables = self._tables[lines, :num_pages]
+        tables = self._tables[lines, : int(-(-ends.max() // self._page_tokens))]
         layout = Layout(
             token_ids=np.array(token_ids),
             positions=positions,
@@ -145,18 +122,17 @@ class BatchBuilder:
             query_lengths=lengths,
             context_lengths=ends,
             tables=tables,
-            logits_rows=logits_rows,
+            logits_rows=np.concatenate([*prompt_rows, sampled_rows]),
             targets=np.array([token_id for _, one in prompts for token_id in one.targets], dtype=np.int64),
             state_slots=np.array([seq.state_slot for seq in sequences]),
         )
+        form = None if pooled else self._form_of(layout, leases)  # a graph gives logits only
+        max_chunks = None
         if form is not None:
             slots = row_slots if special else slots
             num_adapters = np.unique(slots[slots != BASE_SLOT]).size
-            length = form.chunk_length
-            needed = most_chunks(form.num_rows, num_adapters, length) if num_adapters else 0
-            bounds = chunk_bounds(form.num_rows, self._num_slots, length)
-            has_one_graph = leases or (self._has_experts and not skips_experts)
-            max_chunks = bounds[-1] if has_one_graph else next(n for n in bounds if n >= needed)
+            has_one_graph = bool(leases) or (self._has_experts and not skips_experts)
+            max_chunks = self._max_chunks(form, num_adapters, has_one_graph=has_one_graph)
             if skips_experts and num_adapters:
                 form = replace(form, skips_experts=True)
             layout = layout.in_form(form, row_sequence, self._null_page, self._pass_rows[1])
@@ -176,6 +152,31 @@ class BatchBuilder:
             ),
         )
         return BuiltStep(message, rows, tuple(one for _, one in prompts))
+
+    def _form_of(self, layout: Layout, leases: list[AdapterLease]) -> GraphForm | None:
+        """The graph that computes these rows; None if none does. leases: of adapters that have extras."""
+        if len(layout.logits_rows) > self._pass_rows[1]:
+            return None
+        graph_forms = self._graph_forms
+        if leases:
+            # Layers that do not find all of it in tables are told on the host which rows have what, one after another.
+            graph_forms = self._extra_forms if all(lease.is_tabled for lease in leases) else ()
+        extended = layout.query_lengths > 1
+        if self._has_states and extended.any():
+            return None
+        return choose_form(
+            graph_forms,
+            num_rows=len(layout.positions),
+            num_prompts=int(np.count_nonzero(extended)),
+            num_keys=int((layout.query_lengths[extended] * layout.context_lengths[extended]).sum()),
+            num_pages=layout.tables.shape[1],
+        )
+
+    def _max_chunks(self, form: GraphForm, num_adapters: int, *, has_one_graph: bool) -> int:
+        """The fewest chunks of a graph of this form that hold so many adapters; all, where there is one graph of it."""
+        bounds = chunk_bounds(form.num_rows, self._num_slots, form.chunk_length)
+        needed = most_chunks(form.num_rows, num_adapters, form.chunk_length) if num_adapters else 0
+        return bounds[-1] if has_one_graph else next(n for n in bounds if n >= needed)
 
     def _line(self, sequence: Sequence) -> int:
         """The sequence's line, its page table brought up to date."""

@@ -8,7 +8,7 @@ import torch
 
 from lorafleet.adapter_store.manifest import AdapterManifest
 from lorafleet.workers.errors import NoRoomError
-from lorafleet.workers.memory.adapter_pool import AdapterPool, UploadedAdapter
+from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation, UploadedAdapter
 from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.memory.residency import Residency
 from tests.workers.memory.geometries import TINY, groups_of, manifest_of, weights_of
@@ -32,8 +32,14 @@ def make(num_smalls: int, *, max_slots: int = 16) -> tuple[Residency, AdapterPoo
     return Residency(pool), pool
 
 
+def reserved(residency: Residency, manifest: AdapterManifest) -> Allocation:
+    allocation = residency.try_reserve(manifest)
+    assert allocation is not None
+    return allocation
+
+
 def upload(residency: Residency, pool: AdapterPool, manifest: AdapterManifest) -> UploadedAdapter:
-    return pool.upload(residency.reserve(manifest), weights_of(TINY, manifest))
+    return pool.upload(reserved(residency, manifest), weights_of(TINY, manifest))
 
 
 def load(residency: Residency, pool: AdapterPool, *manifests: AdapterManifest) -> None:
@@ -77,13 +83,11 @@ def test_nothing_is_evicted_in_vain() -> None:
     residency, pool = make(3)
     load(residency, pool, small("a"), small("b"), small("c"))
     leases = [residency.acquire("b"), residency.acquire("c")]
-    assert not residency.can_reserve(large("d"))
+    assert residency.victims(large("d")) is None
     assert residency.try_reserve(large("d")) is None
-    with pytest.raises(NoRoomError) as caught:
-        residency.reserve(large("d"))
     assert versions(residency) == ["a", "b", "c"]
     pages = pool.num_pages(small("a"))
-    error = caught.value
+    error = residency.no_room(large("d"))
     assert (error.code, error.needed, error.free, error.in_use, error.pinned) == ("no_room", 2 * pages, 0, 2 * pages, 0)
     assert f"needs {2 * pages} pages" in str(error)
     leases[0].release()
@@ -111,12 +115,12 @@ def test_what_is_in_use_stays(keep: str) -> None:
         undo = lambda: residency.unhold("a")  # noqa: E731
     load(residency, pool, small("b"), small("c"))
     assert versions(residency) == ["a", "c"]
-    assert not residency.can_reserve(large("d"))
+    assert residency.victims(large("d")) is None
     pages = pool.num_pages(small("a"))
     error = residency.no_room(large("d"))
     assert (error.in_use, error.pinned) == ((0, pages) if keep == "pin" else (pages, 0))
     undo()
-    assert residency.can_reserve(large("d"))
+    assert residency.victims(large("d")) is not None
 
 
 def test_slots_run_out_before_pages() -> None:
@@ -125,7 +129,7 @@ def test_slots_run_out_before_pages() -> None:
     lease = residency.acquire("b")
     assert residency.victims(small("c")) == ("a",)
     residency.pin("a")
-    assert not residency.can_reserve(small("c"))
+    assert residency.victims(small("c")) is None
     lease.release()
     assert residency.victims(small("c")) == ("b",)
 
@@ -194,7 +198,7 @@ def test_a_roll_out_holds_the_new_version_until_it_ends() -> None:
 
 def test_a_failed_load_leaves_nothing() -> None:
     residency, pool = make(2)
-    residency.reserve(small("a"))
+    reserved(residency, small("a"))
     lease = residency.acquire("a")
     with pytest.raises(AssertionError):
         residency.abandon("a")
@@ -230,7 +234,7 @@ def test_absent_versions() -> None:
     lease = residency.try_acquire("a")
     assert lease is not None
     with pytest.raises(AssertionError):
-        residency.reserve(small("a"))
+        reserved(residency, small("a"))
     lease.release()
 
 

@@ -18,7 +18,6 @@ from hypothesis.stateful import (
 )
 
 from lorafleet.adapter_store.manifest import AdapterWeights
-from lorafleet.workers.errors import NoRoomError
 from lorafleet.workers.memory.adapter_pool import AdapterPool, UploadedAdapter
 from lorafleet.workers.memory.page_plan import pack
 from lorafleet.workers.memory.pool_layout import PoolLayout
@@ -107,11 +106,10 @@ class ResidencyMachine(RuleBasedStateMachine):
         free_slots = self.pool.num_slots - len(self.model)
         unused = [v for v, entry in self.model.items() if not entry.stays and not entry.pinned]
         fits = self.has_room(free_pages + sum(PAGES[v] for v in unused), free_slots + len(unused), version)
-        assert self.residency.can_reserve(weights.manifest) == fits
+        assert (self.residency.victims(weights.manifest) is not None) == fits
         if not fits:
             before = self.residency.snapshot()
-            with pytest.raises(NoRoomError):
-                self.residency.reserve(weights.manifest)
+            assert self.residency.try_reserve(weights.manifest) is None
             assert self.residency.snapshot() == before
             return
         # The shortest run of least recently used ones, less those that the later ones make needless.
@@ -123,7 +121,8 @@ class ResidencyMachine(RuleBasedStateMachine):
             if self.has_room(free_pages + sum(PAGES[v] for v in rest), free_slots + len(rest), version):
                 gone = rest
         assert self.residency.victims(weights.manifest) == tuple(gone)
-        allocation = self.residency.reserve(weights.manifest)
+        allocation = self.residency.try_reserve(weights.manifest)
+        assert allocation is not None
         for victim in gone:
             del self.model[victim]
             self.evicted.add(victim)
