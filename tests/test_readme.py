@@ -25,13 +25,13 @@ SERVE = """
 import sys
 
 sys.path.insert(0, "examples/demo")
-import demo, ray
+import demo
 from service import ROOT, running_service
 
 with running_service(ROOT / "deploy/serve/local.yaml", port=None, keep_state=False) as service:
     with service.admin() as admin:
         demo.load_all(admin)
-    print("READY", service.url.rpartition(":")[2], ray.get_runtime_context().gcs_address, flush=True)
+    print("READY", service.url.rpartition(":")[2], service.ray_address, flush=True)
     sys.stdin.read()
 """
 """Like `make serve`, on a free port, until its standard input ends."""

@@ -274,11 +274,15 @@ class GenerateDelta(Struct, frozen=True, array_like=True, gc=False):
     index: int
     """Which of the request's `n` answers."""
     token_ids: tuple[int, ...]
+    """The tokens that were added; text of theirs may come with a later delta."""
     text: str
     """Text that is settled: withheld while it may be the start of a stop string or an unfinished character."""
     logprobs: tuple[TokenLogprobs, ...] | None
+    """One for each token, when asked for."""
     finish_reason: FinishReason | None
+    """Why the answer is over; None: it goes on."""
     num_prompt_tokens: int
+    """Tokens of the prompt, as the model got it."""
     num_cached_tokens: int
     """Prompt tokens whose KV came from the prefix cache."""
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
@@ -286,7 +290,9 @@ class GenerateDelta(Struct, frozen=True, array_like=True, gc=False):
     stop_reason: str | int | None = None
     """The stop string or stop token id that ended it."""
     worker_id: str = ""
+    """The worker that made it."""
     version: str | None = None
+    """The version of the adapter that made it; None: the base did."""
     embedding: bytes | None = None
     """Of the prompt, where `pooling` was asked for: little-endian float32."""
     waits_s: tuple[float, float] | None = None

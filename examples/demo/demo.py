@@ -234,7 +234,8 @@ The service runs at {service.url}; Ctrl-C stops it. From another terminal:
   curl {service.url}/admin/v1/workers{admin}
   curl -X PUT {service.url}/admin/v1/adapters/shout{admin} \\
     -H 'content-type: application/json' -d '{{"source": "demo", "key": "shout-v2"}}'
-  curl -X DELETE {service.url}/admin/v1/adapters/pirate{admin}
+  curl -X DELETE {service.url}/admin/v1/adapters/json{admin}
+  RAY_AUTH_MODE=token RAY_ADDRESS={service.ray_address} .venv/bin/python examples/handle.py
 """)
 
 

@@ -32,6 +32,8 @@ class Service:
 
     config: AppConfig
     url: str
+    ray_address: str
+    """Of the cluster, for callers by its handle."""
     start_s: float
 
     @property
@@ -92,7 +94,7 @@ def running_service(serve_yaml: Path, *, port: int | None, keep_state: bool) -> 
                     wait_for_applications_running=False,
                 )
                 _await_ready(url, progress)
-            yield Service(config, url, time.perf_counter() - start)
+            yield Service(config, url, ray.get_runtime_context().gcs_address, time.perf_counter() - start)
         finally:
             with Progress("stopping the service"):
                 ray.shutdown()  # and with it everything that runs on it
