@@ -295,17 +295,25 @@ class AppConfig(Settings):
 
     def resolved(self, base: Path) -> AppConfig:
         """The same with local paths made absolute, so that processes in other working directories find them."""
-        checkpoint = base / Path(self.model.source).expanduser()
+        checkpoint = base / _expanded(Path(self.model.source))
         model = self.model.model_copy(update={"source": str(checkpoint)}) if checkpoint.is_dir() else self.model
         sources = tuple(
-            source.model_copy(update={"root": base / source.root.expanduser()})
+            source.model_copy(update={"root": base / _expanded(source.root)})
             if isinstance(source, DirectoryConfig)
             else source
             for source in self.adapters.sources
         )
-        state_dir = base / self.state_dir.expanduser()
+        state_dir = base / _expanded(self.state_dir)
         adapters = self.adapters.model_copy(update={"sources": sources, "state_dir": state_dir})
         return self.model_copy(update={"model": model, "adapters": adapters})
+
+
+def _expanded(path: Path) -> Path:
+    """The path with `~` or `~user` at its beginning replaced. Raises ValueError for a user who is not there."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path} begins with a home that is not known: write the whole path") from error
 
 
 def read_serve_args(path: Path) -> dict[str, Any]:

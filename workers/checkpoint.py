@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.utils import import_utils
@@ -52,6 +53,8 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(model.source)
     except (OSError, ValueError) as error:
+        if model.source.startswith(("/", "~", ".")) and not Path(model.source).exists():
+            raise UnsupportedModel(f"model.source {model.source!r} is not there: give a folder or a hub id") from error
         raise UnsupportedModel(f"model.source {model.source!r} cannot be loaded by transformers: {error}") from error
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{config.model_type} is an encoder-decoder model; only decoder-only models are served")

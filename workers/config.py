@@ -93,7 +93,7 @@ class ModelConfig(Settings):
     )
     max_model_len: int | None = Field(
         default=None,
-        ge=1,
+        ge=2,
         description="Longest prompt plus answer, in tokens; default the model's own. Longrope and dynamic RoPE choose "
         "their frequencies by it, for all requests alike.",
     )

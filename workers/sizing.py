@@ -5,6 +5,7 @@ Sizes are of one device. The ranks of a worker take the least that any of them h
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,6 +90,12 @@ def memory_sizes(base: BaseModel, engine: EngineConfig, pool: PoolConfig) -> Mem
     else:
         kv_bytes = min(wanted_kv, CPU_KV_BYTES) if engine.kv_bytes == "auto" else engine.kv_bytes
         pool_bytes = min(wanted_pool, CPU_POOL_BYTES) if set_pool == "auto" else set_pool
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if kv_bytes + pool_bytes > there:
+            raise WorkerConfigError(
+                f"worker.kv_bytes ({kv_bytes / 2**30:.1f} GiB) and adapters.pool_bytes ({pool_bytes / 2**30:.1f} GiB) "
+                f"are more than this machine's memory of {there / 2**30:.1f} GiB: lower one of them"
+            )
     # A base of recurrent layers alone keeps nothing on its pages.
     num_kv_pages = kv_bytes // page_bytes if page_bytes else pages_per_sequence * engine.max_running + 1
     where = "" if engine.tensor_parallel_size == 1 else f" on each of {engine.tensor_parallel_size} devices"

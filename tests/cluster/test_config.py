@@ -165,6 +165,12 @@ def test_local_paths_become_absolute_and_hub_ids_stay(tmp_path: Path) -> None:
     assert hub.model.source == "org/model"
 
 
+def test_a_home_that_is_not_known_is_named(tmp_path: Path) -> None:
+    config = AppConfig.model_validate(contract(model={"id": "m", "source": "~nobody-here/base"}))
+    with pytest.raises(ValueError, match="~nobody-here/base begins with a home that is not known"):
+        config.resolved(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("worker", "device"),
     [

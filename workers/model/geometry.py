@@ -39,10 +39,7 @@ def resolve_device(device: str) -> torch.device:
     """`auto` takes a GPU if there is one, `cuda` the first. Raises WorkerConfigError for a device that is not here."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise WorkerConfigError(f"worker.device must be auto, cpu, cuda or cuda:N; got {device!r}") from error
+    resolved = torch.device(device)
     num_gpus = torch.cuda.device_count() if resolved.type == "cuda" else 0
     if resolved.type != "cpu" and (resolved.index or 0) >= num_gpus:
         raise WorkerConfigError(f"worker.device: there is no {device!r} here; {num_gpus} GPUs can be seen")
