@@ -10,7 +10,7 @@ from ray.serve.schema import ApplicationStatus
 
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.worker.spare_keeper import READY
-from tests.chaos.processes import processes
+from tests.chaos.processes import orphans, processes
 from tests.cluster.live.service import APP, LiveService, spares
 from tests.support.wait import eventually
 
@@ -37,6 +37,8 @@ def is_whole(service: LiveService, gone: frozenset[int] = frozenset()) -> bool:
             return False
         if any(len(found.get(kind, ())) != states[name]["RUNNING"] for kind, name in DEPLOYMENTS.items()):
             return False  # Serve may not have noticed yet
+        if not found.get("Serve's controller") or not (found.get("proxy") or found.get("HAProxy")):
+            return False
         return (
             service.http.get("/readyz").status_code == 200
             and service.http.get("/admin/v1/adapters").status_code == 200
@@ -64,10 +66,16 @@ def await_spares(service: LiveService) -> None:
 
 
 def leftovers(service: LiveService) -> list[str]:
-    """Workers that do not let go of requests though no client asks anything."""
+    """What is not let go of though no client asks anything: requests, leases, pages, and processes without a parent."""
     deadline_s = time.monotonic() + TIDY_S
     while True:
-        left = [worker for worker in service.workers() if worker["running"] or worker["waiting"] or worker["leases"]]
+        busy = [
+            f"worker {worker['worker_id']} has {worker['running']} running, {worker['waiting']} waiting, "
+            f"{worker['leases']} leases, {worker['kv_pages']['used']} pages"
+            for worker in service.workers()
+            if worker["running"] or worker["waiting"] or worker["leases"] or worker["kv_pages"]["used"]
+        ]
+        left = busy + [f"process {pid} is left over: {title}" for pid, title in orphans().items()]
         if not left or time.monotonic() > deadline_s:
-            return [f"worker {w['worker_id']} has {w['running']} running, {w['leases']} leases" for w in left]
+            return left
         time.sleep(0.2)

@@ -172,18 +172,21 @@ def _refusal(status: int, text: str) -> tuple[str, str]:
         return "plain", f"{status} {text[:80]!r}"
 
 
-async def _answers(url: str, questions: list[Question]) -> dict[Question, tuple[int, ...]]:
-    answers: dict[Question, tuple[int, ...]] = {}
+async def _answers(url: str, questions: list[Question], *, at_once: int) -> Oracle:
+    room = asyncio.Semaphore(at_once)
     async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=120)) as session:
-        for question in questions:
-            outcome = await ask(session, question, is_streamed=True, expected=None)
+
+        async def answer(question: Question) -> tuple[int, ...]:
+            async with room:
+                outcome = await ask(session, question, is_streamed=True, expected=None)
             assert outcome.kind == "whole", f"the undisturbed service answered {outcome}"
-            answers[question] = tuple(json.loads(outcome.detail))
-    return answers
+            return tuple(json.loads(outcome.detail))
+
+        return dict(zip(questions, await asyncio.gather(*map(answer, questions)), strict=True))
 
 
 def oracle_of(url: str, questions: list[Question]) -> Oracle:
-    """Ask each question twice, one after the other, with nothing else under way; the answers must agree."""
-    oracle = asyncio.run(_answers(url, questions))
-    assert oracle == asyncio.run(_answers(url, questions)), "the undisturbed service contradicts itself"
+    """Ask each question with nothing else under way, and then all of them at once; the answers must agree."""
+    oracle = asyncio.run(_answers(url, questions, at_once=1))
+    assert oracle == asyncio.run(_answers(url, questions, at_once=len(questions))), "the service contradicts itself"
     return oracle

@@ -28,18 +28,21 @@ class Nodes:
 
     def __init__(self) -> None:
         self._cluster = Cluster(initialize_head=True, head_node_args=self._arguments(2 * WORKER_CPUS))
-        self._node = self._add()
-        self._leaving: Any = None
+        self._node = self._next = self._add()
 
     @property
     def address(self) -> str:
         """Where Ray is joined."""
         return str(self._cluster.address)
 
+    def prepare(self, service: LiveService) -> None:
+        """Have another node ready."""
+        self._next = self._add()
+
     def kill(self, service: LiveService) -> frozenset[int]:
-        """Another node comes, and all processes of this one are killed. Returns the ids of replicas on it."""
+        """Kill all processes of the node. Returns the ids of replicas on it."""
         gone = self._replicas(self._node)
-        old, self._node = self._node, self._add()
+        old, self._node = self._node, self._next
         for info in old.all_processes.values():
             for each in info:
                 psutil.Process(each.process.pid).kill()
@@ -47,18 +50,14 @@ class Nodes:
         return gone
 
     def drain(self, service: LiveService) -> frozenset[int]:
-        """Another node comes, and this one is drained, as by an autoscaler. Returns the ids of replicas on it."""
+        """Drain the node, as an autoscaler does; it ends itself once it is empty. Returns the ids of replicas on it."""
         gone = self._replicas(self._node)
-        self._leaving, self._node = self._node, self._add()
+        old, self._node = self._node, self._next
         options = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "it leaves"]
-        options += ["--deadline-remaining-seconds", str(DRAIN_S), "--node-id", self._leaving.node_id]
+        options += ["--deadline-remaining-seconds", str(DRAIN_S), "--node-id", old.node_id]
         command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self.address, *options]
         subprocess.run(command, check=True, capture_output=True)
         return gone
-
-    def end_drained(self, service: LiveService) -> None:
-        """Stop the node that has been drained."""
-        self._cluster.remove_node(self._leaving)
 
     def close(self) -> None:
         """Stop all nodes."""
@@ -103,6 +102,6 @@ def ray_nodes(**environment: str) -> Iterator[Nodes]:
 def node_faults(nodes: Nodes) -> tuple[Fault, ...]:
     """The faults of a node that leaves."""
     return (
-        Fault("a node is killed", nodes.kill),
-        Fault("a node is drained", nodes.drain, nodes.end_drained, is_harmless=True),
+        Fault("a node is killed", nodes.kill, prepare=nodes.prepare),
+        Fault("a node is drained", nodes.drain, prepare=nodes.prepare, is_harmless=True),
     )

@@ -208,9 +208,9 @@ def args_for(root: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def live_service(root: Path, args: dict[str, Any]) -> Iterator[LiveService]:
+def live_service(root: Path, args: dict[str, Any], port: int | None = None) -> Iterator[LiveService]:
     """Deploy on the running Ray cluster, and take it down afterwards. Of several nodes, the first one has a proxy."""
-    port = free_port()
+    port = port or free_port()
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     service = LiveService(f"http://127.0.0.1:{port}", root, args)
     try:
