@@ -110,7 +110,7 @@ class ModelConfig(Settings):
     )
 
 
-DEVICE_PATTERN = r"^(auto|cpu|cuda(:\d+)?)$"
+DEVICE_PATTERN = r"^(auto|cpu|cuda(:\d{1,3})?)$"
 
 
 class SpeculationConfig(Settings):

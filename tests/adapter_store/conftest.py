@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorafleet.adapter_store.base_weights import CheckpointWeights
 from lorafleet.adapter_store.manifest import BaseGeometry, Dtype, ModuleShape
+from lorafleet.adapter_store.names import NameRecord
 from lorafleet.adapter_store.peft_format import AdapterReader
 from lorafleet.adapter_store.service import AdapterStore
 from lorafleet.adapter_store.source_config import DirectoryConfig
@@ -112,6 +113,10 @@ class AdapterCopy:
         save_file(tensors, path)
 
 
+CopyOf = Callable[..., AdapterCopy]
+OpenStore = Callable[..., AdapterStore]
+
+
 @pytest.fixture
 def copy_of(adapter_of: Callable[..., Path], tmp_path: Path) -> Callable[..., AdapterCopy]:
     """`copy_of("rank4_qv", "name")`: below `tmp_path / "adapters"`, the root of `store`'s source."""
@@ -164,3 +169,10 @@ def store(open_store: Callable[..., AdapterStore]) -> AdapterStore:
 def staged_files(tmp_path: Path) -> list[Path]:
     """What lies in the staging folders of all bases."""
     return [path for staging in (tmp_path / "state").glob("*/staging") for path in staging.iterdir()]
+
+
+async def load(store: AdapterStore, name: str, key: str | None = None, **options: Any) -> str:
+    """Publish and flip, as a PUT does. Returns the version."""
+    manifest = await store.publish("disk", key or name)
+    given = {"source": "disk", "key": key or name, "pinned": False, "warm": 1, "origin": "admin", **options}
+    return (await store.flip(NameRecord(name, manifest.version, **given))).version
