@@ -2,9 +2,9 @@
 
     python benchmarks/attention.py --out benchmarks/results/attention.jsonl
 
-Llama-3.1-8B heads in bf16, CUDA-graph replays. torch has its keys and values contiguous, one length for all, without
-pages. Floors use ceilings measured in the same run. Every case is checked against float64 before it is timed. Writes a
-line of JSON a case, and a plot beside them.
+Llama-3.1-8B heads in bf16, CUDA-graph replays. cuDNN has the same pages, if its package is installed; it takes prompts
+only. torch has its keys and values contiguous, one length for all, without pages. Floors use ceilings measured in the
+same run. Every case is checked against float64 before it is timed. Writes a line of JSON a case, and a plot.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorafleet.kernels.attention import DecodeWorkspace, decode, extend
+from lorafleet.kernels.attention_cudnn import find
+from lorafleet.kernels.scores import Scores
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 16
 DTYPE = torch.bfloat16
@@ -76,6 +78,9 @@ def cases() -> list[Case]:
     ]
     chunks = [
         Case("extend_2048_of_16384", (2048,), (16384,)),
+        Case("extend_8192_of_32768", (8192,), (32768,)),
+        Case("extend_8192_of_131072", (8192,), (131072,)),
+        Case("extend_uneven", (37, 511, 1500, 2000, 4144), (937, 511, 3500, 2000, 12000)),
         Case("extend_20x100_after_700", (100,) * 20, (800,) * 20),
     ]
     return even + uneven + prefill + chunks
@@ -137,6 +142,18 @@ def ours(case: Case, inputs: Inputs) -> Callable[[], None]:
         )
 
     return run_decode if case.is_decode else run_extend
+
+
+def cudnns(case: Case, inputs: Inputs) -> Callable[[], object] | None:
+    """The same by cuDNN, if it is installed and the case is prompts."""
+    found = find(max_pages=inputs.tables.shape[1], page_tokens=PAGE_TOKENS, device=torch.device("cuda"))
+    if case.is_decode or found is None:
+        return None
+    prompts = found.prompts(inputs.indptr, inputs.lengths, inputs.tables, case.rows, case.lengths)
+    if prompts is None:
+        return None
+    scores = Scores(SCALING)
+    return lambda: found.extend(inputs.query, inputs.keys, inputs.values, prompts, inputs.out, scores)
 
 
 def torchs(case: Case, inputs: Inputs) -> Callable[[], Any] | None:
@@ -229,9 +246,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
     places = range(len(results))
-    axes.bar([x - 0.2 for x in places], [r["p50_us"] / r["floor_us"] for r in results], 0.4, label="lorafleet, paged")
-    torchs_times = [(r["torch_us"] or 0.0) / r["floor_us"] for r in results]
-    axes.bar([x + 0.2 for x in places], torchs_times, 0.4, label="torch, contiguous")
+    bars_of = {"p50_us": "Triton, pages", "cudnn_us": "cuDNN, pages", "torch_us": "torch, contiguous"}
+    for number, (name, label) in enumerate(bars_of.items()):
+        times = [(result[name] or 0.0) / result["floor_us"] for result in results]
+        axes.bar([x + 0.27 * (number - 1) for x in places], times, 0.27, label=label)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_yscale("log")
     axes.set_ylabel("time over the floor")
@@ -261,6 +279,13 @@ def main() -> None:
         p20, p50, p80 = time_us(run)
         floor_us = max(case.num_bytes / bytes_s, case.num_flops / flops_s) * 1e6
         torch_us = time_us(torch_run)[1] if torch_run else None
+        cudnn_run = cudnns(case, inputs)
+        cudnn_us = None
+        if cudnn_run is not None:
+            inputs.out.fill_(float("nan"))
+            cudnn_run()
+            error = max(error, check(case, inputs))
+            cudnn_us = time_us(cudnn_run)[1]
         results.append(
             {
                 "case": case.name,
@@ -269,6 +294,7 @@ def main() -> None:
                 "p80_us": round(p80, 2),
                 "floor_us": round(floor_us, 2),
                 "torch_us": round(torch_us, 2) if torch_us else None,
+                "cudnn_us": round(cudnn_us, 2) if cudnn_us else None,
                 "error": error,
                 "bytes": case.num_bytes,
                 "flops": case.num_flops,
@@ -277,8 +303,10 @@ def main() -> None:
                 **versions(),
             }
         )
-        of_torch = f", torch {torch_us:.1f}" if torch_us else ""
-        print(f"{case.name:28} {p50:9.1f} us, {p50 / floor_us:5.2f} floors{of_torch}", flush=True)
+        others = "".join(
+            f", {name} {time:.1f}" for name, time in (("cuDNN", cudnn_us), ("torch", torch_us)) if time is not None
+        )
+        print(f"{case.name:28} {p50:9.1f} us, {p50 / floor_us:5.2f} floors{others}", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text("".join(json.dumps(result) + "\n" for result in results))
     plot(results, options.out.with_suffix(".png"))

@@ -38,6 +38,8 @@ class Work:
     many_runs: tuple[tuple[float, int], ...] = ((60.0, 1024), (40.0, 600))
     """Requests a second, and how many: the one is nearly all that a GPU can do, the other leaves it room."""
     many_output: int = 64
+    long: tuple[tuple[int, int], ...] = ((32, 8192), (4, 32768))
+    """Requests of long prompts, and their tokens."""
     shared: int = 700
     own: int = 100
     answers: int = 200
@@ -60,6 +62,7 @@ TINY = Work(
     many_adapters=12,
     many_runs=((60.0, 20), (40.0, 15)),
     many_output=4,
+    long=((4, 200), (2, 300)),
     shared=40,
     own=10,
     answers=5,
@@ -205,6 +208,18 @@ def decode_lora64(lab: Lab) -> Named:
     yield from _decode(lab, "decode_lora64", "lora", "a{}-r16")
 
 
+def prefill_base(lab: Lab) -> Named:
+    """Steps of prompts alone: with `--profile`, where the time of a full one goes."""
+    yield "prefill_base", lab.engine("lora").run(lab.prompts, [None] * lab.work.requests, 1)
+
+
+def prefill_lora64(lab: Lab) -> Named:
+    versions = [f"a{i % lab.work.adapters}-r16" for i in range(lab.work.requests)]
+    engine = lab.engine("lora")
+    engine.run([prompt[:16] for prompt in lab.prompts], versions, 1)
+    yield "prefill_lora64", engine.run(lab.prompts, versions, 1)
+
+
 def decode_no_lora(lab: Lab) -> Named:
     yield from _decode(lab, "decode_no_lora", "no_lora", None)
 
@@ -328,6 +343,31 @@ def gsm8k(lab: Lab) -> Named:
                 yield "gsm8k", figures
 
 
+def long(lab: Lab) -> Named:
+    """Requests of long prompts, for the base and for adapters in turn."""
+    work = lab.work
+    num_tokens = max(count * (prompt + work.output + 32) for count, prompt in work.long)
+    max_model_len = max(prompt for _, prompt in work.long) + work.output
+    base = write_base(lab.folder / "long", lab.geometry, max_model_len)
+    config = lab.config(prefix_cache=False, kv_bytes=kv_bytes(lab.geometry, num_tokens + 2 * max_model_len))
+    adapters = RandomAdapters(base)
+    most = max(count for count, _ in work.long)
+    pool = PoolConfig(max_rank=RANK, max_slots=64, pool_bytes=int(PAGE_ROUND * most * adapters.num_bytes(RANK)))
+    with running_engine(base, adapters, config, pool, max_model_len=max_model_len) as engine:
+        for count, length in work.long:
+            prompts = [lab.tokens(length) for _ in range(count)]
+            names: dict[str, list[str | None]] = {"base": [None] * count, "lora": [f"a{i}-r16" for i in range(count)]}
+            for versions in names.values():
+                engine.run(prompts[:1], versions[:1], 2)
+                engine.run([prompt[:32] for prompt in prompts], versions, 2)
+            for _ in range(lab.repeats):
+                for name, versions in names.items():
+                    first_s = engine.run(prompts, versions, 1)["seconds"]
+                    figures = engine.run(prompts, versions, work.output)
+                    own = {"prompt": length, "prompt_tokens_per_s": count * length / first_s}
+                    yield f"long_{name}", {**figures, **own}
+
+
 ENDLESS = {
     "type": "array",
     "minItems": 500,
@@ -421,6 +461,8 @@ PROCESSES: dict[str, tuple[str, tuple[Case, ...]]] = {
             decode_lora64,
             stream_base,
             stream_one,
+            prefill_base,
+            prefill_lora64,
             cold,
             hot,
             no_lora,
@@ -430,6 +472,7 @@ PROCESSES: dict[str, tuple[str, tuple[Case, ...]]] = {
     "fp8": ("llama-8b", (fp8_start, fp8_base, fp8_lora64, fp8_decode_base, fp8_decode_lora64, fp8_stream_base)),
     "small": ("qwen-0.5b", (small_base, small_lora64)),
     "gsm8k": ("llama-7b", (gsm8k,)),
+    "long": ("llama-8b", (long,)),
     "zipf_pool64": ("llama-8b", (zipf_pool64,)),
     "zipf_resident": ("llama-8b", (zipf_resident,)),
     "structured": ("llama-8b", (structured,)),

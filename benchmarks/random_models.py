@@ -152,14 +152,14 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def write_base(folder: Path, geometry: str) -> Path:
+def write_base(folder: Path, geometry: str, max_model_len: int = MAX_MODEL_LEN) -> Path:
     """A folder with the configuration of a base; its weights are made up when it is loaded with `load: dummy`."""
     fields = {"model_type": "llama", "tie_word_embeddings": False, "rms_norm_eps": 1e-5, **GEOMETRIES[geometry]}
     kind = fields.pop("model_type")
     config = transformers.AutoConfig.for_model(
         kind,
         **fields,
-        max_position_embeddings=MAX_MODEL_LEN,
+        max_position_embeddings=max_model_len,
         architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]],
         dtype="bfloat16",
     )

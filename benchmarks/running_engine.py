@@ -140,6 +140,7 @@ def running_engine(
     load: Literal["weights", "dummy"] = "dummy",
     quantization: Literal["none", "fp8"] = "none",
     inbox: Inbox | None = None,
+    max_model_len: int = MAX_MODEL_LEN,
 ) -> Iterator[RunningEngine]:
     """Start one, and end it. `inbox`: another than its own."""
     inbox = inbox or Inbox()
@@ -148,7 +149,7 @@ def running_engine(
         source=str(base),
         dtype="bfloat16",
         load=load,
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         quantization=quantization,
     )
     parts = assemble(worker_id="bench", model=model, engine=engine, pool=pool, fetch=adapters.fetch, deliver=inbox.take)

@@ -27,7 +27,7 @@ PARTS = {
     "expand": r"_expand_kernel",
     "embedding look-up": r"_lookup_kernel",
     "products of the base, head included": r"nvjet|splitKreduce",
-    "attention over pages": r"decode_kernel|extend_kernel",
+    "attention over pages": r"decode_kernel|extend_kernel|sdpa|qkv_tma_setup",
     "norms with residual, SiLU, rotary with the write to pages": r"_rms_norm|_silu_mul|_gated|_rotate_and_store",
     "sampling, inputs and what torch does beside": r".",
 }
@@ -139,6 +139,31 @@ def step_rows() -> Rows:
     for part in PARTS:
         yield part, *(f"{step[part]:.2f}" if step.get(part) else "" for step in steps)
     yield "together", *(f"{sum(step.values()):.2f}" for step in steps)
+
+
+def prefill_rows() -> Rows:
+    """Device milliseconds of each part of a step of 8,192 rows of 16 prompts, without adapters and with 64."""
+    steps = [_profiled(RESULTS / f"profile-prefill_{case}.txt") for case in ("base", "lora64")]
+    for part in PARTS:
+        yield part, *(f"{step[part]:.1f}" if step[part] >= 0.05 else "" for step in steps)
+    yield "together", *(f"{sum(step.values()):.1f}" for step in steps)
+
+
+def attention_rows() -> Rows:
+    """Microseconds of a layer's attention to prompts."""
+    for line in read(RESULTS / "attention.jsonl"):
+        if line["cudnn_us"] is not None:
+            times = [line[name] for name in ("floor_us", "p50_us", "cudnn_us")]
+            yield line["case"].replace("_", " "), *(number(time) for time in times), f"{times[1] / times[2]:.2f}"
+
+
+def long_rows() -> Rows:
+    """Speed of long prompts."""
+    for case, lines in latest(RESULTS / "long.jsonl").items():
+        for line in lines:
+            who = "base" if case == "long_base" else "an adapter each"
+            speeds = (f"{line[name]:,.0f}" for name in ("prompt_tokens_per_s", "output_tokens_per_s"))
+            yield f"{line['prompt']:,.0f} tokens, {who}", *speeds
 
 
 def _step_floors() -> dict[str, float]:

@@ -96,6 +96,11 @@ def compiled_ahead(num_threads: int) -> Iterator[None]:
             _seen.reset(token)
 
 
+def computes() -> bool:
+    """Return False within `compiled_ahead`."""
+    return _seen.get() is None
+
+
 def _compile(kernel: Any, grid: tuple[int, ...], seen: set[Hashable], *arguments: object, **options: object) -> None:
     # Layers of a model launch alike, and Triton would look each launch up anew while its kernel is not ready.
     key = (kernel, tuple(map(_kind, arguments)), tuple(sorted(options.items())))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lorafleet.kernels import attention_cudnn
 from lorafleet.kernels.attention import DecodeWorkspace, decode, extend
+from lorafleet.kernels.attention_cudnn import PromptAttention
+from lorafleet.kernels.scores import Scores
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -391,3 +396,65 @@ def test_extend_of_long_chunks_matches_float64(shape: tuple[int, int, int, int])
         for index, (start, count) in enumerate(zip(starts.tolist(), rows, strict=False)):
             mine = slice(start, start + count)
             assert_near(out[mine], attend(query[mine], cache.tokens[index], 0.1, window))
+
+
+def cudnn_for(cache: Cache) -> PromptAttention:
+    page_tokens = cache.keys.shape[2]
+    found = attention_cudnn.find(max_pages=cache.tables.shape[1] + 5, page_tokens=page_tokens, device=DEVICE)
+    if found is None:
+        pytest.skip("cuDNN's package is not installed")
+    return found
+
+
+CUDNN_SHAPES = {**{name: SHAPES[name] for name in ("llama", "grouped7", "dim96", "dim256")}, "wide": (32, 8, 128, 16)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("shape", CUDNN_SHAPES)
+@pytest.mark.gpu
+def test_cudnn_matches_float64(shape: str, window: int | None, dtype: torch.dtype) -> None:
+    """Chunks of several lengths behind contexts, in two steps. As in a worker, the rest of a sequence's last page is
+    finite; other pages are not, and tables' tails lead nowhere.
+    """
+    steps = [([5, 100, 33, 300, 77], [5, 2130, 33, 3340, 3577]), ([129, 200], [129, 1800])]
+    caches = [make_cache(lengths, CUDNN_SHAPES[shape], dtype) for _, lengths in steps]
+    cudnn = cudnn_for(max(caches, key=lambda cache: cache.tables.shape[1]))
+    for (rows, lengths), cache in zip(steps, caches, strict=True):
+        own = cache.tables[cache.tables < len(cache.keys)].long()
+        keys, values = (each.index_copy(0, own, each[own].nan_to_num(3.0)) for each in (cache.keys, cache.values))
+        query = random_query(3 + sum(rows), CUDNN_SHAPES[shape], dtype)
+        starts = torch.tensor([3, *rows]).cumsum(0)
+        prompts = cudnn.prompts(starts.to(torch.int32).to(DEVICE), cache.lengths, cache.tables, rows, lengths)
+        assert prompts is not None
+        out = poisoned(query)
+        assert cudnn.extend(query, keys, values, prompts, out, Scores(0.2, window))
+        assert out[:3].isnan().all()
+        for index, (start, count) in enumerate(zip(starts.tolist(), rows, strict=False)):
+            mine = slice(start, start + count)
+            assert_near(out[mine], attend(query[mine], cache.tokens[index], 0.2, window))
+
+
+def test_steps_as_cudnn_reads_them() -> None:
+    """Lines and rows are rounded up; what lies behind a step's own is empty, whatever the step before left."""
+    cudnn: Any = SimpleNamespace(create_handle=object)
+    attention = PromptAttention(cudnn, max_pages=300, page_tokens=4, device=torch.device("cpu"))
+    for rows, padded in (([300, 200, 400], (4, 512)), ([100], (1, 128)), ([130, 500], (2, 512)), ([130] * 5, (8, 256))):
+        starts = torch.tensor([7, *rows]).cumsum(0).to(torch.int32)
+        lengths = torch.tensor([count + 700 for count in rows], dtype=torch.int32)
+        tables = torch.arange(400 * len(rows), dtype=torch.int32).view(-1, 400)
+        prompts = attention.prompts(starts, lengths, tables, rows, lengths.tolist())
+        assert prompts is not None
+        assert (prompts.num_lines, prompts.max_rows) == padded
+        empty = [0] * (padded[0] - len(rows))
+        assert prompts.num_rows.tolist() == rows + empty
+        assert prompts.context_lengths.tolist() == lengths.tolist() + empty
+        assert prompts.starts.tolist() == starts.tolist() + [7 + sum(rows)] * len(empty)
+        for table, found, length in zip(tables, prompts.tables, lengths, strict=False):
+            num_pages = -(-int(length) // 4)
+            assert torch.equal(found[:num_pages], table[:num_pages])
+            assert (found[num_pages:] == table[0]).all(), "where cuDNN may look, but not for this line's tokens"
+    many = [1] * 60 + [4000]
+    starts = torch.tensor([0, *many]).cumsum(0).to(torch.int32)
+    lengths = torch.tensor(many, dtype=torch.int32)
+    assert attention.prompts(starts, lengths, torch.zeros(61, 2, dtype=torch.int32), many, many) is None, "padding"

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from lorafleet.kernels import fused
 from lorafleet.kernels.kv_place import KVPlace
+from lorafleet.kernels.launching import computes
 from lorafleet.kernels.scores import Scores
 from lorafleet.workers.errors import UnsupportedModel
 from lorafleet.workers.memory.kv_cache import KVCache
@@ -27,6 +28,7 @@ from lorafleet.workers.step.batch import AttentionBatch
 
 if TYPE_CHECKING:
     from lorafleet.kernels.attention import DecodeWorkspace
+    from lorafleet.kernels.attention_cudnn import PromptAttention, Prompts
 
 IMPLEMENTATION = "lorafleet_paged"
 MASKED = "lorafleet_paged_masked"
@@ -50,10 +52,40 @@ class AttentionContext:
     calls: Mapping[int, AttentionCall]
     """How each layer calls attention. Its window counts, whatever the layer itself says in a call."""
     batch: AttentionBatch | None = None
+    prompts: Prompts | None = None
+    """Of the batch, where `prompt_attention` attends to its prompts."""
+    prompt_attention: PromptAttention | None = None
+    """None where there is no cuDNN for it."""
     workspaces: Mapping[int, DecodeWorkspace] = field(default_factory=dict)
     """Of each layer, on CUDA; layers of one shape share theirs, since a stream runs them in turn."""
     latents: dict[int, Callable[[Tensor, Tensor, Tensor, Scores], Tensor]] = field(default_factory=dict)
     """Of each layer whose pages keep latents, what attends to them; called as `LatentAttention` is."""
+
+    def begin(self, batch: AttentionBatch) -> None:
+        """A forward pass of this batch begins."""
+        self.batch, self.prompts = batch, None
+        # A graph serves prompts of any length in one launch, for which cuDNN has no plan.
+        if self.prompt_attention is None or not computes() or torch.cuda.is_current_stream_capturing():
+            return
+        first = batch.num_decodes
+        if first < len(batch.query_lengths):
+            self.prompts = self.prompt_attention.prompts(
+                batch.query_indptr[first:],
+                batch.context_lengths[first:],
+                batch.block_tables[first:],
+                batch.query_lengths[first:],
+                batch.host_context_lengths[first:],
+            )
+
+    def extends(self, query: Tensor, keys: Tensor, values: Tensor, out: Tensor, scores: Scores) -> bool:
+        """Attend to the batch's prompts by cuDNN. Return False, and do nothing, where that is another's part."""
+        if self.prompts is None or self.prompt_attention is None:
+            return False
+        return self.prompt_attention.extend(query, keys, values, self.prompts, out, scores)
+
+    def end(self) -> None:
+        """It is over."""
+        self.batch = self.prompts = None
 
     def place(self, layer: int) -> KVPlace:
         """Place in `layer`'s cache of the running pass's keys and values."""
@@ -82,7 +114,14 @@ def install(model: PreTrainedModel, context: AttentionContext, max_model_len: in
         if isinstance(getattr(module, "layer_idx", None), int):
             module.__dict__["attention_context"] = context
     if context.calls and context.cache.keys[0].is_cuda:
-        context.workspaces = _workspaces(context.calls, context.cache.keys[0].device)
+        from lorafleet.kernels import attention_cudnn
+
+        cache = context.cache
+        device, max_pages = cache.keys[0].device, cache.pages_for(max_model_len + 1)
+        context.workspaces = _workspaces(context.calls, device)
+        context.prompt_attention = attention_cudnn.find(
+            max_pages=max_pages, page_tokens=cache.page_tokens, device=device
+        )
 
 
 def _no_mask(*, device: torch.device, **_: object) -> Tensor:
@@ -171,7 +210,7 @@ def attend(query: Tensor, context: AttentionContext, layer: int, scores: Scores)
     keys, values = context.pages(layer)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if query.is_cuda:
-        _attend_cuda(query, keys, values, batch, context.workspaces[layer], scores, out)
+        _attend_cuda(query, keys, values, context, layer, scores, out)
     else:
         _decode(query, keys, values, batch, scores, out)
         _prefill(query, keys, values, batch, scores, out)
@@ -182,13 +221,15 @@ def _attend_cuda(
     query: Tensor,
     keys: Pages,
     values: Pages,
-    batch: AttentionBatch,
-    workspace: DecodeWorkspace,
+    context: AttentionContext,
+    layer: int,
     scores: Scores,
     out: Tensor,
 ) -> None:
     from lorafleet.kernels import attention as kernels
 
+    batch = context.batch
+    assert batch is not None
     num, lengths, tables = batch.num_decodes, batch.context_lengths, batch.block_tables
     how: dict[str, Any] = {
         "scaling": scores.scaling,
@@ -201,9 +242,9 @@ def _attend_cuda(
     }
     paged = keys.values, values.values
     if num:
-        kernels.decode(query[:num], *paged, tables[:num], lengths[:num], out[:num], workspace, **how)
-    if num < lengths.shape[0]:
-        # After the decodes, since a graph's empty lines write zeros where rows of prompts may be.
+        kernels.decode(query[:num], *paged, tables[:num], lengths[:num], out[:num], context.workspaces[layer], **how)
+    # After the decodes, since a graph's empty lines write zeros where rows of prompts may be.
+    if num < lengths.shape[0] and not context.extends(query, *paged, out, scores):
         kernels.extend(query, *paged, tables[num:], lengths[num:], batch.query_indptr[num:], out, **how)
 
 

@@ -132,6 +132,11 @@ class ModelRunner:
         finally:
             self.cache = self._attention.cache = own
 
+    def compile_prompts(self, max_rows: int) -> None:
+        """Compile what attends to prompts, for steps of up to `max_rows` rows. One of each kind must have run."""
+        if self._attention.prompt_attention is not None:
+            self._attention.prompt_attention.compile_others(max_rows, self.cache.keys[0].shape[0])
+
     @torch.inference_mode()
     def logits(self, message: StepMessage) -> list[torch.Tensor]:
         """(rows, vocab) logits of each pass of a step, computed at once and without a graph."""
@@ -227,7 +232,7 @@ class ModelRunner:
     @contextmanager
     def step(self, inputs: StepInputs) -> Iterator[None]:
         """All layers read these inputs, and what lies below the head is computed once."""
-        self._attention.batch = inputs.attention
+        self._attention.begin(inputs.attention)
         self._recurrent.begin(inputs)
         self._lora.segments = _if_lora(inputs.segments)
         self._lora.has_extras = inputs.has_extras
@@ -236,7 +241,8 @@ class ModelRunner:
             with self.body.once():
                 yield
         finally:
-            self._attention.batch = self._recurrent.pieces = None
+            self._attention.end()
+            self._recurrent.pieces = None
             self._lora.segments = self._lora.logits_segments = None
 
     def logits_of(self, inputs: StepInputs, logits_pass: LogitsPass) -> torch.Tensor:

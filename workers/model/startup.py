@@ -186,6 +186,7 @@ def _warm_up(runner: ModelRunner, max_batch_tokens: int) -> None:
             max_pass_rows=max_pass_rows,
         )
         _compute_blank(runner, batch, max_batch_tokens)
+    runner.compile_prompts(max_batch_tokens)
     runner.pool.warm_up()
     runner.startup_s["warm up"] = time.monotonic() - started_s
     logger.info("warmed up with prompts of %s tokens, %.1f s", sizes, runner.startup_s["warm up"])
