@@ -274,7 +274,8 @@ def find(*, max_pages: int, page_tokens: int, device: torch.device) -> PromptAtt
     cudnn = _cudnn()
     if cudnn is None:
         return None
-    return PromptAttention(cudnn, max_pages=max_pages, page_tokens=page_tokens, device=device)
+    with torch.cuda.device(device):
+        return PromptAttention(cudnn, max_pages=max_pages, page_tokens=page_tokens, device=device)
 
 
 def _offsets(prompts: Prompts, stride: int) -> Tensor:
