@@ -12,6 +12,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from operator import mul
 from types import ModuleType
 from typing import Any
 
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from lorafleet.kernels.scores import Scores
 
-MIN_ROWS = 128
-"""Rows of one of cuDNN's programs: the shortest line."""
+TILE_ROWS = 128
+"""Rows of one of cuDNN's programs, which takes as long for fewer."""
 MAX_LINES = 256
-PAIRS_A_ROW = 80
-"""Pairs of a row and a token it sees, on which cuDNN saves what a row of padding costs."""
+SPEED = 1.45
+"""Of a full program over the Triton kernel's, at long contexts on an H200."""
+PAIRS_A_ROW = 25
+"""A row of padding takes as long as the Triton kernel for so many pairs of a row and a token that it sees."""
 MAX_HEAD_DIM = 256
 
 logger = logging.getLogger(__name__)
@@ -109,10 +112,12 @@ class PromptAttention:
         valid until the next call.
         """
         count = len(host_rows)
-        num_lines, max_rows = _rounded(count, 1), _rounded(max(host_rows, default=1), MIN_ROWS)
-        padding = num_lines * max_rows - sum(host_rows)
-        num_pairs = sum(rows * (length - rows // 2) for rows, length in zip(host_rows, host_lengths, strict=True))
-        if num_lines > MAX_LINES or padding * PAIRS_A_ROW > num_pairs:
+        num_lines, max_rows = _rounded(count, 1), _rounded(max(host_rows, default=1), TILE_ROWS)
+        tile_rows = [-(-rows // TILE_ROWS) * TILE_ROWS for rows in host_rows]
+        seen = [length - rows // 2 for rows, length in zip(host_rows, host_lengths, strict=True)]
+        pairs, tile_pairs = sum(map(mul, host_rows, seen)), sum(map(mul, tile_rows, seen))
+        padding = num_lines * max_rows - sum(tile_rows)
+        if num_lines > MAX_LINES or tile_pairs / SPEED + padding * PAIRS_A_ROW > pairs:
             return None
         lengths = self._lengths[:, :num_lines]
         lengths[:, count:] = 0
@@ -159,7 +164,7 @@ class PromptAttention:
         Plans for smaller steps are compiled when they come. `num_pages`: of the cache that the plans are for.
         """
         used = [shape for shape in self._plans if shape.cache_shape[0] == num_pages]
-        for rows in _powers_of_two(MIN_ROWS, 2 * max_rows):
+        for rows in _powers_of_two(TILE_ROWS, 2 * max_rows):
             for lines in _powers_of_two(1, MAX_LINES + 1):
                 if not max_rows // 4 <= lines * rows <= 4 * max_rows:
                     continue

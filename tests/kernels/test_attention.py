@@ -439,7 +439,7 @@ def test_steps_as_cudnn_reads_them() -> None:
     """Lines and rows are rounded up; what lies behind a step's own is empty, whatever the step before left."""
     cudnn: Any = SimpleNamespace(create_handle=object)
     attention = PromptAttention(cudnn, max_pages=300, page_tokens=4, device=torch.device("cpu"))
-    for rows, padded in (([300, 200, 400], (4, 512)), ([100], (1, 128)), ([130, 500], (2, 512)), ([130] * 5, (8, 256))):
+    for rows, padded in (([300, 200, 400], (4, 512)), ([100], (1, 128)), ([130, 500], (2, 512)), ([240] * 5, (8, 256))):
         starts = torch.tensor([7, *rows]).cumsum(0).to(torch.int32)
         lengths = torch.tensor([count + 700 for count in rows], dtype=torch.int32)
         tables = torch.arange(400 * len(rows), dtype=torch.int32).view(-1, 400)
@@ -454,7 +454,9 @@ def test_steps_as_cudnn_reads_them() -> None:
             num_pages = -(-int(length) // 4)
             assert torch.equal(found[:num_pages], table[:num_pages])
             assert (found[num_pages:] == table[0]).all(), "where cuDNN may look, but not for this line's tokens"
-    many = [1] * 60 + [4000]
-    starts = torch.tensor([0, *many]).cumsum(0).to(torch.int32)
-    lengths = torch.tensor(many, dtype=torch.int32)
-    assert attention.prompts(starts, lengths, torch.zeros(61, 2, dtype=torch.int32), many, many) is None, "padding"
+    # Many lines of padding, and rows that fill a fraction of a program each.
+    for rows, seen in (([1] * 60 + [4000], 0), ([5] * 64, 3000)):
+        starts = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
+        lengths = torch.tensor(rows, dtype=torch.int32) + seen
+        tables = torch.zeros(len(rows), 2, dtype=torch.int32)
+        assert attention.prompts(starts, lengths, tables, rows, lengths.tolist()) is None
