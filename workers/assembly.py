@@ -75,17 +75,37 @@ def assemble(
         parts = assemble_model(model, engine, pool, ranks=ranks, captures=captures)
     else:
         group, parts = _assemble_group(model, engine, pool, captures)
-    cache, device = parts.cache, parts.base.device
+    cache = parts.cache
     residency = Residency(parts.pool)
     loader = AdapterLoader(parts.pool, residency, fetch, on_gone=cache.drop)
     startup_s = {**parts.startup_s, "ready": time.monotonic() - started_s}
+    _log_start(worker_id, model, engine, parts, startup_s)
+    return WorkerParts(
+        engine=Engine(
+            parts.runner, loader, load_tokenizer(model.source), engine, deliver, worker_id=worker_id, group=group
+        ),
+        runner=parts.runner,
+        cache=cache,
+        pool=parts.pool,
+        residency=residency,
+        loader=loader,
+        startup_s=startup_s,
+        group=group,
+    )
+
+
+def _log_start(
+    worker_id: str, model: ModelConfig, engine: EngineConfig, parts: ModelParts, startup_s: dict[str, float]
+) -> None:
+    """Say what the worker has, and what its start took."""
+    device = parts.base.device
     logger.info(
         "worker %s: %s on %s in %s, %d KV pages of %d tokens, %d adapter pages of %d bytes; seconds: %s",
         worker_id,
         model.id,
         device,
         parts.base.dtype,
-        cache.counts.total,
+        parts.cache.counts.total,
         engine.kv_page_tokens,
         parts.pool.num_pages_total,
         parts.pool.layout.page_bytes,
@@ -104,18 +124,6 @@ def assemble(
     if device.type == "cuda":
         free, total = (num_bytes / 2**30 for num_bytes in torch.cuda.mem_get_info(device))
         logger.info("worker %s: %.1f of the GPU's %.1f GiB are left", worker_id, free, total)
-    return WorkerParts(
-        engine=Engine(
-            parts.runner, loader, load_tokenizer(model.source), engine, deliver, worker_id=worker_id, group=group
-        ),
-        runner=parts.runner,
-        cache=cache,
-        pool=parts.pool,
-        residency=residency,
-        loader=loader,
-        startup_s=startup_s,
-        group=group,
-    )
 
 
 def _assemble_group(

@@ -88,15 +88,7 @@ def assemble_model(
     ranks = ranks or Ranks()
     device = device_of(engine, ranks.rank)
     compresses = compresses_latents(engine, device)
-    config = read_config(model)
-    off: frozenset[str] = frozenset()
-    if ranks.is_first:
-        off = rehearse(config, max_model_len(model, config), compresses=compresses)
-        if off and ranks.size > 1:
-            raise UnsupportedModel(
-                f"adapters on {', '.join(sorted(off))} would be computed wrong, which one device can leave out, and "
-                f"{ranks.size} cannot: set worker.tensor_parallel_size to 1"
-            )
+    off = _rehearsed(model, ranks, compresses=compresses) if ranks.is_first else frozenset()
     rehearsal_s = time.monotonic() - started_s
     try:
         base = load_base(model, device, ranks, compresses=compresses)
@@ -119,13 +111,8 @@ def assemble_model(
     )
     states = StateStore(base.states, num_slots=engine.max_running, device=device)
     max_pages = cache.pages_for(base.max_model_len + 1)
-    num_weights = sum(
-        shape.in_dim * shape.out_dim * shape.num_experts
-        for shape in base.geometry.modules.values()
-        if shape.kind != "embedding"
-    )
     forms = graph_forms(
-        engine.max_running, engine.max_batch_tokens, max_pages, num_weights, has_states=states.has_states
+        engine.max_running, engine.max_batch_tokens, max_pages, _num_weights(base), has_states=states.has_states
     )
     runner = start_runner(
         base,
@@ -140,6 +127,24 @@ def assemble_model(
     )
     startup_s = {"rehearsal": rehearsal_s, "load": load_s, **runner.startup_s}
     return ModelParts(base, cache, adapter_pool, runner, startup_s)
+
+
+def _rehearsed(model: ModelConfig, ranks: Ranks, *, compresses: bool) -> frozenset[str]:
+    """Kinds of modules on which adapters would be computed wrong. Raises UnsupportedModel if ranks share them."""
+    config = read_config(model)
+    off = rehearse(config, max_model_len(model, config), compresses=compresses)
+    if off and ranks.size > 1:
+        raise UnsupportedModel(
+            f"adapters on {', '.join(sorted(off))} would be computed wrong, which one device can leave out, and "
+            f"{ranks.size} cannot: set worker.tensor_parallel_size to 1"
+        )
+    return off
+
+
+def _num_weights(base: BaseModel) -> int:
+    """Weights of this rank's linear layers, experts included."""
+    shapes = base.geometry.modules.values()
+    return sum(each.in_dim * each.out_dim * each.num_experts for each in shapes if each.kind != "embedding")
 
 
 def _does_not_fit(device: torch.device, ranks: Ranks) -> str:

@@ -129,7 +129,7 @@ class DesiredSet:
     async def not_ready(self) -> str | None:
         """Return why the service is not ready yet; None if it is."""
         if not await self._rollout.worker_ids():
-            return "no worker is up"
+            return "no worker is up; if one cannot start, `serve status` says why"
         if self._is_at_a_loss:
             return f"user_config is refused: {self._refusal}"
         if not self._is_preloaded:

@@ -67,7 +67,7 @@ async def test_not_ready_without_workers(world: World) -> None:
     desired = world.start()
     await desired.apply()
     world.fleet.workers.clear()
-    assert await desired.not_ready() == "no worker is up"
+    assert await desired.not_ready() == "no worker is up; if one cannot start, `serve status` says why"
 
 
 async def test_user_config_adds_replaces_and_deletes_its_own(world: World) -> None:
