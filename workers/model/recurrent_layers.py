@@ -250,7 +250,10 @@ def take_plain_functions(model_class: type[nn.Module]) -> Callable[[], None]:
     kernels = {
         name: value
         for name, value in found.items()
-        if isinstance(value, FunctionType) and inspect.unwrap(value) is not value
+        if isinstance(value, FunctionType)
+        and inspect.unwrap(value) is not value
+        # What the module has from elsewhere has decorators of its own, such as `contextmanager`.
+        and inspect.unwrap(value).__module__ == model_class.__module__
     }
     found.update({name: _plain(inspect.unwrap(value)) for name, value in kernels.items()})
     return lambda: found.update(kernels)
