@@ -135,6 +135,11 @@ def is_spare_process() -> bool:
     return os.environ.get("RAY_JOB_ID") == no_job
 
 
+def name_process(title: str) -> None:
+    """Have `ps` show the title, until Ray gives the process to an actor."""
+    _raylet.setproctitle(title)  # type: ignore[attr-defined]
+
+
 def is_actor() -> bool:
     """Return True if this process has been given to an actor."""
     return not global_worker.actor_id.is_nil()

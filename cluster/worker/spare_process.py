@@ -17,6 +17,7 @@ from lorafleet.cluster.worker.spare_keeper import LOOK_S, READY, STARTING, keepe
 
 logger = logging.getLogger(__name__)
 
+TITLE = "ray::IDLE lorafleet worker in reserve"
 PATIENCE_S = 30.0
 """How long a spare process waits for a keeper after one that was killed, or for a slot."""
 LEAVE_S = 3.0
@@ -32,6 +33,7 @@ def prepare() -> None:
     """
     if not ray_internals.is_spare_process():
         return
+    ray_internals.name_process(TITLE)
     folder = ray_internals.folder_of_environment()
     is_ready = threading.Event()
     threading.Thread(target=_guard, args=(folder, is_ready), name="lorafleet-spare", daemon=True).start()

@@ -54,6 +54,6 @@ def test_a_process_can_be_started_for_an_actor_to_come() -> None:
 
 
 def test_ray_says_whether_it_has_a_token() -> None:
-    for name in ("AuthenticationMode", "get_authentication_mode"):
+    for name in ("AuthenticationMode", "get_authentication_mode", "setproctitle"):
         assert hasattr(_raylet, name), MOVED.format(f"_raylet.{name}")
     assert isinstance(has_token(), bool)

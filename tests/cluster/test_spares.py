@@ -6,11 +6,13 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
+from lorafleet.cluster import ray_internals
+from lorafleet.cluster.worker import spare_process
 from lorafleet.cluster.worker.spare_keeper import (
     LONGEST_PAUSE_S,
     PAUSE_S,
@@ -49,9 +51,10 @@ SPARE = """
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+given = Path(sys.argv[2])
+sys.modules["lorafleet.cluster.ray_internals"] = SimpleNamespace(is_actor=given.exists)
 from lorafleet.cluster.worker import spare_process
 spare_process.LOOK_S, spare_process.LEAVE_S, spare_process.PATIENCE_S = 0.05, 0.1, 1.0
-spare_process.ray_internals = SimpleNamespace(is_actor=lambda: Path(sys.argv[2]).exists())
 is_ready = SimpleNamespace(is_set=lambda: True)
 spare_process._guard(Path(sys.argv[1]), is_ready)
 print("given")
@@ -146,8 +149,15 @@ async def test_what_fails_is_logged_once(
     assert "no such call" in caplog.text
 
 
-def guard(folder: Path, given: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", SPARE, str(folder), str(given)], stdout=subprocess.PIPE, text=True)
+@contextmanager
+def guard(folder: Path, given: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process in reserve, which is given to a worker once the file `given` is there."""
+    command = [sys.executable, "-c", SPARE, str(folder), str(given)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_spare_process_ends_without_a_keeper_and_stays_with_one(tmp_path: Path) -> None:
@@ -155,12 +165,12 @@ def test_a_spare_process_ends_without_a_keeper_and_stays_with_one(tmp_path: Path
     assert keeper.acquire(READY)
     [slot, *_] = slots(tmp_path / "kept")
     with guard(tmp_path / "kept", given) as kept, guard(tmp_path / "alone", given) as alone:
-        assert alone.communicate(timeout=20)[0] == ""
+        assert alone.communicate(timeout=60)[0] == ""
         assert kept.poll() is None
         assert slot.holder == (kept.pid, READY)
         assert slot.is_held
         keeper.release()
-        assert kept.communicate(timeout=20)[0] == ""
+        assert kept.communicate(timeout=60)[0] == ""
     assert not slot.is_held
 
 
@@ -170,8 +180,28 @@ async def test_a_spare_process_that_is_given_to_a_worker_leaves_its_slot(tmp_pat
     with guard(tmp_path, given) as process:
         await until(lambda: slots(tmp_path)[0].is_held)
         given.touch()
-        assert process.communicate(timeout=20)[0] == "given\n"
+        assert process.communicate(timeout=60)[0] == "given\n"
     assert all(slot.holder is None for slot in slots(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("is_spare", "has_seen", "is_refused"), [(False, True, False), (True, False, False), (True, True, True)]
+)
+def test_only_a_process_in_reserve_prepares_and_none_that_has_seen_the_gpus(
+    is_spare: bool, has_seen: bool, is_refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guarded: list[Path] = []
+    for name, value in {
+        "is_spare_process": is_spare,
+        "folder_of_environment": tmp_path,
+        "name_process": None,
+    }.items():
+        monkeypatch.setattr(ray_internals, name, lambda *_, value=value: value)
+    monkeypatch.setattr(spare_process, "has_seen_gpus", lambda: has_seen)
+    monkeypatch.setattr(spare_process, "_guard", lambda folder, is_ready: guarded.append(folder))
+    with pytest.raises(RuntimeError, match="initialised CUDA") if is_refused else nullcontext():
+        spare_process.prepare()
+    assert guarded == [tmp_path] * is_spare
 
 
 @pytest.mark.slow

@@ -62,14 +62,14 @@ def test_a_killed_worker_costs_only_its_begun_streams(live: LiveService) -> None
 
 
 def test_a_process_in_reserve_takes_a_dead_workers_place(live: LiveService) -> None:
-    eventually(lambda: bool(spares(READY)), 60.0)
+    eventually(lambda: bool(spares(READY)), 120.0)
     [spare] = spares(READY)
     victim = min(live.worker_ids())
     live.kill("worker", worker_id=victim)
-    eventually(lambda: victim not in live.worker_ids() and len(live.worker_ids()) == 2, 30.0)
+    eventually(lambda: victim not in live.worker_ids() and len(live.worker_ids()) == 2, 60.0)
     assert spare in {worker["pid"] for worker in live.workers()}
     assert served_by(live.complete_many("tiny", 48, max_tokens=16)) == live.worker_ids()
-    eventually(lambda: bool(spares(READY) - {spare}), 60.0)
+    eventually(lambda: bool(spares(READY) - {spare}), 120.0)
 
 
 def test_a_killed_store_is_missed_by_cold_adapters_only(live: LiveService) -> None:
