@@ -35,11 +35,13 @@ class AdapterPages(Settings):
 class ResidentAdapter(Settings):
     """One adapter version in a worker's memory."""
 
-    name: str | None = Field(default=None, description="The name that points at the version; null once none does.")
+    name: str | None = Field(
+        default=None, description="A name that points at the version, of several the first; null once none does."
+    )
     version: str
     rank: int
     pages: int
-    pinned: bool
+    pinned: bool = Field(description="Whether any of its names is pinned.")
     leases: int = Field(description="Requests that use it now.")
     state: Literal["loading", "resident", "retired"]
 

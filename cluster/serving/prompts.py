@@ -266,6 +266,6 @@ class Prompts:
         if num_prompt_tokens + asked > self.max_model_len:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {self.max_model_len} tokens; "
-                f"{param} has {num_prompt_tokens} and the answer asks for {asked}",
+                f"{param} has {num_prompt_tokens} tokens and the answer asks for {asked}",
                 param,
             )
