@@ -22,8 +22,10 @@ LOOK_S = 1.0
 """How often the keeper looks, and a spare process looks for a keeper."""
 PAUSE_S = 10.0
 """From the start of a worker, or from the moment a spare process was taken, to the start of the next one."""
+RETRY_PAUSE_S = 60.0
+"""The pause once a process was started, which may need long to come on a busy machine."""
 LONGEST_PAUSE_S = 600.0
-"""The pause doubles up to this while no spare process becomes ready."""
+"""The pause doubles up to this while none becomes ready."""
 MAX_SPARES = 8
 HOOK = "lorafleet.cluster.worker.spare_process.prepare"
 """Called in each process of the workers' runtime environment."""
@@ -129,7 +131,7 @@ class SpareKeeper:
             self._due_s = now_s + self._pause_s
         if now_s < self._due_s:
             return False
-        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        self._pause_s = min(max(2 * self._pause_s, RETRY_PAUSE_S), LONGEST_PAUSE_S)
         self._due_s = now_s + self._pause_s
         return True
 

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 TITLE = "ray::IDLE lorafleet worker in reserve"
 PATIENCE_S = 30.0
 """How long a spare process waits for a keeper after one that was killed, or for a slot."""
-LEAVE_S = 3.0
-"""How long it waits for one after a keeper that has ended in order."""
+LEAVE_S = 10.0
+"""How long it waits for one after a keeper that has ended in order: an update may start the next worker meanwhile."""
 _NOT_INITIALIZED = 3
 """CUDA's `CUDA_ERROR_NOT_INITIALIZED`."""
 
@@ -54,14 +54,17 @@ def has_seen_gpus() -> bool:
 
 
 def _guard(folder: Path, is_ready: threading.Event) -> None:
-    """Hold a slot until the process is given to a worker. End the process if nobody needs it."""
+    """Hold a slot until the process is given to a worker. End the process if nobody needs it.
+
+    Never before its imports are done: it may be given away by then, and knows it only when it serves.
+    """
     keeper, mine = keeper_lock(folder), None
     needed_s = time.monotonic()
     while not ray_internals.is_actor():
         mine = mine or next((slot for slot in slots(folder) if slot.acquire(STARTING)), None)
         if mine is not None and is_ready.is_set():
             mine.acquire(READY)
-        if mine is not None and keeper.is_held:
+        if not is_ready.is_set() or (mine is not None and keeper.is_held):
             needed_s = time.monotonic()
         elif time.monotonic() - needed_s > (PATIENCE_S if mine is None or keeper.holder else LEAVE_S):
             os._exit(0)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,14 +17,17 @@ from lorafleet.cluster import ray_internals
 from lorafleet.cluster.worker import spare_process
 from lorafleet.cluster.worker.spare_keeper import (
     LONGEST_PAUSE_S,
+    LOOK_S,
     PAUSE_S,
     READY,
+    RETRY_PAUSE_S,
     STARTING,
     FileLock,
     SpareKeeper,
     keeper_lock,
     slots,
 )
+from lorafleet.cluster.worker.spare_process import LEAVE_S, PATIENCE_S
 from tests.support.wait import until
 
 IMPORTS = """
@@ -102,7 +107,7 @@ def test_a_missing_process_is_started_after_a_pause_that_doubles_while_none_come
     for _ in range(9):
         pauses.append(seconds_until_due(keeper, now_s))
         now_s += pauses[-1]
-    assert pauses[:4] == [PAUSE_S, 2 * PAUSE_S, 4 * PAUSE_S, 8 * PAUSE_S]
+    assert pauses[:4] == [PAUSE_S, RETRY_PAUSE_S, 2 * RETRY_PAUSE_S, 4 * RETRY_PAUSE_S]
     assert pauses[-1] == LONGEST_PAUSE_S
     with held(slots(tmp_path)[0], STARTING):
         assert not any(keeper.is_due(now_s + s) for s in range(2000))
@@ -182,6 +187,29 @@ async def test_a_spare_process_that_is_given_to_a_worker_leaves_its_slot(tmp_pat
         given.touch()
         assert process.communicate(timeout=60)[0] == "given\n"
     assert all(slot.holder is None for slot in slots(tmp_path))
+
+
+@pytest.mark.parametrize(("is_killed", "patience_s"), [(True, PATIENCE_S), (False, LEAVE_S)])
+def test_it_waits_longer_after_a_keeper_that_was_killed_and_always_ends_its_imports(
+    is_killed: bool, patience_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, imported_s = 0.0, 500.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+
+    if is_killed:
+        with held(keeper_lock(tmp_path)):
+            pass
+    monkeypatch.setattr(spare_process, "time", SimpleNamespace(monotonic=lambda: now_s, sleep=sleep))
+    monkeypatch.setattr(ray_internals, "is_actor", lambda: False)
+    is_ready = threading.Event()
+    monkeypatch.setattr(is_ready, "is_set", lambda: now_s >= imported_s)
+    monkeypatch.setattr(spare_process, "os", SimpleNamespace(_exit=sys.exit))
+    with pytest.raises(SystemExit):
+        spare_process._guard(tmp_path, is_ready)
+    assert imported_s + patience_s <= now_s <= imported_s + patience_s + 2 * LOOK_S
 
 
 @pytest.mark.parametrize(

@@ -220,4 +220,4 @@ def live_service(root: Path, args: dict[str, Any], port: int | None = None) -> I
     finally:
         service.http.close()
         serve.shutdown()
-        eventually(lambda: not spares(STARTING, READY), 20.0)
+        eventually(lambda: not spares(STARTING, READY), 60.0)
