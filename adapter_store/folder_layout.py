@@ -16,6 +16,7 @@ from lorafleet.adapter_store.manifest import (
     shared_chat,
     shared_extra,
     shared_module,
+    shared_modules,
 )
 from lorafleet.adapter_store.names import NameRecord
 from lorafleet.adapter_store.records import Row, Tombstone, name_row
@@ -89,7 +90,7 @@ def _row_of_name(fields: Any, name: str, now: float) -> Row:
 
 
 def _manifest(fields: dict[str, Any]) -> AdapterManifest:
-    modules = tuple(shared_module(m["name"], m["rank"], m["scaling"]) for m in fields.pop("modules"))
+    modules = shared_modules(shared_module(m["name"], m["rank"], m["scaling"]) for m in fields.pop("modules"))
     # Manifests of stores that knew no extras have none.
     extras = tuple(shared_extra(e["name"], e["kind"], e["num_rows"], e["width"]) for e in fields.pop("extras", ()))
     lists = {name: tuple(fields.pop(name, ())) for name in ("targets", "invocation", "warnings")}

@@ -31,6 +31,7 @@ from lorafleet.adapter_store.manifest import (
     BaseGeometry,
     ExtraManifest,
     ModuleManifest,
+    shared_modules,
 )
 from lorafleet.adapter_store.mixtures import by_expert, joined, transposed, with_parameters
 from lorafleet.adapter_store.patterns import one_time_limit
@@ -254,7 +255,7 @@ class AdapterReader:
             version=version,
             rank=max(module.rank for module in modules),
             targets=tuple(sorted({module.name.rpartition(".")[2] for module in modules})),
-            modules=modules,
+            modules=shared_modules(modules),
             num_bytes=self.num_bytes(modules, extras),
             extras=extras,
             invocation=plan.spec.invocation,

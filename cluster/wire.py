@@ -10,7 +10,7 @@ import asyncio
 import functools
 import json
 import pickle
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
@@ -243,6 +243,24 @@ class RoutingReport:
             return cls()
         answering = tuple((ingress_id, count) for ingress_id, count in stats["answering"])
         return cls(tuple(stats["resident"]), stats["free_pages"], answering)
+
+
+PART = 500
+"""Items that are unpickled before other calls have their turn."""
+
+
+def in_parts(items: Sequence[Any]) -> list[bytes]:
+    """Pickle a long list part by part, for `from_parts`. Call it in a thread."""
+    return [pickle.dumps(items[start : start + PART]) for start in range(0, len(items), PART)]
+
+
+async def from_parts(parts: Iterable[bytes]) -> list[Any]:
+    """The items of `in_parts`."""
+    items: list[Any] = []
+    for part in parts:
+        items += pickle.loads(part)
+        await asyncio.sleep(0)
+    return items
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,15 @@ from lorafleet.cluster.errors import ControllerUnavailable
 from lorafleet.cluster.ray_internals import by_value
 from lorafleet.cluster.routing.calls import answer_of
 from lorafleet.cluster.routing.whereabouts import note_resident
-from lorafleet.cluster.wire import ListedWorkers, NamedVersion, Placed, StoreProblem, Validation, named_version
+from lorafleet.cluster.wire import (
+    ListedWorkers,
+    NamedVersion,
+    Placed,
+    StoreProblem,
+    Validation,
+    from_parts,
+    named_version,
+)
 
 CALL_S = 15.0
 """How long the controller may take to answer what loads nothing: longer than it waits for a silent worker."""
@@ -88,8 +96,7 @@ class ControllerClient:
         return placed
 
     async def adapters(self, after: str = "", limit: int | None = None) -> list[Placed]:
-        adapters: list[Placed] = await self._call("adapters", CALL_S, after, limit)
-        return adapters
+        return await from_parts(await self._call("adapters", CALL_S, after, limit))
 
     async def problems(self) -> tuple[StoreProblem, ...]:
         problems: tuple[StoreProblem, ...] = await self._call("problems", CALL_S)

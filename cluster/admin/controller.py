@@ -21,7 +21,7 @@ from lorafleet.cluster.config import AppConfig, Warm
 from lorafleet.cluster.errors import StoreUnavailable
 from lorafleet.cluster.store.client import StoreClient
 from lorafleet.cluster.watchdog import Watchdog
-from lorafleet.cluster.wire import ListedWorkers, Placed, StoreProblem, Validation, replying
+from lorafleet.cluster.wire import ListedWorkers, Placed, StoreProblem, Validation, in_parts, replying
 from lorafleet.cluster.worker.client import WorkersClient
 
 ASK_S = 0.5
@@ -37,6 +37,7 @@ class Controller:
         self._desired = DesiredSet(
             self._rollout, config.adapters.preload, store=client, num_workers=config.worker.num_replicas
         )
+        heap.settle()
         self._is_told = asyncio.Event()
         self._tasks = [
             asyncio.create_task(self._apply()),
@@ -75,9 +76,9 @@ class Controller:
         return await self._rollout.adapter(name)
 
     @replying
-    async def adapters(self, after: str = "", limit: int | None = None) -> list[Placed]:
-        """Adapters in order of their names: at most `limit`, those that come after `after`."""
-        return await self._rollout.adapters(after, limit)
+    async def adapters(self, after: str = "", limit: int | None = None) -> list[bytes]:
+        """Adapters in order of their names, in parts: at most `limit`, those that come after `after`."""
+        return await asyncio.to_thread(in_parts, await self._rollout.adapters(after, limit))
 
     @replying
     async def problems(self) -> tuple[StoreProblem, ...]:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from http import HTTPStatus
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from pydantic import ConfigDict, Field
 
 from lorafleet.adapter_store.manifest import AdapterChat, AdapterManifest
@@ -20,7 +20,7 @@ from lorafleet.cluster.admin.peer_routes import add_peer_routes
 from lorafleet.cluster.config import NAME_PATTERN, Warm
 from lorafleet.cluster.errors import BadRequest
 from lorafleet.cluster.http.auth import Keys
-from lorafleet.cluster.http.description import bearer, error_responses
+from lorafleet.cluster.http.description import bearer, error_responses, replies
 from lorafleet.cluster.wire import Placed, Validation
 from lorafleet.workers.config import Settings
 from lorafleet.workers.state import WorkerState
@@ -86,11 +86,11 @@ class AdapterReply(Settings):
 
 
 class ProblemReply(Settings):
-    """Something in the store's state folder that is not used, or why the folder cannot be written."""
+    """Something in the state folder that is not used, why it cannot be written, or a `user_config` that was refused."""
 
-    code: Literal["store_damaged", "store_full", "store_not_writable"]
-    kind: Literal["name", "version", "desired", "database", "folder"]
-    entry: str = Field(description="The name, the version or the file; empty for the folder.")
+    code: Literal["store_damaged", "store_full", "store_not_writable", "user_config_refused"]
+    kind: Literal["name", "version", "desired", "database", "folder", "user_config"]
+    entry: str = Field(description="The name, the version or the file; empty for the folder and a `user_config`.")
     reason: str
 
 
@@ -98,7 +98,9 @@ class AdaptersReply(Settings):
     """Adapters that have a name, in order of their names."""
 
     adapters: tuple[AdapterReply, ...]
-    problems: tuple[ProblemReply, ...] = Field(description="What is wrong with the store's state folder.")
+    problems: tuple[ProblemReply, ...] = Field(
+        description="What is wrong with the store's state folder, and with the newest `user_config`."
+    )
 
 
 class DeletedReply(Settings):
@@ -154,16 +156,20 @@ def build_router(control: ControlPlane, keys: Keys, *, hubs: Collection[str] = (
     may_not_fit = error_responses(HTTPStatus.CONFLICT)
     may_be_refused = error_responses(HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
 
-    @admin.get("/adapters", summary="Adapters in order of their names", responses=may_be_bad)
+    @admin.get("/adapters", summary="Adapters in order of their names", responses=replies(AdaptersReply) | may_be_bad)
     async def list_adapters(
         limit: Annotated[int | None, Query(ge=1, description="Most adapters to list; all without it.")] = None,
         after: Annotated[str, Query(description="Begin with the first name behind this one.")] = "",
-    ) -> AdaptersReply:
+    ) -> Response:
         page, problems = await asyncio.gather(control.adapters(after, limit), control.problems())
-        return AdaptersReply(
-            adapters=tuple(map(adapter_reply, page)),
-            problems=tuple(ProblemReply.model_validate(asdict(problem)) for problem in problems),
-        )
+
+        def written() -> bytes:
+            # One by one: thousands of them would else keep the interpreter for one long call.
+            adapters = [adapter_reply(placed).model_dump_json().encode() for placed in page]
+            found = [ProblemReply.model_validate(asdict(problem)).model_dump_json().encode() for problem in problems]
+            return b'{"adapters":[%b],"problems":[%b]}' % (b",".join(adapters), b",".join(found))
+
+        return Response(await asyncio.to_thread(written), media_type="application/json")
 
     @admin.get("/adapters/{name:path}", summary="One adapter", responses=is_absent)
     async def get_adapter(name: Name) -> AdapterReply:

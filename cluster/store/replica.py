@@ -85,6 +85,7 @@ class StoreReplica:
         except StoreUnusable as error:
             if error.code != "store_locked":
                 raise
+        self._is_settled = False
         self._created_s: dict[str, int] = {}
         self._metrics = StoreMetrics()
         self._tasks = [
@@ -139,7 +140,8 @@ class StoreReplica:
                 entries = tuple(map(self._named_version, changes.adapters))
                 return NamesAt(changes.generation, entries, changes.deleted, is_whole=False)
         table = await self._store.table()
-        return NamesAt(table.generation, tuple(map(self._named_version, table.adapters)))
+        entries = await asyncio.to_thread(lambda: tuple(map(self._named_version, table.adapters)))
+        return NamesAt(table.generation, entries)
 
     @replying
     async def named(self, name: str) -> NamedAdapter:
@@ -199,6 +201,9 @@ class StoreReplica:
             with contextlib.suppress(Exception):  # it ends, or it is no replica of this service
                 await asyncio.wait_for(self._predecessor().options(method_name="hand_over").remote(), HAND_OVER_S)
             self._store = self._open()
+        if not self._is_settled:
+            heap.settle()
+            self._is_settled = True
         await asyncio.to_thread(self._store.check_health)
 
     async def hand_over(self) -> None:

@@ -18,6 +18,8 @@ from lorafleet.adapter_store.manifest import (
     Dtype,
     ExtraManifest,
     ModuleManifest,
+    shared_module,
+    shared_modules,
 )
 
 DTYPES: Sequence[Dtype] = ("float32", "float16", "bfloat16")
@@ -109,3 +111,13 @@ def test_what_does_not_fit_the_manifest_asserts() -> None:
     ]:
         with pytest.raises(AssertionError):
             AdapterWeights.of(manifest, dtype, tensors, extras)  # type: ignore[arg-type]
+
+
+def test_alike_adapters_have_one_tuple_of_modules_however_many_kinds_there_are() -> None:
+    first = shared_modules(shared_module(name, 8, 2.0) for name in ("a", "b"))
+    assert first == (ModuleManifest("a", 8, 2.0), ModuleManifest("b", 8, 2.0))
+    assert shared_modules([*first]) is first
+    for rank in range(1, 3000):  # more than are kept; each is made anew, at places of others that are gone
+        modules = [ModuleManifest("a", rank, 1.0), ModuleManifest(f"b{rank}", 8, 2.0)]
+        assert shared_modules(modules) == tuple(modules)
+    assert shared_modules(first) == first

@@ -368,6 +368,9 @@ async def test_adapters_are_listed_in_pages_with_what_is_wrong_with_the_store(ap
             break
         seen += [adapter["name"] for adapter in reply["adapters"]]
     assert seen == ["a", "b", "c", "d"]
+    api.store.found = (StoreProblem("user_config_refused", "user_config", "", "adapters: no list"),)
+    (problem,) = (await api.http.get("/admin/v1/adapters")).raise_for_status().json()["problems"]
+    assert (problem["code"], problem["entry"], problem["reason"]) == ("user_config_refused", "", "adapters: no list")
     for limit in ("0", "-1", "x"):
         refused = await api.http.get("/admin/v1/adapters", params={"limit": limit})
         assert error_of(refused) == (400, "invalid_value")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import pickle
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from lorafleet.adapter_store.errors import StaleGeneration, StoreUnusable, UnknownAdapter, UnknownWorker
 from lorafleet.adapter_store.names import NameRecord
 from lorafleet.adapter_store.records import DesiredRecord
+from lorafleet.cluster.admin.client import ControllerClient
 from lorafleet.cluster.config import AppConfig
 from lorafleet.cluster.store.client import StoreClient
 from lorafleet.cluster.store.replica import StoreReplica
+from lorafleet.cluster.wire import PART, from_parts, in_parts
 from tests.support.adapters import make_adapter
 from tests.support.bases import BaseKind
 from tests.support.wait import until
@@ -115,6 +118,46 @@ async def test_everything_that_is_asked_of_the_store_is_answered(store: StoreCli
     since = await store.names(everything.generation)
     assert (since.is_whole, since.entries, since.deleted) == (False, (), ("x",))
     assert await store.watch(-1) == since.generation
+
+
+async def test_a_long_list_comes_in_parts_between_which_others_have_their_turn() -> None:
+    items = [(number, "x" * 40) for number in range(3 * PART + 1)]
+
+    class Controller:
+        async def adapters(self, after: str, limit: int | None) -> list[bytes]:
+            assert (after, limit) == ("m", None)
+            return in_parts(items)
+
+    client = ControllerClient(cast("Any", Handle(Controller())), lambda name, entry: None)
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    found: list[Any] = await client.adapters("m")
+    counting.cancel()
+    assert found == items
+    assert turns >= len(in_parts(items)) == 4
+    assert await from_parts(in_parts([])) == []
+
+
+async def test_the_collector_passes_over_what_the_store_had_at_its_start(
+    replica: StoreReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled = 0
+
+    def settle() -> None:
+        nonlocal settled
+        settled += 1
+
+    monkeypatch.setattr("lorafleet.cluster.heap.settle", settle)
+    await replica.check_health()
+    await replica.check_health()
+    assert settled == 1
 
 
 async def test_the_desired_state_is_kept_with_its_generation(store: StoreClient) -> None:
