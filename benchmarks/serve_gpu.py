@@ -9,7 +9,8 @@ processes of its own:
 
 - `engine`: one engine on one whole GPU, with 64 clients;
 - `engines`: one for each worker, side by side on the GPUs, each with its share of the clients;
-- `http`: the service, whose workers take equal shares of the GPUs.
+- `http`: the service, whose workers take equal shares of the GPUs. With `--kills`, its only worker is then killed so
+  many times, and the next answer's first token says when the next one serves.
 
 Processes on one GPU take turns, unless CUDA's Multi-Process Service lets them run at once. To have it, start
 `nvidia-cuda-mps-control -d` with CUDA_MPS_PIPE_DIRECTORY set, and set that here too. Each way prints a line of JSON;
@@ -40,7 +41,7 @@ import numpy as np
 import ray
 import torch
 from random_models import GEOMETRIES, MAX_MODEL_LEN, RandomAdapters, kv_bytes, write_adapter, write_base
-from serve_overhead import HAPROXY, Ask, Prompt, cpu_seconds, free_port, machine, over_http, service
+from serve_overhead import HAPROXY, Ask, Prompt, cpu_seconds, free_port, machine, over_http, roles, service
 
 from lorafleet.adapter_store.manifest import AdapterWeights
 from lorafleet.cluster.config import AppConfig
@@ -57,6 +58,10 @@ BAR_OF_GPUS = 1.94
 FIRST_TOKEN_MS = 30
 """How much later it may come than from the engine, in the median."""
 GAP_P99 = 1.15
+BACK_S = 20.0
+"""Until a killed worker's successor serves."""
+SETTLED_S = 30.0
+"""After a start, until the next kill: by then there is a process in reserve again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +309,25 @@ def write_adapters(work: Work, folder: Path) -> None:
             (target / "adapter_config.json").write_text(json.dumps(scaled))
 
 
-def measure(way: str, work: Work, folder: Path, workers: int, seconds: float) -> dict[str, float]:
+def recoveries(port: int, kills: int) -> list[float]:
+    """Seconds from each kill of the only worker to the first token of a request that is sent at once."""
+
+    async def first_token() -> None:
+        async for _ in over_http(port, 1)("base", [20, 21, 22]):
+            return
+
+    times_s = []
+    for _ in range(kills):
+        time.sleep(SETTLED_S)
+        (worker,) = (pid for pid, role in roles().items() if role == "worker")
+        os.kill(worker, signal.SIGKILL)
+        killed_s = time.monotonic()
+        asyncio.run(first_token())
+        times_s.append(time.monotonic() - killed_s)
+    return times_s
+
+
+def measure(way: str, work: Work, folder: Path, workers: int, seconds: float, kills: int = 0) -> dict[str, float]:
     """One way, from nothing to its figures; `start_s`: until its measured part began."""
     begun_s = time.monotonic()
     has_gpu = torch.cuda.is_available()
@@ -318,9 +341,12 @@ def measure(way: str, work: Work, folder: Path, workers: int, seconds: float) ->
             before = cpu_seconds()
             taken = together(drive_http, shares, port, seconds=seconds)
             cpu_s = cpu_seconds() - before
+            back_s = recoveries(port, kills)
         tokens = sum(each.num_tokens for each in taken)
         # The clients' warm-up is in it too, which is as much again.
         cpu = {f"cpu_us_per_token_{role}": s * 1e6 / (2 * tokens) for role, s in cpu_s.items() if role != "here"}
+        if back_s:
+            cpu |= {"worker_back_s_p50": float(np.median(back_s)), "worker_back_s_max": max(back_s)}
     else:
         count = workers if way == "engines" else 1
         if way == "engine":
@@ -379,6 +405,9 @@ def report(path: Path) -> None:
                 bars.at_most("first token later than the engine's, p50, ms", first[0] - first[1], FIRST_TOKEN_MS)
             )
         held.append(bars.at_most("gap p99 over the engine's", bars.ratio(*gap), GAP_P99))
+        back_s = bars.median(results.get("http"), "worker_back_s_max")
+        if back_s is not None:
+            held.append(bars.at_most("a killed worker's successor serves after, s", back_s, BACK_S))
     bars.print_bars(held)
 
 
@@ -391,11 +420,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ingresses", type=int, default=1)
     parser.add_argument("--haproxy", action="store_true", help="in the place of Serve's own proxy")
     parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--kills", type=int, default=0, help="of the only worker, after the load")
     parser.add_argument("--tiny", action="store_true", help="everything small")
     parser.add_argument("--seconds", type=float, default=1800.0, help="for all ways together")
     parser.add_argument("--commit", default=bars.commit(), help="what is measured, where git cannot say")
     parser.add_argument("--report", action="store_true", help="only hold what `--out` has against the bars")
     args = parser.parse_args(arguments)
+    if args.kills and args.workers > 1:
+        parser.error("--kills needs --workers 1: another worker would answer")
     if args.report:
         report(args.out)
         return
@@ -426,7 +458,7 @@ def main(arguments: list[str] | None = None) -> None:
                 write_adapters(work, folder)
             try:
                 with time_limit(left):
-                    figures = measure(way, work, folder, args.workers, left)
+                    figures = measure(way, work, folder, args.workers, left, args.kills)
             except Exception:
                 show_logs(folder)
                 raise

@@ -229,13 +229,20 @@ def cpu_seconds() -> Counter[str]:
     """CPU seconds so far of this process and of the service's processes, by role. Reads /proc."""
     tick = os.sysconf("SC_CLK_TCK")
     found: Counter[str] = Counter()
-    for pid in tree():
-        try:
+    for pid, role in roles().items():
+        with contextlib.suppress(OSError):  # it has ended
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            found["here" if pid == os.getpid() else role] += (int(fields[11]) + int(fields[12])) / tick
+    return found
+
+
+def roles() -> dict[int, str]:
+    """The roles of this process and of the service's processes."""
+    found = {}
+    for pid in tree():
+        with contextlib.suppress(OSError):
             title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue  # it has ended
-        found["here" if pid == os.getpid() else role_of(title)] += (int(fields[11]) + int(fields[12])) / tick
+            found[pid] = role_of(title)
     return found
 
 
