@@ -25,6 +25,7 @@ DATA = {
 }
 """Files beside the modules that a floor reads or ships. `py.typed` tells type checkers to read our annotations."""
 CARRIED_BY = {
+    "cudnn": "nvidia-cudnn-frontend",
     "starlette": "fastapi",
     "pydantic_core": "pydantic",
     "annotated_types": "pydantic",
@@ -192,7 +193,7 @@ def declared(*extras: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("folders", "extras"),
-    [(FLOORS, ()), (("tests", "examples", "benchmarks", "docs"), ("dev",))],
+    [(FLOORS, ("cudnn",)), (("tests", "examples", "benchmarks", "docs"), ("dev",))],
     ids=["floors", "rest"],
 )
 def test_what_is_imported_is_declared(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:
