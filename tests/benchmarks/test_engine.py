@@ -16,6 +16,7 @@ PROCESSES = (
     "fp8",
     "small",
     "gsm8k",
+    "long",
     "zipf_pool64",
     "zipf_resident",
     "structured",
@@ -26,6 +27,7 @@ PROCESSES = (
     "latent",
 )
 LINES = {
+    "long": {"long_base", "long_lora"},
     "no_lora": {"base_no_lora", "base_enabled"},
     "speculation": {
         f"speculation_{text}_{count}" for text in ("one_token", "four_tokens", "random") for count in (1, 8, 64)
