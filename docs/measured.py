@@ -54,7 +54,7 @@ ENGINE_CASES = {
 
 SERVE_SETUPS = {
     "one worker": {"workers": 1, "gpus": 1, "haproxy": True},
-    "two GPUs, a worker and an ingress each": {"workers": 2, "gpus": 2, "haproxy": True},
+    "two GPUs, a worker each": {"workers": 2, "gpus": 2, "haproxy": True},
     "two workers on one GPU, with CUDA's Multi-Process Service": {"workers": 2, "mps": True},
 }
 SERVE_WAYS = {"http": "over HTTP", "engines": "in-process", "engine": "one engine alone"}
