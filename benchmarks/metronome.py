@@ -85,7 +85,7 @@ class _Beats:
                 self._deliver(deltas)
                 self.stats.note_step(len(deltas), len(deltas), self._period_s)
             due_s = max(due_s + self._period_s, time.monotonic())
-            time.sleep(due_s - time.monotonic() if due_s > time.monotonic() else 0)
+            time.sleep(max(0.0, due_s - time.monotonic()))
 
     def _beat(self, request_id: str, request: EngineRequest) -> tuple[str, GenerateDelta]:
         made = self._made.get(request_id, 0) + 1

@@ -418,6 +418,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="that share the GPUs")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--ingresses", type=int, default=1)
+    parser.add_argument("--requests", type=int, help="of each client, one after another")
     parser.add_argument("--haproxy", action="store_true", help="in the place of Serve's own proxy")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--kills", type=int, default=0, help="of the only worker, after the load")
@@ -434,7 +435,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     work = TINY if args.tiny else FULL
     sizes = {"clients": work.clients * args.gpus, "client_processes": work.client_processes * args.gpus}
-    work = replace(work, **sizes, gpus=args.gpus, ingresses=args.ingresses)
+    work = replace(work, **sizes, gpus=args.gpus, ingresses=args.ingresses, requests=args.requests or work.requests)
     if args.haproxy:
         os.environ |= HAPROXY
     deadline = time.monotonic() + args.seconds

@@ -25,21 +25,43 @@ from lorafleet.workers.request import EngineRequest, GenerateDelta, SamplingPara
 from lorafleet.workers.state import WorkerState
 from lorafleet.workers.stats import ServedCounts
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 """Grows with every change of a type that two builds may exchange during a rolling update."""
 VERSION_PREFIX = 16
 """Hex digits of a version that routers are told: enough to tell versions apart, short enough to broadcast."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedVersion:
+    """A name, the version it stands for, and where that came from."""
+
+    name: str
+    version: str
+    root: str
+    """Source and key, as in `demo/shout`."""
+    created_s: int = 0
+    """When the store first saw the version, in Unix seconds."""
+    chat: AdapterChat | None = None
+    """How its conversations are written; None: as the base's."""
+    vocabulary: int | None = None
+    """How many tokens it knows; None: those of the base."""
+
 
 Order = tuple[str, bytes | None]
 """The id of a sequence, and the request as `packed_request` writes it; None: abort the sequence."""
 Batch = list[tuple[str, GenerateDelta | bytes]]
 """Request ids and deltas, in the order in which they were made. Bytes: a pickled error, which ends the sequence."""
 
+Lookup = tuple[str, ...]
+"""Names of adapters."""
+Found = tuple[NamedVersion | None, ...]
+"""Their versions at one moment; None for a name without one."""
+
 EXPECTED = (AdapterStoreError, ClusterError, WorkerError)
 """What replicas raise of what callers did, or of what is not there now."""
 
 INGRESS_ID_BYTES = 32
-WORKER_KEY_BYTES = 32
+KEY_BYTES = 32
 _FRAME_HEAD_BYTES = 4
 
 Params = ParamSpec("Params")
@@ -61,19 +83,21 @@ def _from_plain(kind: type, value: Any) -> SamplingParams:
 _to_msgpack = msgpack.Encoder(enc_hook=_plain).encode
 _batch_of = msgpack.Decoder(Batch).decode
 _order_of = msgpack.Decoder(Order).decode
+_lookup_of = msgpack.Decoder(Lookup).decode
+_found_of = msgpack.Decoder(Found).decode
 _request_of = msgpack.Decoder(EngineRequest, dec_hook=_from_plain).decode
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerAddress:
-    """Address of a worker's connections. A client sends key and ingress id; then frames go both ways."""
+class Address:
+    """Where a process takes connections. A client sends the key first, and to a worker its ingress id; then frames."""
 
     host: str
     port: int
     key: bytes = field(repr=False)
 
 
-def frame(message: Batch | Order) -> bytes:
+def frame(message: Batch | Order | Lookup | Found) -> bytes:
     """A message as it goes over a connection: its length, big-endian, and itself as MessagePack."""
     body = _to_msgpack(message)
     return len(body).to_bytes(_FRAME_HEAD_BYTES, "big") + body
@@ -87,6 +111,16 @@ async def read_batch(reader: asyncio.StreamReader) -> Batch:
 async def read_order(reader: asyncio.StreamReader) -> Order:
     """The next order of an ingress. Raises IncompleteReadError at the connection's end, OSError and MsgspecError."""
     return _order_of(await _read_frame(reader))
+
+
+async def read_lookup(reader: asyncio.StreamReader) -> Lookup:
+    """The next question of an ingress to the store. Raises as `read_order`."""
+    return _lookup_of(await _read_frame(reader))
+
+
+async def read_found(reader: asyncio.StreamReader) -> Found:
+    """The store's next answer. Raises as `read_order`."""
+    return _found_of(await _read_frame(reader))
 
 
 async def _read_frame(reader: asyncio.StreamReader) -> bytes:
@@ -113,22 +147,6 @@ def unpacked_error(packed: bytes) -> Exception:
     """An error of a worker: ingresses connect only to addresses that Serve gave them, and trust what is there."""
     error: Exception = pickle.loads(packed)
     return error
-
-
-@dataclass(frozen=True, slots=True)
-class NamedVersion:
-    """A name, the version it stands for, and where that came from."""
-
-    name: str
-    version: str
-    root: str
-    """Source and key, as in `demo/shout`."""
-    created_s: int = 0
-    """When the store first saw the version, in Unix seconds."""
-    chat: AdapterChat | None = None
-    """How its conversations are written; None: as the base's."""
-    vocabulary: int | None = None
-    """How many tokens it knows; None: those of the base."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from lorafleet.adapter_store.records import DesiredRecord, DesiredState
 from lorafleet.cluster.errors import StoreUnavailable
 from lorafleet.cluster.ray_internals import by_reference, by_value
 from lorafleet.cluster.routing.calls import answer_of
-from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights, StoreProblem
+from lorafleet.cluster.store.lookups import Lookups
+from lorafleet.cluster.wire import Address, NamedVersion, NamesAt, StoredWeights, StoreProblem
 
 CALL_S = 10.0
 """How long the store may take to answer from its catalogue."""
@@ -30,6 +31,7 @@ class StoreClient:
         self._handle = by_reference(handle)
         self._light_handle = by_value(handle)
         self._known = by_value(handle, method_name="known")
+        self._lookups = Lookups(self._address)
 
     async def publish(self, source: str, key: str) -> AdapterManifest:
         manifest: AdapterManifest = await self._call("publish", FETCH_S, source, key)
@@ -60,8 +62,10 @@ class StoreClient:
 
     async def known(self, names: tuple[str, ...]) -> tuple[NamedVersion | None, ...]:
         """Return the versions of names, as `resolve` does; None for a name without one."""
-        entries: tuple[NamedVersion | None, ...] = await self._await(self._known.remote(names), CALL_S)
-        return entries
+        found = await self._lookups.ask(names)
+        if found is None:
+            found = await self._await(self._known.remote(names), CALL_S)
+        return found
 
     async def named(self, name: str) -> NamedAdapter:
         """The adapter of this name; no source is asked. Raises UnknownAdapter."""
@@ -116,6 +120,10 @@ class StoreClient:
         stored: StoredWeights = await self._call("fetch", FETCH_S, version)
         weights: AdapterWeights = await asyncio.to_thread(ray.get, stored.ref)
         return weights
+
+    async def _address(self) -> Address:
+        address: Address = await self._call("address", CALL_S)
+        return address
 
     async def _call(self, method: str, timeout_s: float, *args: Any, **kwargs: Any) -> Any:
         return await self._await(self._handle.options(method_name=method).remote(*args, **kwargs), timeout_s)

@@ -30,10 +30,22 @@ from lorafleet.adapter_store.records import Damage, DesiredRecord, DesiredState
 from lorafleet.adapter_store.service import AdapterStore
 from lorafleet.cluster import heap
 from lorafleet.cluster.config import AppConfig
+from lorafleet.cluster.listener import Listener
 from lorafleet.cluster.metrics import StoreMetrics
+from lorafleet.cluster.store.lookups import answer
 from lorafleet.cluster.store.paths import locate
 from lorafleet.cluster.watchdog import Watchdog
-from lorafleet.cluster.wire import NamedVersion, NamesAt, StoredWeights, StoreProblem, named_version, replying
+from lorafleet.cluster.wire import (
+    Address,
+    Found,
+    Lookup,
+    NamedVersion,
+    NamesAt,
+    StoredWeights,
+    StoreProblem,
+    named_version,
+    replying,
+)
 from lorafleet.workers.checkpoint import load_tokenizer
 from lorafleet.workers.model_parts import served_geometry
 
@@ -85,6 +97,7 @@ class StoreReplica:
         except StoreUnusable as error:
             if error.code != "store_locked":
                 raise
+        self._listener = Listener(ray.util.get_node_ip_address(), partial(answer, self._found))
         self._is_settled = False
         self._created_s: dict[str, int] = {}
         self._metrics = StoreMetrics()
@@ -124,8 +137,15 @@ class StoreReplica:
         """Return the version of a name, for one request. The manifest is left out: it is thousands of times as long."""
         return self._named_version(await self._store.resolve(name))
 
-    async def known(self, names: tuple[str, ...]) -> tuple[NamedVersion | None, ...]:
+    async def address(self) -> Address:
+        """Where this replica answers what `known` does, over a connection."""
+        return await self._listener.address()
+
+    async def known(self, names: Lookup) -> Found:
         """Return the versions of names at one moment, as `resolve` does; None for a name without one."""
+        return self._found(names)
+
+    def _found(self, names: Lookup) -> Found:
         return tuple(map(self._known, names))
 
     def _known(self, name: str) -> NamedVersion | None:
@@ -209,6 +229,7 @@ class StoreReplica:
     async def hand_over(self) -> None:
         """End this process: another replica is to have the state folder. What is under way fails as if it had died."""
         logger.info("the adapter store hands its state folder over to another replica, and ends")
+        self._listener.close()
         self._store.close()
         asyncio.get_running_loop().call_later(HAND_OVER_S / 100, os._exit, 0)
 
@@ -216,6 +237,8 @@ class StoreReplica:
         """Serve calls this when the replica stops."""
         for task in getattr(self, "_tasks", ()):
             task.cancel()
+        if hasattr(self, "_listener"):
+            self._listener.close()
         if hasattr(self, "_store"):
             self._store.close()
 

@@ -8,19 +8,16 @@ for a connection ends with it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hmac
 import logging
-import secrets
 from collections import Counter
 from collections.abc import Callable
 
+from lorafleet.cluster.listener import Listener
 from lorafleet.cluster.wire import (
     EXPECTED,
     INGRESS_ID_BYTES,
-    WORKER_KEY_BYTES,
+    Address,
     Order,
-    WorkerAddress,
     frame,
     packed_error,
     read_order,
@@ -32,9 +29,6 @@ from lorafleet.workers.request import EngineRequest, GenerateDelta
 from lorafleet.workers.worker import Take
 
 logger = logging.getLogger(__name__)
-
-GREETING_S = 10.0
-"""How long a connection may take to say whose it is."""
 
 Begin = Callable[[EngineRequest, Take], Callable[[], None]]
 """Begins a sequence, whose deltas or error the second argument takes. Returns what aborts it. May raise."""
@@ -91,26 +85,19 @@ def _packed(error: Exception) -> bytes:
 
 
 class AnswerServer:
-    """Listens on a free port of one address from the first question for it. One event loop uses it."""
+    """Listens at one address. One event loop uses it."""
 
     def __init__(self, begin: Begin, host: str, *, is_alive: Callable[[], bool] = lambda: True) -> None:
         """is_alive: see `Outbox`."""
         self._begin = begin
-        self._host = host
         self._is_alive = is_alive
-        self._key = secrets.token_bytes(WORKER_KEY_BYTES)
-        self._server: asyncio.Server | None = None
-        self._starting = asyncio.Lock()
+        self._listener = Listener(host, self._talk)
         self._desks: dict[Desk, str] = {}
         """And the ids of their ingresses."""
 
-    async def address(self) -> WorkerAddress:
+    async def address(self) -> Address:
         """Return the address for an ingress."""
-        async with self._starting:
-            if self._server is None:
-                self._server = await asyncio.start_server(self._serve, self._host, 0)
-        port: int = self._server.sockets[0].getsockname()[1]
-        return WorkerAddress(self._host, port, self._key)
+        return await self._listener.address()
 
     def loads(self) -> tuple[tuple[str, int], ...]:
         """Ids of ingresses, sorted, and how many answers each has under way, if any."""
@@ -120,31 +107,19 @@ class AnswerServer:
         return tuple(sorted((ingress_id, count) for ingress_id, count in counts.items() if count))
 
     def close(self) -> None:
-        """Listen no more. Connections end with the process, or when their ingress leaves."""
-        if self._server is not None:
-            self._server.close()
+        """Listen no more, and end the connections."""
+        self._listener.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ingress_id = (await reader.readexactly(INGRESS_ID_BYTES)).decode("ascii")
         outbox = Outbox(self._is_alive)
         desk = Desk(self._begin, outbox)
+        self._desks[desk] = ingress_id
         try:
-            async with asyncio.timeout(GREETING_S):
-                key = await reader.readexactly(WORKER_KEY_BYTES)
-                ingress_id = (await reader.readexactly(INGRESS_ID_BYTES)).decode("ascii")
-            if not hmac.compare_digest(key, self._key):
-                return
-            self._desks[desk] = ingress_id
             await until_one_ends(_send(outbox, writer), _receive(desk, reader))
-        except (TimeoutError, OSError, EOFError, UnicodeDecodeError):
-            pass  # it has left, or was no ingress
-        except Exception:
-            logger.exception("the connection of an ingress is lost")  # say, one of another build
         finally:
-            self._desks.pop(desk, None)
+            del self._desks[desk]
             desk.close()
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
 
 
 async def _receive(desk: Desk, reader: asyncio.StreamReader) -> None:

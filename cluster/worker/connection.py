@@ -17,7 +17,7 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from lorafleet.cluster.errors import WorkerGone
-from lorafleet.cluster.wire import Batch, Order, WorkerAddress, frame, read_batch, unpacked_error
+from lorafleet.cluster.wire import Address, Batch, Order, frame, read_batch, unpacked_error
 from lorafleet.cluster.worker.pace import Turns
 from lorafleet.cluster.worker.race import until_one_ends
 from lorafleet.cluster.worker.stream import AnswerStream
@@ -103,7 +103,7 @@ class Connection:
         response = self._handle.remote(worker_id=self.worker_id)
         try:
             async with asyncio.timeout(SILENT_LOOKS * LOOK_S):
-                address: WorkerAddress = await anext(response)
+                address: Address = await anext(response)
             # The call says nothing more; it ends when the worker is lost, also where no connection tells of it.
             heard = asyncio.Event()
             await until_one_ends(self._talk(address, heard), anext(response, None), _while_heard(heard))
@@ -126,7 +126,7 @@ class Connection:
                 stream.put(WorkerGone(reason))
                 self._on_over(self.worker_id)
 
-    async def _talk(self, address: WorkerAddress, heard: asyncio.Event) -> None:
+    async def _talk(self, address: Address, heard: asyncio.Event) -> None:
         """Hand out what comes over the connection until it breaks; set `heard` each time."""
         reader, writer = await asyncio.open_connection(address.host, address.port)
         try:

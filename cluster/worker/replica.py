@@ -26,8 +26,8 @@ from lorafleet.cluster.store.client import StoreClient
 from lorafleet.cluster.watchdog import Watchdog
 from lorafleet.cluster.wire import (
     VERSION_PREFIX,
+    Address,
     RoutingReport,
-    WorkerAddress,
     WorkerCounts,
     replying,
 )
@@ -83,7 +83,7 @@ class WorkerReplica:
             asyncio.create_task(self._watchdog.run()),
         ]
 
-    async def connection(self, worker_id: str) -> AsyncIterator[WorkerAddress]:
+    async def connection(self, worker_id: str) -> AsyncIterator[Address]:
         """Yield the address at which this worker takes requests. The call stays open as long as its ingress has some.
 
         Serve counts it: the worker does not end before it.

@@ -65,7 +65,6 @@ class Server(AnswerServer):
         self.refusal: Exception | None = None
         """What the engine raises for a request."""
         self._takes: dict[str, Take] = {}
-        self._writers: list[asyncio.StreamWriter] = []
 
     def put(self, request_id: str, *items: GenerateDelta | Exception) -> None:
         """The engine has made something."""
@@ -75,8 +74,6 @@ class Server(AnswerServer):
     def die(self) -> None:
         """All connections break, as when the process is killed."""
         self.close()
-        for writer in self._writers:
-            writer.transport.abort()
 
     def _take_request(self, request: EngineRequest, take: Take) -> Callable[[], None]:
         if self.refusal is not None:
@@ -84,10 +81,6 @@ class Server(AnswerServer):
         self.requests[request.request_id] = request
         self._takes[request.request_id] = take
         return partial(self.aborted.append, request.request_id)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._writers.append(writer)
-        await super()._serve(reader, writer)
 
 
 class Handle:

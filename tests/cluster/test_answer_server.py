@@ -6,7 +6,7 @@ import asyncio
 
 from msgspec.structs import replace
 
-from lorafleet.cluster.wire import WORKER_KEY_BYTES, frame, packed_request, read_batch, unpacked_error
+from lorafleet.cluster.wire import KEY_BYTES, frame, packed_request, read_batch, unpacked_error
 from lorafleet.workers.errors import NoRoomError
 from lorafleet.workers.request import TokenLogprobs
 from tests.cluster.fronts import DELTA, INGRESS_ID, LAST, Server, request_of
@@ -30,7 +30,7 @@ def order_of(request_id: str) -> bytes:
 
 async def test_only_who_has_the_key_is_heard() -> None:
     server = Server()
-    stranger, lost = await connect(server, key=b"x" * WORKER_KEY_BYTES)
+    stranger, lost = await connect(server, key=b"x" * KEY_BYTES)
     lost.write(order_of("r0"))
     assert await asyncio.wait_for(stranger.read(), 5) == b""
     lost.close()
