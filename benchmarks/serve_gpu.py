@@ -32,6 +32,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, chain
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -49,7 +50,7 @@ from lorafleet.workers.request import EngineRequest, SamplingParams
 from lorafleet.workers.worker import Worker
 
 WAYS = ("engine", "engines", "http")
-SETUP = ("workers", "mps", "gpus", "haproxy")
+SETUP = ("workers", "mps", "gpus", "haproxy", "rate")
 """Fields of lines that can be held against each other where they are the same."""
 MAX_RANK = 64
 BAR = 0.97
@@ -73,6 +74,8 @@ class Work:
     clients: int = 64
     requests: int = 4
     """Of each client."""
+    rate: float | None = None
+    """Requests a second of all clients together, at random times; None: each client sends one after another."""
     prompt: int = 512
     output: int = 128
     max_batch_tokens: int = 8192
@@ -109,6 +112,13 @@ class Share:
             for client in range(self.number, work.clients, self.of)
         ]
 
+    def starts_s(self) -> list[list[float]]:
+        """Of each client: when its requests are due if they come at random times, seconds from the beginning."""
+        work, rng = self.work, random.Random(self.seed)
+        assert work.rate is not None
+        starts = list(accumulate(rng.expovariate(work.rate) for _ in range(work.clients * work.requests)))
+        return [starts[client :: work.clients] for client in range(self.number, work.clients, self.of)]
+
 
 @dataclass(frozen=True, slots=True)
 class Taken:
@@ -122,22 +132,33 @@ class Taken:
 
 
 async def be_clients(ask: Ask, share: Share) -> Taken:
-    """All clients of a share at once, each with one request after another."""
+    """All clients of a share: each with one request after another, or with all of them at their times."""
     first, gaps, counts = [], [], []
+    began_s = time.monotonic()
+
+    async def send(model: str, prompt: list[int]) -> None:
+        before, is_first, count = time.monotonic(), True, 0
+        async for token_ids in ask(model, prompt):
+            now = time.monotonic()
+            (first if is_first else gaps).append(now - before)
+            before, is_first, count = now, False, count + len(token_ids)
+        if count != share.work.output:
+            raise RuntimeError(f"{count} tokens came instead of {share.work.output}")
+        counts.append(count)
+
+    async def send_at(start_s: float, job: tuple[str, list[int]]) -> None:
+        await asyncio.sleep(began_s + start_s - time.monotonic())
+        await send(*job)
 
     async def be_client(jobs: list[tuple[str, list[int]]]) -> None:
-        for model, prompt in jobs:
-            before, is_first, count = time.monotonic(), True, 0
-            async for token_ids in ask(model, prompt):
-                now = time.monotonic()
-                (first if is_first else gaps).append(now - before)
-                before, is_first, count = now, False, count + len(token_ids)
-            if count != share.work.output:
-                raise RuntimeError(f"{count} tokens came instead of {share.work.output}")
-            counts.append(count)
+        for job in jobs:
+            await send(*job)
 
-    began_s = time.monotonic()
-    await asyncio.gather(*(be_client(jobs) for jobs in share.jobs()))
+    if share.work.rate is not None:
+        due = zip(chain(*share.starts_s()), chain(*share.jobs()), strict=True)
+        await asyncio.gather(*(send_at(start_s, job) for start_s, job in due))
+    else:
+        await asyncio.gather(*(be_client(jobs) for jobs in share.jobs()))
     return Taken(began_s, time.monotonic(), sum(counts), first, gaps)
 
 
@@ -418,7 +439,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="that share the GPUs")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--ingresses", type=int, default=1)
-    parser.add_argument("--requests", type=int, help="of each client, one after another")
+    parser.add_argument("--requests", type=int, default=FULL.requests, help="of each client")
+    parser.add_argument("--rate", type=float, help="requests a second, at random times")
     parser.add_argument("--haproxy", action="store_true", help="in the place of Serve's own proxy")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--kills", type=int, default=0, help="of the only worker, after the load")
@@ -435,7 +457,9 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     work = TINY if args.tiny else FULL
     sizes = {"clients": work.clients * args.gpus, "client_processes": work.client_processes * args.gpus}
-    work = replace(work, **sizes, gpus=args.gpus, ingresses=args.ingresses, requests=args.requests or work.requests)
+    work = replace(work, **sizes, gpus=args.gpus, ingresses=args.ingresses, rate=args.rate)
+    if not args.tiny:
+        work = replace(work, requests=args.requests)
     if args.haproxy:
         os.environ |= HAPROXY
     deadline = time.monotonic() + args.seconds

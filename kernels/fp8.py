@@ -94,24 +94,36 @@ def product(x: Fp8Rows, weight: Fp8Weight, bias: Tensor | None = None) -> tuple[
     return y, x.scales if are_few else None
 
 
-def rescale(y: Tensor, scales: Tensor, bias: Tensor | None = None, of_outputs: Tensor | None = None) -> Tensor:
-    """Compute y = y * scales[:, None] * of_outputs + bias in place; return y.
+def rescale(
+    y: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    of_outputs: Tensor | None = None,
+    *,
+    delta: Tensor | None = None,
+) -> Tensor:
+    """Compute y = y * scales[:, None] * of_outputs + bias + delta in place; return y.
 
     y: (rows, out_dim), unit stride along out_dim. scales: (rows,) float32. bias: (out_dim,). of_outputs: (out_dim,)
-    float32. Raises ValueError.
+    float32. delta: (rows, out_dim), contiguous. Raises ValueError.
     """
     check_rows("y", y)
+    if delta is not None and (delta.shape != y.shape or not delta.is_contiguous()):
+        raise ValueError(f"delta must be a contiguous {tuple(y.shape)}, got {tuple(delta.shape)}")
     check_scales(scales, y)
     if of_outputs is not None:
         check_scales(of_outputs, y.t())
     if y.is_cuda:
         from lorafleet.kernels import fp8_triton
 
-        return fp8_triton.rescale(y, scales, bias, of_outputs)
+        return fp8_triton.rescale(y, scales, bias, of_outputs, delta)
     wide = scaled(y, scales)
     if of_outputs is not None:
         wide *= of_outputs
-    return y.copy_(wide if bias is None else wide + bias)
+    for term in (bias, delta):
+        if term is not None:
+            wide = wide + term
+    return y.copy_(wide)
 
 
 def scaled(y: Tensor, scales: Tensor | None) -> Tensor:

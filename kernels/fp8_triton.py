@@ -43,13 +43,19 @@ def quantise_rows(x: Tensor) -> Fp8Rows:
     return out
 
 
-def rescale(y: Tensor, scales: Tensor, bias: Tensor | None, of_outputs: Tensor | None = None) -> Tensor:
+def rescale(
+    y: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    of_outputs: Tensor | None = None,
+    delta: Tensor | None = None,
+) -> Tensor:
     """One program takes a run of one row."""
     num_rows, width = y.shape
     if num_rows and width:
         pdl = dependent_launch(y)
         launch(_rescale_kernel, (num_rows, triton.cdiv(width, _BLOCK_RESCALE)))(
-            y, scales, bias, of_outputs, y.stride(0), width,
+            y, scales, bias, of_outputs, delta, y.stride(0), width,
             BLOCK=_BLOCK_RESCALE, PDL=pdl, num_warps=4, launch_pdl=pdl,
         )  # fmt: skip
     return y
@@ -84,7 +90,7 @@ def _quantise_kernel(x, values, scales, x_stride, width, BLOCK: tl.constexpr, LA
 
 
 @triton.jit
-def _rescale_kernel(y, scales, bias, of_outputs, y_stride, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _rescale_kernel(y, scales, bias, of_outputs, delta, y_stride, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -98,4 +104,6 @@ def _rescale_kernel(y, scales, bias, of_outputs, y_stride, width, BLOCK: tl.cons
         wide *= tl.load(of_outputs + columns, mask=inside, other=0.0)
     if bias is not None:
         wide += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    if delta is not None:
+        wide += tl.load(delta + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(pointers, wide.to(y.dtype.element_ty), mask=inside)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -85,3 +86,29 @@ def test_both_ways_are_measured(serve_gpu: ModuleType, tmp_path: Path, capfd: py
     said = capfd.readouterr().out
     assert "tokens/s over HTTP, of one engine on the whole GPU" in said
     assert "unseen  tokens/s over HTTP, of the same engines in-process" in said
+
+
+async def test_requests_at_random_times_wait_for_nobody(serve_gpu: ModuleType) -> None:
+    work = serve_gpu.Work("tiny", adapters=2, clients=5, requests=4, prompt=2, output=3, rate=100.0)
+    shares = [serve_gpu.Share(work, i, 2, seed=1) for i in range(2)]
+    ordered = sorted(start_s for share in shares for starts_s in share.starts_s() for start_s in starts_s)
+    assert len(ordered) == len(set(ordered)) == 20
+    begun_s: list[float] = []
+
+    async def never_ready(model: str, prompt: list[int]) -> AsyncIterator[list[int]]:
+        begun_s.append(time.monotonic())
+        await all_are_there.wait()
+        yield [1]
+        yield [2, 3]
+
+    all_are_there = asyncio.Event()
+    began_s = time.monotonic()
+    clients = asyncio.gather(*(serve_gpu.be_clients(never_ready, share) for share in shares))
+    async with asyncio.timeout(30):
+        while len(begun_s) < 20:
+            await asyncio.sleep(0.01)
+    all_are_there.set()
+    taken = await clients
+    assert all(begun - began_s >= due for begun, due in zip(sorted(begun_s), ordered, strict=True))
+    assert sum(each.num_tokens for each in taken) == 20 * 3
+    assert sum(len(each.first_token_s) for each in taken) == 20

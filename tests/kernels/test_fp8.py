@@ -89,14 +89,17 @@ def test_a_row_that_is_not_finite_stays_so(poison: float, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("by_output", [False, True])
-def test_rescale(by_output: bool, with_bias: bool, backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("with_delta", [False, True])
+def test_rescale(with_delta: bool, by_output: bool, with_bias: bool, backend: str, dtype: torch.dtype) -> None:
     y, scales = randn(5, 40, dtype=dtype), powers(5, 1)
     bias = randn(40, dtype=dtype, seed=3) if with_bias else None
     of_outputs = randn(40, seed=4).abs() if by_output else None
     expected = y.double() * scales[:, None] * (1 if of_outputs is None else of_outputs.double())
     expected += 0 if bias is None else bias.double()
+    delta = randn(5, 40, dtype=dtype, seed=5) if with_delta else None
+    expected += 0 if delta is None else delta.double()
     run = fp8_triton.rescale if backend == "triton" else fp8.rescale
-    torch.testing.assert_close(run(y, scales, bias, of_outputs), expected.to(dtype))
+    torch.testing.assert_close(run(y, scales, bias, of_outputs, delta=delta), expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -200,6 +203,8 @@ def test_wrong_arguments_are_refused() -> None:
         fp8.quantise_rows(torch.zeros(4, 4).t()[:, :3])
     with pytest.raises(ValueError, match=r"scales must be a contiguous float32 \(3,\)"):
         fp8.rescale(torch.zeros(3, 4), torch.ones(2))
+    with pytest.raises(ValueError, match=r"delta must be a contiguous \(3, 4\), got \(3, 5\)"):
+        fp8.rescale(torch.zeros(3, 4), torch.ones(3), delta=torch.zeros(3, 5))
     with pytest.raises(ValueError, match="multiples of 16"):
         fp8.product(fp8.quantise_rows(torch.zeros(2, 24)), fp8.quantise_weight(torch.zeros(16, 24)))
     with pytest.raises(ValueError, match="rows of 32 do not go with a weight of"):

@@ -19,6 +19,7 @@ from lorafleet.kernels.fp8_values import Fp8Rows
 from lorafleet.kernels.segments import Segments
 from lorafleet.kernels.weights import LoraEmbeddingWeights, LoraWeights
 from lorafleet.workers.memory.extra_rows import ExtraMatrix
+from lorafleet.workers.model.forked_delta import ForkedDelta, forks
 from lorafleet.workers.model.lora_context import LoraContext, Owner, Place, place_of
 from lorafleet.workers.model.quantisation import packed
 from lorafleet.workers.ranks import Ranks
@@ -97,6 +98,16 @@ class FusedProjection(nn.Module):
             in_fp8 = fp8.quantise_rows(x)
         segments = self.context.segments_at(self.place, self.names[0], x.shape[0])
         own_bias = self.bias if self.sums is None else None
+        if segments is not None and forks(x):
+            delta = ForkedDelta(x, self.lora, segments)
+            y, scales = fp8.product(in_fp8, self.fp8_weight, own_bias)
+            if scales is None:
+                y.add_(delta.joined())
+            else:
+                fp8.rescale(y, scales, own_bias, delta=delta.joined())
+            y = self._summed_copy(y)
+            self._adjust(y, segments)
+            return y, None
         y, scales = fp8.product(in_fp8, self.fp8_weight, own_bias)
         bias = None if scales is None else own_bias
         if segments is not None:
@@ -124,9 +135,14 @@ class FusedProjection(nn.Module):
             return self._summed(torch.mm(rows, self.weight.t(), out=y))
         has_extras, own = self.context.has_extras, self.lora.matrix if self.is_head else None
         if rows.is_cuda:
-            # The delta first, the base product onto it: beta = 1 costs cuBLAS nothing, and y is not read by expand.
             shape = rows.shape[0], self.weight.shape[0]
             y = rows.new_empty(shape) if self.sums is None else self.sums.partial(*shape, rows)
+            if forks(rows) and not has_extras:
+                delta = ForkedDelta(rows, self.lora, segments, bias)
+                torch.mm(rows, self.weight.t(), out=y)
+                y = self._summed(y.add_(delta.joined()))
+                return self._gathered(y)
+            # The delta first, the base product onto it: beta = 1 costs cuBLAS nothing, and y is not read by expand.
             h = ops.shrink(rows, self.lora, segments)
             ops.expand(h, self.lora, segments, y, accumulate=False, bias=bias)
             if has_extras and own is not None:
