@@ -53,8 +53,8 @@ ENGINE_CASES = {
 }
 
 SERVE_SETUPS = {
-    "one worker": {"workers": 1, "gpus": 1, "haproxy": True},
-    "two GPUs, a worker each": {"workers": 2, "gpus": 2, "haproxy": True},
+    "one worker": {"workers": 1, "gpus": 1, "haproxy": True, "rate": None},
+    "two GPUs, a worker each": {"workers": 2, "gpus": 2, "haproxy": True, "rate": None},
     "two workers on one GPU, with CUDA's Multi-Process Service": {"workers": 2, "mps": True},
 }
 SERVE_WAYS = {"http": "over HTTP", "engines": "in-process", "engine": "one engine alone"}
