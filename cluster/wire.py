@@ -90,7 +90,7 @@ _request_of = msgpack.Decoder(EngineRequest, dec_hook=_from_plain).decode
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a process takes connections. A client sends the key first, and to a worker its ingress id; then frames."""
+    """Address of a process' connections. A client sends the key, and to a worker its ingress id; then frames go."""
 
     host: str
     port: int

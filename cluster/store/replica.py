@@ -138,7 +138,7 @@ class StoreReplica:
         return self._named_version(await self._store.resolve(name))
 
     async def address(self) -> Address:
-        """Where this replica answers what `known` does, over a connection."""
+        """Return the address at which this replica answers what `known` does."""
         return await self._listener.address()
 
     async def known(self, names: Lookup) -> Found:
