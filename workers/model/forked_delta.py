@@ -20,7 +20,7 @@ MOST_ROWS = 256
 
 
 def forks(x: Tensor) -> bool:
-    """Return True where the products of x (rows, in_dim) fork: in a capture, for a fork costs the host some launches."""
+    """Return True where the products of x (rows, in_dim) fork: in a capture, for it costs the host some launches."""
     return x.is_cuda and x.shape[0] <= MOST_ROWS and torch.cuda.is_current_stream_capturing()
 
 
