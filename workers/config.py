@@ -60,7 +60,7 @@ PrefixSharing = Annotated[Literal["shared", "per_key", "off"], BeforeValidator(_
 class Settings(BaseModel):
     """Base of every settings model: immutable, unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _usable_id(value: str) -> str:
