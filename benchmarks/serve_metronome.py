@@ -276,7 +276,12 @@ def main() -> None:
                     "sources": [{"name": "demo", "kind": "directory", "root": str(DEMO / "adapters")}],
                     "preload": [{"name": name, "source": "demo", "key": name} for name in ADAPTERS],
                 },
-                "worker": {"num_replicas": args.workers, "device": "cpu", "max_running": 512},
+                "worker": {
+                    "num_replicas": args.workers,
+                    "num_cpus": 0.01,  # many metronomes go on few cores
+                    "device": "cpu",
+                    "max_running": 512,
+                },
                 "ingress": {"num_replicas": args.ingresses},
             }
         )
