@@ -41,7 +41,10 @@ class Lookups:
         self._task: asyncio.Task[None] | None = None
 
     async def ask(self, names: Lookup) -> Found | None:
-        """Return the versions of names, None while there is no connection. Raises StoreUnavailable if it is lost."""
+        """Return the versions of names, None while there is no connection. Raises StoreUnavailable if it is lost.
+
+        A question that is given up ends the connection.
+        """
         if self._task is None or self._task.done():
             # In a context of its own: Serve ends the calls that a request made with the request.
             self._task = asyncio.get_running_loop().create_task(self._run(), context=contextvars.Context())
@@ -49,8 +52,13 @@ class Lookups:
             return None
         asked: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
         self._asked.append(asked)
-        self._writer.write(frame(names))
-        return await asked
+        writer = self._writer
+        writer.write(frame(names))
+        try:
+            return await asked
+        except asyncio.CancelledError:
+            writer.transport.abort()  # no answer in time: the store's node may be gone without a word
+            raise
 
     async def _run(self) -> None:
         """Connect, and hand out the answers until the connection ends."""
