@@ -439,7 +439,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="that share the GPUs")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--ingresses", type=int, default=1)
-    parser.add_argument("--requests", type=int, default=FULL.requests, help="of each client")
+    parser.add_argument("--requests", type=int, help="of each client")
     parser.add_argument("--rate", type=float, help="requests a second, at random times")
     parser.add_argument("--haproxy", action="store_true", help="in the place of Serve's own proxy")
     parser.add_argument("--ways", default=",".join(WAYS))
@@ -458,8 +458,7 @@ def main(arguments: list[str] | None = None) -> None:
     work = TINY if args.tiny else FULL
     sizes = {"clients": work.clients * args.gpus, "client_processes": work.client_processes * args.gpus}
     work = replace(work, **sizes, gpus=args.gpus, ingresses=args.ingresses, rate=args.rate)
-    if not args.tiny:
-        work = replace(work, requests=args.requests)
+    work = replace(work, requests=args.requests or work.requests)
     if args.haproxy:
         os.environ |= HAPROXY
     deadline = time.monotonic() + args.seconds

@@ -17,7 +17,7 @@ from lorafleet.cluster.wire import KEY_BYTES, Address
 logger = logging.getLogger(__name__)
 
 GREETING_S = 10.0
-"""How long a connection may take to send the key."""
+"""How long a connection may take to send the key, and to say whose it is."""
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 """Serves one connection behind the key, until it ends. May raise what the connection raises."""

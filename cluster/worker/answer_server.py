@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
-from lorafleet.cluster.listener import Listener
+from lorafleet.cluster.listener import GREETING_S, Listener
 from lorafleet.cluster.wire import (
     EXPECTED,
     INGRESS_ID_BYTES,
@@ -111,7 +111,8 @@ class AnswerServer:
         self._listener.close()
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        ingress_id = (await reader.readexactly(INGRESS_ID_BYTES)).decode("ascii")
+        async with asyncio.timeout(GREETING_S):
+            ingress_id = (await reader.readexactly(INGRESS_ID_BYTES)).decode("ascii")
         outbox = Outbox(self._is_alive)
         desk = Desk(self._begin, outbox)
         self._desks[desk] = ingress_id

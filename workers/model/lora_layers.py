@@ -98,22 +98,19 @@ class FusedProjection(nn.Module):
             in_fp8 = fp8.quantise_rows(x)
         segments = self.context.segments_at(self.place, self.names[0], x.shape[0])
         own_bias = self.bias if self.sums is None else None
-        if segments is not None and forks(x):
-            delta = ForkedDelta(x, self.lora, segments)
-            y, scales = fp8.product(in_fp8, self.fp8_weight, own_bias)
-            if scales is None:
-                y.add_(delta.joined())
-            else:
-                fp8.rescale(y, scales, own_bias, delta=delta.joined())
-            y = self._summed_copy(y)
-            self._adjust(y, segments)
-            return y, None
+        # Adapters see the input as it is.
+        delta = ForkedDelta(x, self.lora, segments) if segments is not None and forks(x) else None
         y, scales = fp8.product(in_fp8, self.fp8_weight, own_bias)
         bias = None if scales is None else own_bias
         if segments is not None:
-            # Adapters see the input as it is. Expand comes up while shrink runs, if nothing stands between them.
-            h = ops.shrink(x, self.lora, segments)
-            ops.expand(h, self.lora, segments, y, bias=bias, scales=scales)
+            if delta is None:
+                # Expand comes up while shrink runs, if nothing stands between them.
+                h = ops.shrink(x, self.lora, segments)
+                ops.expand(h, self.lora, segments, y, bias=bias, scales=scales)
+            elif scales is None:
+                y.add_(delta.joined())
+            else:
+                fp8.rescale(y, scales, bias, delta=delta.joined())
             y = self._summed_copy(y)
             self._adjust(y, segments)
             return y, None
@@ -140,18 +137,18 @@ class FusedProjection(nn.Module):
             if forks(rows) and not has_extras:
                 delta = ForkedDelta(rows, self.lora, segments, bias)
                 torch.mm(rows, self.weight.t(), out=y)
-                y = self._summed(y.add_(delta.joined()))
-                return self._gathered(y)
-            # The delta first, the base product onto it: beta = 1 costs cuBLAS nothing, and y is not read by expand.
-            h = ops.shrink(rows, self.lora, segments)
-            ops.expand(h, self.lora, segments, y, accumulate=False, bias=bias)
-            if has_extras and own is not None:
-                from lorafleet.kernels import own_triton
-
-                y.addmm_(own_triton.without_own(rows, own, segments), self.weight.t())
-                own_triton.add_product(rows, y, own, segments)
+                y.add_(delta.joined())
             else:
-                y.addmm_(rows, self.weight.t())
+                # The delta first, the base product onto it: beta = 1 costs cuBLAS nothing, and expand does not read y.
+                h = ops.shrink(rows, self.lora, segments)
+                ops.expand(h, self.lora, segments, y, accumulate=False, bias=bias)
+                if has_extras and own is not None:
+                    from lorafleet.kernels import own_triton
+
+                    y.addmm_(own_triton.without_own(rows, own, segments), self.weight.t())
+                    own_triton.add_product(rows, y, own, segments)
+                else:
+                    y.addmm_(rows, self.weight.t())
         else:
             y = F.linear(rows, self.weight, bias)
             for at, matrix in self._replaced(self.context.owners(segments)):
