@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bars
@@ -45,7 +45,7 @@ class Session:
     """Output of a run: the file of its lines, their common fields, and the time limit."""
 
     out: Path
-    meta: dict[str, str]
+    meta: dict[str, str | int]
     deadline_s: float
     """On the monotonic clock."""
 
@@ -69,11 +69,13 @@ def run_cases(
     *,
     geometry: str | None,
     repeats: int,
+    max_batch_tokens: int | None = None,
     profile: Path | None = None,
 ) -> None:
     """The cases of one process, in this one. A `geometry` of `tiny` makes everything small."""
     of_process, known = PROCESSES[process]
     work = TINY if geometry == "tiny" else FULL
+    work = replace(work, max_batch_tokens=max_batch_tokens or work.max_batch_tokens)
     geometry = TINY_OF.get(of_process, "tiny") if geometry == "tiny" else geometry or of_process
     with ExitStack() as stack:
         lab = Lab(work, geometry, repeats, stack)
@@ -109,6 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=3600.0, help="no case begins, and none goes on, after so long")
     parser.add_argument("--geometry", choices=GEOMETRIES, help="of every base; `tiny` makes all else small too")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--max-batch-tokens", type=int, help="of a step, in the place of the cases' own")
     parser.add_argument("--commit", default=bars.commit(), help="what is measured, where git cannot say")
     parser.add_argument("--profile", type=Path, help="a folder: also write where the device's time goes")
     parser.add_argument(
@@ -133,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
         _run_processes(args, cases, deadline_s)
         return
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    meta = {
+    meta: dict[str, str | int] = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
         "triton": triton.__version__,
@@ -143,7 +146,17 @@ def main(arguments: list[str] | None = None) -> None:
         "run": args.run,
     }
     session = Session(args.out, meta, deadline_s)
-    run_cases(args.process, cases, session, geometry=args.geometry, repeats=args.repeats, profile=args.profile)
+    if args.max_batch_tokens:
+        meta["max_batch_tokens"] = args.max_batch_tokens
+    run_cases(
+        args.process,
+        cases,
+        session,
+        geometry=args.geometry,
+        repeats=args.repeats,
+        max_batch_tokens=args.max_batch_tokens,
+        profile=args.profile,
+    )
 
 
 def _run_processes(args: argparse.Namespace, cases: list[str], deadline_s: float) -> None:
@@ -160,6 +173,7 @@ def _run_processes(args: argparse.Namespace, cases: list[str], deadline_s: float
         command += ["--out", str(args.out), "--run", args.run, "--commit", args.commit]
         command += ["--repeats", str(args.repeats), "--seconds", f"{left_s:.0f}"]
         command += ["--geometry", args.geometry] if args.geometry else []
+        command += ["--max-batch-tokens", str(args.max_batch_tokens)] if args.max_batch_tokens else []
         command += ["--profile", str(args.profile)] if args.profile else []
         try:
             code = subprocess.run(command, check=False, timeout=max(1.0, left_s)).returncode

@@ -50,7 +50,7 @@ from lorafleet.workers.request import EngineRequest, SamplingParams
 from lorafleet.workers.worker import Worker
 
 WAYS = ("engine", "engines", "http")
-SETUP = ("workers", "mps", "gpus", "haproxy", "rate")
+SETUP = ("workers", "mps", "gpus", "haproxy", "rate", "max_batch_tokens")
 """Fields of lines that can be held against each other where they are the same."""
 MAX_RANK = 64
 BAR = 0.97
@@ -348,10 +348,23 @@ def recoveries(port: int, kills: int) -> list[float]:
     return times_s
 
 
-def measure(way: str, work: Work, folder: Path, workers: int, seconds: float, kills: int = 0) -> dict[str, float]:
+def measure(
+    way: str,
+    work: Work,
+    folder: Path,
+    workers: int,
+    seconds: float,
+    kills: int,
+    keep: Callable[[dict[str, float]], None],
+) -> None:
     """One way, from nothing to its figures; `start_s`: until its measured part began."""
     begun_s = time.monotonic()
     has_gpu = torch.cuda.is_available()
+
+    def figures(taken: Sequence[Taken]) -> dict[str, float]:
+        start_s = min(each.began_s for each in taken) - begun_s
+        return {**figures_of(taken), "start_s": start_s, "workers": workers}
+
     if way == "http":
         config = AppConfig.model_validate(app_values(work, folder, workers, has_gpu=has_gpu))
         shares = [Share(work, i, work.client_processes, seed=1) for i in range(work.client_processes)]
@@ -363,21 +376,19 @@ def measure(way: str, work: Work, folder: Path, workers: int, seconds: float, ki
             taken = together(drive_http, shares, port, seconds=seconds)
             cpu_s = cpu_seconds() - before
             back_s = recoveries(port, kills)
-        tokens = sum(each.num_tokens for each in taken)
-        # The clients' warm-up is in it too, which is as much again.
-        cpu = {f"cpu_us_per_token_{role}": s * 1e6 / (2 * tokens) for role, s in cpu_s.items() if role != "here"}
-        if back_s:
-            cpu |= {"worker_back_s_p50": float(np.median(back_s)), "worker_back_s_max": max(back_s)}
+            tokens = sum(each.num_tokens for each in taken)
+            # The clients' warm-up is in it too, which is as much again.
+            cpu = {f"cpu_us_per_token_{role}": s * 1e6 / (2 * tokens) for role, s in cpu_s.items() if role != "here"}
+            if back_s:
+                cpu |= {"worker_back_s_p50": float(np.median(back_s)), "worker_back_s_max": max(back_s)}
+            keep({**figures(taken), **cpu})  # the service may take its time to end
     else:
         count = workers if way == "engines" else 1
         if way == "engine":
             work = replace(work, clients=work.clients // work.gpus, gpus=1)
         shares = [Share(work, i, count, seed=1) for i in range(count)]
         values = app_values(work, folder, count, has_gpu=has_gpu)
-        taken = together(drive_engine, shares, str(folder / "base"), values, seconds=seconds)
-        cpu = {}
-    start_s = min(each.began_s for each in taken) - begun_s
-    return {**figures_of(taken), **cpu, "start_s": start_s, "workers": workers}
+        keep(figures(together(drive_engine, shares, str(folder / "base"), values, seconds=seconds)))
 
 
 @contextmanager
@@ -441,6 +452,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ingresses", type=int, default=1)
     parser.add_argument("--requests", type=int, help="of each client")
     parser.add_argument("--rate", type=float, help="requests a second, at random times")
+    parser.add_argument("--max-batch-tokens", type=int, help="of a worker's step")
     parser.add_argument("--haproxy", action="store_true", help="in the place of Serve's own proxy")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--kills", type=int, default=0, help="of the only worker, after the load")
@@ -458,7 +470,8 @@ def main(arguments: list[str] | None = None) -> None:
     work = TINY if args.tiny else FULL
     sizes = {"clients": work.clients * args.gpus, "client_processes": work.client_processes * args.gpus}
     work = replace(work, **sizes, gpus=args.gpus, ingresses=args.ingresses, rate=args.rate)
-    work = replace(work, requests=args.requests or work.requests)
+    given = {"requests": args.requests, "max_batch_tokens": args.max_batch_tokens}
+    work = replace(work, **{name: value for name, value in given.items() if value is not None})
     if args.haproxy:
         os.environ |= HAPROXY
     deadline = time.monotonic() + args.seconds
@@ -472,6 +485,12 @@ def main(arguments: list[str] | None = None) -> None:
         "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
         **asdict(work),
     }
+
+    def keep(figures: dict[str, float]) -> None:
+        line = {"case": way, **{k: round(v, 4) for k, v in figures.items()}, **meta}
+        bars.append(args.out, line)
+        print(json.dumps(line), flush=True)
+
     with tempfile.TemporaryDirectory(prefix="lfg-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         write_base(folder / "base", work.geometry)
@@ -482,11 +501,10 @@ def main(arguments: list[str] | None = None) -> None:
                 write_adapters(work, folder)
             try:
                 with time_limit(left):
-                    figures = measure(way, work, folder, args.workers, left, args.kills)
+                    measure(way, work, folder, args.workers, left, args.kills, keep)
             except Exception:
                 show_logs(folder)
                 raise
-            bars.append(args.out, {"case": way, **{k: round(v, 4) for k, v in figures.items()}, **meta})
     report(args.out)
 
 

@@ -44,6 +44,45 @@ def test_every_running_sequence_decodes_in_every_step() -> None:
         assert steps == list(range(steps[0], steps[0] + 5))
 
 
+def test_beside_decodes_a_step_is_small_while_few_prompts_wait() -> None:
+    run = Stepping(num_pages=20_000, max_batch_tokens=4000, max_running=64)
+    decoding = run.add(1, max_tokens=99)
+    run.step()
+    few = [run.add(500, max_tokens=1) for _ in range(3)]
+    assert run.step() == {decoding: 1, few[0]: 500, few[1]: 500, few[2]: 23}, "1,024 tokens in all"
+    assert run.step() == {decoding: 1, few[2]: 477}
+    for _ in range(17):
+        run.add(600, max_tokens=1)
+    assert [sum(run.step().values()) for _ in range(3)] == [4000, 1024, 1024], "10,200 wait, then 6,201"
+    run.run()
+
+
+def test_without_decodes_and_under_a_small_budget_a_step_is_full() -> None:
+    run = Stepping(num_pages=20_000, max_batch_tokens=2000, max_running=3)
+    run.add(5000, max_tokens=9)
+    assert [sum(run.step().values()) for _ in range(3)] == [2000, 2000, 1000]
+    for _ in range(9):
+        run.add(1900, max_tokens=1)
+    assert sum(run.step().values()) == 1024, "only two of them may run"
+    run.run()
+    narrow = Stepping(num_pages=20_000, max_batch_tokens=300)
+    narrow.add(1, max_tokens=9)
+    narrow.step()
+    narrow.add(2000)
+    assert sum(narrow.step().values()) == 300
+    narrow.run()
+
+
+def test_prompts_have_half_of_a_step_beside_many_decodes() -> None:
+    run = Stepping(num_pages=20_000, max_batch_tokens=4000, max_running=800)
+    for _ in range(700):
+        run.add(1, max_tokens=9)
+    run.step()
+    prompt = run.add(3000, max_tokens=1)
+    assert run.step()[prompt] == 700
+    run.run()
+
+
 def test_no_more_run_than_may() -> None:
     run = Stepping(max_running=3, max_batch_tokens=64)
     for _ in range(7):
