@@ -1,11 +1,12 @@
 """Measures a load, a worker's question and a desired set with 10,000 adapters, against bars.
 
-    python benchmarks/many_names.py [--names 10000] [--out results.jsonl]
+    python benchmarks/many_names.py [--names 10000] [--minutes 10] [--out results.jsonl]
 
-In this process, without Ray: the store on disk, and the controller's judgement over workers of plain objects. `put` and
-`reconcile` are CPU seconds. `stall_s` is the longest time in which the store's event loop did not come round, and
-`stall_cpu_s` the most CPU of its thread in one round: other work on the machine is not in it. Both are printed for each
-step, too.
+In this process, without Ray: the store on disk, and the controller's judgement over workers of plain objects. With
+`--minutes` the store is asked for so long as a service asks it: 100 workers once a second, names of requests, a
+changed adapter a second, and a page of the listing every few. `put` and `reconcile` are CPU seconds. `stall_s` is the
+longest time in which the store's event loop did not come round, and `stall_cpu_s` the most CPU of its thread in one
+round: other work on the machine is not in it. Both are printed for each step, too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,6 +38,7 @@ from tests.cluster.fleets import DictFleet, DictStore
 from tests.support.bases import make_base
 
 NUM_WORKERS, NUM_HELD = 100, 1_000
+PAGE_NAMES = 1_000
 BARS = {"put_ratio": 1.5, "reconcile_cores": 0.1, "desired_s": 2.0, "stall_s": 0.05, "stall_cpu_s": 0.05}
 
 
@@ -87,9 +90,9 @@ def fill(store: AdapterStore, first: int, count: int) -> None:
 async def put_cost(store: AdapterStore, figures: dict[str, float], name: str) -> None:
     """Time a PUT's calls of the store, without reading the adapter: the name, the flip, and the ingress's question."""
     generation = await store.generation()
-    count = 50
-    with cpu_s(figures, name, count):
-        for number in range(count):
+    num_puts = 50
+    with cpu_s(figures, name, num_puts):
+        for number in range(num_puts):
             adapter = await store.named("n0")
             record = NameRecord(**{f: getattr(adapter, f) for f in NameRecord.__dataclass_fields__})
             await store.flip(replace(record, key=f"k{number}"))
@@ -98,7 +101,30 @@ async def put_cost(store: AdapterStore, figures: dict[str, float], name: str) ->
             generation = changes.generation
 
 
-async def measure(num_names: int, folder: Path) -> dict[str, float]:
+async def live(store: AdapterStore, num_names: int, minutes: float) -> None:
+    """Ask it, once a second, what a service asks in a second."""
+    trimming = asyncio.create_task(heap.trim_often())
+    ends = time.monotonic() + 60 * minutes
+    for second in count():
+        begun = time.monotonic()
+        if begun >= ends:
+            break
+        generation = await store.generation()
+        adapter = await store.named("n0")
+        record = NameRecord(**{f: getattr(adapter, f) for f in NameRecord.__dataclass_fields__})
+        await store.flip(replace(record, key=f"live{second}"))
+        assert (await store.names_since(generation)).is_complete
+        for worker in range(NUM_WORKERS):
+            assert await store.reconcile_again(f"w{worker}", generation) is not None
+            assert store.find(f"n{(second * NUM_WORKERS + worker) % num_names}") is not None
+            await asyncio.sleep(0)  # each is a call of its own
+        if second % 5 == 0:
+            await store.page("", PAGE_NAMES)
+        await asyncio.sleep(max(0.0, begun + 1 - time.monotonic()))
+    trimming.cancel()
+
+
+async def measure(num_names: int, folder: Path, minutes: float = 0.0) -> dict[str, float]:
     base = make_base(folder / "base", "llama")
     geometry = read_geometry(ModelConfig(id="base", source=str(base)), "cpu")
     store = AdapterStore(state_dir=folder / "state", sources=(), geometry=geometry, max_rank=64, host_cache_bytes=1)
@@ -131,6 +157,9 @@ async def measure(num_names: int, folder: Path) -> dict[str, float]:
     stalls.step = "records"
     records = await store.records()
     assert len(adapters) == len(records) == num_names
+    if minutes:
+        stalls.step = "live"
+        await live(store, num_names, minutes)
     stalls.step = "garbage"
     await asyncio.sleep(0.01)
     gc.collect()
@@ -174,17 +203,18 @@ async def store_name(store: DictStore, number: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--names", type=int, default=10_000)
+    parser.add_argument("--minutes", type=float, default=0.0, help="of a service's work")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = asyncio.run(measure(arguments.names, Path(folder)))
+        figures = asyncio.run(measure(arguments.names, Path(folder), arguments.minutes))
     late = {name for name, bar in BARS.items() if figures[name] > bar}
     for name, figure in figures.items():
         bar = f"  bar {BARS[name]:g}{' MISSED' if name in late else ''}" if name in BARS else ""
         print(f"{name:>22} {figure:.6f}{bar}")
     if arguments.out is not None:
         with arguments.out.open("a") as out:
-            out.write(json.dumps({"names": arguments.names, **figures}) + "\n")
+            out.write(json.dumps({"names": arguments.names, "minutes": arguments.minutes, **figures}) + "\n")
     return int(bool(late))
 
 
