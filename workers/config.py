@@ -136,8 +136,11 @@ class EngineConfig(Settings):
         "base that one GPU cannot hold, or to answer sooner. The worker is a group of so many processes on one node.",
     )
     max_batch_tokens: int = Field(
-        default=2048, ge=1, le=2**20, description="Most tokens of one step, prefill and decode together. Where both are in a step, "
-        "it has 1,024 at most while few prompts wait, so that tokens come evenly."
+        default=2048,
+        ge=1,
+        le=2**20,
+        description="Most tokens of one step, prefill and decode together. Where both are in a step, "
+        "it has 1,024 unless prompts come faster than that, so that tokens come evenly.",
     )
     max_running: int = Field(default=64, ge=1, le=2**16, description="Most sequences in one step.")
     kv_bytes: BytesOrAuto = Field(default="auto", description="Memory for KV pages, on each device of a worker.")

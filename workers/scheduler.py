@@ -1,11 +1,10 @@
 """Decides which sequences compute how many tokens in the next step.
 
-Continuous batching with chunked prefill: decodes come first, then prefills in chunks, all under one token budget.
-Beside decodes the budget is small while few prompts wait, so that no token waits long for others' prompts. Many
-prompts get large steps, which compute more tokens a second. A waiting sequence is admitted only when its KV pages and
-its adapter are there. One that does not fit is passed over, for at most `max_wait_s`. Later sequences may then not
-take the pages or the adapter room that it waits for. When KV runs out, the sequence admitted last gives its pages back
-and is computed anew. Pure logic over page counts: no tensors, no threads, and a clock passed in.
+Continuous batching with chunked prefill: decodes come first, then prefills in chunks, all under one token budget. A
+waiting sequence is admitted only when its KV pages and its adapter are there. One that does not fit is passed over, for
+at most `max_wait_s`. Later sequences may then not take the pages or the adapter room that it waits for.
+When KV runs out, the sequence admitted last gives its pages back and is computed anew. Pure logic over page counts: no
+tensors, no threads, and a clock passed in.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from typing import Protocol
 from lorafleet.workers.memory.kv_cache import KVCache
 from lorafleet.workers.memory.state_store import NULL_SLOT, StateStore
 from lorafleet.workers.sequence import AdapterReadiness, ScheduledRows, Sequence
+from lorafleet.workers.step_budget import StepBudget
 
-SMALL_STEP_TOKENS = 1024
-"""Of a step that computes prompts beside decodes, while few prompts wait."""
 NO_GUESSES: Mapping[Sequence, list[int]] = MappingProxyType({})
 
 
@@ -60,7 +58,7 @@ class Scheduler:
         self._cache = cache
         self._gate = gate
         self._states = states
-        self._max_batch_tokens = max_batch_tokens
+        self._step_budget = StepBudget(max_batch_tokens)
         # Every running sequence needs a token a step, or the last ones would stand still.
         self._max_running = min(max_running, max_batch_tokens)
         self._max_wait_s = max_wait_s
@@ -105,25 +103,27 @@ class Scheduler:
         """The next step's work; empty when nothing can run now. `guesses`: tokens that may follow, by sequence."""
         scheduled: dict[Sequence, int] = {}
         decoding = self.decoding
-        budget = _Budget(self._token_budget(len(decoding)))
+        budget = _Budget(self._step_budget.next_step(len(decoding), self._num_prompt_tokens()))
+        # Prompts would take all of it, and guesses have been paid for. Half of what decodes leave is for prompts.
+        for_guesses = min(sum(map(len, guesses.values())), max(0, budget.tokens - len(decoding)) // 2)
+        budget.tokens -= for_guesses
         prefilling = [each for each in self._running if not each.is_complete and each.num_uncomputed > 1]
         for sequence in (*decoding, *prefilling):
             if sequence.is_admitted:  # a victim of an earlier one is not
                 self._schedule_running(sequence, scheduled, budget)
         self._admit(scheduled, budget)
+        self._step_budget.note(budget.tokens)
+        budget.tokens += for_guesses
         return [
             ScheduledRows.of(sequence, num_rows, self._take_guess(sequence, guesses.get(sequence, []), budget))
             for sequence, num_rows in scheduled.items()
         ]
 
-    def _token_budget(self, num_decodes: int) -> int:
-        """Of the next step: all that it may have where nothing decodes, or where prompts fill two such steps."""
+    def _num_prompt_tokens(self) -> int:
+        """Of sequences that may run, but for those that decode."""
         admissible = islice(self._waiting, self._max_running - len(self._running))
-        backlog = sum(each.num_uncomputed for each in chain(self._running, admissible)) - num_decodes
-        if num_decodes == 0 or backlog >= 2 * self._max_batch_tokens:
-            return self._max_batch_tokens
-        # At least half of it is for prompts.
-        return min(self._max_batch_tokens, max(SMALL_STEP_TOKENS, 2 * num_decodes))
+        counts = (each.num_uncomputed for each in chain(self._running, admissible))
+        return sum(count for count in counts if count > 1)
 
     def _schedule_running(self, sequence: Sequence, scheduled: dict[Sequence, int], budget: _Budget) -> None:
         num_rows = min(sequence.num_uncomputed, budget.tokens)

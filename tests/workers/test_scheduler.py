@@ -73,6 +73,16 @@ def test_without_decodes_and_under_a_small_budget_a_step_is_full() -> None:
     narrow.run()
 
 
+def test_guesses_have_room_beside_a_prompt_that_fills_the_step() -> None:
+    run = Stepping(num_pages=20_000, max_batch_tokens=8192)
+    decoding = run.add(1, max_tokens=99)
+    run.step()
+    run.add(5000)
+    rows = {item.sequence: item for item in run.scheduler.schedule({decoding: [5, 6, 7]})}
+    assert rows[decoding].guess == [5, 6, 7]
+    assert sum(item.num_rows for item in rows.values()) == 1024
+
+
 def test_prompts_have_half_of_a_step_beside_many_decodes() -> None:
     run = Stepping(num_pages=20_000, max_batch_tokens=4000, max_running=800)
     for _ in range(700):
