@@ -213,10 +213,13 @@ class Catalog:
                         with self._indexes:
                             self.manifests[version] = manifest
                     return
-                self._clear(version)
-                staged.rename(self.folder(version))
-                sync(self._versions)
-                self._write([row])
+                trash = self._clear(version)
+                try:
+                    staged.rename(self.folder(version))
+                    sync(self._versions)
+                    self._write([row])
+                finally:
+                    shutil.rmtree(trash, ignore_errors=True)
                 with self._indexes:
                     self.manifests[version] = manifest
                     self._damaged.pop(version, None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -74,7 +74,7 @@ class AdapterLoader:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.on_progress: Callable[[], None] = lambda: None
-        """Called from any thread when `publish_ready` has something to do."""
+        """Called from any thread when `publish_ready` has something to do, or `take_failures` something to tell."""
         self.resident_versions: tuple[str, ...] = ()
         """Versions that are resident; may be read from any thread, and be `REFRESH_S` old."""
         self.load_s: deque[float] = deque(maxlen=MAX_OBSERVATIONS)
@@ -165,11 +165,16 @@ class AdapterLoader:
                 self._residency.unhold(version)
                 return
 
-    def reconcile(self, named: Mapping[str, bool]) -> None:
-        """Follow the store: pin what is pinned, let go of what has lost its name."""
+    def reconcile(self, named: Mapping[str, bool], asked: Collection[str] | None = None) -> None:
+        """Follow the store: pin what is pinned, let go of what has lost its name.
+
+        named: versions with a name, and whether they are pinned. asked: what the store was asked about; None: all.
+        """
         for use in self._residency.snapshot().adapters:
             pinned = named.get(use.version)
             if pinned is None:
+                if asked is not None and use.version not in asked:  # it came since
+                    continue
                 load = self._loads.get(use.version)
                 is_awaited = load is not None and bool(load.waiters)  # a roll-out names it once it is everywhere
                 if use.state != "retired" and use.holds == 0 and not is_awaited:
@@ -278,6 +283,7 @@ class AdapterLoader:
                 self._fail(version, load, self._residency.no_room(weights.manifest))
             return False
         load.allocation = allocation
+        self._failures.pop(version, None)  # there was no room before
         self._run(version, lambda: self._pool.upload(allocation, weights))
         return True
 
@@ -297,6 +303,7 @@ class AdapterLoader:
     def _fail(self, version: str, load: _Load, error: Exception) -> None:
         self._failures[version] = error
         _fail_waiters(load, error)
+        self.on_progress()
 
     def _run(self, version: str, work: Callable[[], AdapterWeights | UploadedAdapter]) -> None:
         def run() -> None:

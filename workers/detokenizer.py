@@ -60,7 +60,9 @@ class Detokenizer:
         self._context += [token_id for token_id in token_ids if token_id not in special and self._has_text(token_id)]
         whole = self._decode(self._context)
         text = ""
-        if not whole.endswith(REPLACEMENT):
+        if whole == self._settled:
+            del self._context[self._num_settled :]  # they say nothing, and would be decoded with each token to come
+        elif not whole.endswith(REPLACEMENT):
             if len(whole) > len(self._settled):
                 text = self._settle(self._context, len(self._context), whole)
         elif len(self._context) - self._num_settled > 3 * MAX_CHARACTER_TOKENS:

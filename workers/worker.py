@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from functools import partial
@@ -143,14 +143,14 @@ class Worker:
         """End what `hold_s` began."""
         await self._on_engine(lambda: self._loader.release_hold(version))
 
-    async def reconcile(self, named: Mapping[str, bool]) -> None:
+    async def reconcile(self, named: Mapping[str, bool], asked: Collection[str] | None = None) -> None:
         """Follow the store: `named` are the versions that have a name, and whether they are pinned.
 
         Pinned ones become resident (as far as they fit), others are unpinned, and versions without a name leave as soon
-        as nothing uses them.
+        as nothing uses them. Of these only those in `asked`, which the store was asked about; None: all.
         """
         self._event_loop = asyncio.get_running_loop()
-        await self._on_engine(lambda: self._loader.reconcile(named))
+        await self._on_engine(lambda: self._loader.reconcile(named, asked))
 
     async def estimate(self, manifest: AdapterManifest) -> tuple[int, tuple[str, ...]]:
         """Pages the adapter would take, and the versions it would evict. Raises NoRoomError."""

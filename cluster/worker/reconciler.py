@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Protocol
 
 from lorafleet.adapter_store.errors import UnknownWorker
@@ -30,7 +30,7 @@ class Reconciled(Protocol):
 
     async def held_versions(self) -> tuple[str, ...]: ...
 
-    async def reconcile(self, named: Mapping[str, bool]) -> None: ...
+    async def reconcile(self, named: Mapping[str, bool], asked: Collection[str]) -> None: ...
 
 
 class Reconciler:
@@ -61,7 +61,7 @@ class Reconciler:
             self._held = held
             self._keep = keep or self._keep
             # Also what was said before: a pinned version that found no room may find some now.
-            await self._worker.reconcile(self._keep.versions)
+            await self._worker.reconcile(self._keep.versions, frozenset(held))
             self._has_followed.set()
 
     async def await_first(self, timeout_s: float) -> bool:

@@ -128,6 +128,23 @@ def test_a_crash_leaves_the_old_state_or_the_new(change: Callable[[Catalog], obj
     assert False in seen
 
 
+def test_what_a_publication_replaces_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the database takes nothing: each try would leave one more copy of the weights."""
+    catalog = prepared(tmp_path)
+    catalog.mark_damaged("v2")
+    publish(catalog, "v2")
+    assert not list((tmp_path / "staging").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(catalog, "_write", lambda rows: (_ for _ in ()).throw(OSError("disk quota exceeded")))
+        for _ in range(3):
+            with pytest.raises(StoreUnusable):
+                publish(catalog, "v3")
+    assert not list((tmp_path / "staging").iterdir())
+    publish(catalog, "v3")
+    assert "v3" in catalog.manifests
+    catalog.close()
+
+
 def test_all_is_as_it_was_after_a_restart(tmp_path: Path) -> None:
     catalog = prepared(tmp_path)
     catalog.delete_name("gone", explicit=True)

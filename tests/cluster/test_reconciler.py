@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import pytest
 
@@ -18,12 +18,14 @@ class Follower:
 
     def __init__(self) -> None:
         self.told: list[Mapping[str, bool]] = []
+        self.asked: list[Collection[str]] = []
 
     async def held_versions(self) -> tuple[str, ...]:
         return ("held",)
 
-    async def reconcile(self, named: Mapping[str, bool]) -> None:
+    async def reconcile(self, named: Mapping[str, bool], asked: Collection[str]) -> None:
         self.told.append(named)
+        self.asked.append(asked)
 
 
 async def test_passes_on_what_the_store_says() -> None:
@@ -36,6 +38,7 @@ async def test_passes_on_what_the_store_says() -> None:
     await Reconciler(worker, ask).once()
     assert asked == [("held",)]
     assert worker.told == [{"held": True}]
+    assert worker.asked == [{"held"}], "what comes to it meanwhile has lost no name"
 
 
 async def test_a_question_is_put_after_the_call() -> None:

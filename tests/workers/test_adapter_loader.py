@@ -9,10 +9,13 @@ import torch
 
 from lorafleet.adapter_store.manifest import AdapterWeights
 from lorafleet.workers.adapter_loader import FORGET_S, REFRESH_S, AdapterLoader
+from lorafleet.workers.detokenizer import Detokenizer
 from lorafleet.workers.errors import AdapterUnavailable, EngineFailed, NoRoomError
 from lorafleet.workers.memory.adapter_pool import AdapterPool
 from lorafleet.workers.memory.pool_layout import PoolLayout
 from lorafleet.workers.memory.residency import Residency
+from lorafleet.workers.request import EngineRequest, SamplingParams
+from lorafleet.workers.sequence import AdapterReadiness, Sequence
 from tests.support.clock import Clock
 from tests.support.wait import eventually
 from tests.workers.memory.geometries import ATTENTION, TINY, groups_of, manifest_of, weights_of
@@ -67,6 +70,12 @@ class Loading:
     def tick(self, seconds: float) -> None:
         self.clock.now_s += seconds
         self.loader.publish_ready()
+
+
+def sequence_of(version: str) -> Sequence:
+    request = EngineRequest("one", version, (1, 2, 3), SamplingParams())
+    detokenizer = Detokenizer(None, (), request.prompt_token_ids)
+    return Sequence(request, arrival_s=0.0, max_tokens=4, seed=0, detokenizer=detokenizer, token_ids=[1, 2, 3])
 
 
 def test_a_hold_runs_out() -> None:
@@ -172,3 +181,32 @@ def test_close_fails_who_waits() -> None:
     future = run.loader.make_resident("a", hold_s=0.0, pinned=False)
     run.loader.close()
     assert isinstance(future.exception(timeout=1), EngineFailed)
+
+
+def test_a_version_that_found_room_after_all_has_not_failed() -> None:
+    """It found none beside a pinned one, which then was unpinned before the engine took the failure."""
+    run, told = Loading(capacity=1), []
+    run.load("a", pinned=True)
+    run.loader.on_progress = lambda: told.append(None)
+    run.loader.want("b")
+    run.until(lambda: run.loader._loads["b"].weights is not None)
+    told.clear()
+    sequence = sequence_of("b")
+    assert run.loader.try_ready(sequence) is AdapterReadiness.NO_ROOM
+    assert told, "the engine learns of it at once"
+    run.loader.reconcile({"a": False, "b": True})
+    for version in run.loader.take_failures():
+        run.loader.forget(version)
+    run.until(lambda: run.loader.try_ready(sequence) is AdapterReadiness.READY)
+    assert run.use("b") == (0, True, "resident")
+    assert "a" not in run.residency
+
+
+def test_only_what_the_store_was_asked_about_can_have_lost_its_name() -> None:
+    run = Loading()
+    run.load("a")
+    run.load("b")
+    run.loader.reconcile({"a": False}, asked=("a",))
+    assert run.use("b") == (0, False, "resident")
+    run.loader.reconcile({"a": False}, asked=("a", "b"))
+    assert "b" not in run.residency

@@ -122,6 +122,20 @@ def test_bytes_that_are_no_characters_do_not_pile_up() -> None:
     assert text + detokenizer.flush() == "\ufffd" * 300
 
 
+def test_tokens_without_text_do_not_pile_up() -> None:
+    """Ids beyond the tokenizer's: a base's logits have more of them than its tokenizer."""
+    tokenizer = byte_level()
+    detokenizer = Detokenizer(tokenizer, (), tuple(encode(tokenizer, "x")))
+    for begin in ("", " and", "é"):
+        said = "".join(detokenizer.append((token,), check_stop=True) for token in encode(tokenizer, begin))
+        assert said == begin
+        for _ in range(300):
+            assert detokenizer.append((len(tokenizer) + 5,), check_stop=True) == ""
+            assert detokenizer._context is not None
+            assert len(detokenizer._context) < 40
+    assert detokenizer.append(tuple(encode(tokenizer, " more")), check_stop=True) == " more"
+
+
 STOPS = {
     "within a token": ("The quick", ("quic",), "The ", "quic"),
     "over many tokens": ("abcdefgh", ("cdefg",), "ab", "cdefg"),

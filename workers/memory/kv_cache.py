@@ -183,6 +183,8 @@ class KVCache:
 
     def _zero(self, pages: list[int]) -> None:
         """After all that was launched before, on a GPU."""
+        if not pages:
+            return
         indices = torch.tensor(pages, device=self._device)
         for tensor in (*self.keys, *self.values, *(self.key_scales or ()), *(self.value_scales or ())):
             # Zero is zero bytes, and torch cannot index fp8.

@@ -16,6 +16,8 @@ from lorafleet.adapter_store.manifest import AdapterManifest
 from lorafleet.workers.errors import NoRoomError
 from lorafleet.workers.memory.adapter_pool import AdapterPool, Allocation, UploadedAdapter
 
+MAX_EVICTED = 1 << 16
+"""Evicted versions that are remembered, to tell loads from reloads."""
 ResidencyState = Literal["loading", "resident", "retired"]
 
 
@@ -133,7 +135,8 @@ class Residency:
         self._pool = pool
         self._experts = {name for name, place in pool.layout.places.items() if place.shape.kind == "experts"}
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
-        self._evicted: set[str] = set()
+        self._evicted: dict[str, None] = {}
+        """The last evicted ones, in order."""
         # Totals, so that asking for room takes no look at every entry: waiting requests ask in every step.
         self._num_evictable = self._evictable_pages = 0
         self._num_pinned = self._pinned_pages = 0
@@ -205,7 +208,9 @@ class Residency:
             return None
         for version in victims:
             self._remove(version)
-            self._evicted.add(version)
+            self._evicted[version] = None
+            if len(self._evicted) > MAX_EVICTED:
+                del self._evicted[next(iter(self._evicted))]
             self._num_evictions += 1
         allocation = self._pool.allocate(manifest)
         self._entries[manifest.version] = _Entry(allocation)
@@ -234,7 +239,7 @@ class Residency:
         entry.is_loaded = True
         self._num_loads += 1
         if version in self._evicted:
-            self._evicted.remove(version)
+            del self._evicted[version]
             self._num_reloads += 1
         self._touch(entry)
 
@@ -289,7 +294,7 @@ class Residency:
 
     def retire(self, version: str) -> None:
         """No name points at the version any more: it goes as soon as nothing uses it. Unpins; unknown is no error."""
-        self._evicted.discard(version)
+        self._evicted.pop(version, None)
         entry = self._entries.get(version)
         if entry is not None:
             entry.is_pinned = False

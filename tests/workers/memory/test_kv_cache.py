@@ -240,3 +240,19 @@ def test_a_cache_in_fp8_has_scales() -> None:
     for tensor in tensors:
         is_zero = [not bool(page.float().any()) for page in tensor]
         assert is_zero == [index in pages for index in range(5)]
+
+
+def test_what_two_share_is_scrubbed_by_the_last() -> None:
+    """Two like sequences have no page of their own, once a full one has been offered by both."""
+    cache = make(4)
+    first = cache.insert("v", [1, 2], cache.allocate(1))
+    second = cache.insert("v", [1, 2], cache.allocate(1))
+    assert first == second
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(float("nan"))
+    cache.scrub(first)
+    cache.free(first)
+    cache.scrub(second)
+    assert all(tensor[second].eq(0).all() for tensor in (*cache.keys, *cache.values))
+    cache.free(second)
+    assert cache.counts == KVPageCounts(used=0, cached=0, total=4)

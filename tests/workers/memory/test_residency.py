@@ -246,3 +246,14 @@ def test_no_room_survives_pickling() -> None:
     assert str(again) == str(error)
     assert again.code == "no_room"
     assert again.total == error.total
+
+
+def test_of_evicted_versions_the_last_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorafleet.workers.memory.residency.MAX_EVICTED", 2)
+    residency, pool = make(1)
+    load(residency, pool, *(small(version) for version in ("a", "b", "c", "d")))
+    assert list(residency._evicted) == ["b", "c"]
+    load(residency, pool, small("a"))
+    assert residency.snapshot().reloads_after_eviction == 0
+    load(residency, pool, small("d"))
+    assert residency.snapshot().reloads_after_eviction == 1
