@@ -175,11 +175,11 @@ class Catalog:
         with self._changes:
             return self._set_name(replace(self._record(name), pinned=pinned))
 
-    def delete_name(self, name: str, *, explicit: bool) -> NameRecord:
+    def delete_name(self, name: str, *, explicit: bool, by_config: bool = False) -> NameRecord:
         """Take a name away, durably; its version stays published. Raises UnknownAdapter."""
         with self._changes:
             record = self._record(name)
-            self._write_name(Tombstone(name, explicit, self.names.generation + 1, self._wall_clock()))
+            self._write_name(Tombstone(name, explicit, self.names.generation + 1, self._wall_clock(), by_config))
             return record
 
     @contextmanager

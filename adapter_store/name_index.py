@@ -59,6 +59,11 @@ class NameIndex:
         """Return True if the name was deleted and not loaded since. A damaged entry counts as deleted."""
         return name in self.damaged or (name in self.tombstones and self.tombstones[name].explicit)
 
+    def taken_down(self) -> frozenset[str]:
+        """The names that somebody deleted, not the configuration, and that were not loaded since."""
+        with self._lock:
+            return frozenset(name for name, each in self.tombstones.items() if each.explicit and not each.by_config)
+
     def changes_since(self, generation: int) -> NameChanges:
         """The names that changed after `generation`; costs what changed, not what there is."""
         with self._lock:

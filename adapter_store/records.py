@@ -24,6 +24,8 @@ class Tombstone:
     generation: int
     deleted_at: float = 0.0
     """Unix time, for its expiry."""
+    by_config: bool = False
+    """It left the configuration, which may bring it back."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,13 +171,15 @@ class AdapterStore:
         self._failure = None
         return named
 
-    async def delete(self, name: str, *, explicit: bool = True) -> NamedAdapter:
+    async def delete(self, name: str, *, explicit: bool = True, by_config: bool = False) -> NamedAdapter:
         """Take a name away, durably, and say what it was. Raises UnknownAdapter.
 
-        After an `explicit` delete no `resolve` source brings the name back, until it is loaded again.
+        After an `explicit` delete no `resolve` source brings the name back, until it is loaded again. `by_config`: it
+        has left the configuration.
         """
         self._touch_named(name)
-        return self._named(await self._on_disk(lambda: self._catalog.delete_name(name, explicit=explicit)))
+        delete = partial(self._catalog.delete_name, name, explicit=explicit, by_config=by_config)
+        return self._named(await self._on_disk(delete))
 
     async def set_pinned(self, name: str, pinned: bool) -> NamedAdapter:
         """Pin or unpin a name, durably. Raises UnknownAdapter."""
@@ -220,6 +222,10 @@ class AdapterStore:
     async def records(self) -> tuple[NameRecord, ...]:
         """All names without their manifests."""
         return await self._on_disk(lambda: tuple(self._catalog.names.records.copy().values()))
+
+    async def taken_down(self) -> frozenset[str]:
+        """The names that somebody deleted, other than the configuration, and that were not loaded since."""
+        return self._catalog.names.taken_down()
 
     async def page(self, after: str, limit: int | None) -> tuple[NamedAdapter, ...]:
         """At most `limit` adapters in order of their names, those that come after `after`; None: all of them."""

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -144,7 +144,7 @@ class MetronomeWorker(Worker):
     async def release_hold(self, version: str) -> None:
         """Nothing is held."""
 
-    async def reconcile(self, named: Mapping[str, bool]) -> None:
+    async def reconcile(self, named: Mapping[str, bool], asked: Collection[str] | None = None) -> None:
         """Nothing is kept."""
 
     async def estimate(self, manifest: AdapterManifest) -> tuple[int, tuple[str, ...]]:

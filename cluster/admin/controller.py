@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -23,6 +24,8 @@ from lorafleet.cluster.store.client import StoreClient
 from lorafleet.cluster.watchdog import Watchdog
 from lorafleet.cluster.wire import ListedWorkers, Placed, StoreProblem, Validation, in_parts, replying
 from lorafleet.cluster.worker.client import WorkersClient
+
+logger = logging.getLogger(__name__)
 
 ASK_S = 0.5
 """How often a controller that knows of no `user_config` asks the store for one."""
@@ -119,9 +122,13 @@ class Controller:
     async def _apply(self) -> None:
         # Before it is known what is wanted, names of the former user_config would be deleted.
         while not self._is_told.is_set():
-            with contextlib.suppress(StoreUnavailable):
+            try:
                 if await self._desired.resume():
                     break
+            except StoreUnavailable:
+                pass
+            except Exception:
+                logger.exception("the store's desired state cannot be read; it is asked again")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._is_told.wait(), ASK_S)
         await self._desired.run()

@@ -25,7 +25,7 @@ from lorafleet.adapter_store.names import NameRecord
 from lorafleet.adapter_store.records import DesiredRecord, DesiredState
 from lorafleet.cluster.admin.rollout import Rollout
 from lorafleet.cluster.config import DesiredAdapter, UserConfig
-from lorafleet.cluster.errors import describe
+from lorafleet.cluster.errors import NameTaken, describe
 from lorafleet.cluster.validation import refusal_of
 
 logger = logging.getLogger(__name__)
@@ -166,12 +166,14 @@ class DesiredSet:
     async def apply(self) -> None:
         """One round. What went wrong is logged and kept; it never raises.
 
-        What has been in place once is only made resident again: an admin may have changed or deleted it since.
+        What has been in place once is only made resident again: an admin may have changed or deleted it since. What an
+        admin deleted stays away, unless a new `user_config` has it.
         """
         self._has_applied = True
-        wanted = self._preload | self._user
+        wanted, news = self._preload | self._user, frozenset(self._news)
         try:
             current = {record.name: record for record in await self._rollout.records()}
+            taken_down = await self._rollout.taken_down() - news
             num_holders = await self._rollout.num_holders()
             num_workers = len(await self._rollout.worker_ids())
         except Exception as error:
@@ -182,7 +184,7 @@ class DesiredSet:
             stale = []  # who knows whether they are
         due, cold = [], []
         for adapter in wanted.values():
-            if self._is_due(adapter, current):
+            if adapter.name not in taken_down and self._is_due(adapter, current):
                 due.append(adapter)
             elif adapter.name in current:
                 warm = num_workers if adapter.warm == "all" else min(adapter.warm, num_workers)
@@ -191,12 +193,12 @@ class DesiredSet:
         limit = asyncio.Semaphore(MAX_AT_ONCE)
         self._problems = {}
         await asyncio.gather(
-            *(self._try(limit, name, self._rollout.delete, name) for name in stale),
-            *(self._try(limit, adapter.name, self._put, adapter) for adapter in due),
+            *(self._try(limit, name, self._rollout.drop, name) for name in stale),
+            *(self._try(limit, adapter.name, self._put, adapter, current.get(adapter.name)) for adapter in due),
             *(self._try(limit, adapter.name, self._rollout.warm, adapter.name, adapter.warm) for adapter in cold),
         )
         self._done = {name: adapter for name, adapter in wanted.items() if name not in self._problems}
-        self._news &= set(self._problems)
+        self._news -= news - self._problems.keys()  # others came during the round
         if not any(name in self._problems for name in self._preload):
             self._is_preloaded = True
 
@@ -210,15 +212,17 @@ class DesiredSet:
             return adapter.name in self._news
         return (named.source, named.key, named.pinned) != (adapter.source, adapter.key, adapter.pinned)
 
-    async def _put(self, adapter: DesiredAdapter) -> None:
-        await self._rollout.put(
-            adapter.name,
-            source=adapter.source,
-            key=adapter.key,
-            pinned=adapter.pinned,
-            warm=adapter.warm,
-            origin="config",
-        )
+    async def _put(self, adapter: DesiredAdapter, judged: NameRecord | None) -> None:
+        with contextlib.suppress(NameTaken):  # an admin has changed it since it was judged
+            await self._rollout.put(
+                adapter.name,
+                source=adapter.source,
+                key=adapter.key,
+                pinned=adapter.pinned,
+                warm=adapter.warm,
+                origin="config",
+                seen=0 if judged is None else judged.generation,
+            )
 
     async def _try(self, limit: asyncio.Semaphore, name: str, change: Callable[..., object], *args: object) -> None:
         async with limit:

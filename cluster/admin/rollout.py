@@ -55,7 +55,9 @@ class Store(Protocol):
 
     async def flip(self, record: NameRecord) -> NamedAdapter: ...
 
-    async def delete(self, name: str) -> None: ...
+    async def delete(self, name: str, *, by_config: bool = False) -> None: ...
+
+    async def taken_down(self) -> frozenset[str]: ...
 
     async def set_pinned(self, name: str, pinned: bool) -> None: ...
 
@@ -93,18 +95,24 @@ class Rollout:
         warm: Warm = 1,
         origin: Origin = "admin",
         replace: bool = True,
+        seen: int | None = None,
     ) -> Placed:
         """Publish what `source` has under `key` and flip `name` to it.
 
-        replace: False raises NameTaken for a name that is loaded. Raises InvalidName, what the store refuses the
+        replace: False raises NameTaken for a name that is loaded. seen: the generation that the name had when this was
+        decided, 0 for none; NameTaken where it has another by now. Raises InvalidName, what the store refuses the
         adapter for, AdapterDoesNotFit, RolloutFailed, NoWorker and StoreUnavailable.
         """
         self._check_name(name)
-        return await self._to_the_end(self._put(name, source, key, pinned, warm, origin, replace))
+        return await self._to_the_end(self._put(name, source, key, pinned, warm, origin, replace, seen))
 
     async def delete(self, name: str) -> None:
         """Take a name away; streams on its version end as they began. Raises UnknownAdapter, StoreUnavailable."""
         await self._to_the_end(self._delete(name))
+
+    async def drop(self, name: str) -> None:
+        """The same for a name that has left the configuration, unless it is somebody else's by now, or gone."""
+        await self._to_the_end(self._drop(name))
 
     async def set_pinned(self, name: str, pinned: bool) -> Placed:
         """Keep an adapter resident on every worker, or no longer.
@@ -118,12 +126,23 @@ class Rollout:
         await self._to_the_end(self._warm(name, warm))
 
     async def _put(
-        self, name: str, source: str, key: str, pinned: bool, warm: Warm, origin: Origin, replace: bool
+        self,
+        name: str,
+        source: str,
+        key: str,
+        pinned: bool,
+        warm: Warm,
+        origin: Origin,
+        replace: bool,
+        seen: int | None,
     ) -> Placed:
         async with self._lock(name):
             # Asked under the lock: of two loads at the same time the second one finds what the first one made.
-            if not replace and await self._find(name) is not None:
+            found = await self._find(name) if not replace or seen is not None else None
+            if not replace and found is not None:
                 raise NameTaken(f"an adapter is named {name!r} already; delete it first, or replace it", "name")
+            if seen is not None and seen != (0 if found is None else found.generation):
+                raise NameTaken(f"adapter {name!r} has been changed meanwhile", "name")
             manifest = await self._store.publish(source, key)
             before, states = await asyncio.gather(self._find(name), self._living())
             async with self._holding(name, manifest.version, states, pinned) as holds:
@@ -146,6 +165,13 @@ class Rollout:
         async with self._lock(name):
             await self._store.delete(name)
             await self._reconcile(await self._states())
+
+    async def _drop(self, name: str) -> None:
+        async with self._lock(name):
+            found = await self._find(name)
+            if found is not None and found.origin == "config":
+                await self._store.delete(name, by_config=True)
+                await self._reconcile(await self._states())
 
     async def _warm(self, name: str, warm: Warm) -> None:
         async with self._lock(name):
@@ -200,6 +226,10 @@ class Rollout:
     async def records(self) -> tuple[NameRecord, ...]:
         """All names. Raises StoreUnavailable."""
         return await self._store.records()
+
+    async def taken_down(self) -> frozenset[str]:
+        """The names that somebody deleted, other than the configuration, and that were not loaded since."""
+        return await self._store.taken_down()
 
     async def num_holders(self) -> Counter[str]:
         """On how many workers each version is, of those that answer."""

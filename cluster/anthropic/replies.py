@@ -11,8 +11,8 @@ from pydantic_core import from_json
 from lorafleet.cluster.anthropic.requests import MessagesBody
 from lorafleet.cluster.errors import ErrorReply
 from lorafleet.cluster.openai.reading import Piece
-from lorafleet.cluster.openai.replies import to_json
 from lorafleet.cluster.openai.turns import Turn
+from lorafleet.cluster.openai.writing import to_json
 from lorafleet.workers.request import GenerateDelta
 
 _KINDS = {"content": "text", "reasoning": "thinking", "call": "tool_use", "arguments": "tool_use"}

@@ -67,7 +67,7 @@ class LostIngress:
             async with asyncio.timeout(BODY_S):
                 await body.read_ahead()
         except TimeoutError:
-            await _Answer(send).refuse(408, _LATE)
+            await _Answer(send).refuse(408, _LATE, closes=True)
             return
         if body.is_client_gone:
             return
@@ -148,14 +148,16 @@ class _Answer:
         if self._is_event_stream:
             await self._send({"type": "http.response.body", "body": broken_event(path)})
 
-    async def refuse(self, status: int, error: dict[str, Any]) -> None:
-        """Say that there is no answer, and why."""
+    async def refuse(self, status: int, error: dict[str, Any], *, closes: bool = False) -> None:
+        """Say that there is no answer, and why. `closes`: what else the client sends is not read."""
         content = json.dumps({"error": error}).encode()
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(content)).encode()),
             (b"retry-after", b"1"),
         ]
+        if closes:
+            headers.append((b"connection", b"close"))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": content})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from http import HTTPStatus
@@ -14,7 +15,7 @@ from lorafleet.cluster.errors import ErrorReply, describe
 from lorafleet.cluster.http.description import Responses, error_responses
 from lorafleet.cluster.http.sse import ClientGone, EventStream, while_connected
 from lorafleet.cluster.serving.dispatch import Dispatcher, PreparedRequest
-from lorafleet.workers.request import GenerateDelta
+from lorafleet.workers.request import GenerateDelta, GenerateRequest
 
 CLIENT_CLOSED_REQUEST = 499
 """What proxies log for a client that hung up; nobody reads it."""
@@ -82,7 +83,9 @@ async def answer(
     try:
         if not is_stream:
             await while_connected(request.receive, _feed_all(reply, deltas))
-            return Response(reply.whole(), media_type="application/json", headers=reply.headers())
+            may_be_long = any(_has_logprobs(each.request) for each in prepared)
+            content = await asyncio.to_thread(reply.whole) if may_be_long else reply.whole()
+            return Response(content, media_type="application/json", headers=reply.headers())
         first = await while_connected(request.receive, anext(deltas))
     except ClientGone:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -90,6 +93,10 @@ async def answer(
     assert event is not None
     stream = EventStream(_events(reply, event, deltas), reply.headers())
     return stream
+
+
+def _has_logprobs(request: GenerateRequest) -> bool:
+    return request.logprobs is not None or request.prompt_logprobs
 
 
 async def _feed_all(reply: Reply, deltas: AsyncGenerator[GenerateDelta, None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Mapping
 from contextlib import aclosing
@@ -19,8 +20,8 @@ from lorafleet.cluster.http.description import body_of, replies
 from lorafleet.cluster.http.guards import client_router
 from lorafleet.cluster.http.sse import ClientGone, while_connected
 from lorafleet.cluster.openai.answering import CLIENT_CLOSED_REQUEST, answer_errors
-from lorafleet.cluster.openai.replies import to_json
 from lorafleet.cluster.openai.requests import MAX_PROMPTS, PromptShapes, parsed, prompts_of, request_of
+from lorafleet.cluster.openai.writing import written
 from lorafleet.cluster.serving.dispatch import Dispatcher, PreparedRequest
 from lorafleet.cluster.validation import Incoming
 from lorafleet.workers.config import Settings
@@ -141,13 +142,16 @@ def build_router(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
         except ClientGone:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
         num_tokens = sum(len(each.prompt_token_ids) for each in prepared)
-        data: list[dict[str, Any]] = [
-            {"object": "embedding", "index": index, "embedding": body.encoded(embedding)}
-            for index, embedding in enumerate(found)
-        ]
-        usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-        reply = {"object": "list", "model": body.model, "data": data, "usage": usage}
-        return Response(to_json(reply), media_type="application/json")
+
+        def reply() -> bytes:
+            data: list[dict[str, Any]] = [
+                {"object": "embedding", "index": index, "embedding": body.encoded(embedding)}
+                for index, embedding in enumerate(found)
+            ]
+            usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+            return written({"object": "list", "model": body.model, "data": data, "usage": usage})
+
+        return Response(await asyncio.to_thread(reply), media_type="application/json")
 
     return router
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from lorafleet.cluster.openai.peer_schemas import (
     VersionReply,
 )
 from lorafleet.cluster.openai.requests import parsed
+from lorafleet.cluster.openai.writing import written
 from lorafleet.cluster.serving.dispatch import Dispatcher
 from lorafleet.cluster.serving.exposition import Exposition
 
@@ -96,7 +98,7 @@ def _tokenizing(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
         openapi_extra=body_of(TokenizeBody, NEUTRAL),
         responses=replies(TokenizeReply),
     )
-    async def tokenize(request: Request) -> JSONResponse:
+    async def tokenize(request: Request) -> Response:
         body = await parsed(TokenizeBody, request, dispatcher.prompts.threads, NEUTRAL)
         adapter = None if body.model is None else await dispatcher.resolve(body.model)
         prompts, vocabulary = dispatcher.prompts, await dispatcher.vocabulary_of(adapter)
@@ -110,15 +112,19 @@ def _tokenizing(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
         token_ids = await prompts.encode(
             text, param, add_special_tokens=adds_special, may_be_empty=True, vocabulary=vocabulary
         )
-        token_strs = [vocabulary.token_of(token_id) for token_id in token_ids] if body.return_token_strs else None
-        return JSONResponse(
-            {
-                "count": len(token_ids),
-                "max_model_len": prompts.max_model_len,
-                "tokens": token_ids,
-                "token_strs": token_strs,
-            }
-        )
+
+        def reply() -> bytes:
+            return written(
+                {
+                    "count": len(token_ids),
+                    "max_model_len": prompts.max_model_len,
+                    "tokens": list(token_ids),
+                    "token_strs": list(map(vocabulary.token_of, token_ids)) if body.return_token_strs else None,
+                },
+                depth=1,
+            )
+
+        return Response(await asyncio.to_thread(reply), media_type="application/json")
 
     @router.post(
         "/detokenize",
@@ -130,7 +136,7 @@ def _tokenizing(dispatcher: Dispatcher, keys: Keys) -> APIRouter:
         body = await parsed(DetokenizeBody, request, dispatcher.prompts.threads, {})
         adapter = None if body.model is None else await dispatcher.resolve(body.model)
         vocabulary = await dispatcher.vocabulary_of(adapter)
-        return JSONResponse({"prompt": vocabulary.decode(body.tokens)})
+        return JSONResponse({"prompt": await asyncio.to_thread(vocabulary.decode, body.tokens)})
 
     @router.get(
         "/tokenizer_info", summary="The tokenizer's special tokens and settings", responses=replies(TokenizerInfo)

@@ -7,7 +7,6 @@ and the whole answer need.
 from __future__ import annotations
 
 import codecs
-import json
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -21,6 +20,7 @@ from lorafleet.cluster.errors import ErrorReply
 from lorafleet.cluster.openai.reading import Piece, call_id, reader_of
 from lorafleet.cluster.openai.requests import ChatBody, CompletionBody
 from lorafleet.cluster.openai.templates import TEXT, TOKEN_ID, EventTemplate
+from lorafleet.cluster.openai.writing import to_json, written
 from lorafleet.cluster.serving.dispatch import PreparedRequest
 from lorafleet.cluster.serving.prompts import Prompts
 from lorafleet.workers.request import GenerateDelta, TokenLogprobs
@@ -29,8 +29,6 @@ LOWEST_LOGPROB = -9999.0
 """What OpenAI writes for a token that cannot come; JSON has no infinity."""
 
 DONE = b"data: [DONE]\n\n"
-
-to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(slots=True)
@@ -175,7 +173,7 @@ class Reply(ABC):
                 choice["lorafleet"] = answer.served_by()
             choices.append(choice)
         reply |= {"choices": choices, "usage": self._usage(), "lorafleet": self._answers[0].served_by()}
-        return to_json(reply).encode()
+        return written(reply)
 
     def headers(self) -> Mapping[str, str]:
         """Return the workers that serve the answers begun so far, and the adapter's version."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from lorafleet.cluster.errors import ErrorReply
 from lorafleet.cluster.openai.reading import Piece, call_id
-from lorafleet.cluster.openai.replies import to_json
 from lorafleet.cluster.openai.turns import Turn
+from lorafleet.cluster.openai.writing import to_json
 from lorafleet.cluster.responses.requests import ResponsesBody
 from lorafleet.workers.request import GenerateDelta
 

@@ -49,8 +49,12 @@ class StoreClient:
         named: NamedAdapter = await self._call("flip", CALL_S, record)
         return named
 
-    async def delete(self, name: str) -> None:
-        await self._call("delete", CALL_S, name)
+    async def delete(self, name: str, *, by_config: bool = False) -> None:
+        await self._call("delete", CALL_S, name, by_config=by_config)
+
+    async def taken_down(self) -> frozenset[str]:
+        found: frozenset[str] = await self._call("taken_down", CALL_S)
+        return found
 
     async def set_pinned(self, name: str, pinned: bool) -> None:
         await self._call("set_pinned", CALL_S, name, pinned)

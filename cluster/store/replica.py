@@ -125,8 +125,8 @@ class StoreReplica:
         return await self._store.flip(record)
 
     @replying
-    async def delete(self, name: str, *, explicit: bool = True) -> NamedAdapter:
-        return await self._store.delete(name, explicit=explicit)
+    async def delete(self, name: str, *, by_config: bool = False) -> NamedAdapter:
+        return await self._store.delete(name, by_config=by_config)
 
     @replying
     async def set_pinned(self, name: str, pinned: bool) -> NamedAdapter:
@@ -169,6 +169,9 @@ class StoreReplica:
 
     async def records(self) -> tuple[NameRecord, ...]:
         return await self._store.records()
+
+    async def taken_down(self) -> frozenset[str]:
+        return await self._store.taken_down()
 
     async def page(self, after: str, limit: int | None) -> tuple[NamedAdapter, ...]:
         return await self._store.page(after, limit)

@@ -128,6 +128,21 @@ def test_a_crash_leaves_the_old_state_or_the_new(change: Callable[[Catalog], obj
     assert False in seen
 
 
+def test_who_took_a_name_down_is_known_after_a_restart(tmp_path: Path) -> None:
+    catalog = prepared(tmp_path)
+    catalog.delete_name("gone", explicit=True)
+    catalog.delete_name("kept", explicit=True, by_config=True)
+    catalog.set_name(record("other", "v2"))
+    catalog.delete_name("other", explicit=False)
+    assert catalog.names.taken_down() == {"gone"}
+    catalog.close()
+    again = Catalog(tmp_path)
+    assert again.names.taken_down() == {"gone"}
+    again.set_name(record("gone", "v1"))
+    assert again.names.taken_down() == set()
+    again.close()
+
+
 def test_what_a_publication_replaces_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the database takes nothing: each try would leave one more copy of the weights."""
     catalog = prepared(tmp_path)

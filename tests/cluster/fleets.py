@@ -38,6 +38,7 @@ class DictStore:
     found: tuple[StoreProblem, ...] = ()
     num_published: int = 0
     fail_flip: Exception | None = None
+    taken: set[str] = field(default_factory=set)
     may_publish: asyncio.Event | None = None
     """Loading waits for it."""
 
@@ -56,14 +57,20 @@ class DictStore:
         if self.fail_flip is not None:
             raise self.fail_flip
         manifest = next(manifest for manifest in self.keys.values() if manifest.version == record.version)
-        self.names[record.name] = NamedAdapter.of(record, manifest)
         self.generation += 1
+        self.names[record.name] = NamedAdapter.of(replace(record, generation=self.generation), manifest)
+        self.taken.discard(record.name)
         return self.names[record.name]
 
-    async def delete(self, name: str) -> None:
+    async def delete(self, name: str, *, by_config: bool = False) -> None:
         if self.names.pop(name, None) is None:
             raise UnknownAdapter("adapter_not_found", f"there is no adapter {name!r}", "name")
         self.generation += 1
+        if not by_config:
+            self.taken.add(name)
+
+    async def taken_down(self) -> frozenset[str]:
+        return frozenset(self.taken)
 
     async def set_pinned(self, name: str, pinned: bool) -> None:
         self.names[name] = replace(self.names[name], pinned=pinned)

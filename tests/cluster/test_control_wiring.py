@@ -15,7 +15,10 @@ from lorafleet.adapter_store.errors import StaleGeneration, StoreUnusable, Unkno
 from lorafleet.adapter_store.names import NameRecord
 from lorafleet.adapter_store.records import DesiredRecord
 from lorafleet.cluster.admin.client import ControllerClient
+from lorafleet.cluster.admin.controller import Controller
+from lorafleet.cluster.admin.desired import DesiredSet
 from lorafleet.cluster.config import AppConfig
+from lorafleet.cluster.errors import StoreUnavailable
 from lorafleet.cluster.store.client import StoreClient
 from lorafleet.cluster.store.replica import StoreReplica
 from lorafleet.cluster.wire import PART, from_parts, in_parts
@@ -175,3 +178,26 @@ async def test_a_worker_is_told_what_changed(store: StoreClient) -> None:
     told = await store.reconcile("w", (), -1)
     assert told is not None
     assert await store.reconcile("w", None, told.generation) is None
+
+
+async def test_a_desired_state_that_cannot_be_read_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of an older version, for instance. What is told later would else never be applied."""
+    monkeypatch.setattr("lorafleet.cluster.admin.controller.ASK_S", 0.01)
+    answers: list[Exception | bool] = [RuntimeError("a bad record"), StoreUnavailable("away", None, 1.0), True]
+    has_run = asyncio.Event()
+
+    class Desired:
+        async def resume(self) -> bool:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        async def run(self) -> None:
+            has_run.set()
+
+    controller = Controller.__new__(Controller)
+    controller._desired, controller._is_told = cast("DesiredSet", Desired()), asyncio.Event()
+    await asyncio.wait_for(controller._apply(), 5)
+    assert has_run.is_set()
+    assert not answers

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
@@ -120,6 +122,72 @@ async def test_what_an_admin_deleted_or_pinned_since_stays_so(world: World) -> N
     desired.set_user_config(user(wanted("x", "c")))
     await desired.apply()
     assert world.names == {"x": "c", "y": "b"}
+
+
+async def test_what_an_admin_deleted_stays_so_when_the_controller_dies(world: World) -> None:
+    desired = world.start(wanted("x", "a"))
+    desired.set_user_config(user(wanted("y", "b"), wanted("z", "c")))
+    await desired.apply()
+    for name in "xy":
+        await world.rollout.delete(name)
+    desired.set_user_config(user(wanted("y", "b")))
+    await desired.apply()
+    restarted = world.start(wanted("x", "a"))
+    restarted.set_user_config(user(wanted("y", "b"), wanted("z", "c")))
+    await restarted.apply()
+    assert world.names == {"z": "c"}, "z had only left the configuration"
+    assert await restarted.not_ready() is None
+    restarted.set_user_config(user(wanted("y", "a"), wanted("z", "c")))
+    await restarted.apply()
+    assert world.names == {"y": "a", "z": "c"}
+
+
+async def under_way(world: World, change: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """A change that loads an adapter, until `may_publish` is set."""
+    world.store.may_publish = asyncio.Event()
+    num_published = world.store.num_published
+    task = asyncio.create_task(change)
+    while world.store.num_published == num_published:
+        await asyncio.sleep(0)
+    return task
+
+
+async def settle(*tasks: asyncio.Task[Any]) -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not any(task.done() for task in tasks)
+
+
+async def test_a_user_config_that_comes_during_a_round_is_applied(world: World) -> None:
+    desired = world.start()
+    await desired.apply()
+    await world.rollout.put("y", source="demo", key="c")
+    desired.set_user_config(user(wanted("x", "b")))
+    applying = await under_way(world, desired.apply())
+    desired.set_user_config(user(wanted("x", "b"), wanted("y", "a")))
+    assert world.store.may_publish is not None
+    world.store.may_publish.set()
+    await applying
+    await desired.apply()
+    assert world.names == {"x": "b", "y": "a"}
+
+
+@pytest.mark.parametrize("wants", [user(), user(wanted("x", "b"))], ids=["deletes it", "replaces it"])
+async def test_what_an_admin_loads_during_a_round_stays(world: World, wants: UserConfig) -> None:
+    """The change is judged while the admin's is under way, and waits for it."""
+    desired = world.start()
+    desired.set_user_config(user(wanted("x", "a")))
+    await desired.apply()
+    loading = await under_way(world, world.rollout.put("x", source="demo", key="c"))
+    desired.set_user_config(wants)
+    applying = asyncio.create_task(desired.apply())
+    await settle(applying, loading)
+    assert world.store.may_publish is not None
+    world.store.may_publish.set()
+    await asyncio.gather(loading, applying)
+    assert world.names == {"x": "c"}
+    await desired.apply()
+    assert world.names == {"x": "c"}
 
 
 async def test_what_a_dead_worker_had_is_made_resident_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,13 +16,13 @@ from lorafleet.cluster.http.heads import MAX_HEAD_BYTES
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Says how many bytes the body had."""
+    """Says how many bytes the body had, and whether a header came behind it."""
     size, is_more = 0, True
     while is_more:
         message = await receive()
         size += len(message.get("body", b""))
         is_more = message.get("more_body", False)
-    body = str(size).encode()
+    body = str(size).encode() + b" late" * any(name == b"late" for name, _ in scope["headers"])
     headers = [(b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -68,6 +68,41 @@ async def test_long_heads_are_refused_at_once(port: int, field: bytes) -> None:
     assert status == 431
     assert json.loads(body)["error"]["message"] == f"the headers are over {MAX_HEAD_BYTES} bytes"
     assert time.monotonic() - began_s < 2
+    writer.close()
+
+
+CHUNKED = b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"
+
+
+async def test_trailers_are_no_headers(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for _ in range(2):
+        writer.write(CHUNKED + b"0\r\nlate: yes\r\n\r\n")
+        assert await reply(reader) == (200, b"3")
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [b"0\r\na: " + b"b" * 40_000_000, b"0\r\n" + b"a: b\r\n" * 100_000, b"3;" + b"e" * 1_000_000],
+    ids=["one trailer", "many", "a chunk's extension"],
+)
+async def test_long_trailers_are_refused_at_once(port: int, rest: bytes) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    began_s = time.monotonic()
+    writer.write(CHUNKED)
+    await asyncio.sleep(0.05)  # the app has the request
+    writer.write(rest)
+    status, body = await reply(reader)
+    assert (status, json.loads(body)["error"]["code"]) == (431, "headers_refused")
+    assert time.monotonic() - began_s < 2
+    writer.close()
+
+
+async def test_a_body_of_many_small_pieces_is_no_head(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(CHUNKED + b"1\r\nx\r\n" * 100_000 + b"0\r\n\r\n")
+    assert await reply(reader) == (200, b"100003")
     writer.close()
 
 

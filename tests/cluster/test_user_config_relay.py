@@ -10,10 +10,8 @@ from contextlib import contextmanager
 import pytest
 
 from lorafleet.cluster.admin import relay as relay_module
-from lorafleet.cluster.admin.readiness import Readiness
 from lorafleet.cluster.admin.relay import UserConfigRelay
 from lorafleet.cluster.errors import ControllerUnavailable
-from lorafleet.cluster.wire import StoreProblem
 from tests.support.wait import until
 
 
@@ -95,32 +93,3 @@ async def test_an_older_ingress_does_not_bring_back_what_was_replaced() -> None:
         with running(old):
             await asyncio.sleep(0.02)
     assert recipient.taken == ["new"]
-
-
-async def test_readiness_outlives_the_controller() -> None:
-    live = {"w0"}
-    answers: list[str | Exception | None] = [ControllerUnavailable("away"), "adapters are being loaded"]
-    answers += [ControllerUnavailable("away"), None, ControllerUnavailable("away"), ControllerUnavailable("away")]
-
-    class Judge:
-        async def not_ready(self) -> str | None:
-            answer = answers.pop(0)
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
-
-        async def problems(self) -> tuple[StoreProblem, ...]:
-            if not live:
-                raise ControllerUnavailable("away")
-            return (StoreProblem("store_full", "folder", "", "full"),)
-
-    readiness = Readiness(Judge(), lambda: live)
-    assert await readiness.not_ready() == "the controller is away; it is being started"
-    assert await readiness.not_ready() == "adapters are being loaded"
-    assert await readiness.not_ready() == "the controller is away; it is being started"
-    assert await readiness.not_ready() is None
-    assert await readiness.not_ready() is None
-    assert await readiness.problems() == {"store_full": 1}
-    live.clear()
-    assert await readiness.not_ready() == "no worker is up"
-    assert await readiness.problems() == {}

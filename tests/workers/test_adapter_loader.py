@@ -185,7 +185,8 @@ def test_close_fails_who_waits() -> None:
 
 def test_a_version_that_found_room_after_all_has_not_failed() -> None:
     """It found none beside a pinned one, which then was unpinned before the engine took the failure."""
-    run, told = Loading(capacity=1), []
+    run = Loading(capacity=1)
+    told: list[None] = []
     run.load("a", pinned=True)
     run.loader.on_progress = lambda: told.append(None)
     run.loader.want("b")
