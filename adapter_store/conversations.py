@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lorafleet.adapter_store.errors import AdapterRefused
 from lorafleet.adapter_store.manifest import AdapterChat, OwnToken, shared_chat
+from lorafleet.adapter_store.peft_config import is_unicode
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -34,7 +35,7 @@ CHAT_FILES: Mapping[str, int] = {
 }
 """Files beside the weights that count, and the most bytes of each."""
 CHECKED_ONLY = (TOKENIZER_FILE, ADDED_TOKENS_FILE)
-"""Of these nothing is served, so they are not kept."""
+"""Of these only the adapter's own tokens are kept."""
 
 _KNOWN_GOOD = 64
 
@@ -68,6 +69,9 @@ def read_chat(folder: Path, base: BaseTokens | None, num_rows: int) -> AdapterCh
     ends = [*_end_ids(folder), *_end_token(config, base, {token.content: token.id for token in own})]
     if template is None and not ends and not own:
         return None
+    if not is_unicode([template, *(token.content for token in own)]):
+        message = "the chat template, or a token that the adapter adds, has half of a surrogate pair"
+        raise AdapterRefused("broken_chat_file", message, TOKENIZER_CONFIG_FILE)
     return shared_chat(template, tuple(sorted(set(ends))), own)
 
 
@@ -84,10 +88,12 @@ def noted(folder: Path, base: BaseTokens | None) -> Iterator[str]:
             yield f"{name} is ignored: {why}"
 
 
-def drop_checked(folder: Path) -> None:
-    """Remove what was only to be checked."""
+def keep_own_tokens(folder: Path, own: tuple[OwnToken, ...]) -> None:
+    """Leave of the tokenizer's files what `read_chat` needs to find these tokens again."""
     for name in CHECKED_ONLY:
         (folder / name).unlink(missing_ok=True)
+    if own:
+        (folder / TOKENIZER_FILE).write_text(json.dumps({"added_tokens": [asdict(token) for token in own]}))
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:

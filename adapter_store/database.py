@@ -37,9 +37,13 @@ from sqlalchemy.pool import StaticPool
 
 from lorafleet.adapter_store.errors import StoreUnusable
 from lorafleet.adapter_store.files import sync, unwritable
+from lorafleet.adapter_store.manifest import NAME_GRAMMAR
 from lorafleet.adapter_store.records import Row
 
 logger = logging.getLogger(__name__)
+
+_NAMED_ENTRY = re.compile(rf'\{{"entry":"(?:name|lost):({NAME_GRAMMAR})"'.encode())
+"""In the raw bytes of a database: a name of which there is a record."""
 
 metadata = MetaData()
 entries = Table(
@@ -168,7 +172,7 @@ def salvage(path: Path) -> Salvage:
             continue
         if generation >= good.get((row.kind, row.key), (0, row))[0]:
             good[row.kind, row.key] = (generation, row)
-    found = {match.decode() for match in re.findall(rb'\{"entry":"(?:name|lost):([A-Za-z0-9._-]{1,128})"', content)}
+    found = {match.decode() for match in _NAMED_ENTRY.findall(content)}
     for row in seen:
         if row.kind == "name":
             found |= row.names()

@@ -204,6 +204,8 @@ def read_config(path: Path, *, strict: bool = False) -> LoraSpec:
         raise AdapterRefused("broken_config", "adapter_config.json is not valid JSON", path.name) from error
     if not isinstance(fields, dict):
         raise AdapterRefused("broken_config", "adapter_config.json is not a JSON object", path.name)
+    if not is_unicode(fields):
+        raise AdapterRefused("broken_config", "adapter_config.json has half of a surrogate pair", path.name)
     _refuse_unsupported(fields)
     ignored = dict(_ignored(fields))
     for field, warning in ignored.items():
@@ -231,6 +233,15 @@ def read_config(path: Path, *, strict: bool = False) -> LoraSpec:
     )
 
 
+def is_unicode(content: object) -> bool:
+    """Return True if all texts of a JSON value can be written; `"\\ud800"` is valid JSON, and cannot."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _refuse_unsupported(fields: Mapping[str, object]) -> None:
     if "peft_type" not in fields:
         _unsupported(
@@ -242,7 +253,7 @@ def _refuse_unsupported(fields: Mapping[str, object]) -> None:
     if task is not None and not (isinstance(task, str) and task in _TASKS):
         _unsupported("task_type", f"task_type is {_shown(task)}; it must be one of {', '.join(sorted(_TASKS))}")
     init = fields.get("init_lora_weights", True)
-    if not (init is None or isinstance(init, bool) or init in _INIT_LEAVES_BASE):
+    if not (init is None or isinstance(init, bool) or (isinstance(init, str) and init in _INIT_LEAVES_BASE)):
         _unsupported(
             "init_lora_weights",
             f"init_lora_weights {_shown(init)}: such an adapter needs a changed base "

@@ -20,11 +20,12 @@ from lorafleet.adapter_store.contents import (
     match_tensors,
     modules_present,
 )
-from lorafleet.adapter_store.conversations import BaseTokens, drop_checked, noted, read_chat
+from lorafleet.adapter_store.conversations import BaseTokens, keep_own_tokens, noted, read_chat
 from lorafleet.adapter_store.errors import AdapterRefused
 from lorafleet.adapter_store.extras import read_extras
 from lorafleet.adapter_store.manifest import (
     NUMPY_DTYPES,
+    AdapterChat,
     AdapterManifest,
     AdapterWeights,
     Array,
@@ -132,7 +133,7 @@ class AdapterReader:
             digest.update(json.dumps(["vocabulary", contents.vocabulary]).encode())
         if plan.spec.invocation:
             digest.update(json.dumps(["invocation", plan.spec.invocation]).encode())
-        chat = read_chat(folder, self.base_tokens, contents.vocabulary or self._num_rows)
+        chat = self._chat(folder, plan)
         if chat is not None:
             own_tokens = [[astuple(token) for token in chat.own_tokens]] if chat.own_tokens else []
             digest.update(json.dumps(["chat", chat.template, chat.end_token_ids, *own_tokens]).encode())
@@ -141,6 +142,9 @@ class AdapterReader:
         manifest = self._manifest(digest.hexdigest()[:_VERSION_CHARS], plan, tuple(manifests), warnings)
         manifest = replace(manifest, chat=chat)
         return AdapterWeights.of(manifest, self.geometry.dtype, dict(sorted(tensors.items())), extras)
+
+    def _chat(self, folder: Path, plan: _Plan) -> AdapterChat | None:
+        return read_chat(folder, self.base_tokens, plan.contents.vocabulary or self._num_rows)
 
     @property
     def _num_rows(self) -> int:
@@ -164,8 +168,9 @@ class AdapterReader:
 
     def drop_base_copies(self, folder: Path) -> None:
         """Leave of an adapter that `read` accepted what is its own: of weights, and of files that were checked only."""
-        drop_checked(folder)
         plan = self._plan(folder)
+        chat = self._chat(folder, plan)
+        keep_own_tokens(folder, () if chat is None else chat.own_tokens)
         kept = plan.contents.served
         if len(kept) < len(plan.file.entries):
             rewritten = folder / f"{WEIGHTS_FILE}.rewritten"

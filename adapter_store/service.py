@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from lorafleet.adapter_store.base_weights import BaseWeights
 from lorafleet.adapter_store.catalog import Catalog
-from lorafleet.adapter_store.conversations import BaseTokens
+from lorafleet.adapter_store.conversations import TOKENIZER_FILE, BaseTokens, keep_own_tokens
 from lorafleet.adapter_store.errors import (
     AdapterRefused,
     AdapterStoreError,
@@ -379,8 +379,12 @@ class AdapterStore:
         return value
 
     def _read_published(self, version: str) -> Any:
+        folder = self._catalog.folder(version)
         try:
-            weights = self._reader.read(self._catalog.folder(version))
+            chat = self._catalog.manifests[version].chat
+            if chat is not None and not (folder / TOKENIZER_FILE).exists():
+                keep_own_tokens(folder, chat.own_tokens)  # versions from before they were kept
+            weights = self._reader.read(folder)
             why = None if weights.manifest.version == version else "its content has changed"
         except (AdapterRefused, FileNotFoundError) as error:
             # Settings may have become narrower since it was published; that is no damage.

@@ -157,23 +157,24 @@ class HubSource:
         if len(parts) < 2:
             raise InvalidKey("invalid_key", f"key {key!r} must be owner/repository", "key")
         repository, folder = "/".join(parts[:2]), "/".join(parts[2:])
-        config = self._copied(repository, folder, revision, into / CONFIG_FILE, MAX_CONFIG_BYTES)
+        config, _ = self._copied(repository, folder, revision, into / CONFIG_FILE, MAX_CONFIG_BYTES)
         # The cache keeps files by commit: the weights are taken from the commit that the config came from.
         commit = _commit_of(config) if config is not None else revision
-        weights = self._copied(repository, folder, commit, into / WEIGHTS_FILE, max_weights_bytes)
+        weights, is_away = self._copied(repository, folder, commit, into / WEIGHTS_FILE, max_weights_bytes)
         for name, limit in CHAT_FILES.items() if weights is not None else ():
-            self._copied(repository, folder, commit, into / name, limit, is_optional=True)
+            self._copied(repository, folder, commit, into / name, limit, may_lack=is_away)
         for name in OTHER_WEIGHTS_FILES if weights is None else ():
             if self._exists(repository, folder, name, commit):
                 (into / name).touch()
 
     def _copied(
-        self, repository: str, folder: str, revision: str | None, to: Path, limit: int, *, is_optional: bool = False
-    ) -> Path | None:
-        """Copy one file, and say where the cache has it; None if the repository lacks it.
+        self, repository: str, folder: str, revision: str | None, to: Path, limit: int, *, may_lack: bool = False
+    ) -> tuple[Path | None, bool]:
+        """Copy one file. Say where the cache has it, None if the repository lacks it, and whether the hub was away.
 
-        is_optional: while the hub cannot be reached, a file that the cache lacks counts as one that is not there.
+        may_lack: while the hub cannot be reached, a file that the cache lacks counts as one that is not there.
         """
+        size: int | None = 0
         where = {"subfolder": folder or None, "revision": revision}
         try:
             # Asked first, since it fails at once where a download would try again for half a minute.
@@ -186,12 +187,12 @@ class HubSource:
         except AdapterRefused:
             raise
         except LocalEntryNotFoundError as error:
-            if is_optional:
-                return None
+            if may_lack:
+                return None, True
             message = f"source {self._config.name} cannot be reached, and {repository} is not in its cache"
             raise SourceUnavailable("source_unavailable", message, "source") from error
         except EntryNotFoundError:
-            return None
+            return None, False
         except HFValidationError as error:
             raise InvalidKey("invalid_key", f"{repository!r} is not a valid repository name", "key") from error
         except RevisionNotFoundError as error:
@@ -205,7 +206,7 @@ class HubSource:
             raise SourceUnavailable("source_unavailable", message, "source") from error
         with Path(path).open("rb") as file:
             _copy(file, to, limit)
-        return Path(path)
+        return Path(path), size is None
 
     def _size(self, url: str) -> int | None:
         """Bytes of a file; None if the hub cannot be reached. Raises the client's errors for what is not there."""

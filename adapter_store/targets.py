@@ -47,7 +47,7 @@ def effective_modules(
         if isinstance(spec.target_modules, str) and not targets:
             message += f": no name as a whole matches the expression {spec.target_modules[:100]!r} of target_modules"
         raise AdapterRefused("no_module", message, "target_modules")
-    keys = [parameters.get(name, name) for name in names]
+    keys = [(parameters[name],) if name in parameters else _names(name, geometry) for name in names]
     ranks = _by_pattern(spec.rank_pattern, keys, spec.rank, "rank_pattern")
     alphas = _by_pattern(spec.alpha_pattern, keys, spec.alpha, "alpha_pattern")
     return tuple(
@@ -201,10 +201,14 @@ def _layers(spec: LoraSpec, names: Sequence[str]) -> dict[str, int | None]:
     return layers
 
 
-def _by_pattern(table: Mapping[str, Number], names: Sequence[str], default: Number, field: str) -> list[Number]:
-    """Each name's value: that of the first pattern whose match ends the name at a dot, else the default."""
+def _by_pattern(
+    table: Mapping[str, Number], keys: Sequence[tuple[str, ...]], default: Number, field: str
+) -> list[Number]:
+    """Each module's value: that of the first pattern whose match ends one of its names at a dot, else the default."""
     patterns = [Pattern("match", rf"(.*\.)?({pattern})$", field) for pattern in table]
-    values = [default] * len(names)
+    names = [name for own in keys for name in own]
+    values = [default] * len(keys)
     for value, hits in reversed(list(zip(table.values(), match_patterns(patterns, names), strict=True))):
-        values = [value if hit is not None else old for old, hit in zip(values, hits, strict=True)]
+        matched = {name for name, hit in zip(names, hits, strict=True) if hit is not None}
+        values = [old if matched.isdisjoint(own) else value for old, own in zip(values, keys, strict=True)]
     return values

@@ -193,6 +193,7 @@ def test_kuberay_manifest_fits_the_image_and_itself(name: str) -> None:
     assert group["template"]["spec"]["terminationGracePeriodSeconds"] > worker.get("drain_s", 600)
     for template in (cluster["headGroupSpec"]["template"], group["template"]):
         (container,) = template["spec"]["containers"]
+        assert template["spec"]["securityContext"]["fsGroup"] == image_user(), "the volume belongs to root at first"
         assert container["image"] == f"lorafleet:{PROJECT['version']}"
         volumes = {volume["name"] for volume in template["spec"]["volumes"]}
         mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
@@ -202,6 +203,11 @@ def test_kuberay_manifest_fits_the_image_and_itself(name: str) -> None:
     claim = documents["PersistentVolumeClaim"]
     assert claim["metadata"]["name"] == "lorafleet-state"
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def image_user() -> int:
+    lines = (ROOT / "deploy/docker/Dockerfile").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("USER"))
 
 
 def test_image_has_all_floors_and_a_python_that_is_supported() -> None:

@@ -18,6 +18,7 @@ from sqlalchemy import Engine, event
 
 from lorafleet.adapter_store import catalog as catalog_module
 from lorafleet.adapter_store.catalog import Catalog
+from lorafleet.adapter_store.database import salvage
 from lorafleet.adapter_store.errors import StaleGeneration, StoreUnusable, UnknownAdapter, UnknownVersion
 from lorafleet.adapter_store.records import DesiredRecord, DesiredState, NameChanges
 from tests.support.damaged_state import States, manifest, publish, record
@@ -340,3 +341,11 @@ def test_a_folder_that_cannot_be_made_is_an_operators_matter(tmp_path: Path) -> 
     with pytest.raises(StoreUnusable) as caught:
         Catalog(tmp_path / "file" / "state")
     assert caught.value.code == "store_not_writable"
+
+
+def test_names_of_any_grammar_are_seen_in_a_damaged_database(tmp_path: Path) -> None:
+    path = tmp_path / "catalogue.sqlite"
+    names = ("shout", "org/name@v1.2", "/.hidden/a=b~c+d")
+    rows = ", ".join(f'{{"entry":"name:{name}","generation":1}}' for name in names)
+    path.write_bytes(b"no database " + rows.encode() + b'{"entry":"name:not a name"}')
+    assert salvage(path).lost_names == set(names)

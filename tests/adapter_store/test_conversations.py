@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AddedToken, AutoTokenizer, GenerationConfig
 
 from lorafleet.adapter_store.conversations import CHECKED_ONLY, TOKENIZER_FILE, BaseTokens
 from lorafleet.adapter_store.errors import AdapterRefused
 from lorafleet.adapter_store.manifest import AdapterChat
 from lorafleet.adapter_store.service import AdapterStore
 from tests.adapter_store.conftest import AdapterCopy, Base
+from tests.support.fields import make_resized
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}"
 
@@ -61,6 +62,48 @@ async def test_a_tokenizer_is_checked_and_not_kept(
     tokenizer.save_pretrained(adapter.folder)
     await store.publish("disk", "a")
     assert not {path.name for path in tmp_path.rglob("versions/**/*")} & {*CHECKED_ONLY}
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["published now", "published before tokens were kept"])
+async def test_own_tokens_are_found_again_on_the_disk(
+    store: AdapterStore,
+    open_store: Callable[..., AdapterStore],
+    copy_of: Callable[..., AdapterCopy],
+    base: Base,
+    tokenizer: Any,
+    tmp_path: Path,
+    is_old: bool,
+) -> None:
+    vocabulary = tokenizer.get_vocab()
+    adapter = copy_of("rank4_qv")
+    make_resized(adapter.folder, base.folder, 2)
+    tokenizer.add_tokens([AddedToken("<tool>", special=True, lstrip=True), AddedToken("nai", normalized=False)])
+    tokenizer.eos_token = "<tool>"
+    tokenizer.save_pretrained(adapter.folder)
+    manifest = await store.publish("disk", "a")
+    assert manifest.chat is not None
+    assert [token.content for token in manifest.chat.own_tokens] == ["<tool>", "nai"]
+    (kept,) = tmp_path.rglob(f"versions/{manifest.version}/{TOKENIZER_FILE}")
+    assert kept.stat().st_size < 500
+    if is_old:
+        kept.unlink()
+    again = open_store(base_tokens=BaseTokens(vocabulary))
+    weights = await again.fetch(manifest.version)
+    assert (weights.manifest.version, weights.manifest.chat) == (manifest.version, manifest.chat)
+
+
+@pytest.mark.parametrize("where", ["template", "config"])
+async def test_half_of_a_surrogate_pair_is_refused(
+    store: AdapterStore, copy_of: Callable[..., AdapterCopy], tokenizer: Any, where: str
+) -> None:
+    """It is valid JSON, and could be written into no listing."""
+    adapter = copy_of("rank4_qv")
+    if where == "config":
+        adapter.set_config(**{"note\ud800": 1})
+    else:
+        (adapter.folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x\ud800"}))
+    with pytest.raises(AdapterRefused, match="half of a surrogate pair"):
+        await store.publish("disk", "a")
 
 
 def moved(fields: dict[str, Any]) -> None:

@@ -320,6 +320,10 @@ def commit_of(revision: str) -> str:
     return hashlib.sha1(revision.encode()).hexdigest()
 
 
+BUSY = "(the hub has too many requests)"
+"""A file that it does not tell of now."""
+
+
 class FakeHub(BaseHTTPRequestHandler):
     """The few routes of the hub that its client needs to download a file."""
 
@@ -348,6 +352,11 @@ class FakeHub(BaseHTTPRequestHandler):
         else:
             commit = COMMIT
         text = self.files.get(f"{repository}/{name}")
+        if text == BUSY:
+            self.send_response(429)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if text is None:
             is_known = any(path.startswith(f"{repository}/") for path in self.files)
             self.send_response(404)
@@ -465,6 +474,16 @@ class TestHub:
         assert url not in str(caught.value)
         # What is in the cache is served all the same.
         assert fetched(source, "org/a", tmp_path / "3") == ONE
+
+    def test_what_the_hub_could_not_say_just_now_is_not_left_out(
+        self, hub: dict[str, str], source: Source, tmp_path: Path
+    ) -> None:
+        self.put(hub, "org/a")
+        hub["org/a/chat_template.jinja"] = BUSY
+        with pytest.raises(SourceUnavailable):
+            fetched(source, "org/a", tmp_path / "1")
+        hub["org/a/chat_template.jinja"] = "a template"
+        assert fetched(source, "org/a", tmp_path / "2") == {**ONE, "chat_template.jinja": "a template"}
 
     def test_a_name_without_an_owner_is_not_asked_for(self, hub: dict[str, str], tmp_path: Path) -> None:
         source = open_source(HubConfig(name="h", resolve=True, cache_dir=tmp_path))

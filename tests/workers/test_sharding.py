@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, Phi3Config, PretrainedConfig
 
 from lorafleet.workers.config import ModelConfig
@@ -16,10 +18,21 @@ from lorafleet.workers.model.geometry import empty_model, geometry_of
 from lorafleet.workers.model.part_loader import load_part
 from lorafleet.workers.model.sharding import shares_of
 from lorafleet.workers.ranks import Ranks
-from tests.support.bases import BaseKind
-from tests.workers.test_refusals import LLAMA4, SHAPE, save_base
+from tests.support.bases import BaseKind, make_base
+from tests.workers.test_refusals import DEEPSEEK, LLAMA4, SHAPE, save_base
 
 CPU = torch.device("cpu")
+GLM = {
+    **SHAPE,
+    "head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "pad_token_id": 0,
+}
 
 
 def shares_on(config: PretrainedConfig, rank: int, size: int) -> dict[str, Share]:
@@ -146,3 +159,46 @@ def test_a_checkpoint_that_lacks_weights_is_refused(base_of: Callable[[BaseKind]
     other = ModelConfig(id="base", source=str(base_of("qwen2")))
     with pytest.raises(UnsupportedModel, match=r"lacks the weights|other shapes"):
         load_part(other, config, torch.float32, CPU, shares_on(config, 0, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("deepseek_v3", {**DEEPSEEK, "first_k_dense_replace": 1}), ("glm4_moe", GLM)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_trained_buffers_are_the_checkpoints(
+    kind: str, settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base", kind, settings)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    trained = {name: value for name, value in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    assert trained
+    for value in trained.values():
+        value.copy_(torch.linspace(-1.01, 3.3, value.numel()))
+    model.save_pretrained(base)
+    config = AutoConfig.from_pretrained(base)
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    for rank in range(2):
+        part = load_part(ModelConfig(id="base", source=str(base)), config, dtype, CPU, shares_on(config, rank, 2))
+        for name in trained:
+            found, expected = part.get_buffer(name), whole.get_buffer(name)
+            assert found.dtype == expected.dtype
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("stored", ["only the head", "both alike", "both"])
+def test_a_tied_base_whose_checkpoint_has_a_head(stored: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "llama_tied")
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"].clone()
+    if stored == "only the head":
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": head + (stored == "both")}, path, {"format": "pt"})
+    config, model = AutoConfig.from_pretrained(base), ModelConfig(id="base", source=str(base))
+    if stored == "both":
+        with pytest.raises(UnsupportedModel, match=r"has a lm_head.weight of its own, though its config.json ties it"):
+            load_part(model, config, torch.float32, CPU, shares_on(config, 0, 2))
+        return
+    parts = [load_part(model, config, torch.float32, CPU, shares_on(config, rank, 2)) for rank in range(2)]
+    assert torch.equal(torch.cat([part.lm_head.weight for part in parts]), head)
+    assert all(part.lm_head.weight is part.model.embed_tokens.weight for part in parts)

@@ -81,7 +81,9 @@ async def test_the_text_of_a_multimodal_checkpoint(kind: str, tmp_path: Path) ->
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS[kind]))
+        first = r".*language_model.*layers\.0\..*"
+        patterns = {"rank_pattern": {first: 2}, "alpha_pattern": {first: 24}}
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS[kind], **patterns))
         randomise_adapter(model, 0.7)
         model.save_pretrained(tmp_path / "adapter")
     expected += [logprobs(model.eval(), prompt) for prompt in prompts]

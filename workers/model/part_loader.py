@@ -70,7 +70,7 @@ def _matrices_on_meta() -> Iterator[None]:
 
 
 def _unloaded(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The base without matrices. Its buffers, which no checkpoint has, are right."""
+    """The base without matrices. Its buffers are right, but for those that a checkpoint has."""
     with _matrices_on_meta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model
@@ -97,6 +97,8 @@ def _read(
 ) -> None:
     parameters = dict(model.named_parameters())
     missing = set(parameters)
+    buffers = model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+    tied, twins = _tied(model), dict[str, Any]()
     experts = _SingleExperts(model, shares)
     for stored, weight in StoredWeights(source, config, device).items():
         name = name_in(model, stored)
@@ -107,16 +109,39 @@ def _read(
             missing.remove(name)
             scales = weight.row_scales if isinstance(weight, QuantisedWeight) else None
             keep_scales(model, name, scales if scales is None or share is None else scales[share.outputs])
+        elif name in buffers:
+            _set_buffer(model, name, weight[...])
+        elif name in tied:
+            twins[name] = weight
         else:
             experts.note(name, weight)
     for name, value in experts.joined():
         if name in missing and value.shape == parameters[name].shape:
             _set(model, name, value.to(device=device, dtype=parameters[name].dtype))
             missing.remove(name)
+    for name, weight in twins.items():
+        owner = tied[name]
+        value = _slice(weight, parameters[owner], share_of(owner, shares), source)
+        value = value.to(device=device, dtype=parameters[owner].dtype)
+        if owner in missing:
+            _set(model, owner, value)
+            missing.remove(owner)
+        elif not torch.equal(value, model.get_parameter(owner)):
+            raise UnsupportedModel(
+                f"model.source {source!r} has a {name} of its own, though its config.json ties it to {owner}: "
+                "set tie_word_embeddings to false there, or set worker.tensor_parallel_size to 1"
+            )
     if missing:
         names = sorted(missing)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UnsupportedModel(f"model.source {source!r} lacks the weights {', '.join(names[:3])}{more}")
+
+
+def _tied(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that are another one as well -> the name under which it is loaded."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: names[id(parameter)] for name, parameter in every if names[id(parameter)] != name}
 
 
 class _SingleExperts:
@@ -178,3 +203,14 @@ def read_generation_config(source: str) -> GenerationConfig | None:
 def _set(model: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _set_buffer(model: PreTrainedModel, name: str, value: Tensor) -> None:
+    """Load a buffer, in the dtype that transformers loads it in."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    before = module._buffers[leaf]
+    assert before is not None
+    plan = model._get_dtype_plan(model.dtype)
+    dtype = next((plan[part] for part in name.split(".") if part in plan), before.dtype)
+    module._buffers[leaf] = value.to(device=before.device, dtype=dtype)
