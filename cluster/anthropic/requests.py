@@ -92,7 +92,7 @@ class Message(Incoming):
 
     model_config = _PASSED_OVER
 
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: Annotated[tuple[Block, ...], BeforeValidator(_blocks, json_schema_input_type=str | tuple[Block, ...])] = (
         Field(description="A text, or blocks; text blocks that follow each other are joined by newlines.")
     )
@@ -101,6 +101,9 @@ class Message(Incoming):
         """The chat messages that it is: a tool's answers are messages of their own."""
         if self.role == "user":
             yield from self._of_user()
+            return
+        if self.role == "system":
+            yield {"role": "system", "content": _parts(self.content)}
             return
         message: dict[str, Any] = {"role": "assistant", "content": _parts(self.content)}
         message["reasoning_content"] = "\n".join(b.thinking for b in self.content if isinstance(b, ThinkingBlock))
@@ -135,7 +138,7 @@ class Tool(BaseModel):
 
     model_config = _PASSED_OVER
 
-    type: Literal["custom"] = "custom"
+    type: Literal["custom"] | None = "custom"
     name: str = Field(min_length=1, max_length=256, pattern=r"^[\w.-]+$")
     description: str | None = None
     input_schema: dict[str, Any] = Field(default={}, description="JSON schema of its arguments.")
@@ -224,8 +227,8 @@ class CountBody(Incoming):
             yield {"role": "system", "content": _parts(self.system)}
         last: dict[str, Any] | None = None
         for message in (each for turn in self.messages for each in turn.rendered()):
-            if last is not None and last["role"] == message["role"] == "user":
-                last = {"role": "user", "content": last["content"] + message["content"]}
+            if last is not None and last["role"] == message["role"] in ("user", "assistant"):
+                last = _joined(last, message)
                 continue
             if last is not None:
                 yield last
@@ -241,6 +244,15 @@ class CountBody(Incoming):
                 raise BadRequest("tool_choice.name is missing", "tool_choice.name", "missing_parameter")
             return fields | {"tool_choice": {"type": "function", "function": {"name": choice.name}}}
         return fields | {"tool_choice": "required" if choice.type == "any" else choice.type}
+
+
+def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Two turns of one role as one."""
+    joined = first | {"content": first["content"] + second["content"]}
+    if first["role"] == "assistant":
+        thoughts = filter(None, (first["reasoning_content"], second["reasoning_content"]))
+        joined |= {"reasoning_content": "\n".join(thoughts), "tool_calls": first["tool_calls"] + second["tool_calls"]}
+    return joined
 
 
 class MessagesBody(CountBody):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,9 @@ from lorafleet.cluster.openai.requests import ChatBody
 from lorafleet.cluster.serving.answer_formats import AnswerFormat, Call, ToolFormat
 from lorafleet.cluster.serving.dispatch import PreparedRequest
 from lorafleet.cluster.serving.prompts import Prompts
+
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
+"""What transformers' parser raises for a call that the tokenizer's template does not describe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +38,15 @@ class AnswerReader:
         *,
         tools: Sequence[Any],
         reads_calls: bool,
+        many: bool = True,
         shows_reasoning: bool = True,
     ) -> None:
-        """prompt: the text that the model was given. reads_calls: calls may come; else they are content."""
+        """prompt: the text that the model was given. reads_calls: calls may come; else they are content.
+
+        many: several may; else those behind the first are dropped, as with OpenAI's `parallel_tool_calls=False`.
+        """
+        self._many = many
+        self._num_calls = 0
         self._shows_reasoning = shows_reasoning
         self._format = answers
         self._calls = CallReader(answers.tools)
@@ -47,6 +56,8 @@ class AnswerReader:
             template["fields"] = fields
         self._parser = ResponseParser(template, prefix=answers.prefix_of(prompt), tools=list(tools))
         self._is_first = True
+        self._is_broken = False
+        """True once the tokenizer's own template could not read what came. The rest is content."""
 
     def feed(self, text: str, *, is_last: bool) -> list[Piece]:
         """Split the next text of the answer into its parts, in order."""
@@ -54,15 +65,27 @@ class AnswerReader:
         first = [event for event in events if event["type"] == "region_chunk" and event["field"] != "reasoning_content"]
         pieces = [Piece("content", event["text"]) for event in first]
         self._is_first = False
-        events, rest = self._parser.feed(text), ""
-        if is_last:
-            try:
-                events += self._parser.finalize()[1]
-            except ValueError:  # what the tokenizer's template cannot read
-                rest = self._calls.body
+        if self._is_broken:
+            return joined([Piece("content", text)])
+        try:
+            events = self._parser.feed(text)
+        except _UNREADABLE:
+            self._is_broken = True
+            return joined([*pieces, Piece("content", self._calls.body + text)])
+        try:
+            events += self._parser.finalize()[1] if is_last else []
+        except _UNREADABLE:
+            self._is_broken = True
         for event in events:
             pieces += self._pieces(event)
-        return joined([*pieces, Piece("content", rest)])
+        if self._is_broken:
+            pieces.append(Piece("content", self._calls.body))
+        return joined(filter(self._is_shown, pieces))
+
+    def _is_shown(self, piece: Piece) -> bool:
+        """Return False for a call that is one too many."""
+        self._num_calls += piece.kind == "call"
+        return self._many or self._num_calls <= 1 or piece.kind not in ("call", "arguments")
 
     def _pieces(self, event: dict[str, Any]) -> Iterator[Piece]:
         kind, name = event["type"], event["field"]
@@ -77,7 +100,10 @@ class AnswerReader:
             yield from self._calls.end()
         else:
             for each in event["value"] if isinstance(event["value"], list) else [event["value"]]:
-                function = each["function"]
+                function = each.get("function") if isinstance(each, dict) else None
+                if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                    yield Piece("content", self._calls.body)
+                    return
                 arguments = function.get("arguments", {})
                 yield Piece("call", function["name"])
                 text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
@@ -157,7 +183,10 @@ class CallReader:
 
 def reader_of(body: ChatBody, prepared: PreparedRequest, prompts: Prompts) -> AnswerReader | TextReader:
     """Make the reader of an answer to a conversation."""
-    calls = bool(body.tools) and body.choice != "none"
+    calls, tools = bool(body.tools) and body.choice != "none", prompts.answers.tools
+    if calls and body.choice == "auto" and tools is not None and tools.begins_as_json:
+        # Held to a form, the answer may look like a call, and cannot be one.
+        calls = body.sampling().get("structured_outputs") is None
     if not calls and not prompts.answers.thinks:
         return TextReader()
     # An answer that goes on with the client's own message is none that the model began.
@@ -167,11 +196,12 @@ def reader_of(body: ChatBody, prepared: PreparedRequest, prompts: Prompts) -> An
         prompt,
         tools=[tool.rendered() for tool in body.tools],
         reads_calls=calls,
+        many=body.parallel_tool_calls,
         shows_reasoning=body.include_reasoning,
     )
 
 
-def joined(pieces: Sequence[Piece]) -> list[Piece]:
+def joined(pieces: Iterable[Piece]) -> list[Piece]:
     """Neighbours of one kind as one piece, and none that is empty."""
     found: list[Piece] = []
     for piece in pieces:

@@ -124,8 +124,10 @@ class Reply(ABC):
             if is_first:
                 self._put_prompt_token_ids(answer, extra, choice)
         extra_fields = f"{to_json(extra)[1:-1]}," if extra else ""
-        tail = f',"usage":{to_json(self._usage_of(answer))}}}\n\n' if self._wants_every_usage else self._tail
-        return f'{self._head}{extra_fields}"choices":[{to_json(choice)}]{tail}'.encode()
+        return f'{self._head}{extra_fields}"choices":[{to_json(choice)}]{self._tail_of(answer)}'.encode()
+
+    def _tail_of(self, answer: Answer) -> str:
+        return f',"usage":{to_json(self._usage_of(answer))}}}\n\n' if self._wants_every_usage else self._tail
 
     def _has_news(self, delta: GenerateDelta) -> bool:
         """True if a delta has text to show."""
@@ -348,27 +350,42 @@ class ChatReply(Reply):
         super().__init__(body, prepared, request_id)
         self._readers = [reader_of(body, answer.prepared, prompts) for answer in self._answers]
         self._num_calls = [0] * len(self._answers)
+        self._has_role = [False] * len(self._answers)
+        """Of which answers the role has been said."""
         self._shown: dict[str, Any] = {}
         """What the present delta shows of its message."""
 
     def chunk(self, delta: GenerateDelta) -> bytes | None:
         """The events for a delta: one for each part of the message that it adds to."""
         answer = self._answers[delta.index]
-        is_first = answer.last is None
+        events = self._openings()
         pieces = self._readers[delta.index].feed(delta.text, is_last=delta.finish_reason is not None)
         if len(pieces) == 1 and pieces[0].kind == "content" and self._is_plain(answer, delta):
             self._shown = {"content": TEXT}
             return self._plain_event(answer, delta, pieces[0].text)
         *early, self._shown = [self._message_delta(delta.index, piece) for piece in pieces] or [{}]
-        events = b""
         for each in early:
-            choice = {"index": delta.index, "delta": each, "logprobs": None, "finish_reason": None}
-            if is_first:
-                choice["delta"] = {"role": "assistant", **each}
-                is_first = False
-            events += f'{self._head}"choices":[{to_json(choice)}]{self._tail}'.encode()
+            events += self._part_event(delta.index, self._role(delta.index) | each)
         last = self._event(answer, delta)
         return events + last if last is not None else events or None
+
+    def _openings(self) -> bytes:
+        """The events that begin several answers, in their order: OpenAI's client takes them in no other."""
+        if len(self._answers) == 1 or any(self._has_role):
+            return b""
+        opening = {"content": ""}
+        return b"".join(self._part_event(n, self._role(n) | opening) for n in range(len(self._answers)))
+
+    def _part_event(self, index: int, part: dict[str, Any]) -> bytes:
+        choice = {"index": index, "delta": part, "logprobs": None, "finish_reason": None}
+        return f'{self._head}"choices":[{to_json(choice)}]{self._tail_of(self._answers[index])}'.encode()
+
+    def _role(self, index: int) -> dict[str, Any]:
+        """The answer's role, once."""
+        if self._has_role[index]:
+            return {}
+        self._has_role[index] = True
+        return {"role": "assistant"}
 
     def _message_delta(self, index: int, piece: Piece) -> dict[str, Any]:
         """Return the piece's part of its answer's message: a call's name first, then its arguments."""
@@ -388,7 +405,7 @@ class ChatReply(Reply):
         return "tool_calls" if is_called else delta.finish_reason
 
     def _chunk_choice(self, answer: Answer, delta: GenerateDelta, is_first: bool) -> dict[str, Any]:
-        content: dict[str, Any] = {"role": "assistant"} if is_first else {}
+        content = self._role(delta.index)
         if is_first and not self._shown:
             content["content"] = ""
         return {

@@ -342,7 +342,9 @@ class ChatBody(SharedBody, ConversationSettings):
         default=None, ge=0, le=20, description="Alternatives to report beside each token; needs logprobs."
     )
     include_reasoning: bool = Field(default=True, description="Whether what the model thought comes with the answer.")
-    parallel_tool_calls: bool = Field(default=True, description="Whether `required` allows several calls.")
+    parallel_tool_calls: bool = Field(
+        default=True, description="Whether an answer may have several calls; else it has the first one."
+    )
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatBody:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from lorafleet.cluster.errors import BadRequest
 from lorafleet.cluster.serving.answer_formats import AnswerFormat, calls_grammar, talk_grammar
@@ -22,7 +22,9 @@ class Function(BaseModel):
 
     name: str = Field(min_length=1, max_length=256, pattern=r"^[\w.-]+$")
     description: str | None = None
-    parameters: dict[str, Any] = Field(default={}, description="JSON schema of its arguments.")
+    parameters: Annotated[dict[str, Any], BeforeValidator(lambda given: {} if given is None else given)] = Field(
+        default={}, description="JSON schema of its arguments."
+    )
     strict: bool | None = Field(default=None, description="Hold the arguments to the schema by construction.")
 
 

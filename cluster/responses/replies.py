@@ -66,7 +66,7 @@ class ResponseReply:
         """The response."""
         for piece in self._turn.read_all():
             self._take(piece)
-        self._close()
+        self._close(is_last=True)
         return to_json(self._response()).encode()
 
     def chunk(self, delta: GenerateDelta) -> bytes | None:
@@ -84,7 +84,7 @@ class ResponseReply:
 
     def end(self) -> bytes:
         """The events that end a stream."""
-        closed = self._close()
+        closed = self._close(is_last=True)
         response = self._response()
         return closed + self._event(f"response.{response['status']}", response=response)
 
@@ -122,7 +122,7 @@ class ResponseReply:
             events += self._event("response.content_part.added", part=self._part(""), **self._place())
         return events
 
-    def _close(self) -> bytes:
+    def _close(self, *, is_last: bool = False) -> bytes:
         if not self._is_open:
             return b""
         self._is_open = False
@@ -136,7 +136,7 @@ class ResponseReply:
         else:
             item["content"] = [self._part(text)]
             events += self._event("response.content_part.done", part=self._part(text), **self._place())
-        item["status"] = "incomplete" if self._turn.is_cut_off else "completed"
+        item["status"] = "incomplete" if is_last and self._turn.is_cut_off else "completed"
         return events + self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)
 
     def _part(self, text: str) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def _typed(items: object) -> object:
     if not isinstance(items, list):
         return items
     return [
-        {"type": "message", **item} if isinstance(item, dict) and "role" in item and not item.get("type") else item
+        {**item, "type": "message"} if isinstance(item, dict) and "role" in item and not item.get("type") else item
         for item in items
     ]
 

@@ -67,16 +67,28 @@ def _object(value: Any, *keys: str) -> Call:
 
 def _read_objects(body: str) -> list[Call]:
     """JSON objects one after another, or a list of them."""
-    decoder, calls, at = json.JSONDecoder(), [], 0
+    return [_object(each, "arguments", "parameters") for each in _objects(body)]
+
+
+def _read_bare_objects(body: str) -> list[Call]:
+    """The same without marks around them: an object without arguments is an answer in JSON."""
+    objects = _objects(body)
+    if not all(isinstance(each, dict) and ("arguments" in each or "parameters" in each) for each in objects):
+        raise ValueError("a call without marks needs arguments")
+    return [_object(each, "arguments", "parameters") for each in objects]
+
+
+def _objects(body: str) -> list[Any]:
+    decoder, found, at = json.JSONDecoder(), list[Any](), 0
     text = body.strip()
     while at < len(text):
         value, at = decoder.raw_decode(text, at)
-        calls += [_object(each, "arguments", "parameters") for each in (value if isinstance(value, list) else [value])]
+        found += value if isinstance(value, list) else [value]
         while at < len(text) and text[at] in " \r\n\t;,":
             at += 1
-    if not calls:
+    if not found:
         raise ValueError("there is no call")
-    return calls
+    return found
 
 
 _NAMED = re.compile(r"\s*(?P<name>[\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?(?=\{)")
@@ -164,7 +176,7 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
     ),
     "llama3_json": ToolFormat(
         field={"open_pattern": r'\A\s*(?:<\|python_tag\|>)?(?=\{\s*"name")'},
-        read=_read_objects,
+        read=_read_bare_objects,
         heads=(_OBJECT_HEAD,),
         begin="",
         before='{"name": NAME, "parameters": ',

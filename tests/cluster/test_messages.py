@@ -227,3 +227,29 @@ def test_errors_are_anthropics() -> None:
         service.workers.fail = lambda worker_id, num_sent: StreamBroken("lost") if num_sent == 2 else None
         with pytest.raises(anthropic.APIStatusError, match="lost"):
             asked(service, stream=True)
+
+
+def test_turns_of_one_role_are_one_and_system_turns_stay_where_they_are(service: Service) -> None:
+    first: Any = {"role": "assistant", "content": [{"type": "text", "text": "It rains"}]}
+    messages: Any = [
+        USER,
+        {"role": "system", "content": "Be brief."},
+        USER,
+        first,
+        {"role": "assistant", "content": "in"},
+    ]
+    tool: Any = {"type": None, "name": "now", "input_schema": {"type": "object"}}
+    asked(service, messages=messages, tools=[tool])
+    assert service.prompts.tokenizer is not None
+    text = service.prompts.tokenizer.decode(list(service.workers.started[-1][1].prompt_token_ids))
+    assert text.count("<assistant>") == 1
+    assert text.endswith("in")
+    assert text.index("<system>Be brief.") > text.index("<user>")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_one_call_where_only_one_may_come(service: Service, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    said(service, monkeypatch, CALLING)
+    choice: Any = {"type": "auto", "disable_parallel_tool_use": True}
+    message = asked(service, stream=stream, tools=TOOLS, tool_choice=choice)
+    assert [block.type for block in message.content] == ["thinking", "text", "tool_use"]

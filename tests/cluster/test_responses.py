@@ -172,3 +172,27 @@ def test_other_errors() -> None:
             asked(service)
         events = list(service.client().responses.create(model=BASE_ID, input="Hi", stream=True))
     assert (events[-1].type, events[-1].message) == ("error", "lost")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_only_the_item_that_was_cut_off_is_incomplete(
+    service: Service, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    said(service, monkeypatch, CALLING)
+    assert service.prompts.tokenizer is not None
+    num_tokens = len(service.prompts.tokenizer(CALLING[: CALLING.rindex("days")])["input_ids"])
+    reply = asked(service, stream=stream, tools=TOOLS, max_output_tokens=num_tokens)
+    assert reply.status == "incomplete"
+    assert [item.status for item in reply.output] == ["completed"] * (len(reply.output) - 1) + ["incomplete"]
+    assert len(reply.output) == 4
+
+
+def test_nulls_are_taken_for_what_is_not_there(service: Service) -> None:
+    tool: Any = {"type": "function", "name": "now", "parameters": None}
+    asked(service, input=[{"type": None, "role": "user", "content": "Weather?"}], tools=[tool])
+    chat: Any = {"type": "function", "function": {"name": "now", "parameters": None}}
+    service.client().chat.completions.create(
+        model=BASE_ID, messages=[{"role": "user", "content": "Weather?"}], tools=[chat]
+    )
+    (_, one), (_, other) = service.workers.started[-2:]
+    assert one.prompt_token_ids == other.prompt_token_ids

@@ -394,3 +394,68 @@ def test_a_call_or_an_answer_over_a_base_of_random_weights(worker_service: Servi
             fit(answer["calls"])
         else:
             jsonschema.validate(json.loads(answer["content"]), PARAMETERS)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("fields", [{}, {"response_format": {"type": "json_object"}}], ids=["free", "held to JSON"])
+def test_an_answer_in_json_that_has_a_name_is_no_call(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], stream: bool
+) -> None:
+    service = Service()
+    service.prompts.answers = answers_of("llama3_json")
+    text = '{"name": "Bob", "age": 3}' if not fields else '{"name": "Bob", "arguments": {"age": 3}}'
+    said(service, monkeypatch, text)
+    with serving(service):
+        [answer] = collected(service, stream, tools=LAX, **fields)
+    assert answer == {"content": text, "thought": "", "calls": [], "reason": "stop"}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_calls_behind_the_first_are_dropped_where_only_one_may_come(
+    monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    service = Service()
+    service.prompts.answers = answers_of("hermes")
+    call = '<tool_call>\n{"name": "weather", "arguments": %s}\n</tool_call>\n'
+    said(service, monkeypatch, f"Wait. {call % OSLO}{call % ROME}")
+    with serving(service):
+        [answer] = collected(service, stream, tools=LAX, parallel_tool_calls=False)
+    assert (answer["content"].strip(), answer["calls"]) == ("Wait.", [["weather", OSLO]])
+
+
+TEMPLATE = {
+    "start_anchor": "<assistant>",
+    "fields": {
+        "content": {"content": "text"},
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "content": "json",
+            "repeats": True,
+            "transform": '{"type": "function", "function": {"name": content.name, "arguments": content.arguments}}',
+        },
+    },
+}
+"""How a tokenizer of its own says to read calls."""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello. <tool_call>{broken</tool_call> bye",
+        'Hello. <tool_call>{"nom": 1}</tool_call> bye',
+        'Hello. <tool_call>{"name": "weather", "argu',
+    ],
+    ids=["no JSON", "no name", "cut off"],
+)
+@pytest.mark.parametrize("length", [1, 5, 1000])
+def test_what_the_tokenizers_template_cannot_read_is_content(text: str, length: int) -> None:
+    answers = AnswerFormat.of(ModelConfig(id="x", source="x"), TEMPLATE)
+    reader = AnswerReader(answers, "Hi<assistant>", tools=LAX, reads_calls=True)
+    found: list[Piece] = []
+    for at in range(0, len(text), length):
+        found += reader.feed(text[at : at + length], is_last=at + length >= len(text))
+    assert {piece.kind for piece in found} == {"content"}
+    said = "".join(piece.text for piece in found)
+    for part in text.replace("<tool_call>", " ").replace("</tool_call>", " ").split():
+        assert part in said
