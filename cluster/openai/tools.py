@@ -15,6 +15,10 @@ MAX_TOOLS = 256
 ANY_TEXT = r"(.|\n)*"
 
 
+def _or_empty(given: object) -> object:
+    return {} if given is None else given
+
+
 class Function(BaseModel):
     """A function that the model may call."""
 
@@ -22,8 +26,8 @@ class Function(BaseModel):
 
     name: str = Field(min_length=1, max_length=256, pattern=r"^[\w.-]+$")
     description: str | None = None
-    parameters: Annotated[dict[str, Any], BeforeValidator(lambda given: {} if given is None else given)] = Field(
-        default={}, description="JSON schema of its arguments."
+    parameters: Annotated[dict[str, Any], BeforeValidator(_or_empty, json_schema_input_type=dict[str, Any] | None)] = (
+        Field(default={}, description="JSON schema of its arguments.")
     )
     strict: bool | None = Field(default=None, description="Hold the arguments to the schema by construction.")
 
